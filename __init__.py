@@ -1,0 +1,11 @@
+"""Shoestring: train and fine-tune models on less money, time and memory.
+
+`recipes` says what, `callbacks` says how to be thrifty, `cluster` says where; `trainer` brings them together.
+This file imports nothing: `import shoestring` costs nothing, and each package loads what it needs.
+"""
+
+__version__ = "0.1.0"
+
+
+class ShoestringError(Exception):
+    """Root of every error a user can mend; the command line prints it without a traceback and exits 2."""

@@ -1,0 +1,220 @@
+"""The contract of a technique: the page to read first.
+
+A technique is an ordinary Lightning `Callback` plus a declaration. It acts twice: `edit` changes the settings that must
+be known before a trainer exists (precision, accumulation, strategy options), then Lightning's own hooks act on the run.
+
+    class MyTechnique(Technique, pl.Callback):
+        card = Card(name="my_technique", does="one line", writes={"weights"}, ...)
+
+        def __init__(self, *, strength: float = 0.5) -> None:
+            self.strength = strength                  # store, nothing else
+
+Rules that the contract suite checks for every registered technique:
+  1. `__init__` stores its keyword arguments under their own names and does nothing else; `check` judges them.
+  2. `edit` is pure and idempotent.
+  3. It writes only the parts on its card, and never imports or looks for another technique.
+  4. Small state lives in `state_dict`; tensors shaped like parameters live in `fragments` (see below).
+  5. Randomness comes from a generator of its own, seeded by `derive_seed(run seed, name, ...)`.
+  6. What was hooked is unhooked at teardown; heavy packages are imported where they are needed.
+  7. Strength 0 (`inert()`) equals absent, bit for bit.
+  8. Nothing in the hot loop synchronises the device or starts a collective on every step.
+
+This module imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from .. import ShoestringError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# "lr" is the optimizer's hyper-parameters (learning rate, betas, eps), "optimizer" its state
+Part = Literal[
+    "modules", "numerics", "weights", "gradients", "optimizer", "lr",
+    "batch", "samples", "loss", "activations", "sharding",
+]  # fmt: skip
+Saving = Literal["steps", "flops", "time", "memory", "communication", "data", "size"]
+
+PARTS: frozenset[str] = frozenset(Part.__args__)  # type: ignore[attr-defined]
+SAVINGS: frozenset[str] = frozenset(Saving.__args__)  # type: ignore[attr-defined]
+
+
+class Unfit(ShoestringError):
+    """These techniques cannot run together, or not here. The message says what to keep or change."""
+
+
+class Misconfigured(ShoestringError):
+    """A technique's setting is outside its legal range."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a technique claims: printed in the docs, checked by the tests, written to the ledger as a claim.
+
+    `keeps`: "bits" = the same weights bit for bit, "result" = the same up to rounding, "quality" = a different path to
+    the same goal. `needs` / `refuses` are facts of the run such as "cuda", "bf16", "zero-3", "muon".
+    """
+
+    name: str
+    does: str
+    paper: str = ""  # arXiv id
+    saves: frozenset[str] = frozenset()
+    keeps: Literal["bits", "result", "quality"] = "quality"
+    reads: frozenset[str] = frozenset()
+    writes: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()
+    refuses: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for label, given, legal in (
+            ("reads", self.reads, PARTS),
+            ("writes", self.writes, PARTS),
+            ("saves", self.saves, SAVINGS),
+        ):
+            object.__setattr__(self, label, frozenset(given))
+            if stray := frozenset(given) - legal:
+                raise Misconfigured(f"card {self.name!r}: {label} {sorted(stray)} is not among {sorted(legal)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What must be known before a `pl.Trainer` exists. Techniques return changed copies (`replace`)."""
+
+    precision: str = "32-true"
+    accumulate_grad_batches: int = 1
+    strategy_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def replace(self, **changes: Any) -> Settings:
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The run a technique predicts its effect on. FLOPs and bytes are per device and optimizer step."""
+
+    parameters: int
+    layers: int
+    sequence_length: int
+    tokens_per_step: float
+    steps: int
+    world_size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """Factors a technique puts on a workload; 1 means untouched.
+
+    `realised` is False where the saving exists only in counted FLOPs (a masked dense weight runs at full cost).
+    """
+
+    flops: float = 1.0
+    activations: float = 1.0
+    states: float = 1.0
+    communication: float = 1.0
+    steps: float = 1.0
+    realised: bool = True
+
+
+class Technique:
+    """Mixed into `pl.Callback`. See the module's docstring for the rules."""
+
+    card: ClassVar[Card]
+
+    # -- before a trainer exists -------------------------------------------------------------------------------------
+    def check(self) -> None:
+        """Raise `Misconfigured` where a setting is outside its range."""
+
+    def needs(self) -> frozenset[str]:
+        """Facts this instance needs; overridden where a setting decides (fp16 needs "cuda")."""
+        return self.card.needs
+
+    def edit(self, settings: Settings) -> Settings:
+        """Return `settings` changed for this technique. Pure, idempotent."""
+        return settings
+
+    def predict(self, workload: Workload) -> Effect:
+        """The factors this technique puts on `workload`: an estimate, never printed as a saving."""
+        return Effect()
+
+    # -- for the contract suite --------------------------------------------------------------------------------------
+    @classmethod
+    def example(cls) -> Self:
+        """The smallest instance that visibly acts on a run of a dozen steps."""
+        return cls()
+
+    @classmethod
+    def inert(cls) -> Self:
+        """Strength 0: an instance that must equal its absence bit for bit."""
+        raise NotImplementedError(f"{cls.__name__} must say what strength 0 is")
+
+    # -- state -------------------------------------------------------------------------------------------------------
+    @property
+    def state_key(self) -> str:
+        return self.card.name
+
+    def fragments(self) -> dict[str, dict[str, Tensor]]:
+        """State shaped like parameters, as this rank's slices: state name -> parameter name -> [local length].
+
+        The slices are those of `shards.Shards`; checkpoints store them with their offsets, so they can be loaded on
+        another number of ranks. Called between steps.
+        """
+        return {}
+
+    def load_fragments(self, fragments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take back what `fragments` gave, already cut to this rank's slices."""
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """In a plain `pl.Trainer`: whole tensors go into Lightning's own checkpoint (collective where sharded)."""
+        if not (fragments := self.fragments()):
+            return
+        from .shards import shards_of
+
+        door = shards_of(trainer, pl_module)
+        checkpoint.setdefault("shoestring", {})[self.state_key] = {
+            state: {name: door.gather(name, local) for name, local in named.items()}
+            for state, named in fragments.items()
+        }
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """The counterpart: cut this rank's slices from the whole tensors."""
+        if (wholes := checkpoint.get("shoestring", {}).get(self.state_key)) is None:
+            return
+        from .shards import cut
+
+        self.load_fragments({state: cut(trainer, pl_module, named) for state, named in wholes.items()})
+
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments this instance was made with."""
+        return {name: getattr(self, name) for name in _arguments(type(self))}
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+        return f"{type(self).__name__}({inside})"
+
+
+def _arguments(cls: type) -> list[str]:
+    return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]  # type: ignore[misc]
+
+
+def require(condition: bool, technique: Technique, setting: str, allowed: str) -> None:
+    """Raise the one-line error of a setting outside its range."""
+    if not condition:
+        found = getattr(technique, setting)
+        raise Misconfigured(f"{technique.card.name}: {setting}={found!r} is not allowed; use {allowed}")
+
+
+def derive_seed(seed: int, *names: object) -> int:
+    """A 63-bit seed from the run's seed and names. Unlike `hash`, the same in every process."""
+    text = "/".join(str(part) for part in (seed, *names))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def cards(techniques: Iterable[Technique]) -> list[Card]:
+    return [technique.card for technique in techniques]

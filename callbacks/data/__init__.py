@@ -1,0 +1,1 @@
+"""Techniques by perspective: what the model sees and when."""

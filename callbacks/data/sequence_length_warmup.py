@@ -1,0 +1,83 @@
+"""Sequence-length warmup: short sequences first, full length later (arXiv 2108.06084)."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any, Self
+
+import pytorch_lightning as pl
+import torch
+
+from ..clock import Duration, clock_of
+from ..contract import Card, Effect, Technique, Workload, require
+
+
+def length_at(ramp: float, start: int, full: int, multiple: int) -> int:
+    """Sequence length when `ramp` in [0, 1] of the warmup is done: linear, rounded down to a multiple, never below it."""
+    if ramp >= 1.0 or start >= full:
+        return full
+    length = start + ramp * (full - start)
+    return min(full, max(multiple, int(length // multiple) * multiple))
+
+
+def truncate(batch: MutableMapping[str, Any], length: int) -> None:
+    """Cut dimension 1 of every [B, T, …] tensor that is as long as `input_ids`, in place."""
+    full = batch["input_ids"].shape[1]
+    if length >= full:
+        return
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[1] == full:
+            batch[key] = value[:, :length].contiguous()
+
+
+class SequenceLengthWarmup(Technique, pl.Callback):
+    """Train on the first `start` tokens of every sequence, growing linearly to the whole over `until`.
+
+    Lengths are multiples of `multiple`, so kernels stay fast and few shapes occur. Batches are mappings with `input_ids`
+    [B, T]; what is cut off is not seen in this pass.
+    """
+
+    card = Card(
+        name="sequence_length_warmup",
+        does="starts with short sequences and grows them to full length",
+        paper="2108.06084",
+        saves=frozenset({"flops", "time", "memory"}),
+        writes=frozenset({"batch"}),
+    )
+
+    def __init__(self, *, start: int = 64, until: str = "30%", multiple: int = 8) -> None:
+        self.start = start
+        self.until = until
+        self.multiple = multiple
+
+    def check(self) -> None:
+        require(self.start > 0, self, "start", "a positive number of tokens")
+        require(self.multiple > 0, self, "multiple", "a positive number of tokens")
+        Duration.parse(self.until)
+
+    def predict(self, workload: Workload) -> Effect:
+        until = Duration.parse(self.until)
+        share = until.amount if until.counts == "progress" else min(1.0, until.amount / max(1, workload.steps))
+        mean = (min(self.start, workload.sequence_length) / workload.sequence_length + 1) / 2
+        return Effect(flops=1 - share * (1 - mean))
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(start=8, until="60%", multiple=4)
+
+    @classmethod
+    def inert(cls) -> Self:
+        return cls(until="0%")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._until = Duration.parse(self.until)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        ramp = clock_of(trainer).toward(self._until)
+        if ramp >= 1.0:
+            return
+        if not isinstance(batch, MutableMapping) or "input_ids" not in batch:
+            raise TypeError(f"sequence_length_warmup needs batches with 'input_ids'; this one is a {type(batch).__name__}")
+        truncate(batch, length_at(ramp, self.start, batch["input_ids"].shape[1], self.multiple))

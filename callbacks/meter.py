@@ -1,0 +1,99 @@
+"""The meter: what a run costs, in named windows that each end as one frozen `Measurement`.
+
+Windows add up to the wall time of the run: start-up, train (waiting for data is listed inside it), evaluation,
+checkpoint, other. `tokens_per_second` is over train time only; MFU is counted FLOPs (no recomputation) over the peak.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one window of a run cost, all ranks together unless said otherwise.
+
+    seconds, data_wait: wall seconds of rank 0. peak_bytes: the highest of any rank so far. comm_bytes: sent by each
+    rank, from the strategy's formula. energy_source: "nvml" and "rapl" are measured, "estimated" is not.
+    """
+
+    window: str
+    seconds: float
+    steps: int = 0
+    samples: float = 0
+    tokens: float = 0
+    flops_counted: float = 0
+    flops_realised: float = 0
+    peak_bytes: int = 0
+    comm_bytes: float = 0
+    data_wait: float = 0
+    joules: float = 0
+    energy_source: str = "estimated"
+    usd: float = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Windows:
+    """Where the wall time goes. Exactly one window is open at a time, so they sum to the whole."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._open = "startup"
+        self._since = perf_counter()
+
+    def enter(self, window: str) -> float:
+        """Close the open window and open `window`; returns the moment."""
+        now = perf_counter()
+        self.seconds[self._open] = self.seconds.get(self._open, 0.0) + now - self._since
+        self._open, self._since = window, now
+        return now
+
+    def total(self) -> float:
+        return sum(self.seconds.values()) + perf_counter() - self._since
+
+
+def batch_size(batch: Any) -> tuple[int, int, tuple[int, ...]]:
+    """(samples, tokens, shape) of a batch: tokens are the elements of `input_ids`, padding included, else 0.
+
+    The shape is that of `input_ids` or of the first tensor found.
+    """
+    if isinstance(batch, torch.Tensor):
+        return (batch.shape[0] if batch.ndim else 1), 0, tuple(batch.shape)
+    if hasattr(batch, "get"):
+        ids = batch.get("input_ids")
+        if isinstance(ids, torch.Tensor):
+            return ids.shape[0], ids.numel(), tuple(ids.shape)
+        batch = list(batch.values())
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        for part in batch:
+            found = batch_size(part)
+            if found[0]:
+                return found
+    return 0, 0, ()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has held: on the accelerator where there is one, else resident in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def communication_bytes(strategy: str, parameters: int, bytes_each: int, world: int, accumulate: int) -> float:
+    """Bytes each rank sends per optimizer step, from the strategy's collectives (ZeRO, arXiv 1910.02054 §7).
+
+    DDP and ZeRO-1 all-reduce or reduce-scatter + all-gather 2P; DeepSpeed's ZeRO-2 reduce-scatters every micro-batch,
+    (A + 1)P; ZeRO-3 gathers twice and scatters once per micro-batch, 3PA. Times the ring factor (N - 1) / N.
+    """
+    elements = {"ddp": 2.0, "zero1": 2.0, "zero2": accumulate + 1.0, "zero3": 3.0 * accumulate}.get(strategy, 0.0)
+    return elements * parameters * bytes_each * (world - 1) / world

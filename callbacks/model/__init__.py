@@ -1,0 +1,1 @@
+"""Techniques by perspective: how the model computes."""

@@ -1,0 +1,122 @@
+"""Gradient checkpointing: keep a block's input, recompute the rest in backward (arXiv 1604.06174)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Self
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ..contract import Card, Effect, Technique, Workload, require
+
+MODES = ("full", "selective")
+
+_aten = torch.ops.aten
+# dear to compute, cheap to keep: what selective checkpointing does not recompute (arXiv 2205.05198 §5)
+_KEPT = {
+    _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.convolution.default,
+}  # fmt: skip
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The outermost repeated blocks: children of one class, at least two, inside one ModuleList or Sequential.
+
+    A child that is a single layer is no block: recomputing it would save nothing.
+    """
+    found: list[nn.Module] = []
+    if isinstance(module, nn.ModuleList | nn.Sequential):
+        by_class: dict[type, list[nn.Module]] = {}
+        for child in module:
+            if any(True for _ in child.children()):
+                by_class.setdefault(type(child), []).append(child)
+        found = [block for group in by_class.values() if len(group) > 1 for block in group]
+    inside = {id(block) for block in found}
+    for child in module.children():
+        if id(child) not in inside:
+            found += blocks(child)
+    return found
+
+
+def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def wrap(block: nn.Module, mode: str) -> None:
+    """Make `block` recompute in backward while training. Its class is exchanged for a subclass, its names stay.
+
+    The whole call is recomputed, hooks included, so parameters that ZeRO-3 has released are gathered again.
+    """
+    original = type(block)
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inner = partial(original.__call__, self)
+        if not (self.training and torch.is_grad_enabled()):
+            return inner(*args, **kwargs)
+        return checkpoint(inner, *args, **options, **kwargs)
+
+    block.__class__ = type(original.__name__, (original,), {"__call__": call, "_shoestring_original": original})
+
+
+def unwrap(block: nn.Module) -> None:
+    block.__class__ = block._shoestring_original
+
+
+class GradientCheckpointing(Technique, pl.Callback):
+    """Recompute every `every`-th repeated block in backward instead of keeping its activations. `every=0` is off.
+
+    `mode="full"` keeps only a block's input; "selective" also keeps matrix products and recomputes the cheap rest.
+    Works on any model with repeated blocks. Randomness inside a block is replayed, so the weights are the same bit for
+    bit.
+    """
+
+    card = Card(
+        name="gradient_checkpointing",
+        does="recomputes activations of repeated blocks in backward",
+        paper="1604.06174",
+        saves=frozenset({"memory"}),
+        keeps="bits",
+        reads=frozenset({"modules"}),
+        writes=frozenset({"activations"}),
+    )
+
+    def __init__(self, *, every: int = 1, mode: str = "full") -> None:
+        self.every = every
+        self.mode = mode
+
+    def check(self) -> None:
+        require(self.every >= 0, self, "every", "0 (off), 1 (every block), 2 (every second), …")
+        require(self.mode in MODES, self, "mode", " | ".join(MODES))
+
+    def predict(self, workload: Workload) -> Effect:
+        if not self.every:
+            return Effect()
+        share = 1 / self.every
+        if self.mode == "selective":
+            return Effect(flops=1 + 0.02 * share, activations=1 - 0.5 * share)
+        return Effect(flops=1 + share / 3, activations=1 - 0.9 * share)
+
+    @classmethod
+    def inert(cls) -> Self:
+        return cls(every=0)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._wrapped: list[nn.Module] = []
+        if stage != "fit" or not self.every:
+            return
+        found = blocks(pl_module)
+        if not found:
+            raise ValueError(f"gradient_checkpointing finds no repeated blocks in {type(pl_module).__name__}")
+        for block in found[:: self.every]:
+            wrap(block, self.mode)
+            self._wrapped.append(block)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for block in getattr(self, "_wrapped", []):
+            unwrap(block)
+        self._wrapped = []

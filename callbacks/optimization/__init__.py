@@ -1,0 +1,1 @@
+"""Techniques by perspective: how it learns."""

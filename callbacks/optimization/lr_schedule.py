@@ -1,0 +1,90 @@
+"""Learning-rate schedules over the budget: they end when it ends (budgeted training, arXiv 1905.04753)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import pytorch_lightning as pl
+
+from ..clock import Duration, clock_of
+from ..contract import Card, Technique, require
+
+# progress in [0, 1] -> factor in [0, 1]; every schedule but `constant` ends at 0
+SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda p: 1.0 - p,  # to zero, not to 10 %: arXiv 2502.15938
+    "cosine": lambda p: 0.5 * (1.0 + math.cos(math.pi * p)),  # arXiv 1608.03983
+    "wsd": lambda p: 1.0 if p < 0.8 else (1.0 - p) / 0.2,  # warmup-stable-decay: arXiv 2404.06395
+    "rex": lambda p: (1.0 - p) / (1.0 - p / 2.0),  # reflected exponential: arXiv 2107.04197
+    "constant": lambda p: 1.0,
+}
+
+
+def factor(shape: str, progress: float, warmed: float, floor: float = 0.0) -> float:
+    """What multiplies the peak learning rate at `progress`, where `warmed` in [0, 1] is the share of warmup done."""
+    return warmed * (floor + (1.0 - floor) * SHAPES[shape](min(1.0, progress)))
+
+
+class LRSchedule(Technique, pl.Callback):
+    """Multiply every parameter group's learning rate by a function of the run's progress.
+
+    `shape`: linear | cosine | wsd | rex | constant. `warmup`: a duration ("200 steps", "5%") of linear rise from 0.
+    `floor`: where it ends, as a share of the peak. A step takes the rate of its middle; when the run has ended the rate
+    is at its floor.
+    """
+
+    card = Card(
+        name="lr_schedule",
+        does="anneals the learning rate to its floor exactly when the budget ends",
+        paper="1905.04753",
+        saves=frozenset({"steps"}),
+        writes=frozenset({"lr"}),
+    )
+
+    def __init__(self, *, shape: str = "linear", warmup: str = "0%", floor: float = 0.0) -> None:
+        self.shape = shape
+        self.warmup = warmup
+        self.floor = floor
+
+    def check(self) -> None:
+        require(self.shape in SHAPES, self, "shape", " | ".join(SHAPES))
+        require(0 <= self.floor <= 1, self, "floor", "a share between 0 and 1")
+        Duration.parse(self.warmup)
+
+    @classmethod
+    def inert(cls) -> Self:
+        return cls(shape="constant")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._peaks: list[list[float]] = []
+        self._warmup = Duration.parse(self.warmup)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._peaks:  # a resumed run has them in its state: the optimizer's rates may be decayed already
+            self._peaks = [[group["lr"] for group in o.param_groups] for o in trainer.optimizers]
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._set(trainer, clock_of(trainer).step + 0.5)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._set(trainer, clock_of(trainer).step)
+
+    def _set(self, trainer: pl.Trainer, step: float) -> None:
+        clock = clock_of(trainer)
+        warmed = clock.toward(self._warmup, step) if self._warmup.amount else 1.0
+        scale = factor(self.shape, clock.progress_at(step), warmed, self.floor)
+        if self.shape == "constant" and not self._warmup.amount:
+            return
+        for optimizer, peaks in zip(trainer.optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * scale * group.get("warmup_factor", 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"peaks": getattr(self, "_peaks", [])}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._peaks = state_dict["peaks"]

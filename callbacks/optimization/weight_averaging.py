@@ -1,0 +1,143 @@
+"""Weight averaging: evaluate and ship the average of the weights along the way (EMA, or LAWA arXiv 2209.14981)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ..clock import Duration, clock_of
+from ..contract import Card, Effect, Technique, Workload, require
+from ..shards import Shards, shards_of
+
+
+def ema_(average: Tensor, weights: Tensor, decay: float) -> None:
+    """average = decay * average + (1 - decay) * weights, in place."""
+    average.lerp_(weights, 1.0 - decay)
+
+
+class WeightAveraging(Technique, pl.Callback):
+    """Keep an average of the master weights; validate with it and leave it as the final model.
+
+    `kind="ema"`: exponential, `decay` per optimizer step. `kind="lawa"`: the mean of the last `keep` weights taken every
+    `every` steps. `start`: a duration before which nothing is averaged. Averages are kept on this rank's slices, so
+    there is no communication but one refresh of the copies per evaluation. A weight that is exactly 0 is 0 in the
+    average too, so masks survive. `decay=0` is off.
+    """
+
+    card = Card(
+        name="weight_averaging",
+        does="evaluates and keeps the average of the weights along the run",
+        paper="2209.14981",
+        saves=frozenset({"steps"}),
+        reads=frozenset({"weights"}),
+        writes=frozenset({"weights"}),
+    )
+
+    def __init__(
+        self, *, kind: str = "ema", decay: float = 0.99, every: int = 10, keep: int = 6, start: str = "0%"
+    ) -> None:
+        self.kind = kind
+        self.decay = decay
+        self.every = every
+        self.keep = keep
+        self.start = start
+
+    def check(self) -> None:
+        require(self.kind in ("ema", "lawa"), self, "kind", "ema | lawa")
+        require(0 <= self.decay < 1, self, "decay", "a number in [0, 1)")
+        require(self.every > 0 and self.keep > 0, self, "every", "positive numbers for every and keep")
+        Duration.parse(self.start)
+
+    def predict(self, workload: Workload) -> Effect:
+        copies = 1 if self.kind == "ema" else self.keep
+        return Effect(states=1 + copies * 4 / 16)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(decay=0.8)
+
+    @classmethod
+    def inert(cls) -> Self:
+        return cls(decay=0.0)
+
+    # -- taking averages ---------------------------------------------------------------------------------------------
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._averages: dict[str, dict[str, Tensor]] = {}
+        self._raw: dict[str, Tensor] | None = None
+        self._seen = -1
+        self._start = Duration.parse(self.start)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self.decay == 0 or step == self._seen:
+            return
+        self._seen = step
+        if self._start.amount and clock_of(trainer).toward(self._start) < 1.0:
+            return
+        shards = shards_of(trainer, pl_module)
+        if self.kind == "ema":
+            self._ema(shards)
+        elif step % self.every == 0:
+            self._take(shards, step)
+
+    @torch.no_grad()
+    def _ema(self, shards: Shards) -> None:
+        averages = self._averages.get("ema")
+        if averages is None:
+            self._averages["ema"] = {name: shards.master(name).clone() for name in shards.slices}
+            return
+        for name, average in averages.items():
+            ema_(average, shards.master(name), self.decay)
+
+    def _take(self, shards: Shards, step: int) -> None:
+        slot = f"lawa{step // self.every % self.keep}"
+        self._averages[slot] = {name: shards.master(name).clone() for name in shards.slices}
+
+    def _average(self, name: str) -> Tensor:
+        parts = [kept[name] for _, kept in sorted(self._averages.items())]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
+
+    # -- using them --------------------------------------------------------------------------------------------------
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or not getattr(self, "_averages", None):
+            return
+        shards = shards_of(trainer, pl_module)
+        self._raw = {name: shards.master(name).clone() for name in shards.slices}
+        self._install(shards)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if getattr(self, "_raw", None) is None:
+            return
+        shards = shards_of(trainer, pl_module)
+        assert self._raw is not None
+        for name, raw in self._raw.items():
+            shards.master(name).copy_(raw)
+        shards.publish()
+        self._raw = None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._averages:
+            self._install(shards_of(trainer, pl_module))
+
+    @torch.no_grad()
+    def _install(self, shards: Shards) -> None:
+        for name in shards.slices:
+            master = shards.master(name)
+            master.copy_(self._average(name) * (master != 0))
+        shards.publish()
+
+    # -- state -------------------------------------------------------------------------------------------------------
+    def fragments(self) -> dict[str, dict[str, Tensor]]:
+        return getattr(self, "_averages", {})
+
+    def load_fragments(self, fragments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._averages = {state: dict(kept) for state, kept in fragments.items()}

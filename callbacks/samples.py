@@ -1,0 +1,251 @@
+"""The one door to sample order: which samples each global batch holds, on every rank, at every step.
+
+The order is a pure function of (seed, epoch) and the position of the optimizer step, never of the number of ranks or
+of what was run before. So resuming skips in O(1), mid-epoch, with loader workers; and a run that resumes on another
+number of ranks sees the same global batches. An epoch is a whole number of global batches: the last one is filled up
+from the start of the same epoch's order (as `DistributedSampler` pads), or dropped where the loader says `drop_last`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.trainer.connectors.data_connector import _DataLoaderSource
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    TensorDataset,
+    get_worker_info,
+)
+
+from .clock import clock_of
+from .contract import derive_seed
+
+# (epoch, step in the epoch, step of the run, the samples that would be taken) -> the samples to take
+Select = Callable[[int, int, int, Sequence[int]], Sequence[int]]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed python's, numpy's and torch's CPU generators inside the block, and put them back after it."""
+    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    reseed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(saved[0])
+        np.random.set_state(saved[1])
+        torch.set_rng_state(saved[2])
+
+
+def reseed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+
+
+class GlobalBatches(Sampler[list[Any]]):
+    """This rank's micro-batches, cut from global batches of `micro * world * accumulate` samples.
+
+    `base` is the loader's own sampler (its randomness is re-seeded every epoch) or batch sampler (then one of its
+    batches is the unit and `micro` is 1). `position()` gives the optimizer step to start from.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        *,
+        micro: int,
+        accumulate: int,
+        rank: int,
+        world: int,
+        seed: int,
+        position: Callable[[], int],
+        drop_last: bool = False,
+        keyed: bool = False,
+    ) -> None:
+        self.base, self.micro, self.accumulate, self.rank, self.world = base, micro, accumulate, rank, world
+        self.seed, self.position, self.drop_last, self.keyed = seed, position, drop_last, keyed
+        self.select: Select | None = None
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro * self.world * self.accumulate
+
+    @property
+    def steps_per_epoch(self) -> int:
+        whole, rest = divmod(len(self.base), self.global_batch)
+        return whole if self.drop_last and whole else whole + bool(rest)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.accumulate
+
+    def order(self, epoch: int) -> list[Any]:
+        """All samples in the order of `epoch`."""
+        seed = derive_seed(self.seed, "order", epoch)
+        generator = getattr(self.base, "generator", None)
+        with seeded(seed):
+            if generator is not None:
+                generator.manual_seed(seed)
+            if hasattr(self.base, "set_epoch"):
+                self.base.set_epoch(epoch)
+            return list(self.base)
+
+    def batch(self, epoch: int, step: int, order: Sequence[Any]) -> Sequence[Any]:
+        """Global batch `step` of `epoch`: the same on every rank and for every number of ranks."""
+        size, count = self.global_batch, len(order)
+        first = step * size
+        chosen: Sequence[Any] = order[first : first + size]
+        if len(chosen) < size:
+            chosen = [order[(first + i) % count] for i in range(size)]
+        if self.select is not None:
+            chosen = self.select(epoch, step, epoch * self.steps_per_epoch + step, chosen)
+        return chosen
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        epoch, first = divmod(self.position(), self.steps_per_epoch)
+        order = self.order(epoch)
+        for step in range(first, self.steps_per_epoch):
+            batch = self.batch(epoch, step, order)
+            for part in range(self.accumulate):
+                start = (part * self.world + self.rank) * self.micro
+                yield self._keys(epoch, batch[start : start + self.micro])
+
+    def _keys(self, epoch: int, units: Sequence[Any]) -> list[Any]:
+        flat = [i for unit in units for i in unit] if units and isinstance(units[0], list | tuple) else list(units)
+        if not self.keyed:
+            return flat
+        salt = derive_seed(self.seed, "sample", epoch)
+        return [(i, (salt ^ (int(i) * 0x9E3779B97F4A7C15)) & 0x7FFFFFFFFFFFFFFF) for i in flat]
+
+
+class SeededSamples(Dataset[Any]):
+    """A dataset whose randomness depends on (seed, epoch, sample) alone, whichever worker or attempt reads it."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
+        if get_worker_info() is not None:
+            return [self._read(*key) for key in keys]
+        with seeded(0):
+            return [self._read(*key) for key in keys]
+
+    def _read(self, index: int, seed: int) -> Any:
+        reseed(seed)
+        return self.dataset[index]
+
+
+class SkipConsumed:
+    """An iterable loader read again from its start, minus the batches already trained on: it has no order to jump in."""
+
+    def __init__(self, loader: Any, consumed: Callable[[], int]) -> None:
+        self.loader, self.consumed = loader, consumed
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.loader)
+        for _ in range(self.consumed()):
+            next(batches, None)
+        return batches
+
+
+def is_deterministic(dataset: Any) -> bool:
+    """Whether reading a sample twice is known to give the same: then it needs no seed of its own."""
+    if getattr(dataset, "deterministic", False) or isinstance(dataset, TensorDataset):
+        return True
+    inner = getattr(dataset, "dataset", None)  # Subset and its like
+    return inner is not None and type(dataset).__module__.startswith("torch.utils.data") and is_deterministic(inner)
+
+
+def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer) -> Any:
+    """`loader` with its batches taken from `GlobalBatches`; iterable loaders only learn to skip what is consumed."""
+    if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+        return _skipping(loader, trainer) if training else loader
+    if isinstance(loader.dataset, IterableDataset):
+        return _skipping(loader, trainer) if training else loader
+    if isinstance(loader.batch_sampler, GlobalBatches):
+        return loader
+    base, micro, drop_last = _base(loader)
+    keyed = training and not is_deterministic(loader.dataset)
+    batches = GlobalBatches(
+        base,
+        micro=micro,
+        accumulate=trainer.accumulate_grad_batches if training else 1,
+        rank=trainer.global_rank,
+        world=trainer.world_size,
+        seed=seed,
+        position=(lambda: clock_of(trainer).step) if training else (lambda: 0),
+        drop_last=drop_last and training,
+        keyed=keyed,
+    )
+    dataset = SeededSamples(loader.dataset) if keyed else loader.dataset
+    generator = torch.Generator().manual_seed(derive_seed(seed, "loader"))  # iterators then leave the global RNG alone
+    return type(loader)(
+        dataset,
+        batch_sampler=batches,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def _base(loader: DataLoader[Any]) -> tuple[Any, int, bool]:
+    """The order-giving sampler of a loader, its micro-batch, and whether it drops a partial batch."""
+    sampler: Any = loader.sampler
+    if type(loader.batch_sampler) is not BatchSampler:
+        return loader.batch_sampler, 1, bool(getattr(loader.batch_sampler, "drop_last", False))
+    if isinstance(sampler, DistributedSampler):  # sharding is done here, over the order it would have given
+        sampler = RandomSampler(loader.dataset) if sampler.shuffle else SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+    return sampler, loader.batch_sampler.batch_size, loader.batch_sampler.drop_last
+
+
+def _skipping(loader: Any, trainer: pl.Trainer) -> Any:
+    return SkipConsumed(loader, lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def take_over(trainer: pl.Trainer, seed: int) -> GlobalBatches | None:
+    """Route the trainer's loaders through `reorder`; called in `on_fit_start`. Returns the training order, if it has one.
+
+    Asked twice is asked once. Several training loaders at a time keep Lightning's own order.
+    """
+    trainer._accelerator_connector.use_distributed_sampler = False
+    for loop, training in ((trainer.fit_loop, True), (trainer.fit_loop.epoch_loop.val_loop, False)):
+        source = loop._data_source
+        if not source.is_defined():
+            continue
+        loaders = _reorder_all(source.dataloader(), training, seed, trainer)
+        loop._data_source = _DataLoaderSource(loaders, "")
+    loader = trainer.fit_loop._data_source.instance
+    return loader.batch_sampler if isinstance(getattr(loader, "batch_sampler", None), GlobalBatches) else None
+
+
+def _reorder_all(loaders: Any, training: bool, seed: int, trainer: pl.Trainer) -> Any:
+    if isinstance(loaders, DataLoader) or not isinstance(loaders, dict | list | tuple | CombinedLoader):
+        return reorder(loaders, training=training, seed=seed, trainer=trainer)
+    if training:
+        return loaders
+    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "sequential")
+    combined.flattened = [reorder(one, training=False, seed=seed, trainer=trainer) for one in combined.flattened]
+    return combined

@@ -1,0 +1,282 @@
+"""The one door to weights, gradients and optimizer state, under one device, DDP and DeepSpeed ZeRO-1/2/3 (offload too).
+
+Under every strategy each rank holds, of every trainable parameter, one contiguous slice of its flattened elements:
+all of it on one device and under DDP, a piece (maybe empty) under ZeRO. The door gives that slice of the master
+weight, of the gradient and of each optimizer state as a 1-D view: what is written there is what the optimizer uses.
+
+Two facts make local edits exact without communication:
+  * edits made at the accumulation boundary, before the step, reach every copy, because the step itself refreshes the
+    low-precision and the gathered weights from the masters (an edit of `p.data` is undone by the next step);
+  * an element whose weight, gradient and state are zero stays exactly zero under every element-wise optimizer.
+
+In ZeRO a gradient exists only between backward and step, so techniques act in `on_before_optimizer_step` and ask
+`at_boundary()` first: Lightning calls that hook on every micro-batch under DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import ShoestringError
+
+
+class NoShard(ShoestringError):
+    """The strategy keeps its parameters where this door cannot reach."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which elements of a flattened parameter this rank holds: [offset, offset + length) of `numel`."""
+
+    offset: int
+    length: int
+    shape: torch.Size
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This rank's elements of a tensor shaped like the parameter."""
+        return whole.reshape(-1)[self.offset : self.offset + self.length]
+
+
+class Shards:
+    """One device and DDP: every rank holds everything, and the parameter is its own master.
+
+    `parameters` are the trainable ones by name; `slices` says what this rank holds of each.
+    """
+
+    replicated = True  # every rank holds all elements
+
+    def __init__(self, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.optimizers = optimizers
+        self.slices = {name: self._slice(p) for name, p in self.parameters.items()}
+
+    # -- views of this rank's slice ----------------------------------------------------------------------------------
+    def master(self, name: str) -> Tensor:
+        """The weights the optimizer updates, [length]."""
+        return self.parameters[name].data.view(-1)
+
+    def gradient(self, name: str) -> Tensor | None:
+        """The averaged gradient of the whole global batch, [length]; None where there is none. At the boundary only."""
+        grad = self.parameters[name].grad
+        return None if grad is None else grad.view(-1)
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Optimizer states that go element by element with the parameter (exp_avg, …), each [length]."""
+        p = self.parameters[name]
+        return {k: v.view(-1) for k, v in self._entries(p).items() if torch.is_tensor(v) and v.shape == p.shape}
+
+    def scalars(self, name: str) -> dict[str, Any]:
+        """The optimizer's other states of this parameter: step counts, factored moments."""
+        p = self.parameters[name]
+        return {k: v for k, v in self._entries(p).items() if not (torch.is_tensor(v) and v.shape == p.shape)}
+
+    def restore(self, name: str, state: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Put back what `state` and `scalars` gave; creates the optimizer's entries where it has not stepped yet."""
+        p = self.parameters[name]
+        entries = self._entries(p)
+        for key, value in state.items():
+            entries[key] = value.to(p.device, copy=True).view(p.shape)
+        for key, value in scalars.items():
+            entries[key] = value.clone() if torch.is_tensor(value) else value
+
+    def set_gradient(self, name: str, value: Tensor) -> None:
+        """Replace the gradient at the boundary, [length]."""
+        view = self.gradient(name)
+        if view is not None:
+            view.copy_(value)
+
+    # -- the few moments that need more than the slice ---------------------------------------------------------------
+    def at_boundary(self) -> bool:
+        """Whether the optimizer steps after this micro-batch."""
+        return True
+
+    def publish(self) -> None:
+        """After editing masters between steps: refresh every copy made of them."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the ranks that hold different slices. Collective where sharded."""
+        return values
+
+    def gather(self, name: str, local: Tensor) -> Tensor:
+        """The whole tensor from every rank's slice, in the parameter's shape. Collective where sharded."""
+        return local.view(self.slices[name].shape)
+
+    def _slice(self, p: nn.Parameter) -> Slice:
+        return Slice(0, p.numel(), p.shape)
+
+    def _entries(self, p: nn.Parameter) -> dict[str, Any]:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if any(p is q for q in group["params"]):
+                    return optimizer.state[p]
+        return {}
+
+
+class _Zero(Shards):
+    """What ZeRO-1/2 and ZeRO-3 share: flat fp32 masters of which a parameter's slice is a narrow view."""
+
+    replicated = False
+
+    def __init__(self, module: nn.Module, engine: Any) -> None:
+        self.engine = engine
+        self.zero = engine.optimizer
+        super().__init__(module, [self.zero.optimizer])
+
+    def _flat(self, name: str) -> tuple[Tensor, int] | None:
+        """The flat master that holds this rank's slice, and where in it; None if the slice is empty."""
+        raise NotImplementedError
+
+    def master(self, name: str) -> Tensor:
+        return self._narrow(name, None)
+
+    def _narrow(self, name: str, flat: Tensor | None) -> Tensor:
+        place = self._flat(name)
+        if place is None:
+            return torch.empty(0)
+        return (place[0].data if flat is None else flat).view(-1).narrow(0, place[1], self.slices[name].length)
+
+    def _entries_at(self, name: str) -> tuple[Tensor, dict[str, Any]] | None:
+        place = self._flat(name)
+        return None if place is None else (place[0], self.zero.optimizer.state[place[0]])
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        if (found := self._entries_at(name)) is None:
+            return {}
+        flat, entries = found
+        return {k: self._narrow(name, v) for k, v in entries.items() if torch.is_tensor(v) and v.shape == flat.shape}
+
+    def scalars(self, name: str) -> dict[str, Any]:
+        if (found := self._entries_at(name)) is None:
+            return {}
+        flat, entries = found
+        return {k: v for k, v in entries.items() if not (torch.is_tensor(v) and v.shape == flat.shape)}
+
+    def restore(self, name: str, state: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        if (found := self._entries_at(name)) is None:
+            return
+        flat, entries = found
+        for key, value in state.items():
+            if key not in entries:
+                entries[key] = torch.zeros_like(flat.data)
+            self._narrow(name, entries[key]).copy_(value)
+        for key, value in scalars.items():
+            entries[key] = value.clone() if torch.is_tensor(value) else value
+
+    def at_boundary(self) -> bool:
+        return bool(self.engine.is_gradient_accumulation_boundary())
+
+    def total(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values)
+        return values
+
+    def gather(self, name: str, local: Tensor) -> Tensor:
+        where = self.slices[name]
+        whole = torch.zeros(where.numel, dtype=local.dtype, device=self.engine.device)
+        where.cut(whole).copy_(local)
+        dist.all_reduce(whole)  # slices do not overlap, so the sum is the whole
+        return whole.view(where.shape)
+
+
+class Zero12Shards(_Zero):
+    """ZeRO-1/2: every rank holds all low-precision weights, and masters and states of a flat partition."""
+
+    def _slice(self, p: nn.Parameter) -> Slice:
+        mapping = p._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return Slice(0, 0, p.shape)
+        return Slice(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel, p.shape)
+
+    def _flat(self, name: str) -> tuple[Tensor, int] | None:
+        mapping = self.parameters[name]._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        return self.zero.single_partition_of_fp32_groups[mapping.param_group_index], mapping.hp_fragment_address.start
+
+    def gradient(self, name: str) -> Tensor | None:
+        p = self.parameters[name]
+        if p._hp_mapping is None:  # type: ignore[attr-defined]
+            return None
+        fragment = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)  # type: ignore[attr-defined]
+        return None if fragment is None else fragment.view(-1)
+
+    def publish(self) -> None:
+        self.zero.update_lp_params()
+
+
+class Zero3Shards(_Zero):
+    """ZeRO-3: every parameter is cut into equal pieces, one a rank, the last ones padded."""
+
+    def _slice(self, p: nn.Parameter) -> Slice:
+        piece = p.ds_tensor.numel()  # type: ignore[attr-defined]
+        offset = min(dist.get_rank() * piece, p.ds_numel)  # type: ignore[attr-defined]
+        return Slice(offset, min(piece, p.ds_numel - offset), torch.Size(p.ds_shape))  # type: ignore[attr-defined]
+
+    def _flat(self, name: str) -> tuple[Tensor, int] | None:
+        p = self.parameters[name]
+        if self.slices[name].length == 0:
+            return None
+        group, start, _ = self.zero.grad_position[self.zero.get_param_id(p)]
+        flat = self.zero.fp32_partitioned_groups_flat[group]
+        if flat is None or self.zero._swappable_optimizer_subgroup(group):
+            raise NoShard("optimizer state on NVMe cannot be edited in place; offload it to the CPU instead")
+        return flat, start
+
+    def gradient(self, name: str) -> Tensor | None:
+        if self.slices[name].length == 0:
+            return None
+        view, _ = self.zero._get_fp32_grad_state_partition(self.parameters[name], release_swap_buffers=True)
+        return view.view(-1)[: self.slices[name].length]
+
+    def set_gradient(self, name: str, value: Tensor) -> None:
+        if (view := self.gradient(name)) is None:
+            return
+        view.copy_(value)
+        if self.zero.offload_optimizer:  # clipping reads norms that were taken when the gradient was offloaded
+            p = self.parameters[name]
+            self.zero.norm_for_param_grads[self.zero.get_param_id(p)] = self.zero._constant_buffered_norm2(view)
+
+    def publish(self) -> None:
+        for group in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+
+def shards_of(trainer: pl.Trainer, module: pl.LightningModule) -> Shards:
+    """The door for this run. Cheap after the first call; valid from `on_fit_start` to the end of the fit."""
+    door = getattr(trainer, "_shoestring_shards", None)
+    if door is None or door[0] is not trainer.strategy.model:
+        door = (trainer.strategy.model, _open(trainer, module))
+        trainer._shoestring_shards = door  # type: ignore[attr-defined]
+    return door[1]
+
+
+def cut(trainer: pl.Trainer, module: pl.LightningModule, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's slices of whole tensors, by parameter name. Also before the strategy has set up its model."""
+    if getattr(trainer.strategy, "zero_stage_3", None) is None:  # not DeepSpeed: every rank holds everything
+        return {name: whole.reshape(-1) for name, whole in wholes.items()}
+    door = shards_of(trainer, module)
+    return {name: door.slices[name].cut(whole).clone() for name, whole in wholes.items()}
+
+
+def _open(trainer: pl.Trainer, module: pl.LightningModule) -> Shards:
+    engine = getattr(trainer.strategy, "deepspeed_engine", None)
+    if engine is None:
+        if any(type(p).__name__ == "DTensor" for p in module.parameters()):
+            raise NoShard("parameters sharded as DTensor are not reachable yet; use ddp or zero1/2/3")
+        return Shards(module, list(trainer.optimizers))
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        raise NoShard("DeepSpeed stage 0 keeps no masters; use ddp, or zero1")
+    return Zero3Shards(module, engine) if stage == 3 else Zero12Shards(module, engine)

@@ -1,0 +1,1 @@
+"""Techniques by perspective: fewer weights."""

@@ -1,0 +1,1 @@
+"""Techniques by perspective: how the machine is used."""

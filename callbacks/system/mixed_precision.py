@@ -1,0 +1,49 @@
+"""Mixed precision: compute in 16 bits, keep master weights in 32 (arXiv 1710.03740)."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import pytorch_lightning as pl
+
+from ..contract import Card, Effect, Settings, Technique, Workload, require
+
+_LIGHTNING = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}
+
+
+class MixedPrecision(Technique, pl.Callback):
+    """Run matrix products in `dtype`: "bf16" (no loss scaling), "fp16" (dynamic loss scaling, CUDA only) or "fp32" (off).
+
+    Under DDP and one device this is autocast over fp32 weights; under ZeRO the weights are 16 bit and the optimizer
+    keeps sharded fp32 masters.
+    """
+
+    card = Card(
+        name="mixed_precision",
+        does="computes in bf16 or fp16 and keeps fp32 master weights",
+        paper="1710.03740",
+        saves=frozenset({"time", "memory", "communication"}),
+        keeps="result",
+        writes=frozenset({"numerics"}),
+    )
+
+    def __init__(self, *, dtype: str = "bf16") -> None:
+        self.dtype = dtype
+
+    def check(self) -> None:
+        require(self.dtype in _LIGHTNING, self, "dtype", " | ".join(sorted(_LIGHTNING)))
+
+    def needs(self) -> frozenset[str]:
+        return {"bf16": frozenset({"bf16"}), "fp16": frozenset({"fp16"})}.get(self.dtype, frozenset())
+
+    def edit(self, settings: Settings) -> Settings:
+        return settings.replace(precision=_LIGHTNING[self.dtype])
+
+    def predict(self, workload: Workload) -> Effect:
+        if self.dtype == "fp32":
+            return Effect()
+        return Effect(activations=0.5, communication=0.5)
+
+    @classmethod
+    def inert(cls) -> Self:
+        return cls(dtype="fp32")
