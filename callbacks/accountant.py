@@ -23,7 +23,7 @@ from .flops import FlopCounter, Flops
 from .meter import Windows, batch_size
 
 # what each rank adds to the exchanged vector
-SIGNAL, HORIZON, SAMPLES, TOKENS, COUNTED, REALISED, JOULES = range(7)
+SIGNAL, HORIZON, SAVE, SAMPLES, TOKENS, COUNTED, REALISED, JOULES = range(8)
 
 
 class Accountant(pl.Callback):
@@ -52,10 +52,12 @@ class Accountant(pl.Callback):
         self.evaluation_seconds = 0.0  # the last whole evaluation
         self.energy_source = "estimated"
         self.data_wait = 0.0
-        self._local = [0.0] * 7
+        self._local = [0.0] * 8
         self._flops: dict[Any, Flops] = {}
         self._counter: FlopCounter | None = None
-        self._signal = 0.0
+        self._signal = 0.0  # this rank has been asked to stop
+        self.signalled = False  # some rank has, and all ranks know it
+        self.save_due = False  # rank 0 wants a checkpoint, and all ranks know it
         self._first = True
         self._energy_due = 0.0
         self._batch_ended = perf_counter()
@@ -176,8 +178,8 @@ class Accountant(pl.Callback):
         spend.kwh = base.kwh + sums[JOULES] / 3.6e6
         if self.world > 1:
             self._follow(sums[HORIZON])
-        if sums[SIGNAL]:
-            self.on_signal()
+        self.signalled = self.signalled or sums[SIGNAL] > 0
+        self.save_due = self.save_due or sums[SAVE] > 0
 
     def _follow(self, last: float) -> None:
         if last and last != self.clock.horizon:
@@ -204,7 +206,7 @@ class Accountant(pl.Callback):
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._validation_batches += 1
         if self._signal or self.world > 1:
-            self._local[SIGNAL], self._local[HORIZON] = self._signal, 0
+            self._local[SIGNAL], self._local[HORIZON], self._local[SAVE] = self._signal, 0, 0
             self._hear(self.agreement.exchange(self._local))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -224,7 +226,7 @@ class Accountant(pl.Callback):
     # -- end ---------------------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.windows.enter("other")
-        self._local[SIGNAL] = self._local[HORIZON] = self._energy_due = 0
+        self._local[SIGNAL] = self._local[HORIZON] = self._local[SAVE] = self._energy_due = 0
         self.refresh()
         self.agreement.settle()
         self._hear(self.agreement.now(self._local))
@@ -241,9 +243,6 @@ class Accountant(pl.Callback):
 
     def on_replan(self, step: int, last: int) -> None:
         """The end of the run has moved."""
-
-    def on_signal(self) -> None:
-        """Some rank has been asked to stop; all ranks learn it at the same step."""
 
     # -- masks -------------------------------------------------------------------------------------------------------
     def _mask_version(self) -> Any:

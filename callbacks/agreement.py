@@ -51,6 +51,14 @@ class Agreement:
         dist.all_reduce(vector, group=self._group)
         return vector.tolist()
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank: for checkpoints, never inside the step."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
     def close(self) -> None:
         self.settle()
         if self._group is not None:

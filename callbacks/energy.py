@@ -2,7 +2,7 @@
 
 Three sources, tried in this order; a reading comes from exactly one of them, for the whole time since the meter began:
 
-    "nvml"       the driver's energy counter of this process's GPUs (Volta and later), else its power readings integrated
+    "nvml"       the driver's energy counter of this process's GPUs (Volta and later), else its power, integrated
     "rapl"       the CPU packages' energy counters of this node (`/sys/class/powercap`), without memory and the rest
     "estimated"  GPU:  watts_per_device x devices x wall seconds
                  CPU:  watts_per_device x (busy + 0.3 x idle),  busy = CPU seconds of this process,

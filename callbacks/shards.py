@@ -58,6 +58,7 @@ class Shards:
 
     def __init__(self, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         self.optimizers = optimizers
         self.slices = {name: self._slice(p) for name, p in self.parameters.items()}
 
@@ -90,6 +91,10 @@ class Shards:
         for key, value in scalars.items():
             entries[key] = value.clone() if torch.is_tensor(value) else value
 
+    def frozen(self) -> dict[str, tuple[Slice, Tensor]]:
+        """Parameters without gradients: this rank's slice and a view of it."""
+        return {n: (Slice(0, p.numel(), p.shape), p.data.view(-1)) for n, p in self._frozen.items()}
+
     def set_gradient(self, name: str, value: Tensor) -> None:
         """Replace the gradient at the boundary, [length]."""
         view = self.gradient(name)
@@ -110,7 +115,11 @@ class Shards:
 
     def gather(self, name: str, local: Tensor) -> Tensor:
         """The whole tensor from every rank's slice, in the parameter's shape. Collective where sharded."""
-        return local.view(self.slices[name].shape)
+        return self.gather_slice(self.slices[name], local)
+
+    def gather_slice(self, where: Slice, local: Tensor) -> Tensor:
+        """`gather` of a slice that is no parameter's."""
+        return local.view(where.shape)
 
     def _slice(self, p: nn.Parameter) -> Slice:
         return Slice(0, p.numel(), p.shape)
@@ -180,12 +189,11 @@ class _Zero(Shards):
         dist.all_reduce(values)
         return values
 
-    def gather(self, name: str, local: Tensor) -> Tensor:
-        where = self.slices[name]
-        whole = torch.zeros(where.numel, dtype=local.dtype, device=self.engine.device)
+    def gather_slice(self, where: Slice, local: Tensor) -> Tensor:
+        whole = torch.zeros(where.numel, dtype=_summable(local.dtype), device=self.engine.device)
         where.cut(whole).copy_(local)
         dist.all_reduce(whole)  # slices do not overlap, so the sum is the whole
-        return whole.view(where.shape)
+        return whole.view(where.shape).to(local.dtype)
 
 
 class Zero12Shards(_Zero):
@@ -222,6 +230,13 @@ class Zero3Shards(_Zero):
         offset = min(dist.get_rank() * piece, p.ds_numel)  # type: ignore[attr-defined]
         return Slice(offset, min(piece, p.ds_numel - offset), torch.Size(p.ds_shape))  # type: ignore[attr-defined]
 
+    def frozen(self) -> dict[str, tuple[Slice, Tensor]]:
+        found = {}
+        for name, p in self._frozen.items():
+            where = self._slice(p)
+            found[name] = (where, p.ds_tensor.data.view(-1)[: where.length])  # type: ignore[attr-defined]
+        return found
+
     def _flat(self, name: str) -> tuple[Tensor, int] | None:
         p = self.parameters[name]
         if self.slices[name].length == 0:
@@ -251,6 +266,10 @@ class Zero3Shards(_Zero):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+
+def _summable(dtype: torch.dtype) -> torch.dtype:
+    return torch.uint8 if dtype == torch.bool else dtype
 
 
 def shards_of(trainer: pl.Trainer, module: pl.LightningModule) -> Shards:

@@ -1,0 +1,299 @@
+"""The trainer's observer: the accountant, plus the journal, checkpoints, signals, W&B and the closing summary.
+
+One Lightning callback does all of it, because every callback costs a dozen calls a step whether it acts or not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+
+from .. import ShoestringError
+from ..callbacks.accountant import JOULES, SAVE, Accountant
+from ..callbacks.budget import Budget
+from ..callbacks.clock import Duration
+from ..callbacks.contract import Technique
+from ..callbacks.meter import Windows, communication_bytes, peak_bytes
+from ..callbacks.samples import take_over
+from . import state
+from .records import Records
+from .saving import Saver, save_final_weights
+from .signals import Preempted, StopRequest
+
+log = logging.getLogger("shoestring")
+
+
+class CannotResume(ShoestringError):
+    """This run directory cannot be continued as asked."""
+
+
+class Observer(Accountant):
+    """Keeps the run's records and its ability to go on. Made by `Trainer`."""
+
+    def __init__(
+        self,
+        budget: Budget,
+        *,
+        seed: int,
+        records: Records,
+        resume: Literal["auto", "must", False],
+        checkpoint_every: str | None,
+        keep: int,
+        strategy: str,
+        usd_per_device_hour: float,
+        watts_per_device: float | None,
+        log_every: int = 10,
+    ) -> None:
+        super().__init__(budget, usd_per_device_hour=usd_per_device_hour, watts_per_device=watts_per_device)
+        self.seed, self.records, self.resume = seed, records, resume
+        self.every = Duration.parse(checkpoint_every) if checkpoint_every else None
+        self.keep, self.strategy, self.log_every = keep, strategy, log_every
+        self.peak_flops: float | None = None
+        self.summary: dict[str, Any] = {}
+        self.request = StopRequest()
+        self.resumed_from: int | None = None
+        self._rng: Mapping[str, Any] | None = None
+        self._row_step = self._saved_step = -1
+        self._metrics: dict[str, float] = {}
+        self._finished = False
+
+    def begin(self, startup_seconds: float = 0.0) -> None:
+        """`fit` has been entered: the clock starts."""
+        self.windows = Windows()
+        self.windows.seconds["startup"] = startup_seconds
+
+    # -- start -------------------------------------------------------------------------------------------------------
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self.order = take_over(trainer, self.seed)
+        self.request.listen()
+        self.records.open(trainer)
+        self.saver = Saver(self.records.run_dir / "checkpoints", self.keep, self.agreement, self.records.event)
+        found = self.saver.restore(trainer, pl_module) if self.resume else None
+        if found is None:
+            if self.resume == "must":
+                raise CannotResume(f"{self.records.run_dir} has no checkpoint to resume from")
+            return
+        manifest, self._rng = found
+        if self.order is not None and manifest["global_batch"] not in (None, self.order.global_batch):
+            raise CannotResume(
+                f"the run in {self.records.run_dir} has {manifest['global_batch']} samples a step, and this loader makes "
+                f"{self.order.global_batch}. Choose batch size x ranks x accumulation to match."
+            )
+        self.resumed_from = manifest["step"]
+        self.clock.spend = self.records.spent(self.clock.spend)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        steps = self.clock.limits.get("steps")
+        if self.resumed_from is not None and steps and set(self.clock.limits) == {"steps"}:
+            if self.clock.horizon != int(steps):
+                self._follow(steps)
+        if self.clock.horizon is not None and self.clock.step >= self.clock.horizon:
+            self.stopped_by, trainer.should_stop = self._binding(), True
+        self.request.listen()
+        # Lightning asks all ranks about signals with a blocking broadcast before every batch; ours ride along
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        self._trainable = sum(p.numel() for p in self._parameters if p.requires_grad)
+        self.records.started(trainer, self.resumed_from, self.strategy)
+        self._row_tokens, self._row_time = self.clock.spend.tokens or self.clock.spend.samples, perf_counter()
+        self._next_save = self._save_moment()
+        if self._rng is not None:
+            state.set_rng_state(self._rng)
+        else:
+            state.seed_rank(self.seed, trainer.global_rank, self.clock.step)
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.request.received:
+            self._signal = 1.0
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> None:
+        step = self.clock.step
+        due = step % self.log_every == 0 or perf_counter() - self._row_time > 0.25
+        if self.records.keeps and (due or trainer.should_stop):
+            self._row(trainer, outputs)
+        first = self._saved_step < 0
+        if self.every is None:
+            due = False
+        elif self.every.counts == "steps":
+            due = step % int(self.every.amount) == 0
+        else:
+            due = self.save_due
+            self._local[SAVE] = float(trainer.is_global_zero and self._save_moment() > self._next_save)
+        if first or due or trainer.should_stop or self.signalled:
+            self._save(trainer, pl_module)
+        if self.signalled and not trainer.should_stop:
+            raise self._preempted(trainer)
+
+    def _row(self, trainer: pl.Trainer, outputs: Any) -> None:
+        now, spend = perf_counter(), self.clock.spend
+        done = spend.tokens or spend.samples
+        rate = (done - self._row_tokens) / max(1e-9, now - self._row_time)
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        row = {
+            "step": self.clock.step,
+            "loss": float(loss) if loss is not None else None,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "progress": self.clock.progress,
+            "horizon": self.clock.horizon,
+            "tokens_per_second" if spend.tokens else "samples_per_second": rate,
+            "data_wait": self.data_wait / max(1e-9, self._train_seconds()),
+            "peak_bytes": peak_bytes(trainer.strategy.root_device),
+            **self._totals(),
+        }
+        self._row_tokens, self._row_time, self._row_step = done, now, self.clock.step
+        self.records.step(self.clock.step, row)
+
+    def _totals(self) -> dict[str, Any]:
+        spend = self.clock.spend
+        return {
+            "samples": spend.samples,
+            "tokens": spend.tokens,
+            "seconds": spend.seconds,
+            "device_seconds": spend.device_seconds,
+            "usd": spend.usd,
+            "kwh": spend.kwh,
+            "kwh_source": self.energy_source,
+            "flops_counted": spend.flops_counted,
+            "flops_realised": spend.flops,
+            "mfu": self._mfu(),
+        }
+
+    def _train_seconds(self) -> float:
+        opened = perf_counter() - self.windows._since if self.windows._open == "train" else 0.0
+        return self.windows.seconds.get("train", 0.0) + opened
+
+    def _mfu(self) -> float | None:
+        """Counted FLOPs of this attempt's steps over what the devices could have done meanwhile."""
+        if not self.peak_flops:
+            return None
+        done = self.clock.spend.flops_counted - self._base.flops_counted
+        return done / max(1e-9, self._train_seconds() * self.peak_flops * self.world)
+
+    def on_replan(self, step: int, last: int) -> None:
+        self.records.event("replan", step=step, last=last, progress=self.clock.progress)
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+    def _save_moment(self) -> float:
+        """How many whole checkpoint intervals have passed."""
+        if self.every is None or self.every.counts == "steps":
+            return 0
+        if self.every.counts == "progress":
+            return self.clock.progress // self.every.amount
+        if self.every.counts == "epochs":
+            return self.clock.step / (self.clock.steps_per_epoch or 1) // self.every.amount
+        return self.clock.spend.get(self.every.counts) // self.every.amount
+
+    def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self._saved_step == self.clock.step:
+            return
+        self.windows.enter("checkpoint")
+        self._saved_step, self.save_due, self._local[SAVE] = self.clock.step, False, 0.0
+        self.records.sync()
+        about = {"global_batch": self.order and self.order.global_batch, "accumulate": trainer.accumulate_grad_batches}
+        self.saver.save(trainer, module, self.clock.step, about)
+        self._next_save = self._save_moment()
+        self.windows.enter("train")
+        self.pause_ended()
+        self.guard.reserve_seconds = 2 * self.saver.seconds + self.evaluation_seconds
+
+    def _preempted(self, trainer: pl.Trainer) -> BaseException:
+        self.records.event(
+            "preempted", step=self.clock.step, signal=self.request.received or "on another rank", **self._totals()
+        )
+        log.warning("asked to stop: step %d is saved; the same command goes on from here", self.clock.step)
+        # Lightning's launcher kills rank 0 when a rank that it started returns anything but 0
+        own = getattr(trainer.strategy.launcher, "procs", None) is not None and not _external(trainer)
+        return Preempted(0) if own and trainer.local_rank > 0 else Preempted()
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self._signal = float(bool(self.request.received))
+        super().on_validation_batch_end(trainer, pl_module, *args)
+        if self.signalled and not trainer.sanity_checking and not trainer.should_stop:
+            raise StopIteration  # ends the evaluation; weights are put back before anything is saved
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.sanity_checking:
+            return
+        if self.signalled and not trainer.should_stop:
+            self._save(trainer, pl_module)
+            raise self._preempted(trainer)
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if isinstance(v, torch.Tensor | float | int)}
+        self._metrics.update(found)
+        self.records.step(self.clock.step, {"step": self.clock.step, **found})
+
+    # -- end ---------------------------------------------------------------------------------------------------------
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.saver.seconds or self.resumed_from is not None:
+            if self._saved_step != self.clock.step and self.resumed_from != self.clock.step:
+                self._save(trainer, pl_module)
+                self.windows.enter("other")
+            save_final_weights(trainer, pl_module, self.records.run_dir / "final.safetensors")
+        self.refresh()
+        peaks = self.agreement.gather((peak_bytes(trainer.strategy.root_device), self._local[JOULES]))
+        self.summary = {
+            "steps": self.clock.step,
+            **self._totals(),
+            "peak_bytes": max(p for p, _ in peaks),
+            "tokens_per_second": (self.clock.spend.tokens - self._base.tokens) / max(1e-9, self._train_seconds()),
+            "samples_per_second": (self.clock.spend.samples - self._base.samples) / max(1e-9, self._train_seconds()),
+            "data_wait": self.data_wait / max(1e-9, self._train_seconds()),
+            "comm_bytes": self._communication(trainer),
+            "windows": dict(self.windows.seconds),
+            "stopped_by": self.stopped_by or ("max_epochs" if not trainer.should_stop else "callback"),
+            "budget": dict(self.budget.given()),
+            "strategy": self.strategy,
+            "world_size": trainer.world_size,
+            "resumed_from": self.resumed_from,
+            "metrics": {**self._metrics, **_floats(trainer.callback_metrics)},
+            "run_dir": str(self.records.run_dir),
+        }
+        self._finish(trainer)
+        self.records.finished(self.summary, self.windows.seconds)
+
+    def _communication(self, trainer: pl.Trainer) -> float:
+        size = 2 if "16" in str(trainer.precision) else 4
+        each = communication_bytes(
+            self.strategy, self._trainable, size, trainer.world_size, trainer.accumulate_grad_batches
+        )
+        return each * (self.clock.step - self._base.steps)
+
+    def _binding(self) -> str:
+        return min(self.clock.limits, key=lambda name: self.clock.limits[name] - self.clock.spend.get(name))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._finish(trainer)
+        preempted = isinstance(exception, Preempted)
+        reason = None if preempted else f"{type(exception).__name__}: {exception}"
+        self.records.failed(self.clock.step, reason)
+
+    def _finish(self, trainer: pl.Trainer) -> None:
+        if not self._finished:
+            self._finished = True
+            self.request.release()
+
+    def technique_claims(self, trainer: pl.Trainer) -> list[Technique]:
+        return [c for c in trainer.callbacks if isinstance(c, Technique)]
+
+
+def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in metrics.items() if isinstance(v, torch.Tensor | float | int)}
+
+
+def _external(trainer: pl.Trainer) -> bool:
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return bool(environment is not None and environment.creates_processes_externally)

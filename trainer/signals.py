@@ -1,0 +1,62 @@
+"""Signals become a sticky flag; the ranks agree on it at a step boundary (see callbacks/agreement.py).
+
+Exit codes of a run: 0 finished, 1 failure, 2 bad input, 85 saved - run me again, 86 this node is bad.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+FINISHED, FAILURE, BAD_INPUT, SAVED, BAD_NODE = 0, 1, 2, 85, 86
+
+# a scheduler's warning, its end, and Ctrl-C (a second Ctrl-C interrupts at once)
+ASKS_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop, has saved, and goes on when the same command is given again. Exits with 85."""
+
+    def __init__(self, code: int = SAVED) -> None:
+        super().__init__(code)
+
+
+class StopRequest:
+    """Listens for signals. `received` is the first one's name, or None."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Take over the handlers; again after Lightning has put in its own, which communicate inside the handler."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in ASKS_TO_STOP:
+            current = signal.getsignal(number)
+            if current != self._handle:
+                self._before.setdefault(number, current)
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number).name
+
+    def release(self) -> None:
+        """Give the handlers back."""
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._before = {}
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies, so that no rank outlives a killed rank 0 (Linux)."""
+    import ctypes
+    import sys
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)

@@ -1,0 +1,220 @@
+"""`Trainer`: a `pl.Trainer` that composes techniques, keeps a budget, records what it cost, and resumes exactly.
+
+The loop, with the hooks in it (`A` micro-batches make one optimizer step):
+
+    fit(module, data)
+      setup                         techniques prepare the module
+      strategy.setup                DDP wraps it, or DeepSpeed makes its engine
+      on_fit_start                  the observer takes over the sample order and restores the newest intact checkpoint
+      on_train_start                base rates are read, random states are set
+      for step in clock:            until the horizon, which the guard re-plans from measured cost
+        for micro in range(A):
+          on_train_batch_start      rates for this step; the batch is cut; the meter notes its shape
+          training_step, backward
+          on_before_optimizer_step  masks, at the accumulation boundary only
+          optimizer step
+          on_train_batch_end        averages; then the observer: spend, decisions, journal, checkpoint, signals
+      validation                    with averaged weights, at `evaluation.every` and once at the end
+      on_train_end                  averages become the model; rates at their floor; final weights, summary
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+
+from ..callbacks.budget import Budget
+from ..callbacks.compose import compose
+from ..callbacks.contract import Settings, Technique, Unfit
+from ..callbacks.optimization.lr_schedule import LRSchedule
+from . import checkpoint
+from .machine import facts as machine_facts
+from .machine import peak
+from .observer import CannotResume, Observer
+from .records import Records
+from .signals import die_with_parent
+from .zero import NAMES, make_strategy
+
+
+class Trainer(pl.Trainer):
+    """Everything `pl.Trainer` takes still works; these come first.
+
+    budget: ends the run, annealed, when the first limit is reached.
+    techniques: composed and ordered by their cards; `Unfit` says what does not go together.
+    strategy: single | ddp | zero1 | zero2 | zero3 | auto, or anything Lightning knows. `offload` as in `make_strategy`.
+    run_dir: the run's home (checkpoints/, events/, summary.json, final.safetensors); the same command with the same
+        run_dir resumes. None makes a new one under runs/.
+    resume: "auto", "must" (fail if there is nothing to resume) or False (start over only where nothing is).
+    ledger: index the run in the user's ledger. wandb: "offline", "online", a mapping with "mode" and "project", or None.
+    checkpoint_every: a duration such as "10 min" or "500 steps"; None saves at the first and the last step only.
+    usd_per_device_hour, watts_per_device: prices of this machine, for dollars and estimated energy.
+
+    After `fit`, `summary` holds steps, tokens, samples, seconds, device_seconds, usd, kwh (+ kwh_source), flops_counted,
+    flops_realised, peak_bytes, tokens_per_second, mfu, stopped_by and final metrics.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | None = None,
+        techniques: Sequence[Technique] = (),
+        strategy: Any = "auto",
+        devices: Any = "auto",
+        num_nodes: int = 1,
+        seed: int = 0,
+        run_dir: str | os.PathLike[str] | None = None,
+        resume: Literal["auto", "must", False] = "auto",
+        ledger: bool = True,
+        wandb: Any = None,
+        checkpoint_every: str | None = "5 min",
+        *,
+        offload: str = "none",
+        keep_checkpoints: int = 2,
+        usd_per_device_hour: float = 0.0,
+        watts_per_device: float | None = None,
+        log_every: int = 10,
+        records: Records | None = None,
+        **lightning: Any,
+    ) -> None:
+        budget = budget or Budget()
+        accelerator = _accelerator(lightning.get("accelerator", "auto"))
+        if devices == "auto" and accelerator == "cpu":
+            devices = 1
+        name = _strategy_name(strategy, devices, num_nodes)
+        own_schedule = budget and not any(t.card.name == "lr_schedule" for t in techniques)
+        chosen = [*techniques, LRSchedule()] if own_schedule else list(techniques)
+        composition = compose(chosen, facts(name, accelerator, offload))
+        settings = _fold(composition.techniques, lightning)
+        made = strategy
+        if isinstance(name, str) and name in NAMES:
+            made = make_strategy(name, accelerator=accelerator, offload=offload, options=settings.strategy_options)
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            die_with_parent()
+        if budget and not lightning.keys() & {"max_epochs", "max_steps"}:
+            lightning["max_epochs"] = -1
+        self.seed = seed
+        self.records = records or Records(run_dir, ledger=ledger, wandb=_wandb(wandb))
+        self.composition = composition
+        self.observer = Observer(
+            budget,
+            seed=seed,
+            records=self.records,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+            keep=keep_checkpoints,
+            strategy=name if isinstance(name, str) else type(name).__name__,
+            usd_per_device_hour=usd_per_device_hour,
+            watts_per_device=watts_per_device,
+            log_every=log_every,
+        )
+        self._guess = next((t for t in composition.techniques if own_schedule and t.card.name == "lr_schedule"), None)
+        given = lightning.pop("callbacks", None) or []
+        given = [given] if isinstance(given, pl.Callback) else list(given)
+        for quiet in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"):
+            lightning.setdefault(quiet, False)
+        super().__init__(
+            strategy=made,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=settings.precision,
+            accumulate_grad_batches=settings.accumulate_grad_batches,
+            callbacks=[*given, *composition.techniques, self.observer],
+            **lightning,
+        )
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the last `fit` cost and reached."""
+        return self.observer.summary
+
+    def fit(self, *args: Any, startup_seconds: float = 0.0, **kwargs: Any) -> None:
+        """As `pl.Trainer.fit`. Resumes from `run_dir` where there is something to resume.
+
+        Ends with `SystemExit(85)` after a signal, when everything is saved and the same command should run again.
+        """
+        self.observer.begin(startup_seconds)
+        self._same_global_batch()
+        if self.observer.peak_flops is None and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            self.observer.peak_flops = peak(_dtype(str(self.precision)), machine_facts().hardware)[0]
+        super().fit(*args, **kwargs)
+
+    def _same_global_batch(self) -> None:
+        """Resumed on another number of ranks: accumulate more or less, so that every step sees the same samples."""
+        if not self.observer.resume or self.records.given is None:
+            return
+        root = Path(self.records.given) / "checkpoints"
+        for step in reversed(checkpoint.steps(root)):
+            try:
+                manifest = checkpoint.read_manifest(root / f"{step:09d}")
+            except checkpoint.DamagedCheckpoint:
+                continue
+            before, now = manifest["world_size"], self.num_devices * self.num_nodes
+            accumulate = manifest["accumulate"] * before
+            if before != now and manifest["global_batch"] is not None:
+                if accumulate % now:
+                    raise CannotResume(
+                        f"{manifest['global_batch']} samples a step, in micro-batches of "
+                        f"{manifest['global_batch'] // accumulate}, do not divide among {now} ranks; "
+                        f"use a number of ranks that divides {accumulate}"
+                    )
+                self.accumulate_grad_batches = accumulate // now
+            return
+
+
+def facts(strategy: Any, accelerator: str, offload: str = "none", optimizer: str | None = None) -> frozenset[str]:
+    """What techniques may need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", …, "offload"."""
+    machine = machine_facts()
+    found = {accelerator}
+    if machine.bf16 or accelerator == "cpu":  # CPUs without bf16 instructions emulate it
+        found.add("bf16")
+    if machine.fp16 and accelerator == "cuda":
+        found.add("fp16")
+    if isinstance(strategy, str):
+        found.add(f"zero-{strategy[-1]}" if strategy.startswith("zero") else strategy)
+    if offload != "none":
+        found.add("offload")
+    if optimizer:
+        found.add(optimizer)
+    return frozenset(found)
+
+
+def _strategy_name(strategy: Any, devices: Any, nodes: int) -> Any:
+    """The name of one of our strategies, or what was given, for Lightning to understand."""
+    if strategy != "auto":
+        return strategy
+    count = len(devices) if isinstance(devices, list | tuple) else devices
+    if count in ("auto", -1, "-1"):
+        count = max(1, torch.cuda.device_count())
+    return "single" if int(count) * nodes == 1 else "ddp"
+
+
+def _accelerator(given: Any) -> str:
+    if given in ("auto", "gpu", "cuda"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return given if isinstance(given, str) else type(given).__name__
+
+
+def _fold(techniques: Sequence[Technique], lightning: dict[str, Any]) -> Settings:
+    """The settings techniques ask for; the user's own keyword arguments come first and may not contradict them."""
+    precision = str(lightning.pop("precision", None) or "32-true")
+    accumulate = lightning.pop("accumulate_grad_batches", 1)
+    settings = Settings(precision=precision, accumulate_grad_batches=accumulate)
+    for technique in techniques:
+        settings = technique.edit(settings)
+    if precision not in ("32-true", "32", settings.precision):
+        raise Unfit(f"precision={precision!r} and a technique that sets {settings.precision!r} disagree. Keep one.")
+    return settings
+
+
+def _dtype(precision: str) -> str:
+    return "bf16" if "bf16" in precision else "fp16" if "16" in precision else "fp32"
+
+
+def _wandb(given: Any) -> Mapping[str, Any] | None:
+    if given in (None, False, "off"):
+        return None
+    return {"mode": given} if isinstance(given, str) else dict(given)

@@ -1,0 +1,110 @@
+"""Strategies by name: single, ddp, zero1, zero2, zero3, on GPUs (NCCL) and on CPUs (gloo), with offload.
+
+Lightning's DeepSpeedStrategy refuses any accelerator but CUDA by a guard, not by inability; the subclass below steps
+past the guard, so every ZeRO path runs, and is tested, on machines without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .. import ShoestringError
+
+if TYPE_CHECKING:
+    from pytorch_lightning.strategies import Strategy
+
+NAMES = ("single", "ddp", "zero1", "zero2", "zero3")
+OFFLOADS = ("none", "optimizer", "parameters")
+
+
+class UnknownStrategy(ShoestringError):
+    """Not one of our strategies, or an offload it does not have."""
+
+
+def make_strategy(
+    name: str, *, accelerator: str, offload: str = "none", options: Mapping[str, Any] | None = None
+) -> Strategy | str:
+    """The Lightning strategy for `name` on `accelerator` ("cpu" or "cuda"); `options` go to its constructor.
+
+    `offload`: "optimizer" keeps optimizer state in host memory (ZeRO-2/3), "parameters" also the weights (ZeRO-3).
+    """
+    if name not in NAMES:
+        raise UnknownStrategy(f"strategy {name!r} is not among {', '.join(NAMES)}")
+    stage = int(name[-1]) if name.startswith("zero") else 0
+    if offload not in OFFLOADS:
+        raise UnknownStrategy(f"offload {offload!r} is not among {', '.join(OFFLOADS)}")
+    if (offload != "none" and stage < 2) or (offload == "parameters" and stage < 3):
+        raise UnknownStrategy(f"offload {offload!r} needs {'zero3' if offload == 'parameters' else 'zero2 or zero3'}")
+    backend = "nccl" if accelerator == "cuda" else "gloo"
+    if name == "single":
+        return "auto"
+    if name == "ddp":
+        from pytorch_lightning.strategies import DDPStrategy
+
+        return DDPStrategy(process_group_backend=backend, **(options or {}))
+    from .extensions import prepare_environment
+
+    prepare_environment(name, offload, accelerator)
+    return _zero_class()(
+        config=_config(stage, offload, **(options or {})),
+        process_group_backend=backend,
+    )
+
+
+def _config(stage: int, offload: str, **zero: Any) -> dict[str, Any]:
+    zero_config: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True, **zero}
+    if offload != "none":
+        zero_config["offload_optimizer"] = {"device": "cpu"}
+    if offload == "parameters":
+        zero_config["offload_param"] = {"device": "cpu"}
+    return {
+        "zero_optimization": zero_config,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's own optimizer steps offloaded state: nothing to compile
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only prints with it; the loaders decide
+    }
+
+
+def _zero_class() -> type[Strategy]:
+    """Made on first use: DeepSpeed takes seconds to import."""
+    import argparse
+
+    import deepspeed
+    from lightning_fabric.utilities.seed import reset_seed
+    from pytorch_lightning.accelerators import CUDAAccelerator
+    from pytorch_lightning.strategies import DeepSpeedStrategy
+    from torch.nn import Module
+    from torch.optim import Optimizer
+
+    class ZeroStrategy(DeepSpeedStrategy):
+        """DeepSpeedStrategy that also runs on CPUs over gloo."""
+
+        def setup_environment(self) -> None:
+            super(DeepSpeedStrategy, self).setup_environment()  # its own adds nothing but the CUDA guard
+
+        def setup_distributed(self) -> None:
+            if isinstance(self.accelerator, CUDAAccelerator):
+                super().setup_distributed()
+                return
+            reset_seed()
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+
+        def _setup_model_and_optimizer(
+            self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
+        ) -> tuple[Any, Any]:
+            if isinstance(self.accelerator, CUDAAccelerator):
+                return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+            engine, zero, _, _ = deepspeed.initialize(
+                args=argparse.Namespace(device_rank=self.local_rank),  # a CPU device has no index to take it from
+                config=self.config,
+                model=model,
+                model_parameters=[p for p in model.parameters() if p.requires_grad],
+                optimizer=optimizer,
+                lr_scheduler=lr_scheduler,
+                dist_init_required=False,
+            )
+            return engine, zero
+
+    return ZeroStrategy
