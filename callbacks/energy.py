@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -93,8 +92,8 @@ class EnergyMeter:
 class Rapl:
     """Energy of the CPU packages of this node, from the kernel's wrapping microjoule counters.
 
-    Only `intel-rapl:<n>` zones named "package-*" count (AMD's appear under the same name): their subzones are parts of
-    them, "psys" contains them, and "intel-rapl-mmio" repeats them. One wrap between two readings is undone; a
+    Only `intel-rapl:*` zones named "package-*" count (AMD's appear under the same name): other zones are parts of
+    them, "psys" contains them, and "intel-rapl-mmio:*" repeats them. One wrap between two readings is undone; a
     package at 250 W wraps every 17 minutes.
     """
 
@@ -124,8 +123,7 @@ class Rapl:
 
 
 def _is_package(zone: Path) -> bool:
-    named = (zone / "name").read_text().strip()
-    return re.fullmatch(r"intel-rapl:\d+", zone.name) is not None and named.startswith("package")
+    return (zone / "name").read_text().startswith("package")
 
 
 class Nvml:

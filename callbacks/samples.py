@@ -141,6 +141,10 @@ class SeededSamples(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __getitem__(self, index: int) -> Any:
+        """A sample outside the training order, as the dataset gives it."""
+        return self.dataset[index]
+
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
         if get_worker_info() is not None:
             return [self._read(*key) for key in keys]

@@ -201,7 +201,7 @@ def _compiler() -> Finding:
         return Finding("compiler", True, ", ".join(map(str, found)))
     missing = " and ".join(name for name, path in zip(("a C++ compiler", "ninja"), found, strict=True) if path is None)
     mend = "sudo apt-get install g++ ninja-build"
-    return Finding("compiler", None, f"{missing} missing: only needed to offload from a GPU", mend)
+    return Finding("compiler", None, f"{missing} missing: only DeepSpeed's own optimizers need it", mend)
 
 
 def _extensions() -> Finding:
@@ -212,7 +212,7 @@ def _extensions() -> Finding:
         where = " ".join(map(str, locks))
         return Finding("extensions", False, f"{len(locks)} stale build lock: the next build would hang", f"rm {where}")
     built = [name for name in BUILDERS if (private / name / f"{name}.so").exists()]
-    return Finding("extensions", True, f"{', '.join(built) or 'none'} built in {private}; none needed on a CPU")
+    return Finding("extensions", True, f"{', '.join(built) or 'none'} built in {private}; none is needed")
 
 
 def _wandb() -> Finding:

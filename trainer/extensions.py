@@ -6,9 +6,10 @@ builders with an empty file named `lock` in the build folder, and a killed build
 waits on it for ever, silently.
 
 What this module does.
-- CPU: nothing is compiled, ever. The shared-memory kernel is declined, gloo does all communication (bit for bit the
-  same results), and offload runs torch's own AdamW (DeepSpeed config: `"zero_force_ds_cpu_optimizer": false`).
-- GPU with offload: `cpu_adam` is built once, aloud, before the ranks need it.
+- CPU: the shared-memory kernel is declined; gloo does all communication, with the same results to the last bit.
+- Offload, on CPU and GPU hosts, needs no `cpu_adam`: torch.optim.AdamW(fused=True) steps host memory as fast (14.5
+  against 14.2 ms for 20 million parameters on one core; torch without `fused` takes 130 ms). DeepSpeed accepts it with
+  `"zero_force_ds_cpu_optimizer": false`. Who passes DeepSpeedCPUAdam all the same gets it built first, aloud.
 - Builds live in a folder of our own per torch, DeepSpeed, Python and CPU type (they are compiled for the native CPU).
 - A lock nobody holds is removed with a message. A live one is waited for, with a message and a limit.
 """
@@ -56,15 +57,16 @@ class ExtensionsError(ShoestringError):
     """A DeepSpeed extension that cannot be built, or a build that does not end."""
 
 
-def prepare_environment(strategy: str, offload: str, accelerator: str) -> None:
+def prepare_environment(strategy: str, offload: str, accelerator: str, *, ds_optimizer: bool = False) -> None:
     """Call on every rank before DeepSpeed is initialized; safe to call on all at once and again.
 
-    strategy     a recipe's strategy name; nothing happens unless it is a ZeRO stage
-    offload      "none", "optimizer" or "parameters"
-    accelerator  "cpu" or "cuda"
+    strategy      a recipe's strategy name; nothing happens unless it is a ZeRO stage
+    offload       "none", "optimizer" or "parameters"
+    accelerator   "cpu" or "cuda"
+    ds_optimizer  whether DeepSpeedCPUAdam steps the offloaded state; torch's optimizers need nothing built
 
     Sets TORCH_EXTENSIONS_DIR (unless set) and DS_ACCELERATOR, and removes stale locks. CPU: imports deepspeed and makes
-    it decline its shared-memory kernel. GPU with offload: builds cpu_adam if need be; the node's other ranks wait.
+    it decline its shared-memory kernel. With ds_optimizer: one process builds cpu_adam, the node's other ranks wait.
     """
     if not strategy.startswith("zero"):
         return
@@ -74,7 +76,7 @@ def prepare_environment(strategy: str, offload: str, accelerator: str) -> None:
         settle(lock)
     if accelerator == "cpu":
         _decline_shared_memory_kernel()
-    elif offload != "none":
+    if offload != "none" and ds_optimizer:
         prebuild(["cpu_adam"])
 
 

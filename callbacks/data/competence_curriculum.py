@@ -13,7 +13,7 @@ import torch
 
 from ..clock import Duration, clock_of
 from ..contract import Card, Technique, derive_seed, require
-from ..samples import GlobalBatches, take_over
+from ..samples import seeded, take_over
 
 Difficulty = str | Sequence[float] | Callable[[Any], float]
 
@@ -95,8 +95,8 @@ class CompetenceCurriculum(Technique, pl.Callback):
         if batches is None:
             raise TypeError("competence_curriculum needs one map-style DataLoader to choose samples from")
         loader = trainer.fit_loop._data_source.instance
-        self._easiest = np.argsort(score(loader.dataset, self.difficulty), kind="stable")
-        self._clock = clock_of(trainer) if hasattr(trainer, "_shoestring_clock") else None
+        with seeded(derive_seed(self._seed, self.card.name)):  # random datasets score alike on all ranks
+            self._easiest = np.argsort(score(loader.dataset, self.difficulty), kind="stable")
         self._trainer = trainer
         batches.select = self._select
 
