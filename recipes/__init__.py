@@ -1,0 +1,20 @@
+"""What a run is, as data: YAML in, a validated, frozen, content-hashed `Recipe` out. Nothing here imports torch."""
+
+from .dump import dump_recipe
+from .load import load_recipe, recipe_from, shipped_recipes
+from .problems import Problem, RecipeError, problem
+from .schema import BudgetSpec, Goal, Recipe, TechniqueSpec
+
+__all__ = [
+    "BudgetSpec",
+    "Goal",
+    "Problem",
+    "Recipe",
+    "RecipeError",
+    "TechniqueSpec",
+    "dump_recipe",
+    "load_recipe",
+    "problem",
+    "recipe_from",
+    "shipped_recipes",
+]

@@ -1,0 +1,202 @@
+"""What must hold between the fields of a recipe, each rule a function that yields what is broken.
+
+A rule names the keys it reads. It is skipped when one of them is itself in error, so that one mistake is reported once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .problems import did_you_mean, distance
+from .schema import CODE, BudgetSpec, Recipe
+
+TEXT_TASKS = ("causal-lm", "sequence-classification")
+BUILTIN_DATA = {  # source -> the tasks it has what it takes for
+    "python-stdlib": ("causal-lm",),
+    "python-packages": ("sequence-classification", "causal-lm"),
+    "digits": ("image-classification",),
+}
+IMAGE_KINDS = ("mlp", "cnn")
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A broken rule at `key`; `found` is None for the value as the user wrote it."""
+
+    key: str
+    allowed: str
+    hint: str = ""
+    found: str | None = None
+
+
+Check = Callable[[Recipe], Iterator[Broken]]
+RULES: list[tuple[tuple[str, ...], Check]] = []
+
+
+def broken(recipe: Recipe, allow_code: bool, bad: Callable[[str], bool]) -> Iterator[Broken]:
+    """Every rule that `recipe` breaks; `bad` says of a dotted key whether it was found in error already."""
+    for reads, check in RULES:
+        if not any(bad(key) for key in reads):
+            yield from check(recipe)
+    if not allow_code:
+        yield from (found for found in code(recipe) if not bad(found.key))
+
+
+def is_code(text: str) -> bool:
+    """Whether `text` is a `module:attr` of the user's own."""
+    return re.match(CODE, text) is not None
+
+
+def reading(*keys: str) -> Callable[[Check], Check]:
+    """Register a rule with the keys that it reads."""
+
+    def register(check: Check) -> Check:
+        RULES.append((keys, check))
+        return check
+
+    return register
+
+
+def code(recipe: Recipe) -> Iterator[Broken]:
+    """A recipe is data: what would run somebody's code is the caller's to allow, not the file's."""
+    rule, hint = "a module:attr only with --allow-code", "pass --allow-code if you trust it"
+    names = [("model.task", recipe.model.task), ("data.source", recipe.data.source)]
+    names += [(f"techniques.{technique.name}", technique.name) for technique in recipe.techniques]
+    for key, name in names:
+        if is_code(name):
+            yield Broken(key, rule, hint, name)
+    free = {"model.config": recipe.model.config, "model.args": recipe.model.args, "data.args": recipe.data.args}
+    for key, values in free.items():
+        if (values or {}).get("trust_remote_code"):
+            yield Broken(f"{key}.trust_remote_code", "true only with --allow-code", hint)
+
+
+@reading("budget")
+def some_budget(recipe: Recipe) -> Iterator[Broken]:
+    keys = list(BudgetSpec.model_fields)
+    if all(getattr(recipe.budget, key) is None for key in keys):
+        hint = 'impossible budget: the run would never end; write for example `hours: "10 min"`'
+        yield Broken("budget", f"at least one of {', '.join(keys)}", hint, "no limit")
+
+
+@reading("goal")
+def one_bound(recipe: Recipe) -> Iterator[Broken]:
+    if recipe.goal and (recipe.goal.above is None) == (recipe.goal.below is None):
+        found = "neither above nor below" if recipe.goal.above is None else "both above and below"
+        yield Broken("goal", "exactly one of above and below", found=found)
+
+
+@reading("model.task", "model.name", "model.config")
+def one_origin(recipe: Recipe) -> Iterator[Broken]:
+    model = recipe.model
+    if model.task not in TEXT_TASKS or (model.name is None) != (model.config is None):
+        return
+    found = "neither name nor config" if model.name is None else "both name and config"
+    hint = "name starts from a trained model, config from scratch"
+    if model.name is not None:
+        hint += "; set the other to null"
+    yield Broken("model", f"exactly one of name and config for {model.task}", hint, found)
+
+
+@reading("model.task", "model.config")
+def config_kind(recipe: Recipe) -> Iterator[Broken]:
+    config = recipe.model.config
+    if recipe.model.task in TEXT_TASKS and config is not None and not isinstance(config.get("model_type"), str):
+        yield Broken("model.config", "a mapping with model_type, like {model_type: llama, hidden_size: 128}")
+
+
+@reading("model.task", "model.name", "model.config")
+def image_model(recipe: Recipe) -> Iterator[Broken]:
+    model, choices = recipe.model, " | ".join(IMAGE_KINDS)
+    if model.task != "image-classification":
+        return
+    if model.name is not None:
+        yield Broken("model.name", f"null for {model.task}", f"write config: {{kind: {choices}}} instead")
+    elif "kind" not in (model.config or {}):
+        yield Broken("model.config", f"a mapping with kind: {choices}")
+    elif model.config and model.config["kind"] not in IMAGE_KINDS:
+        yield Broken("model.config.kind", choices, did_you_mean(str(model.config["kind"]), IMAGE_KINDS))
+
+
+@reading("model.task", "model.name", "model.config", "model.tokenizer", "data.source")
+def some_tokenizer(recipe: Recipe) -> Iterator[Broken]:
+    model = recipe.model
+    if model.task in TEXT_TASKS and model.config is not None and model.name is None:
+        own = is_code(recipe.data.source)  # a data module of the user's own brings token ids already
+        if model.tokenizer is None and not own:
+            hint = "write tokenizer: {train: bpe, vocab_size: 4096}, or the name of one"
+            yield Broken("model.tokenizer", "a tokenizer, as a model from config has none", hint, "nothing")
+
+
+@reading("model.task", "model.adapter")
+def adapter_fits(recipe: Recipe) -> Iterator[Broken]:
+    if recipe.model.adapter and recipe.model.task not in TEXT_TASKS:
+        hint = "remove it, or change model.task"
+        yield Broken("model.adapter", f"adapters for {' and '.join(TEXT_TASKS)}, not for {recipe.model.task}", hint)
+
+
+@reading("model.task", "model.args")
+def args_fit(recipe: Recipe) -> Iterator[Broken]:
+    if recipe.model.args and not is_code(recipe.model.task):
+        yield Broken("model.args", "args only for a task that is your own module:attr", "shapes go into model.config")
+
+
+@reading("model.task", "data.source")
+def source_fits(recipe: Recipe) -> Iterator[Broken]:
+    task, source = recipe.model.task, recipe.data.source
+    tasks = BUILTIN_DATA.get(source)
+    if tasks is None:
+        close = {name for name in BUILTIN_DATA if distance(source, name) <= len(name) // 4}
+        if close:  # taken for a hub name, it would fail after a long search of the network
+            hint = f"{did_you_mean(source, close)} (a file of that name is ./{source})"
+            yield Broken("data.source", f"{' | '.join(BUILTIN_DATA)} | a path | a hub name", hint)
+    elif not is_code(task) and task not in tasks:
+        fitting = ", ".join(name for name, fit in BUILTIN_DATA.items() if task in fit)
+        yield Broken("data.source", f"for {task}: {fitting}, or data of your own")
+
+
+@reading("data.validation", "data.source", "goal")
+def validation_fits(recipe: Recipe) -> Iterator[Broken]:
+    validation = recipe.data.validation
+    if isinstance(validation, str) and re.fullmatch(r"\s*[0-9.]+\s*%?\s*", validation):
+        yield Broken("data.validation", "a fraction from 0 to below 1, or a path", "a tenth is 0.1, without quotes")
+    elif validation == 0 and recipe.goal and recipe.goal.metric.startswith("val_") and not is_code(recipe.data.source):
+        yield Broken("goal.metric", "a metric that is measured; data.validation is 0", "hold out a fraction, like 0.05")
+
+
+@reading("data.batch_size", "data.micro_batch_size")
+def whole_micro_batches(recipe: Recipe) -> Iterator[Broken]:
+    batch, micro = recipe.data.batch_size, recipe.data.micro_batch_size
+    if isinstance(micro, int) and batch % micro:
+        smaller = max(size for size in range(1, min(micro, batch) + 1) if batch % size == 0)
+        hint = f"{smaller} would fit" if batch > micro else f"use {batch}, or auto"
+        yield Broken("data.micro_batch_size", f"a divisor of data.batch_size ({batch}), or auto", hint)
+
+
+@reading("strategy")
+def strategy_fits(recipe: Recipe) -> Iterator[Broken]:
+    strategy = recipe.strategy
+    for key, number in (("devices", strategy.devices), ("nodes", strategy.nodes)):
+        if strategy.name == "single" and number not in (1, "auto"):
+            yield Broken(f"strategy.{key}", "1 with strategy.name single", "use ddp, zero1, zero2 or zero3")
+    if strategy.offload != "none" and strategy.name in ("single", "ddp"):
+        hint = "offloading needs zero1, zero2 or zero3"
+        yield Broken("strategy.offload", f"none with strategy.name {strategy.name}", hint)
+    if strategy.offload == "parameters" and strategy.name in ("zero1", "zero2"):
+        yield Broken("strategy.offload", f"none | optimizer with {strategy.name}", "offloading parameters needs zero3")
+
+
+@reading("model.task", "evaluation.generate")
+def generate_fits(recipe: Recipe) -> Iterator[Broken]:
+    if recipe.evaluation.generate is not None and recipe.model.task != "causal-lm":
+        yield Broken("evaluation.generate", f"null for {recipe.model.task}", "only a causal-lm completes a prompt")
+
+
+@reading("techniques")
+def techniques_once(recipe: Recipe) -> Iterator[Broken]:
+    names = [technique.name for technique in recipe.techniques]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield Broken(f"techniques[{index}]", "each technique once", "keep one", f"{name} a second time")

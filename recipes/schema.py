@@ -1,0 +1,278 @@
+"""Every section of a recipe: what may be written, what it means, what holds if it is left out.
+
+Each field's description is the sentence that an error message shows after `allowed:`; where there is none, the field's
+choices are shown. Rules between fields stand in `rules.py`, the translation of errors in `check.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_serializer
+from pydantic_core import PydanticCustomError
+
+from . import units
+
+CODE = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"  # module:attr
+SLUG = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"  # also a folder's name, so no slashes and no leading dot
+
+Code = Annotated[str, Field(pattern=CODE)]
+Text = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, no unknown keys, no conversions (`"3"` is not 3), no infinities."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+
+
+def _said(error: units.UnitError) -> PydanticCustomError:
+    return PydanticCustomError("amount", "{allowed}", {"allowed": error.allowed, "hint": error.hint})
+
+
+def _duration(zero: bool) -> BeforeValidator:
+    def check(value: object) -> object:
+        try:
+            return None if value is None else units.duration(value, zero)
+        except units.UnitError as error:
+            raise _said(error) from None
+
+    return BeforeValidator(check)
+
+
+def _amount(base: str, scale: int = 1, whole: bool = False) -> BeforeValidator:
+    def check(value: object) -> object:
+        try:
+            return None if value is None else units.amount(value, base, scale, whole)
+        except units.UnitError as error:
+            raise _said(error) from None
+
+    return BeforeValidator(check)
+
+
+class TokenizerSpec(Section):
+    """A tokenizer trained on the run's own data: byte-level BPE, which can spell any text."""
+
+    train: Literal["bpe"] = "bpe"
+    vocab_size: int = Field(4096, ge=258, lt=2**24, description="a whole number from 258: 256 bytes, 2 specials")
+
+
+class AdapterSpec(Section):
+    """LoRA (arXiv 2106.09685): train `rank`-sized updates beside frozen weights, scaled by `alpha / rank`."""
+
+    kind: Literal["lora"] = "lora"
+    rank: Count = Field(8, description="a whole number from 1")
+    alpha: Positive = Field(16.0, description="a number above 0")
+    dropout: Share = Field(0.0, description="a number from 0 to below 1")
+    targets: Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] = Field(
+        "all-linear", description="all-linear, or a list of module names like [q_proj, v_proj]"
+    )
+    # float32 adapters cost more activation memory than full fine-tuning in bf16, hence not the default
+    dtype: Literal["compute", "float32"] = "compute"
+
+
+class ModelSpec(Section):
+    """What is trained: a task, and a model to start from (`name`) or a shape to start from scratch (`config`)."""
+
+    task: Literal["causal-lm", "sequence-classification", "image-classification"] | Code = Field(
+        description="causal-lm | sequence-classification | image-classification | your own module:attr"
+    )
+    name: Text | None = Field(None, description="a hub id, a local path or minilm; null for a model from config")
+    config: dict[str, Any] | None = Field(None, description="a mapping, like {model_type: llama, hidden_size: 128}")
+    tokenizer: Text | TokenizerSpec | None = Field(
+        None, description="null (the model's own), a name or path, or {train: bpe, vocab_size: 4096}"
+    )
+    adapter: AdapterSpec | None = Field(None, description="null or a mapping like {kind: lora, rank: 8}")
+    args: dict[str, Any] = Field(default={}, description="a mapping of keyword arguments")
+
+
+class DataSpec(Section):
+    """Where samples come from and how they are cut into batches. `batch_size` is global: samples per optimizer step."""
+
+    source: Text = Field(
+        description="python-stdlib | python-packages | digits | a path or glob | a hub name | your own module:attr"
+    )
+    format: Literal["auto", "text", "json", "csv", "parquet", "hub", "builtin"] = "auto"
+    split: Text = Field("train", description="the name of a split")
+    text_column: Text = Field("text", description="the name of a column")
+    label_column: Text = Field("label", description="the name of a column")
+    validation: Share | Text = Field(0.05, description="the fraction held out, from 0 to below 1, or a path")
+    sequence_length: Count = Field(256, description="a whole number of tokens from 1")
+    pack: bool = Field(True, description="true | false")
+    batch_size: Count = Field(32, description="a whole number from 1: samples per optimizer step, over all ranks")
+    micro_batch_size: Literal["auto"] | Count = Field(
+        "auto", description="auto, or a whole number from 1: samples per rank and forward pass"
+    )
+    workers: int = Field(0, ge=0, le=1024, description="a whole number from 0")
+    limit: Count | None = Field(None, description="null, or a whole number of rows or files from 1")
+    args: dict[str, Any] = Field(default={}, description="a mapping of keyword arguments")
+
+
+class Goal(Section):
+    """The quality that the run is for: a metric `above` or `below` a number. Reached first, it ends the run early."""
+
+    metric: Text = Field(description="the name of a logged metric, like val_loss or val_accuracy")
+    above: float | None = Field(None, description="a number")
+    below: float | None = Field(None, description="a number")
+
+
+class BudgetSpec(Section):
+    """What the run may spend; the first limit that is reached ends it. None: not limited.
+
+    Units: US dollars, hours of the clock, hours times devices, tokens, samples, optimizer steps, FLOPs, kWh.
+    """
+
+    usd: Annotated[float | None, _amount("$")] = None
+    hours: Annotated[float | None, _amount("s", 3600)] = None
+    device_hours: Annotated[float | None, _amount("s", 3600)] = None
+    tokens: Annotated[float | None, _amount("tokens", whole=True)] = None
+    samples: Annotated[float | None, _amount("samples", whole=True)] = None
+    steps: Annotated[float | None, _amount("steps", whole=True)] = None
+    flops: Annotated[float | None, _amount("flops")] = None
+    kwh: Annotated[float | None, _amount("kWh")] = None
+
+
+TECHNIQUE = "a technique's name, or one name with a mapping of settings: `- gradual_pruning: {sparsity: 0.5}`"
+TECHNIQUE_NAME = rf"^[a-z][a-z0-9_]*$|{CODE}"
+
+
+def _technique(item: object) -> object:
+    """`"lr_scaling"` and `{"lr_scaling": {...}}` as the two fields of a `TechniqueSpec`."""
+    if isinstance(item, TechniqueSpec):
+        return item
+    if isinstance(item, dict) and len(item) > 1 and next(iter(item.values())) is None:
+        hint = f"indent the settings deeper than the name: {next(iter(item))}"
+        raise PydanticCustomError("technique", "{allowed}", {"allowed": TECHNIQUE, "hint": hint})
+    pairs = list(item.items()) if isinstance(item, dict) else [(item, None)]
+    name, settings = pairs[0] if len(pairs) == 1 else (None, None)
+    if not isinstance(name, str) or not re.match(TECHNIQUE_NAME, name) or not isinstance(settings, dict | None):
+        raise PydanticCustomError("technique", "{allowed}", {"allowed": TECHNIQUE, "hint": ""})
+    return {"name": name, "settings": settings or {}}
+
+
+class TechniqueSpec(Section):
+    """One technique by name with its settings. Neither is resolved here: recipes know no techniques."""
+
+    name: Annotated[str, Field(pattern=TECHNIQUE_NAME)]
+    settings: dict[str, Any]
+
+    @model_serializer
+    def _as_written(self) -> dict[str, dict[str, Any]]:
+        return {self.name: self.settings}
+
+
+class OptimizerSpec(Section):
+    """The optimizer and its learning rate's course: `warmup` up to `lr`, then `schedule` down to the budget's end."""
+
+    name: Literal["adamw", "adam", "sgd", "adafactor", "muon"] = "adamw"
+    lr: Positive = Field(3e-4, description="a number above 0")
+    weight_decay: float = Field(0.1, ge=0, description="a number from 0")
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
+        (0.9, 0.95), description="two numbers from 0 to below 1, like [0.9, 0.95]"
+    )
+    eps: Positive = Field(1e-8, description="a number above 0")
+    momentum: Share = Field(0.0, description="a number from 0 to below 1")
+    clip: Positive | None = Field(1.0, description="null, or a number above 0: the largest gradient norm")
+    schedule: Literal["linear", "cosine", "wsd", "rex", "constant"] = "linear"
+    warmup: Annotated[str, _duration(zero=True)] = Field("2%", description=units.DURATION)
+
+
+class StrategySpec(Section):
+    """How the model and its state are spread over devices. `auto` leaves the choice to the plan."""
+
+    name: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = "auto"
+    devices: Literal["auto"] | Count = Field("auto", description="auto, or a whole number from 1: devices per node")
+    nodes: Count = Field(1, description="a whole number from 1")
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+
+
+class ClusterSpec(Section):
+    """What a device is and costs; null takes the catalogue's figure for `hardware`."""
+
+    hardware: Text = Field("auto", description="auto, or a name of the hardware catalogue")
+    usd_per_device_hour: Annotated[float, Field(ge=0)] | None = Field(None, description="null, or a number from 0")
+    watts_per_device: Positive | None = Field(None, description="null, or a number above 0")
+
+
+class TrackingSpec(Section):
+    """Where the run is recorded: our ledger, and Weights & Biases if wished."""
+
+    ledger: bool = Field(True, description="true | false")
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: Text = Field("shoestring", description="a project's name")
+    log_every: Count = Field(10, description="a whole number of steps from 1")
+
+
+class CheckpointSpec(Section):
+    """How often the run is saved (null: only at its end) and how many of the newest checkpoints stay."""
+
+    every: Annotated[str | None, _duration(zero=False)] = Field("300 s", description=units.DURATION)
+    keep: Count = Field(2, description="a whole number from 1")
+
+
+class EvaluationSpec(Section):
+    """When validation runs, over how many batches (null: all), and a prompt to complete when training is over."""
+
+    every: Annotated[str | None, _duration(zero=False)] = Field(None, description=units.DURATION)
+    batches: Count | None = Field(None, description="null, or a whole number from 1")
+    at_end: bool = Field(True, description="true | false")
+    generate: Text | None = Field(None, description="null, or a prompt to complete")
+
+
+class ExportSpec(Section):
+    """What is left behind: `hf` writes a folder that transformers loads; path null puts it into the run's folder."""
+
+    to: Literal["hf"] = "hf"
+    path: Text | None = Field(None, description="null, or a folder")
+
+
+class Recipe(Section):
+    """A whole run as data: validated, frozen, with a content hash. Make one with `load_recipe`."""
+
+    name: str = Field(pattern=SLUG, description="letters, digits, dots, dashes and underscores, at most 100")
+    seed: int = Field(0, ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
+    model: ModelSpec
+    data: DataSpec
+    goal: Goal | None = Field(None, description="null, or a mapping like {metric: val_loss, below: 3.2}")
+    budget: BudgetSpec
+    techniques: Annotated[tuple[Annotated[TechniqueSpec, BeforeValidator(_technique)], ...], Field(strict=False)] = (
+        Field((), description=f"a list, each item {TECHNIQUE}")
+    )
+    optimizer: OptimizerSpec = OptimizerSpec.model_construct()
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    strategy: StrategySpec = StrategySpec.model_construct()
+    cluster: ClusterSpec = ClusterSpec.model_construct()
+    tracking: TrackingSpec = TrackingSpec.model_construct()
+    checkpoint: CheckpointSpec = CheckpointSpec.model_construct()
+    evaluation: EvaluationSpec = EvaluationSpec.model_construct()
+    export: ExportSpec | None = Field(None, description="null, or a mapping like {to: hf}")
+
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)  # key path -> file:line; not part of the content
+
+    def where(self, key: str) -> str:
+        """The `file:line` (or override) that set `key`, or else what stands nearest above it.
+
+        `key` is a dotted path, for techniques `techniques.<name>` and `techniques.<name>.<setting>`.
+        """
+        while key and key not in self._places:
+            key = key.rpartition(".")[0]
+        return self._places.get(key, f"recipe {self.name}")
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits that name the content: equal for equal runs, however spelled; the name is not part of it."""
+        content = self.model_dump(exclude={"name"})
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return int(self.hash, 16)

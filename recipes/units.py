@@ -1,0 +1,141 @@
+"""Amounts with a unit, as recipes write them: `2 min`, `1.5e9 tokens`, `$5`, `500 Wh`, `40%`.
+
+`quantity` reads one; `duration` and `amount` are what durations (`warmup`, `every`) and budgets accept. Numbers are
+converted as exact fractions, so that two spellings of one amount become the same float and a recipe the same hash.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+
+from .problems import did_you_mean
+
+# unit as written (any case) -> (base unit, factor to it)
+UNITS: dict[str, tuple[str, int | Fraction]] = {
+    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), ("s", 1)),
+    **dict.fromkeys(("min", "mins", "minute", "minutes"), ("s", 60)),
+    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), ("s", 3600)),
+    **dict.fromkeys(("d", "day", "days"), ("s", 86400)),
+    **dict.fromkeys(("step", "steps"), ("steps", 1)),
+    **dict.fromkeys(("epoch", "epochs"), ("epochs", 1)),
+    **dict.fromkeys(("token", "tokens"), ("tokens", 1)),
+    **dict.fromkeys(("sample", "samples"), ("samples", 1)),
+    **dict.fromkeys(("flop", "flops"), ("flops", 1)),
+    **dict.fromkeys(("kwh",), ("kWh", 1)),
+    **dict.fromkeys(("wh",), ("kWh", Fraction(1, 1000))),
+    **dict.fromkeys(("$", "usd"), ("$", 1)),
+    **dict.fromkeys(("%", "percent"), ("%", 1)),
+}
+SPELLING = {  # base unit -> what to write, for messages
+    "s": "s, min, h, days",
+    "kWh": "kWh, Wh",
+    "$": "$ (before the number)",
+    "%": "% (of the budget)",
+    **{unit: unit for unit in ("steps", "epochs", "tokens", "samples", "flops")},
+}
+EXAMPLE = {
+    "s": "90 min",
+    "kWh": "500 Wh",
+    "$": "$5",
+    "steps": "200 steps",
+    "tokens": "1.5e9 tokens",
+    "samples": "1000 samples",
+    "flops": "1e18 flops",
+}
+DURATION = (
+    'a duration like "200 steps", "5%", "30 min" or "1e9 tokens" '
+    "(units: s, min, h, days, steps, epochs, tokens, samples, flops, kWh, Wh, $, %)"
+)
+_NUMBER = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+_QUANTITY = re.compile(rf"(\$?)\s*({_NUMBER})\s*([A-Za-z%$]*)", re.ASCII)
+
+
+class UnitError(ValueError):
+    """An amount that cannot be read or used. `allowed` is the rule, `hint` the way out, or empty."""
+
+    def __init__(self, allowed: str, hint: str = "") -> None:
+        self.allowed, self.hint = allowed, hint
+        super().__init__(f"{allowed}; {hint}" if hint else allowed)
+
+
+def quantity(text: str) -> tuple[Fraction, str]:
+    """`"2 min"` as `(Fraction(120), "s")`: the exact number in the base unit, and that unit (empty: no unit written).
+
+    Raises `UnitError` for an unknown unit, text without a number, and numbers beyond a 64-bit float.
+    """
+    match = _QUANTITY.fullmatch(text.strip())
+    if not match or (match[1] and match[3]) or len(match[2]) > 40:
+        raise UnitError("a number and a unit")
+    unit = (match[1] or match[3]).lower()
+    if unit and unit not in UNITS:
+        raise UnitError("a number and a unit", did_you_mean(unit, UNITS))
+    base, factor = UNITS.get(unit, ("", 1))
+    return _exact(match[2]) * factor, base
+
+
+def duration(value: object, zero: bool = False) -> str:
+    """A duration in its canonical spelling (`"5 min"` -> `"300 s"`); `zero` says whether none at all is allowed.
+
+    Raises `UnitError` for anything but text with a unit, a negative one, and more than 100 %.
+    """
+    if not isinstance(value, str):
+        bare = isinstance(value, int | float) and not isinstance(value, bool)
+        raise UnitError(DURATION, f'add the unit: "{value} steps"' if bare else "")
+    try:
+        number, base = quantity(value)
+    except UnitError as error:
+        raise UnitError(DURATION, error.hint) from None
+    if not base:
+        raise UnitError(DURATION, f'add the unit: "{value.strip()} steps"')
+    if number < 0 or (number == 0 and not zero) or (base == "%" and number > 100):
+        raise UnitError(("a duration of 0 or more" if zero else "a duration above 0") + ", and at most 100%")
+    return spelled(number, base)
+
+
+def amount(value: object, base: str, scale: int = 1, whole: bool = False) -> float:
+    """A budget in units of `scale` base units: `amount("2 min", "s", 3600)` is 2/60 (hours), as is a bare 2/60.
+
+    Raises `UnitError` for a unit of another kind, and for what is no possible budget: zero, negative, infinite, a
+    fraction where only `whole` ones exist.
+    """
+    units = SPELLING[base]
+    allowed = f'a number above 0, or text with a unit: {units}; for example "{EXAMPLE[base]}"'
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise UnitError(allowed)
+    number = _read(value, base, scale, allowed)
+    if number <= 0:
+        raise UnitError("a number above 0", "impossible budget: nothing runs on it; remove the key for no limit")
+    if whole and number.denominator != 1:
+        raise UnitError(f"a whole number of {base}")
+    return float(number)
+
+
+def spelled(number: Fraction, base: str) -> str:
+    """A number and its base unit as text that `quantity` reads back: `"300 s"`, `"$5"`, `"40%"`, `"1e18 flops"`."""
+    digits = repr(float(number)).removesuffix(".0").replace("e+", "e")
+    return {"$": f"${digits}", "%": f"{digits}%"}.get(base, f"{digits} {base}")
+
+
+def _read(value: int | float | str, base: str, scale: int, allowed: str) -> Fraction:
+    if not isinstance(value, str):
+        if not math.isfinite(value) or abs(value) > 1e300:
+            raise UnitError("a finite number above 0", "remove the key for no limit")
+        return Fraction(value)
+    try:
+        number, found = quantity(value)
+    except UnitError as error:
+        raise UnitError(allowed, error.hint) from None
+    if not found:
+        raise UnitError(allowed, f"a number needs no quotes: {value.strip()}")
+    if found != base:
+        raise UnitError(allowed)
+    return number / scale
+
+
+def _exact(digits: str) -> Fraction:
+    rough = float(digits)
+    if math.isinf(rough) or abs(rough) > 1e300:
+        raise UnitError("a number below 1e300")
+    return Fraction(digits) if abs(rough) > 1e-300 else Fraction(0)  # 1e-999999999 would be built digit by digit
