@@ -134,7 +134,7 @@ class Clock:
         """How much of `duration` has passed before `step` (default: now), in [0, 1]."""
         step = self.step if step is None else step
         if duration.counts in MEASURED:
-            duration = self._as_progress(duration)
+            duration = self.as_progress(duration)
         if duration.amount <= 0:
             return 1.0
         done: float
@@ -150,7 +150,8 @@ class Clock:
             done = self.spend.get(duration.counts)
         return min(1.0, done / duration.amount)
 
-    def _as_progress(self, duration: Duration) -> Duration:
+    def as_progress(self, duration: Duration) -> Duration:
+        """A measured duration as its share of the budget, on which all ranks agree."""
         limit = self.limits.get(duration.counts)
         if not limit:
             raise BadDuration(

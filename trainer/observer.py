@@ -17,8 +17,7 @@ import torch
 from .. import ShoestringError
 from ..callbacks.accountant import JOULES, SAVE, Accountant
 from ..callbacks.budget import Budget
-from ..callbacks.clock import Duration
-from ..callbacks.contract import Technique
+from ..callbacks.clock import MEASURED, Duration
 from ..callbacks.meter import Windows, communication_bytes, peak_bytes
 from ..callbacks.samples import take_over
 from . import state
@@ -27,6 +26,8 @@ from .saving import Saver, save_final_weights
 from .signals import Preempted, StopRequest
 
 log = logging.getLogger("shoestring")
+
+NEVER = 2**60  # a validation interval, in batches
 
 
 class CannotResume(ShoestringError):
@@ -55,6 +56,9 @@ class Observer(Accountant):
         self.every = Duration.parse(checkpoint_every) if checkpoint_every else None
         self.keep, self.strategy, self.log_every = keep, strategy, log_every
         self.peak_flops: float | None = None
+        self.evaluations: Duration | None = None  # how often; None leaves it to Lightning
+        self.final_evaluation = True
+        self.goal: Any = None  # metric, and the number to be above or below
         self.summary: dict[str, Any] = {}
         self.request = StopRequest()
         self.resumed_from: int | None = None
@@ -67,6 +71,11 @@ class Observer(Accountant):
         """`fit` has been entered: the clock starts."""
         self.windows = Windows()
         self.windows.seconds["startup"] = startup_seconds
+
+    def evaluate_every(self, every: str | None, *, at_end: bool = True) -> None:
+        """Validate every `every` (None: only at the end), instead of when Lightning would."""
+        self.evaluations = Duration.parse(every) if every else Duration(float("inf"), "steps")
+        self.final_evaluation = at_end
 
     # -- start -------------------------------------------------------------------------------------------------------
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -103,7 +112,10 @@ class Observer(Accountant):
         self._trainable = sum(p.numel() for p in self._parameters if p.requires_grad)
         self.records.started(trainer, self.resumed_from, self.strategy)
         self._row_tokens, self._row_time = self.clock.spend.tokens or self.clock.spend.samples, perf_counter()
-        self._next_save = self._save_moment()
+        self._next_save = self._moment(self.every) if self.every else 0
+        if self.evaluations is not None and self.evaluations.counts in MEASURED:
+            self.evaluations = self.clock.as_progress(self.evaluations)  # ranks must agree on the step
+        self._evaluated = self._moment(self.evaluations) if self.evaluations else 0
         if self._rng is not None:
             state.set_rng_state(self._rng)
         else:
@@ -122,18 +134,33 @@ class Observer(Accountant):
         due = step % self.log_every == 0 or perf_counter() - self._row_time > 0.25
         if self.records.keeps and (due or trainer.should_stop):
             self._row(trainer, outputs)
-        first = self._saved_step < 0
-        if self.every is None:
-            due = False
-        elif self.every.counts == "steps":
-            due = step % int(self.every.amount) == 0
-        else:
-            due = self.save_due
-            self._local[SAVE] = float(trainer.is_global_zero and self._save_moment() > self._next_save)
-        if first or due or trainer.should_stop or self.signalled:
+        if self.evaluations is not None:
+            self._plan_evaluation(trainer)
+        if self._save_is_due(trainer):
             self._save(trainer, pl_module)
         if self.signalled and not trainer.should_stop:
             raise self._preempted(trainer)
+
+    def _plan_evaluation(self, trainer: pl.Trainer) -> None:
+        """Tell Lightning to validate after this batch if a whole interval has passed, or not to."""
+        assert self.evaluations is not None
+        moment = self._moment(self.evaluations)
+        loop = trainer.fit_loop.epoch_loop
+        trainer.val_check_batch = loop.total_batch_idx + 1 if moment > self._evaluated else NEVER
+        self._evaluated = moment
+        if trainer.should_stop and not self.final_evaluation:
+            trainer.limit_val_batches = 0
+
+    def _save_is_due(self, trainer: pl.Trainer) -> bool:
+        """At the first and the last step, when asked to stop, and every interval: measured ones as rank 0 says."""
+        if self._saved_step < 0 or trainer.should_stop or self.signalled:
+            return True
+        if self.every is None:
+            return False
+        if self.every.counts not in MEASURED:
+            return self._moment(self.every) > self._next_save
+        self._local[SAVE] = float(trainer.is_global_zero and self._moment(self.every) > self._next_save)
+        return self.save_due
 
     def _row(self, trainer: pl.Trainer, outputs: Any) -> None:
         now, spend = perf_counter(), self.clock.spend
@@ -184,15 +211,13 @@ class Observer(Accountant):
         self.records.event("replan", step=step, last=last, progress=self.clock.progress)
 
     # -- saving ------------------------------------------------------------------------------------------------------
-    def _save_moment(self) -> float:
-        """How many whole checkpoint intervals have passed."""
-        if self.every is None or self.every.counts == "steps":
-            return 0
-        if self.every.counts == "progress":
-            return self.clock.progress // self.every.amount
-        if self.every.counts == "epochs":
-            return self.clock.step / (self.clock.steps_per_epoch or 1) // self.every.amount
-        return self.clock.spend.get(self.every.counts) // self.every.amount
+    def _moment(self, interval: Duration) -> float:
+        """How many whole intervals have passed."""
+        if interval.counts == "progress":
+            return self.clock.progress // interval.amount
+        if interval.counts == "epochs":
+            return self.clock.step / (self.clock.steps_per_epoch or 1) // interval.amount
+        return self.clock.spend.get(interval.counts) // interval.amount
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._saved_step == self.clock.step:
@@ -202,7 +227,7 @@ class Observer(Accountant):
         self.records.sync()
         about = {"global_batch": self.order and self.order.global_batch, "accumulate": trainer.accumulate_grad_batches}
         self.saver.save(trainer, module, self.clock.step, about)
-        self._next_save = self._save_moment()
+        self._next_save = self._moment(self.every) if self.every else 0
         self.windows.enter("train")
         self.pause_ended()
         self.guard.reserve_seconds = 2 * self.saver.seconds + self.evaluation_seconds
@@ -232,6 +257,8 @@ class Observer(Accountant):
             raise self._preempted(trainer)
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if isinstance(v, torch.Tensor | float | int)}
         self._metrics.update(found)
+        if goal_reached(self.goal, found) and not trainer.should_stop:
+            self.stopped_by, trainer.should_stop = "goal", True
         self.records.step(self.clock.step, {"step": self.clock.step, **found})
 
     # -- end ---------------------------------------------------------------------------------------------------------
@@ -261,6 +288,9 @@ class Observer(Accountant):
             "metrics": {**self._metrics, **_floats(trainer.callback_metrics)},
             "run_dir": str(self.records.run_dir),
         }
+        if self.goal is not None:
+            self.summary["goal"] = {"metric": self.goal.metric, "above": self.goal.above, "below": self.goal.below}
+            self.summary["goal_reached"] = goal_reached(self.goal, self.summary["metrics"])
         self._finish(trainer)
         self.records.finished(self.summary, self.windows.seconds)
 
@@ -286,8 +316,13 @@ class Observer(Accountant):
             self._finished = True
             self.request.release()
 
-    def technique_claims(self, trainer: pl.Trainer) -> list[Technique]:
-        return [c for c in trainer.callbacks if isinstance(c, Technique)]
+
+def goal_reached(goal: Any, metrics: Mapping[str, float]) -> bool | None:
+    """Whether `goal` (metric, above, below) is met; None if there is none or its metric was never logged."""
+    if goal is None or goal.metric not in metrics:
+        return None
+    value = metrics[goal.metric]
+    return value > goal.above if goal.above is not None else value < goal.below
 
 
 def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:

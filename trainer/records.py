@@ -141,6 +141,8 @@ class Records:
             for window, seconds in windows.items():
                 self._write("measurement", window=window, seconds=seconds)
             self._write("measurement", window="run", **{k: v for k, v in summary.items() if k != "windows"})
+            self._write("verdict", stopped_by=summary["stopped_by"], goal=summary.get("goal"),
+                        reached=summary.get("goal_reached"), budget=summary["budget"])  # fmt: skip
             write_summary(self.run_dir, summary)
         self.event("stop", **{k: v for k, v in summary.items() if k not in ("windows", "budget")})
         self._close(0, summary)

@@ -1,0 +1,144 @@
+"""Who a run is: `run.json`, written once, before anything is spent, and read by every later attempt and rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ... import ShoestringError, __version__
+from .lines import finite
+
+_RECORDED = (
+    "torch", "pytorch-lightning", "deepspeed", "transformers", "datasets", "peft", "torchao", "accelerate", "wandb",
+)  # fmt: skip
+
+
+class IdentityError(ShoestringError):
+    """`run.json` cannot be read or written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """The part of a run that never changes, whatever happens to it later.
+
+    `id` is 12 hex digits; `recipe_hash` the recipe's own hash, `recipe` its full content; `created` wall-clock seconds;
+    `git_commit` that of the folder the run was started from, with `+dirty` if it had uncommitted changes.
+    """
+
+    id: str
+    name: str
+    recipe_hash: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    created: float = 0.0
+    git_commit: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hostname: str = ""
+
+    @classmethod
+    def create_or_load(
+        cls, run_dir: Path, *, name: str, recipe_hash: str = "", recipe: Mapping[str, Any] | None = None
+    ) -> RunIdentity:
+        """The identity in `run_dir/run.json`, made now if there is none.
+
+        Any number of ranks may call this at once and all get the same one: the file appears whole, and the first wins.
+        An existing identity is returned as it is, so compare its `recipe_hash` with yours before you resume.
+        """
+        path = Path(run_dir) / "run.json"
+        if not path.exists():
+            made = cls(
+                id=uuid.uuid4().hex[:12], name=name, recipe_hash=recipe_hash, recipe=recipe or {}, created=time.time(),
+                git_commit=_git_commit(), versions=_versions(), hostname=socket.gethostname(),
+            )  # fmt: skip
+            _publish(path, json.dumps(finite(asdict(made)), indent=1))
+        return cls.load(run_dir)
+
+    @classmethod
+    def load(cls, run_dir: Path) -> RunIdentity:
+        """The identity of an existing run; `IdentityError` if `run_dir` is not a run or its `run.json` is damaged."""
+        path = Path(run_dir) / "run.json"
+        try:
+            found = json.loads(path.read_bytes())
+            return cls(**{key.name: found[key.name] for key in fields(cls) if key.name in found})
+        except FileNotFoundError:
+            raise IdentityError(f"{run_dir} is not a run directory: it has no run.json.") from None
+        except (OSError, ValueError, TypeError) as error:
+            raise IdentityError(f"{path} cannot be read ({error}). Restore it or start in another directory.") from None
+
+
+def write_summary(run_dir: Path, values: Mapping[str, Any]) -> None:
+    """Replace `run_dir/summary.json`, in one atomic step, by the totals of the run under the names of `RunRow`.
+
+    Final metrics go in under `metrics`. Raises `OSError` if the disk refuses it.
+    """
+    path = Path(run_dir) / "summary.json"
+    temporary = _write_beside(path, json.dumps(finite(values), indent=1))
+    os.replace(temporary, path)
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """What `summary.json` says; nothing if it is missing or damaged, for the journal says it too."""
+    try:
+        found = json.loads((Path(run_dir) / "summary.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_beside(path: Path, text: str) -> Path:
+    """A durable file with this text in the folder of `path`; it is for the caller to give it its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _publish(path: Path, text: str) -> None:
+    """Write `text` to `path` unless it exists by now."""
+    try:
+        temporary = _write_beside(path, text)
+        try:
+            os.link(temporary, path)  # unlike a rename, a link never replaces what another rank has just made
+        except FileExistsError:
+            pass
+        except OSError:
+            os.replace(temporary, path)  # a file system without hard links
+        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise IdentityError(f"cannot write {path}: {error.strerror}. Choose another run directory.") from None
+
+
+def _git_commit() -> str | None:
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+dirty"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"shoestring": __version__, "python": platform.python_version(), "platform": sys.platform}
+    for package in _RECORDED:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,0 +1,207 @@
+"""The ledger: one SQLite file over all runs. It holds nothing that the runs' own journals do not hold."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from . import lock
+from .database import TABLES, LedgerBusy, LedgerError, home, reading, writing
+from .identity import IdentityError, RunIdentity, read_summary
+from .journal import LOCK_NAME
+from .lines import Problem, Row, read, segments
+from .runs import COLUMNS, JSON_COLUMNS, RunRow, Summary, effective
+
+__all__ = ["Ledger", "LedgerError"]
+
+
+class Ledger:
+    """The index of all runs, by default `$SHOESTRING_HOME/ledger.sqlite`.
+
+    Making one touches no disk; asking a ledger that does not exist gives empty answers and creates nothing. Every call
+    opens and closes the file, so one object may be used by several threads, and one file by many processes.
+    Errors: `LedgerError` names the file or the run that was asked for.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = Path(path) if path is not None else home() / "ledger.sqlite"
+
+    def index(self, run_dir: Path, *, force: bool = False) -> str:
+        """Bring one run up to date from its directory and return its id; nothing is written if nothing has changed.
+
+        All rows of the run are replaced in one transaction. `force` does so even if it looks unchanged.
+        """
+        run_dir = Path(run_dir).resolve()
+        identity = RunIdentity.load(run_dir)
+        with writing(self.path) as db:
+            # taken inside the transaction and before reading: no older look at the run can overwrite a newer one
+            alive = lock.is_held(run_dir / "events" / LOCK_NAME)
+            fingerprint = _fingerprint(run_dir, alive)
+            known = db.execute("SELECT fingerprint FROM runs WHERE id=?", (identity.id,)).fetchone()
+            if force or known != (fingerprint,):
+                _forget(db, identity.id)
+                _insert(db, run_dir, identity, alive, fingerprint)
+        return identity.id
+
+    def refresh(self) -> None:
+        """Index again every run that is recorded as running and whose directory is within reach."""
+        for run in self.runs(status="running"):
+            if (Path(run.run_dir) / "run.json").exists():
+                self.index(Path(run.run_dir))
+
+    def rebuild(self, dirs: Iterable[Path] = ()) -> list[str]:
+        """Make the index anew from the runs in `dirs` and from those it knows and can still reach; their ids.
+
+        Each of `dirs` is a run directory or holds some, up to three levels down. What is found nowhere is forgotten. A
+        ledger file that is damaged is put aside as `*.damaged` first.
+        """
+        try:
+            known = [Path(run.run_dir) for run in self.runs()]
+        except LedgerBusy:
+            raise
+        except LedgerError:
+            known = []
+            self._put_aside()
+        places = {place.resolve() for folder in [*map(Path, dirs), *known] for place in _run_dirs(folder)}
+        found = [self.index(place, force=True) for place in sorted(places)]
+        for run in self.runs():
+            if run.id not in found:
+                self.delete(run.id)
+        return found
+
+    def runs(
+        self, *, status: str | None = None, name: str | None = None, recipe_hash: str | None = None, limit: int = -1
+    ) -> list[RunRow]:
+        """Runs, the newest first, only those that match what is given."""
+        wanted = {"status": status, "name": name, "recipe_hash": recipe_hash}
+        given = {column: value for column, value in wanted.items() if value is not None}
+        where = " AND ".join(f"{column}=:{column}" for column in given) or "1"
+        query = f"SELECT {', '.join(COLUMNS)} FROM runs WHERE {where} ORDER BY created DESC, id LIMIT :limit"
+        with reading(self.path) as db:
+            return [_run_row(row) for row in db.execute(query, {**given, "limit": limit})] if db else []
+
+    def run(self, wanted: str) -> RunRow:
+        """The run with this id, start of an id, run directory, or name (of several by one name, the newest)."""
+        runs = self.runs()
+        directory = str(Path(wanted).resolve())
+        for same in (
+            [run for run in runs if run.id == wanted],
+            [run for run in runs if run.name == wanted][:1],
+            [run for run in runs if run.run_dir == directory],
+            [run for run in runs if wanted and run.id.startswith(wanted)],
+        ):
+            if len(same) > 1:
+                raise LedgerError(
+                    f"{wanted!r} begins {len(same)} ids: {', '.join(run.id for run in same)}. Give more of it."
+                )
+            if same:
+                return same[0]
+        raise LedgerError(_no_run(wanted, runs, self.path))
+
+    def claims(self, run: str) -> list[Row]:
+        """What the techniques of a run promise."""
+        return self._rows("claims", run)
+
+    def estimates(self, run: str) -> list[Row]:
+        """What the plan of a run foresaw."""
+        return self._rows("estimates", run)
+
+    def measurements(self, run: str) -> list[Row]:
+        """What was measured, of all ranks."""
+        return self._rows("measurements", run)
+
+    def verdicts(self, run: str) -> list[Row]:
+        """Whether goals were reached and budgets spent."""
+        return self._rows("verdicts", run)
+
+    def events(self, run: str) -> list[Row]:
+        """What happened: starts, checkpoints, new plans, preemptions, errors."""
+        return self._rows("events", run)
+
+    def steps(self, run: str, *, redone: bool = False) -> list[Row]:
+        """Rank 0's step rows in order. Steps that a later attempt did again count once, unless `redone`."""
+        rows = self._rows("steps", run)
+        return rows if redone else effective(rows)
+
+    def delete(self, run: str, *, files: bool = False) -> RunRow:
+        """Forget a run and return what was known of it. Its directory stays, and `index` would bring it back,
+        unless `files`: then it is removed too, if it still is that run's."""
+        found = self.run(run)
+        if files:
+            if RunIdentity.load(Path(found.run_dir)).id != found.id:
+                raise LedgerError(f"{found.run_dir} now belongs to another run than {found.id}; nothing was removed.")
+            shutil.rmtree(found.run_dir)
+        with writing(self.path) as db:
+            _forget(db, found.id)
+        return found
+
+    def _rows(self, table: str, run: str) -> list[Row]:
+        kind = next(kind for kind, name in TABLES.items() if name == table)
+        query = f"SELECT rank, attempt, seq, t, mono, fields FROM {table} WHERE run=? ORDER BY rank, attempt, seq"
+        identifier = self.run(run).id
+        with reading(self.path) as db:
+            rows = db.execute(query, (identifier,)) if db else []
+            return [Row(row[0], row[1], row[2], row[3], row[4], kind, json.loads(row[5])) for row in rows]
+
+    def _put_aside(self) -> None:
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            part = self.path.with_name(self.path.name + suffix)
+            if part.is_file():
+                part.replace(part.with_name(part.name + ".damaged"))
+
+
+def _insert(db: sqlite3.Connection, run_dir: Path, identity: RunIdentity, alive: bool | None, fingerprint: str) -> None:
+    problems: list[Problem] = []
+    summary = Summary()
+    for row in read(run_dir / "events", problems):
+        summary.take(row)
+        # a step is told by rank 0; the other ranks' step rows stay in their journals
+        if row.kind in TABLES and (row.kind != "step" or row.rank == 0):
+            entry = (identity.id, *row[:5], json.dumps(row.fields))
+            db.execute(f"INSERT INTO {TABLES[row.kind]} VALUES (?,?,?,?,?,?,?)", entry)
+    line = summary.result(identity, str(run_dir), read_summary(run_dir), alive=alive, problems=len(problems))
+    values = [json.dumps(v) if c in JSON_COLUMNS else v for c, v in zip(COLUMNS, astuple(line), strict=True)]
+    db.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(values))}, ?)", (*values, fingerprint))
+
+
+def _forget(db: sqlite3.Connection, run_id: str) -> None:
+    db.execute("DELETE FROM runs WHERE id=?", (run_id,))
+    for table in TABLES.values():
+        db.execute(f"DELETE FROM {table} WHERE run=?", (run_id,))
+
+
+def _run_row(row: tuple[Any, ...]) -> RunRow:
+    return RunRow(**{c: json.loads(v) if c in JSON_COLUMNS else v for c, v in zip(COLUMNS, row, strict=True)})
+
+
+def _fingerprint(run_dir: Path, alive: bool | None) -> str:
+    """Changes whenever a row of the index could: journals only grow, the two other files are replaced."""
+    sizes = [(segment.path.name, segment.path.stat().st_size) for segment in segments(run_dir / "events")]
+    others = [path.stat() for path in (run_dir / "run.json", run_dir / "summary.json") if path.exists()]
+    return json.dumps([str(run_dir), alive, sizes, [(other.st_size, other.st_mtime_ns) for other in others]])
+
+
+def _run_dirs(folder: Path) -> Iterator[Path]:
+    """The run directories at or below `folder` (three levels) whose identity can be read."""
+    for pattern in ("run.json", "*/run.json", "*/*/run.json", "*/*/*/run.json"):
+        for path in folder.glob(pattern):
+            try:
+                RunIdentity.load(path.parent)
+            except IdentityError:
+                continue
+            yield path.parent
+
+
+def _no_run(wanted: str, runs: list[RunRow], path: Path) -> str:
+    names = sorted({name for run in runs for name in (run.name, run.id)})
+    near = get_close_matches(wanted, names, n=1, cutoff=0.4)
+    if not runs:
+        return f"no run {wanted!r}: the ledger {path} is empty."
+    hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(names[:8])}."
+    return f"no run {wanted!r} in {path}. {hint}"

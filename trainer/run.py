@@ -1,0 +1,165 @@
+"""`fit(plan)`: build the task, train it, and report what it cost and reached."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import ShoestringError
+from ..callbacks.budget import Budget
+from .planner import Plan
+from .records import Display, Records
+
+
+class CannotExport(ShoestringError):
+    """The trained model cannot be written in the form that was asked for."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished run: its totals, whether its goal was reached, and what it left behind."""
+
+    run_dir: Path
+    summary: Mapping[str, Any]
+    baselines: Mapping[str, float] = field(default_factory=dict)
+    goal_reached: bool | None = None
+    sample: str | None = None
+    exported: Path | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **self.summary,
+            "run_dir": str(self.run_dir),
+            "baselines": dict(self.baselines),
+            "goal_reached": self.goal_reached,
+            "sample": self.sample,
+            "exported": str(self.exported) if self.exported else None,
+        }
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0, also before any process group exists."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
+
+
+def fit(
+    plan: Plan,
+    *,
+    run_dir: Path | str | None = None,
+    display: Display | None = None,
+    startup_seconds: float = 0.0,
+    **lightning: Any,
+) -> Report | None:
+    """Run a plan to the end of its budget; resumes what `run_dir` (default: runs/<recipe name>) holds.
+
+    Returns the report on rank 0 and None on the others. Exits with 85 when asked to stop: everything is saved, and the
+    same call goes on.
+    """
+    from .tasks import build_task
+    from .tasks.build import TaskData
+    from .trainer import Trainer
+
+    recipe = plan.recipe
+    run_dir = Path(run_dir or Path("runs") / recipe.name)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    task = build_task(recipe, workdir=run_dir)
+    records = Records(
+        run_dir,
+        name=recipe.name,
+        recipe=recipe,
+        ledger=recipe.tracking.ledger,
+        wandb=_wandb(recipe),
+        estimates=[plan.as_dict()],
+        hardware=plan.hardware,
+    )
+    records.display = display
+    trainer = Trainer(
+        plan.budget or Budget(),
+        plan.techniques,
+        strategy=plan.strategy,
+        devices=plan.devices,
+        num_nodes=plan.nodes,
+        seed=recipe.seed,
+        checkpoint_every=recipe.checkpoint.every,
+        keep_checkpoints=recipe.checkpoint.keep,
+        offload=plan.offload,
+        usd_per_device_hour=plan.usd_per_device_hour,
+        watts_per_device=plan.watts_per_device,
+        log_every=recipe.tracking.log_every,
+        records=records,
+        accelerator="gpu" if plan.accelerator == "cuda" else "cpu",
+        accumulate_grad_batches=plan.accumulate,
+        gradient_clip_val=recipe.optimizer.clip,
+        num_sanity_val_steps=2,
+        **{**_evaluation(plan, task), **lightning},
+    )
+    trainer.observer.evaluate_every(recipe.evaluation.every, at_end=recipe.evaluation.at_end)
+    trainer.observer.goal = recipe.goal
+    data = task.datamodule if task.train is None else TaskData(task, plan.micro_batch, recipe.data.workers)
+    trainer.fit(task.module, datamodule=data, startup_seconds=startup_seconds)
+    if not trainer.is_global_zero:
+        return None
+    return _report(plan, run_dir, trainer.summary, task)
+
+
+def _evaluation(plan: Plan, task: Any) -> dict[str, Any]:
+    from .observer import NEVER
+
+    wanted = plan.recipe.evaluation
+    if task.train is not None and task.validation is None or not (wanted.at_end or wanted.every):
+        return {"limit_val_batches": 0}
+    return {"limit_val_batches": wanted.batches or 1.0, "check_val_every_n_epoch": None, "val_check_interval": NEVER}
+
+
+def _report(plan: Plan, run_dir: Path, summary: Mapping[str, Any], task: Any) -> Report:
+    recipe = plan.recipe
+    sample = exported = None
+    if recipe.evaluation.generate or recipe.export:
+        trained = _trained(recipe, run_dir)
+        if recipe.evaluation.generate:
+            from .tasks.generate import complete
+
+            sample = complete(trained.module, trained.tokenizer, recipe.evaluation.generate, seed=recipe.seed)
+        if recipe.export:
+            exported = _export(trained, Path(recipe.export.path or run_dir / "model"))
+    report = Report(
+        run_dir=run_dir,
+        summary=summary,
+        baselines=task.facts.get("baselines", {}),
+        goal_reached=summary.get("goal_reached"),
+        sample=sample,
+        exported=exported,
+    )
+    (run_dir / "report.json").write_text(json.dumps(report.as_dict(), indent=1, default=str))
+    return report
+
+
+def _trained(recipe: Any, run_dir: Path) -> Any:
+    """The task with the run's final weights, whole and on this host, however they were sharded."""
+    from safetensors.torch import load_file
+
+    from .tasks import build_task
+
+    task = build_task(recipe, workdir=run_dir)
+    task.module.load_state_dict(load_file(run_dir / "final.safetensors"), strict=False)  # tied weights are stored once
+    return task
+
+
+def _export(task: Any, path: Path) -> Path:
+    model = getattr(task.module, "model", None)
+    if not hasattr(model, "save_pretrained"):
+        raise CannotExport(f"export.to hf needs a Hugging Face model, and this is a {type(model).__name__}")
+    model.save_pretrained(path)
+    if task.tokenizer is not None:
+        task.tokenizer.save_pretrained(path)
+    return path
+
+
+def _wandb(recipe: Any) -> Mapping[str, Any] | None:
+    if recipe.tracking.wandb == "off":
+        return None
+    return {"mode": recipe.tracking.wandb, "project": recipe.tracking.project}
