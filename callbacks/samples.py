@@ -132,6 +132,27 @@ class GlobalBatches(Sampler[list[Any]]):
         return [(i, (salt ^ (int(i) * 0x9E3779B97F4A7C15)) & 0x7FFFFFFFFFFFFFFF) for i in flat]
 
 
+class EvenBatches(Sampler[list[int]]):
+    """This rank's evaluation batches: every sample once, equally many batches on every rank, no batch above `micro`.
+
+    Metrics summed over ranks are then exact. Only where there are fewer samples than ranks, some are read twice.
+    """
+
+    def __init__(self, base: Any, *, micro: int, rank: int, world: int) -> None:
+        self.base, self.micro, self.rank, self.world = base, micro, rank, world
+
+    def __len__(self) -> int:
+        return -(-len(self.base) // (self.micro * self.world))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.base)
+        order = (order * -(-self.world // len(order)))[: max(len(order), self.world)] if order else order
+        parts = len(self) * self.world
+        for batch in range(len(self)):
+            part = batch * self.world + self.rank
+            yield order[len(order) * part // parts : len(order) * (part + 1) // parts]
+
+
 class SeededSamples(Dataset[Any]):
     """A dataset whose randomness depends on (seed, epoch, sample) alone, whichever worker or attempt reads it."""
 
@@ -183,10 +204,14 @@ def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer) -> A
         return _skipping(loader, trainer) if training else loader
     if isinstance(loader.dataset, IterableDataset):
         return _skipping(loader, trainer) if training else loader
-    if isinstance(loader.batch_sampler, GlobalBatches):
+    if isinstance(loader.batch_sampler, GlobalBatches | EvenBatches):
         return loader
     base, micro, drop_last = _base(loader)
     keyed = training and not is_deterministic(loader.dataset)
+    own_batches = type(loader.batch_sampler) is not BatchSampler
+    if not training and not own_batches:
+        even = EvenBatches(base, micro=micro, rank=trainer.global_rank, world=trainer.world_size)
+        return _rebuilt(loader, loader.dataset, even, seed)
     batches = GlobalBatches(
         base,
         micro=micro,
@@ -198,7 +223,10 @@ def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer) -> A
         drop_last=drop_last and training,
         keyed=keyed,
     )
-    dataset = SeededSamples(loader.dataset) if keyed else loader.dataset
+    return _rebuilt(loader, SeededSamples(loader.dataset) if keyed else loader.dataset, batches, seed)
+
+
+def _rebuilt(loader: DataLoader[Any], dataset: Any, batches: Sampler[Any], seed: int) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(derive_seed(seed, "loader"))  # iterators then leave the global RNG alone
     return type(loader)(
         dataset,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +65,7 @@ def fit(
     from .tasks.build import TaskData
     from .trainer import Trainer
 
+    _quiet()
     recipe = plan.recipe
     run_dir = Path(run_dir or Path("runs") / recipe.name)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -104,6 +107,16 @@ def fit(
     if not trainer.is_global_zero:
         return None
     return _report(plan, run_dir, trainer.summary, task)
+
+
+def _quiet() -> None:
+    """Lightning's and DeepSpeed's remarks on what the plan has already said."""
+    for name in ("pytorch_lightning", "lightning_fabric", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("torchao", "torch.utils._pytree"):  # kernels for other GPUs, deprecations of other packages
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("pytorch_lightning", "torch.distributed", "deepspeed"):
+        warnings.filterwarnings("ignore", module=module)
 
 
 def _evaluation(plan: Plan, task: Any) -> dict[str, Any]:
@@ -157,6 +170,25 @@ def _export(task: Any, path: Path) -> Path:
     if task.tokenizer is not None:
         task.tokenizer.save_pretrained(path)
     return path
+
+
+def finished_report(run_dir: Path, recipe: Any) -> Report | None:
+    """The report of `run_dir` if this very recipe has already come to its end there."""
+    try:
+        told = json.loads((run_dir / "report.json").read_text())
+        if json.loads((run_dir / "run.json").read_text())["recipe_hash"] != recipe.hash:
+            return None
+    except (OSError, ValueError, KeyError):
+        return None
+    own = ("run_dir", "baselines", "sample", "exported")
+    return Report(
+        run_dir=run_dir,
+        summary={k: v for k, v in told.items() if k not in own},
+        baselines=told["baselines"],
+        goal_reached=told["goal_reached"],
+        sample=told["sample"],
+        exported=Path(told["exported"]) if told["exported"] else None,
+    )
 
 
 def _wandb(recipe: Any) -> Mapping[str, Any] | None:

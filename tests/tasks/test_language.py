@@ -1,0 +1,193 @@
+"""Language modelling: what is learned, what the loss is averaged over, that packed documents are apart."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from shoestring.trainer.tasks import Task, build_task
+from shoestring.trainer.tasks.errors import TaskError
+from shoestring.trainer.tasks.generate import complete
+from shoestring.trainer.tasks.isolation import TOLERANCE, check_isolation, leak
+from shoestring.trainer.tasks.tokens import Blocks, PadTokens, loss_weights, stack
+
+
+def test_a_language_model_learns_and_its_validation_loss_is_exact(tiny: Any) -> None:
+    task = tiny.task()
+    tiny.fit(task, 40)
+    found = tiny.validate(task)
+    assert found["val_loss"] < task.facts["baselines"]["unigram"] < task.facts["baselines"]["uniform"]
+    assert found["val_perplexity"] == pytest.approx(math.exp(found["val_loss"]), rel=1e-4)
+
+    module, total, count = task.module.eval(), 0.0, 0
+    for i in range(len(task.validation)):  # one block at a time, the padded tail included
+        sample = {name: value[None] for name, value in task.validation[i].items()}
+        with torch.no_grad():
+            logits = module.model(input_ids=sample["input_ids"], position_ids=sample["position_ids"]).logits[0, :-1]
+        labels = sample["labels"][0, 1:]
+        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        count += int((labels != -100).sum())
+    assert (task.validation[len(task.validation) - 1]["labels"] == -100).any(), "the tail is not the case it should be"
+    assert found["val_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert count == task.facts["validation_tokens"] - len(task.validation)
+
+
+def test_facts_count_what_is_there(tiny: Any) -> None:
+    task = tiny.task()
+    facts, model = task.facts, task.module.model
+    assert task.unit == "tokens" and facts["model_type"] == "llama"
+    assert facts["vocab_size"] == len(task.tokenizer) == model.config.vocab_size == 384
+    assert facts["train_samples"] == len(task.train) and facts["train_tokens"] == 64 * len(task.train)
+    assert facts["parameters"] == facts["trainable"] == sum(p.numel() for p in model.parameters())
+    assert model.config.use_cache is False and model.config._attn_implementation == "sdpa"
+
+
+def test_the_seed_alone_decides_the_first_weights(tiny: Any, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = tiny.task().module.state_dict()
+    assert torch.equal(before, torch.get_rng_state()), "building a task used the caller's random numbers"
+    torch.manual_seed(6)
+    second = tiny.task().module.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = build_task(tiny.recipe().model_copy(update={"seed": 1}), workdir=tmp_path).module.state_dict()
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_completion_is_repeatable_and_leaves_random_numbers_alone(tiny: Any) -> None:
+    task = tiny.task()
+    tiny.fit(task, 5)
+    before = torch.get_rng_state()
+    tell = [complete(task.module, task.tokenizer, "def f(", max_new_tokens=12, temperature=t, seed=s)
+            for t, s in ((0, 0), (0, 1), (1.5, 0), (1.5, 0), (1.5, 1))]  # fmt: skip
+    assert torch.equal(before, torch.get_rng_state()) and task.module.training
+    assert tell[0] == tell[1] and tell[2] == tell[3] and tell[2] != tell[4] and tell[0] != tell[2]
+
+
+def test_blocks_by_hand(tiny: Any) -> None:
+    store = tiny.bytes(["abcd", "e", "fghij"])  # stream: 0abcd 0e 0fghij = 13 tokens
+    blocks = Blocks(store, 5, keep_tail=True)
+    assert [block["input_ids"].tolist() for block in blocks] == [
+        [0, *b"abcd"], [0, *b"e", 0, *b"fg"], [*b"hij", 0, 0]]  # fmt: skip
+    assert [block["position_ids"].tolist() for block in blocks] == [[0, 1, 2, 3, 4], [0, 1, 0, 1, 2], [0, 1, 2, 0, 1]]
+    assert blocks[2]["labels"].tolist() == [*b"hij", -100, -100] and blocks[1]["labels"].tolist() == [
+        0,
+        *b"e",
+        0,
+        *b"fg",
+    ]
+    assert blocks.target_counts.tolist() == [4, 4, 2]
+    assert len(Blocks(store, 5)) == 2 and "position_ids" not in Blocks(store, 5, isolate=False)[0]
+    assert len(pickle.dumps(blocks)) < 1000, "the tokens travel with the data set"
+    assert store.tokens.dtype == np.uint16 and store.document(2).tolist() == [0, *b"fghij"]
+
+
+def test_packed_documents_do_not_see_each_other(tiny: Any) -> None:
+    task = tiny.task()
+    model = task.module.model.eval()
+    borders = next(i for i in range(len(task.train)) if (task.train[i]["position_ids"][1:] == 0).any())
+    block = stack([task.train[borders]])
+    start = int((block["position_ids"][0, 1:] == 0).nonzero()[0]) + 1  # where the second document opens
+    changed = {name: value.clone() for name, value in block.items()}
+    changed["input_ids"][:, 1:start] = (changed["input_ids"][:, 1:start] + 7) % 300
+    with torch.no_grad():
+        one, two = (model(**batch).logits[0] for batch in (block, changed))
+        no_positions = [{**batch, "position_ids": torch.arange(64)[None]} for batch in (block, changed)]
+        one_leaky, two_leaky = (model(**batch).logits[0] for batch in no_positions)
+    assert not torch.allclose(one[:start], two[:start]), "the first document did not change"
+    assert torch.allclose(one[start:], two[start:], atol=1e-6)
+    assert not torch.allclose(one_leaky[start:], two_leaky[start:], atol=1e-4), "this test cannot see a leak"
+
+
+def test_the_self_check_finds_leaks_in_other_and_in_real_models(tiny: Any) -> None:
+    ids = torch.arange(40) % 30
+    model = tiny.task().module.model
+    assert leak(model, ids) < 1e-6 and leak(model.bfloat16(), ids) < TOLERANCE
+    assert leak(model.float(), ids, isolate=False) > 10 * TOLERANCE
+    check_isolation(model, ids)
+
+    # Bloom ignores positions, so nothing keeps its documents apart
+    bloom = {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 2}
+    with pytest.raises(TaskError, match=r"bloom.*data\.pack: false"):
+        tiny.fit(tiny.task(model={"config": bloom}), 1)
+    accepted = tiny.task(model={"config": bloom}, data={"args": {"pack_isolation": False}})
+    assert "position_ids" not in accepted.train[0]
+    tiny.fit(accepted, 1)
+
+
+def test_the_self_check_changes_nothing(tiny: Any) -> None:
+    model = {"config": {**tiny.llama, "attention_dropout": 0.3}}
+    one, two = tiny.task(model=model), tiny.task(model=model)
+    two.module._unchecked = False
+    for task in (one, two):
+        pl.seed_everything(3, verbose=False)
+        tiny.fit(task, 3)
+    assert not one.module._unchecked
+    pairs = zip(one.module.state_dict().values(), two.module.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def gradients(task: Task, micro: list[list[int]], weights: list[float] | None = None) -> torch.Tensor:
+    """Gradients of one optimizer step over these micro-batches, as Lightning accumulates them."""
+    task.module.zero_grad()
+    for number, rows in enumerate(micro):
+        batch = task.collate([task.train[i] for i in rows])
+        if weights is not None:
+            batch["loss_weight"] = torch.tensor(weights[number])
+        (task.module.training_step(batch, 0) / len(micro)).backward()
+    return torch.cat([p.grad.flatten() for p in task.module.parameters()])
+
+
+def test_packed_gradients_do_not_depend_on_the_micro_batch(tiny: Any) -> None:
+    task = tiny.task()
+    whole = gradients(task, [list(range(8))])
+    assert torch.allclose(gradients(task, [[0, 1], [2, 3], [4, 5], [6, 7]]), whole, atol=1e-6)
+
+
+def test_padded_gradients_are_exact_with_weights_and_only_then(tiny: Any, tmp_path: Path) -> None:
+    lines = tmp_path / "rows.jsonl"
+    texts = [
+        "x = 1",
+        "import os, sys, re",
+        "y",
+        "def f(a): return a + 1",
+        "z = [i for i in range(10)]",
+        "w",
+        "u = 2",
+        "v",
+    ]
+    lines.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    task = tiny.task(data={"source": str(lines), "pack": False, "validation": 0.0, "limit": None})
+    order = np.argsort(task.train.target_counts).tolist()  # short ones together: the worst case for a mean of means
+    micro = [order[i : i + 2] for i in range(0, 8, 2)]
+    counts = [int(task.train.target_counts[rows].sum()) for rows in micro]
+    whole = gradients(task, [order])
+    assert torch.allclose(gradients(task, micro, loss_weights(counts)), whole, atol=1e-6)
+    assert not torch.allclose(gradients(task, micro), whole, atol=1e-3)
+
+
+def test_rows_cut_shorter_still_train(tiny: Any) -> None:
+    """Length warmup cuts every [B, T] tensor of a batch; nothing else in it may depend on T."""
+    task = tiny.task()
+    batch = task.collate([task.train[i] for i in range(4)])
+    assert all(value.shape == (4, 64) for value in batch.values())
+    assert task.module.training_step({name: value[:, :16] for name, value in batch.items()}, 0).isfinite()
+
+
+def test_padding_is_masked() -> None:
+    rows = [torch.tensor([5, 6, 7]), torch.tensor([8])]
+    batch = PadTokens(9)([{"input_ids": row, "labels": row} for row in rows])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]] and batch["labels"].tolist() == [
+        [5, 6, 7],
+        [8, -100, -100],
+    ]
+    classes = PadTokens(9)([{"input_ids": row, "labels": torch.tensor(2)} for row in rows])
+    assert classes["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]] and classes["labels"].tolist() == [2, 2]

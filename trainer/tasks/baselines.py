@@ -1,0 +1,39 @@
+"""What a language model must beat before its loss means anything, in nats per token."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .tokens import Blocks, Documents
+
+
+def baselines(train: Blocks | Documents, validation: Blocks | Documents, vocabulary: int) -> dict[str, float]:
+    """`uniform` and `unigram` losses on exactly the targets that `val_loss` is measured on."""
+    counts = target_counts(train, vocabulary), target_counts(validation, vocabulary)
+    return {"uniform": uniform(vocabulary), "unigram": unigram(*counts)}
+
+
+def uniform(vocabulary: int) -> float:
+    """The loss of knowing nothing: ln V."""
+    return math.log(vocabulary)
+
+
+def unigram(train: np.ndarray, validation: np.ndarray) -> float:
+    """The loss of knowing only how frequent each token is.
+
+    train, validation: counts by token number [V]. Cross entropy of the validation tokens under the training
+    frequencies, with one added to each count so that an unseen token has a finite cost (Laplace).
+    """
+    frequencies = (train + 1) / (train.sum() + len(train))
+    return float(-(validation * np.log(frequencies)).sum() / validation.sum())
+
+
+def target_counts(data: Blocks | Documents, vocabulary: int) -> np.ndarray:
+    """How often each token is a target [V], in int64."""
+    counts = np.zeros(vocabulary, dtype=np.int64)
+    for start in range(0, len(data), 1000):
+        rows = [data.targets(i) for i in range(start, min(start + 1000, len(data)))]
+        counts += np.bincount(np.concatenate(rows), minlength=vocabulary)
+    return counts

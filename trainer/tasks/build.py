@@ -1,0 +1,165 @@
+"""From a recipe to a task: the LightningModule, its data, its tokenizer, and the facts a plan needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .cache import cache_root
+from .classify import Classifier
+from .custom import call_code, is_code
+from .errors import TaskError, unknown
+from .images import build_image_model
+from .language import CausalLM
+from .lora import add_adapter
+from .models import build_model
+from .prepare import Prepared, prepare
+from .tokenizers import framing
+
+if TYPE_CHECKING:
+    from ...recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run trains and on what.
+
+    module: the LightningModule. train, validation: map-style data sets whose samples are dicts of tensors (None where
+    a user's datamodule brings its own loaders; validation also where none is held out). collate: samples -> batch.
+    tokenizer: of text tasks. facts: counts and names, see `build_task`. unit: what throughput is counted in.
+    datamodule: plain loaders over the data sets, or the user's own.
+    """
+
+    module: pl.LightningModule
+    train: Dataset[Any] | None
+    validation: Dataset[Any] | None
+    collate: Callable[..., Any] | None
+    tokenizer: Any
+    facts: dict[str, Any]
+    unit: Literal["tokens", "samples"]
+    datamodule: pl.LightningDataModule | None = None
+
+
+class TaskData(pl.LightningDataModule):
+    """Plain loaders over a task's data sets, for `pl.Trainer`: shuffled for training, in order for validation.
+
+    micro_batch_size: samples per rank and forward. workers: loader processes.
+    """
+
+    def __init__(self, task: Task, micro_batch_size: int, workers: int = 0) -> None:
+        super().__init__()
+        self.task, self.micro_batch_size, self.workers = task, micro_batch_size, workers
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of the training set in a new random order each epoch."""
+        return self._loader(self.task.train, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Batches of the validation set in order; no loader where there is none."""
+        return [] if self.task.validation is None else self._loader(self.task.validation, shuffle=False)
+
+    def _loader(self, data: Any, *, shuffle: bool) -> DataLoader[Any]:
+        return DataLoader(
+            data,
+            batch_size=self.micro_batch_size,
+            shuffle=shuffle,
+            collate_fn=self.task.collate,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+        )
+
+
+def build_task(recipe: Recipe, *, workdir: Path, model_dtype: torch.dtype | None = None) -> Task:
+    """Build the model and the data of a recipe, the same on every rank.
+
+    workdir: its `.cache` holds tokenized data and trained tokenizers, unless `SHOESTRING_HOME` is set. Any number of
+    processes may call this at once. model_dtype: the dtype of the weights; float32 by default.
+
+    Initial weights are drawn from `recipe.seed`; the caller's random numbers are left as they were. `Task.facts` has
+    `model_type, parameters, trainable, train_samples`, and where they apply `validation_samples, vocab_size,
+    train_tokens, validation_tokens, classes, baselines`. Raises `TaskError`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(recipe.seed)  # not torch.manual_seed: that reseeds the GPUs, too
+        task = _build(recipe, cache_root(workdir), model_dtype)
+    parameters = list(task.module.parameters())
+    counts = {
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+    }
+    task = replace(task, facts={**task.facts, **counts})
+    if task.datamodule is not None or task.train is None:
+        return task
+    micro = recipe.data.micro_batch_size
+    size = micro if isinstance(micro, int) else recipe.data.batch_size
+    return replace(task, datamodule=TaskData(task, size, recipe.data.workers))
+
+
+def _build(recipe: Recipe, cache: Path, dtype: torch.dtype | None) -> Task:
+    kind = recipe.model.task
+    if not is_code(kind) and kind not in MODULES:
+        raise unknown("model.task", kind, [*MODULES, "module:attr"])
+    data = prepare(recipe, cache)
+    module, facts = (_own if is_code(kind) else MODULES[kind])(recipe, data, dtype)
+    facts = {**data.facts, **facts}
+    validates = type(module).validation_step is not pl.LightningModule.validation_step
+    held = data.validation if validates else None  # a user's module need not look at it
+    return Task(module, data.train, held, data.collate, data.tokenizer, facts, data.unit, data.datamodule)
+
+
+def _language(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[pl.LightningModule, dict[str, Any]]:
+    model = _hub_model(recipe, data, dtype)
+    opening = [] if data.tokenizer is None else framing(data.tokenizer, packed=recipe.data.pack)[0]
+    module = CausalLM(model, recipe.optimizer, isolated=data.isolated, opening=tuple(opening))
+    return module, {"model_type": model.config.model_type}
+
+
+def _sequences(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[pl.LightningModule, dict[str, Any]]:
+    classes, model = _classes(data), _hub_model(recipe, data, dtype)
+    return Classifier(model, recipe.optimizer, classes), {"model_type": model.config.model_type}
+
+
+def _images(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[pl.LightningModule, dict[str, Any]]:
+    classes, shape = _classes(data), tuple(data.train[0]["pixel_values"].shape)
+    config = dict(recipe.model.config or {})
+    model = build_image_model(config, shape, len(classes)).to(dtype or torch.float32)
+    return Classifier(model, recipe.optimizer, classes), {"model_type": config["kind"]}
+
+
+def _own(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[pl.LightningModule, dict[str, Any]]:
+    module = call_code(recipe.model.task, recipe.model.args, "model.task")
+    if not isinstance(module, pl.LightningModule):
+        raise TaskError(f"model.task: {recipe.model.task} gave a {type(module).__name__}, not a LightningModule.")
+    return module, {"model_type": type(module).__name__}
+
+
+MODULES: dict[str, Callable[..., tuple[pl.LightningModule, dict[str, Any]]]] = {
+    "causal-lm": _language,
+    "sequence-classification": _sequences,
+    "image-classification": _images,
+}
+
+
+def _classes(data: Prepared) -> Sequence[str]:
+    if data.classes is None:
+        raise TaskError("data.source: classification needs (train, validation) data sets, not a datamodule.")
+    return data.classes
+
+
+def _hub_model(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> Any:
+    """The Hugging Face model of a text task, with its adapter."""
+    model: Any = build_model(
+        recipe.model,
+        recipe.model.task,
+        tokenizer=data.tokenizer,
+        sequence_length=recipe.data.sequence_length,
+        classes=data.classes,
+        dtype=dtype,
+    )
+    return add_adapter(model, recipe.model.adapter, recipe.model.task) if recipe.model.adapter else model

@@ -1,0 +1,67 @@
+"""A folder is built once, by whichever process comes first, and is then only read.
+
+Two ranks, or two runs on one machine, ask for the same tokenized data at the same moment. One takes the lock and
+builds into a private folder; a rename makes the result appear whole; the others wait, then find it. A killed builder
+leaves no result and no lock: the kernel drops the lock with the process, and the private folder is never looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+
+def cache_root(workdir: Path) -> Path:
+    """`$SHOESTRING_HOME/cache` where that variable is set (shared by all runs), else `workdir/.cache`."""
+    home = os.environ.get("SHOESTRING_HOME")
+    return Path(home) / "cache" if home else Path(workdir) / ".cache"
+
+
+def digest(parts: Iterable[str | bytes]) -> str:
+    """32 hex digits over the parts in order; the lengths go in too, so ("ab", "c") differs from ("a", "bc")."""
+    sha = hashlib.sha256()
+    for part in parts:
+        # surrogatepass: one lone surrogate in a user's JSON must not stop the run
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        sha.update(len(data).to_bytes(8, "little"))
+        sha.update(data)
+    return sha.hexdigest()[:32]
+
+
+def file_digest(path: Path) -> str:
+    """32 hex digits of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Return `folder`, calling `build(private_folder)` first if it does not exist yet.
+
+    Safe against any number of processes: without a working lock (some network file systems) two may build, and the
+    first rename wins. An exception in `build` leaves nothing behind.
+    """
+    from filelock import FileLock
+
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            _build(folder, build)
+    return folder
+
+
+def _build(folder: Path, build: Callable[[Path], None]) -> None:
+    private = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        build(private)
+        private.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process finished first: its result is as good as ours
+            raise
+    finally:
+        shutil.rmtree(private, ignore_errors=True)

@@ -1,0 +1,21 @@
+"""The one exception of this package, and how it suggests the word that was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from ... import ShoestringError
+
+
+class TaskError(ShoestringError):
+    """A model, its data or its optimizer cannot be built as the recipe says; the message holds the way out."""
+
+
+def unknown(what: str, found: object, allowed: Iterable[str]) -> TaskError:
+    """An error for a name that is not in a closed list: says what was found, what was probably meant, what exists."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(str(found), names, n=1)
+    guess = f" Did you mean {near[0]!r}?" if near else ""
+    listed = ", ".join(names) if len(names) <= 40 else f"{len(names)} names, such as {', '.join(names[:8])}"
+    return TaskError(f"{what}: {found!r} is unknown.{guess} Known: {listed}.")

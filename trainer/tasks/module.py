@@ -1,0 +1,74 @@
+"""What the tasks' LightningModules share: the optimizer by name, the weighted loss, sums over a validation run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from .optimizers import build_optimizer
+
+Batch = dict[str, torch.Tensor]
+WEIGHT = "loss_weight"  # the batch's share of the global mean, put there by a loader; see tokens.loss_weights
+
+
+class TaskModule(pl.LightningModule):
+    """A model and the optimizer settings that train it.
+
+    model: called with a batch's tensors by name. optimizer: the recipe's optimizer section. `configure_optimizers`
+    returns the optimizer alone: the learning rate is driven from outside, by the budget's clock.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer_settings = optimizer
+        self._sums: torch.Tensor | None = None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer of the recipe over the parameters that train."""
+        return build_optimizer(self.named_parameters(), self.optimizer_settings)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the sums of the last validation."""
+        self._sums = None
+
+    def add(self, *values: torch.Tensor) -> None:
+        """Add one batch's sums, in float64 on the device: no synchronisation until the end of the run."""
+        sums = torch.stack([value.double() for value in values])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def totals(self, size: int) -> torch.Tensor:
+        """The sums [size] over all batches and ranks. Every rank must call it, at the same moment."""
+        sums = self._sums if self._sums is not None else torch.zeros(size, dtype=torch.float64, device=self.device)
+        return self.trainer.strategy.reduce(sums, reduce_op="sum")  # type: ignore[return-value]
+
+    def log_all(self, values: dict[str, torch.Tensor]) -> None:
+        """Log metrics that `totals` already made equal on all ranks."""
+        self.log_dict({k: v.float() for k, v in values.items()}, prog_bar=True, sync_dist=True)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module is in the mode it was in, frozen ones too."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def weighted(loss: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The loss times the batch's `loss_weight`, where a loader gave one."""
+    weight = batch.get(WEIGHT)
+    return loss if weight is None else loss * weight
+
+
+def inputs(batch: Batch) -> Batch:
+    """The tensors that the model is called with: all but the weight."""
+    return {name: value for name, value in batch.items() if name != WEIGHT}

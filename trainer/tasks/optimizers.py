@@ -1,0 +1,137 @@
+"""Optimizers by name. The learning rate is a starting value: the budget's clock drives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import TaskError, unknown
+
+Named = Sequence[tuple[str, nn.Parameter]]
+# These read a parameter's shape, which ZeRO flattens away: only for strategies that keep parameters whole.
+NEEDS_WHOLE_PARAMETERS = frozenset({"muon"})
+
+
+def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: Any) -> torch.optim.Optimizer:
+    """One optimizer over the named parameters that train.
+
+    settings: the recipe's optimizer section (`name`, `lr`, `weight_decay`, `betas`, `eps`, `momentum`). Weight decay
+    leaves out parameters of fewer than two dimensions: biases, norms, gains.
+    """
+    if settings.name not in OPTIMIZERS:
+        raise unknown("optimizer.name", settings.name, OPTIMIZERS)
+    trained = [(name, p) for name, p in parameters if p.requires_grad]
+    if not trained:
+        raise TaskError("optimizer: no parameter of this model trains (all are frozen).")
+    return OPTIMIZERS[settings.name](trained, settings)
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """A parameter's whole shape: under ZeRO-3 its own is that of an empty placeholder."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def decay_groups(parameters: Named, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices with decay, everything of fewer dimensions without. Empty groups are left out."""
+    decayed = [p for _, p in parameters if len(shape_of(p)) >= 2]
+    plain = [p for _, p in parameters if len(shape_of(p)) < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _adamw(parameters: Named, s: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(decay_groups(parameters, s.weight_decay), lr=s.lr, betas=tuple(s.betas), eps=s.eps)
+
+
+def _adam(parameters: Named, s: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(decay_groups(parameters, s.weight_decay), lr=s.lr, betas=tuple(s.betas), eps=s.eps)
+
+
+def _sgd(parameters: Named, s: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(decay_groups(parameters, s.weight_decay), lr=s.lr, momentum=s.momentum)
+
+
+def _adafactor(parameters: Named, s: Any) -> torch.optim.Optimizer:
+    # its eps is a pair with another meaning: keep its own
+    return torch.optim.Adafactor(decay_groups(parameters, s.weight_decay), lr=s.lr)
+
+
+def _muon(parameters: Named, s: Any) -> torch.optim.Optimizer:
+    return MuonWithAdamW(parameters, s)
+
+
+OPTIMIZERS: dict[str, Callable[[Named, Any], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adam": _adam,
+    "sgd": _sgd,
+    "adafactor": _adafactor,
+    "muon": _muon,
+}
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the hidden weight matrices, AdamW for embeddings, the output layer and everything not 2-D, as one.
+
+    Source: Jordan et al., Muon (2024), and Liu et al., arXiv 2502.16982, whose scaling lets both share one learning
+    rate. Two torch optimizers do the work; they share this one's `state` and parameter groups, so schedules and
+    checkpoints see a single optimizer. Raises `TaskError` where a parameter is not whole (ZeRO shards).
+    """
+
+    def __init__(self, parameters: Named, settings: Any) -> None:
+        matrices = [(n, p) for n, p in parameters if _is_hidden_matrix(n, p)]
+        others = [(n, p) for n, p in parameters if not _is_hidden_matrix(n, p)]
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            momentum, decay = settings.momentum or 0.95, settings.weight_decay
+            muon = torch.optim.Muon(
+                [p for _, p in matrices],
+                lr=settings.lr,
+                momentum=momentum,
+                weight_decay=decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            self._parts.append(muon)
+        if others:
+            self._parts.append(_adamw(others, settings))
+        super().__init__([group for part in self._parts for group in part.param_groups], {"lr": settings.lr})
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and hand the restored groups and state back to the two parts."""
+        super().__setstate__(state)
+        self._share()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of both parts."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            if isinstance(part, torch.optim.Muon):
+                _check_whole(part.param_groups)
+            part.step()
+        return loss
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for part in self._parts:
+            part.state = self.state
+            part.param_groups = [next(groups) for _ in part.param_groups]
+
+
+def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    outer = ("embed", "wte", "wpe", "lm_head", "classifier", "score")
+    return len(shape_of(parameter)) == 2 and not any(word in name for word in outer)
+
+
+def _check_whole(groups: list[dict[str, Any]]) -> None:
+    for group in groups:
+        if any(p.ndim != 2 for p in group["params"]):
+            raise TaskError(
+                "optimizer.name muon needs whole weight matrices, and ZeRO hands it flat shards. "
+                "Use strategy.name single or ddp, or optimizer.name adamw."
+            )

@@ -1,0 +1,199 @@
+"""The data of a task, from `data.source` to samples: held out, tokenized, packed or padded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytorch_lightning as pl
+from torch.utils.data import default_collate
+
+from .baselines import baselines
+from .cache import digest
+from .corpora import Corpus, digits
+from .custom import call_code, is_code
+from .errors import TaskError
+from .images import Images
+from .sources import load_corpus
+from .split import balance, split, split_indices
+from .tokenizers import encode_plain, framing, load_tokenizer, tokenizer_key
+from .tokens import Blocks, Documents, PadTokens, stack, store_tokens
+
+if TYPE_CHECKING:
+    from ...recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data sets and what a model must know of them: the tokenizer, the classes' names, whether packing isolates."""
+
+    train: Any = None
+    validation: Any = None
+    collate: Callable[..., Any] | None = None
+    tokenizer: Any = None
+    classes: Sequence[str] | None = None
+    isolated: bool = False
+    datamodule: pl.LightningDataModule | None = None
+    unit: Literal["tokens", "samples"] = "samples"
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare(recipe: Recipe, cache: Path) -> Prepared:
+    """The data that a recipe names, in the form its task takes."""
+    source, kind = recipe.data.source, recipe.model.task
+    if is_code(source):
+        return _own_data(recipe, cache)
+    if source == "digits":
+        return _digits(recipe)
+    if kind == "image-classification":
+        raise TaskError(f"data.source {source!r}: image-classification reads digits, or your own module:attr.")
+    return _labelled_texts(recipe, cache) if kind == "sequence-classification" else _language(recipe, cache)
+
+
+def _language(recipe: Recipe, cache: Path) -> Prepared:
+    data = recipe.data
+    if data.sequence_length < 2:
+        raise TaskError(f"data.sequence_length {data.sequence_length}: predicting a token takes one before it, so 2.")
+    args = dict(data.args or {})
+    isolated = bool(args.pop("pack_isolation", True)) and data.pack
+    train, held = _corpora(data, args, cache, labelled=False)
+    tokenizer = load_tokenizer(recipe.model, train, cache=cache)
+    opening, closing = framing(tokenizer, packed=data.pack)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [[*opening, *row, *closing] for row in encode_plain(tokenizer, texts)]
+
+    def samples(corpus: Corpus, keep_tail: bool) -> Blocks | Documents:
+        key = digest([tokenizer_key(tokenizer), repr((opening, closing))])
+        store = store_tokens(corpus, encode, key=key, vocabulary=len(tokenizer), cache=cache)
+        if data.pack:
+            return Blocks(store, data.sequence_length, isolate=isolated, keep_tail=keep_tail)
+        return Documents(store, data.sequence_length)
+
+    sets = samples(train, keep_tail=False), None if held is None else samples(held, keep_tail=True)
+    _check_not_empty(sets[0], sets[1], data.sequence_length)
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer)}
+    if sets[1] is not None:
+        facts["baselines"] = baselines(sets[0], sets[1], len(tokenizer))
+    collate = stack if data.pack else PadTokens(tokenizer.pad_token_id)
+    return Prepared(*sets, collate, tokenizer, isolated=isolated, unit="tokens", facts=facts)
+
+
+def _labelled_texts(recipe: Recipe, cache: Path) -> Prepared:
+    data = recipe.data
+    train, held = _corpora(data, dict(data.args or {}), cache, labelled=True)
+    if data.source == "python-packages":
+        train, held = balance(train), None if held is None else balance(held)
+    tokenizer = load_tokenizer(recipe.model, train, cache=cache)
+    classes = _classes(train, held)
+    key = digest([tokenizer_key(tokenizer), f"classification {data.sequence_length}"])
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, truncation=True, max_length=data.sequence_length)["input_ids"]
+
+    def samples(corpus: Corpus) -> Documents:
+        store = store_tokens(corpus, encode, key=key, vocabulary=len(tokenizer), cache=cache)
+        return Documents(store, data.sequence_length, [classes[label] for label in corpus.labels or ()])
+
+    sets = samples(train), None if held is None else samples(held)
+    names = [str(label) for label in classes]
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), "classes": names}
+    return Prepared(*sets, PadTokens(tokenizer.pad_token_id), tokenizer, classes=names, facts=facts)
+
+
+def _digits(recipe: Recipe) -> Prepared:
+    images, labels = (part[: recipe.data.limit] for part in digits())
+    fraction = recipe.data.validation
+    if isinstance(fraction, str):
+        raise TaskError(f"data.validation {fraction!r}: digits takes a fraction, such as 0.2.")
+    rows: list[int] = list(range(len(labels)))
+    held: list[int] = []
+    if fraction:
+        rows, held = split_indices([digest([image.tobytes()]) for image in images], labels.tolist(), fraction)
+    train = Images(images[rows], labels[rows])
+    validation = Images(images[held], labels[held]) if held else None
+    names = [str(digit) for digit in range(10)]
+    return Prepared(train, validation, stack, classes=names, facts={**_sizes(train, validation), "classes": names})
+
+
+def _own_data(recipe: Recipe, cache: Path) -> Prepared:
+    """A user's `module:attr`: a LightningDataModule, or (train, validation) with map-style data sets."""
+    found = call_code(recipe.data.source, recipe.data.args, "data.source")
+    named = isinstance(recipe.model.tokenizer or recipe.model.name, str)
+    tokenizer = load_tokenizer(recipe.model, Corpus([], None, None, ""), cache=cache) if named else None
+    unit: Literal["tokens", "samples"] = "tokens" if recipe.model.task == "causal-lm" else "samples"
+    if isinstance(found, pl.LightningDataModule):
+        return Prepared(tokenizer=tokenizer, datamodule=found, unit=unit)
+    if not (isinstance(found, (tuple, list)) and len(found) == 2 and hasattr(found[0], "__getitem__")):
+        raise TaskError(
+            f"data.source: {recipe.data.source} gave a {type(found).__name__}; "
+            "it must give a LightningDataModule or (train, validation) data sets."
+        )
+    train, validation = found
+    classes = _classes_of(train) if "classification" in recipe.model.task else None
+    facts = {**_sizes(train, validation), **({} if classes is None else {"classes": classes})}
+    return Prepared(train, validation, _collate_of(train, tokenizer), tokenizer, classes, unit=unit, facts=facts)
+
+
+def _corpora(data: Any, args: dict[str, Any], cache: Path, *, labelled: bool) -> tuple[Corpus, Corpus | None]:
+    corpus = load_corpus(data, data.source, args, cache=cache, labelled=labelled)
+    if isinstance(data.validation, str):
+        return corpus, load_corpus(data, data.validation, args, cache=cache, labelled=labelled)
+    return split(corpus, data.validation) if data.validation else (corpus, None)
+
+
+def _classes(train: Corpus, held: Corpus | None) -> dict[Any, int]:
+    """Labels in sorted order with their numbers; numbers sort as numbers, everything else as text."""
+    found = set(train.labels or ())
+    numeric = all(isinstance(label, (int, float)) for label in found)
+    ordered = sorted(found, key=None if numeric else str)
+    if len(ordered) < 2:
+        raise TaskError(f"data.label_column: classification needs two classes or more, found {ordered}.")
+    new = set((held and held.labels) or ()) - found
+    if new:
+        raise TaskError(f"data.validation has classes that training data lacks: {sorted(map(str, new))}.")
+    return {label: number for number, label in enumerate(ordered)}
+
+
+def _classes_of(train: Any) -> list[str]:
+    """Class names that a data set declares (`classes`, as torchvision does), else the labels of all its samples."""
+    declared = getattr(train, "classes", None)
+    if declared is not None:
+        return [str(name) for name in declared]
+    return [str(number) for number in range(max(int(train[i]["labels"]) for i in range(len(train))) + 1)]
+
+
+def _collate_of(train: Any, tokenizer: Any) -> Callable[..., Any]:
+    sample = train[0]
+    if not isinstance(sample, dict):
+        return default_collate
+    if "position_ids" in sample or "input_ids" not in sample:
+        return stack
+    return PadTokens(0 if tokenizer is None else tokenizer.pad_token_id)  # padding is masked: its number is not seen
+
+
+def _check_not_empty(train: Blocks | Documents, validation: Blocks | Documents | None, length: int) -> None:
+    for name, part in (("training", train), ("validation", validation)):
+        if part is not None and len(part) == 0:
+            raise TaskError(
+                f"data.sequence_length {length}: the {name} data has {len(part.store.tokens)} tokens, not one sample. "
+                "Shorten it, or give more data."
+            )
+
+
+def _token_facts(train: Blocks | Documents, validation: Blocks | Documents | None) -> dict[str, Any]:
+    facts = {**_sizes(train, validation), "train_tokens": _tokens(train)}
+    return facts if validation is None else {**facts, "validation_tokens": _tokens(validation)}
+
+
+def _tokens(data: Blocks | Documents) -> int:
+    if isinstance(data, Documents):
+        return int(data.lengths.sum())
+    return int(data.target_counts.sum()) + len(data)
+
+
+def _sizes(train: Any, validation: Any) -> dict[str, Any]:
+    sizes = {"train_samples": len(train)}
+    return sizes if validation is None else {**sizes, "validation_samples": len(validation)}

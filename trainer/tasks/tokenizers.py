@@ -1,0 +1,129 @@
+"""The tokenizer of a task: the model's own, one by name, or a byte-level BPE trained on the task's training texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cache import build_once, digest
+from .errors import TaskError
+from .models import resolve_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .corpora import Corpus
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+SMALLEST = 256 + 2  # every byte, and the two specials
+CHARACTERS_PER_TOKEN = 2000  # to train on: every merge is then seen often; more text changes little and costs time
+
+
+def load_tokenizer(model: Any, corpus: Corpus, *, cache: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that the recipe's model section names, with an end-of-text and a padding token.
+
+    corpus: the training texts, read only for `{train: bpe, vocab_size: N}`.
+    """
+    wanted = model.tokenizer or model.name
+    if wanted is None:
+        raise TaskError(
+            "model.tokenizer: a model built from config has no tokenizer of its own. "
+            "Set {train: bpe, vocab_size: 4096}, or a name or path."
+        )
+    if not isinstance(wanted, str):
+        return train_bpe(corpus, vocab_size=_setting(wanted, "vocab_size"), cache=cache)
+    return _named(wanted)
+
+
+def train_bpe(corpus: Corpus, *, vocab_size: int, cache: Path) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE on a corpus (cached by its content): nothing is unknown to it, decoding is lossless.
+
+    Source: byte-level BPE as in GPT-2. It reads whole texts, taken evenly, up to 2000 characters per token.
+    """
+    if vocab_size < SMALLEST:
+        raise TaskError(f"model.tokenizer.vocab_size {vocab_size} is below {SMALLEST}: 256 bytes and 2 special tokens.")
+    folder = cache / "tokenizers" / digest(["bpe", str(vocab_size), str(CHARACTERS_PER_TOKEN), corpus.fingerprint])
+    return _named(str(build_once(folder, lambda private: _train(corpus.texts, vocab_size, private))))
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Equal for two tokenizers exactly when they give equal tokens: part of the key of tokenized data."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return digest([type(tokenizer).__name__, json.dumps(tokenizer.get_vocab(), sort_keys=True)])
+    rules = json.loads(backend.to_str())
+    # what the last call left there, not a property of the tokenizer
+    rules.pop("truncation", None)
+    rules.pop("padding", None)
+    return digest([json.dumps(rules, sort_keys=True)])
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token numbers of texts, nothing added and nothing cut."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    backend.no_truncation()
+    backend.no_padding()
+    # twice as fast as the tokenizer's own call: it keeps no character offsets
+    return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def framing(tokenizer: PreTrainedTokenizerBase, *, packed: bool) -> tuple[list[int], list[int]]:
+    """The tokens that open and close a document.
+
+    With a beginning-of-text token: it opens, end-of-text closes. Without one, packed documents are opened by
+    end-of-text (it then closes the one before), padded ones are closed by it.
+    """
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if end is None:
+        raise TaskError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token, so documents cannot end.")
+    if start is not None and start != end:
+        return [start], [end]
+    return ([end], []) if packed else ([], [end])
+
+
+def _setting(settings: Any, name: str) -> Any:
+    return settings[name] if isinstance(settings, dict) else getattr(settings, name)
+
+
+def _named(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_name(name))
+    except (OSError, ValueError) as error:
+        raise TaskError(f"model.tokenizer: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _train(texts: Sequence[str], vocab_size: int, folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(_sample(texts, CHARACTERS_PER_TOKEN * vocab_size), trainer=trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD).save_pretrained(folder)
+
+
+def _sample(texts: Sequence[str], characters: int) -> Iterator[str]:
+    """Texts up to a number of characters, spread over the corpus by a fixed stride."""
+    probe = texts[: min(len(texts), 1000)]
+    mean = max(1, sum(len(text or "") for text in probe) // max(1, len(probe)))
+    stride, left = max(1, mean * len(texts) // characters), characters
+    for i in range(0, len(texts), stride):
+        if left <= 0:
+            return
+        text = texts[i] or ""
+        yield text[:left]
+        left -= len(text)

@@ -1,0 +1,205 @@
+"""Texts as token numbers: written once to disk, read by any number of processes, served as samples.
+
+A store is two files: all tokens of all documents end to end, and where each document starts. Two data sets read it:
+`Blocks` cuts the stream into blocks of one length (packing), `Documents` gives one document a sample.
+
+**How packed documents are kept apart.** Every document opens with a separator token. `position_ids` restart at each
+separator, from which transformers builds a block-diagonal causal mask, so no document attends to another. The only
+target that crosses a border is the separator itself, predicted from the document that ends there: that is what
+"the document ends here" means, so no label is masked and every block has exactly `length - 1` targets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .cache import build_once, digest
+
+if TYPE_CHECKING:
+    from .corpora import Corpus
+
+Sample = dict[str, torch.Tensor]
+Encode = Callable[[list[str]], Sequence[Sequence[int]]]
+IGNORED = -100  # the label that cross entropy skips
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """All tokens of a corpus on disk. Pickles as its path, so loader workers map the files instead of copying them."""
+
+    folder: Path
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """Token numbers [N], uint16 or uint32, memory-mapped."""
+        meta = json.loads((self.folder / "meta.json").read_text())
+        if meta["tokens"] == 0:
+            return np.empty(0, dtype=meta["dtype"])
+        return np.memmap(self.folder / "tokens.bin", dtype=meta["dtype"], mode="r")
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """Starts of the documents and the end of the last one [D + 1], int64."""
+        return np.load(self.folder / "offsets.npy")
+
+    def document(self, index: int, length: int | None = None) -> np.ndarray:
+        """The first `length` tokens of a document (all of them without it)."""
+        start, end = self.offsets[index : index + 2]
+        return self.tokens[start : end if length is None else min(end, start + length)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+
+def store_tokens(corpus: Corpus, encode: Encode, *, key: str, vocabulary: int, cache: Path) -> TokenStore:
+    """Tokenize a corpus, or find it done: keyed by its content and by `key` (tokenizer and settings)."""
+
+    def build(folder: Path) -> None:
+        dtype = np.uint16 if vocabulary <= 1 << 16 else np.uint32
+        lengths = [np.zeros(1, dtype=np.int64)]
+        with open(folder / "tokens.bin", "wb") as file:
+            for start in range(0, len(corpus.texts), 1000):
+                rows = encode([text or "" for text in corpus.texts[start : start + 1000]])
+                lengths.append(np.array([len(row) for row in rows], dtype=np.int64))
+                np.concatenate([np.asarray(row, dtype=dtype) for row in rows]).tofile(file)
+        offsets = np.cumsum(np.concatenate(lengths))
+        np.save(folder / "offsets.npy", offsets)
+        (folder / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "tokens": int(offsets[-1])}))
+
+    return TokenStore(build_once(cache / "tokens" / digest([corpus.fingerprint, key]), build))
+
+
+class Blocks(Dataset[Sample]):
+    """Packed language modelling: the token stream in blocks of one length.
+
+    A sample: `input_ids`, `labels` (equal to them; the model shifts) and, when isolated, `position_ids`, each [T].
+    length: T. isolate: keep documents apart (see above). keep_tail: also serve the last, partial block, padded with
+    label -100: for validation, where no token may be lost; a training set drops it, so all its blocks weigh the same.
+    """
+
+    def __init__(self, store: TokenStore, length: int, *, isolate: bool = True, keep_tail: bool = False) -> None:
+        self.store, self.length, self.isolate = store, length, isolate
+        total = len(store.tokens)
+        tail = keep_tail and total % length >= 2
+        self.blocks = total // length + tail
+
+    def __len__(self) -> int:
+        return self.blocks
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.blocks:
+            raise IndexError(f"block {index} of {self.blocks}")
+        ids = self._tokens(index).astype(np.int64)
+        missing = (0, self.length - len(ids))
+        # two arrays, never one shared: an edit of the inputs must not reach the labels
+        labels = np.pad(ids, missing, constant_values=IGNORED)
+        sample = {"input_ids": torch.from_numpy(np.pad(ids, missing)), "labels": torch.from_numpy(labels)}
+        if self.isolate:
+            sample["position_ids"] = torch.from_numpy(self._positions(index))
+        return sample
+
+    @property
+    def target_counts(self) -> np.ndarray:
+        """How many tokens each sample predicts [len(self)]."""
+        counts = np.full(self.blocks, self.length - 1, dtype=np.int64)
+        if self.blocks:
+            counts[-1] = len(self._tokens(self.blocks - 1)) - 1
+        return counts
+
+    def targets(self, index: int) -> np.ndarray:
+        """The tokens that a sample predicts: all but its first."""
+        return self._tokens(index)[1:]
+
+    def _tokens(self, index: int) -> np.ndarray:
+        return self.store.tokens[index * self.length : (index + 1) * self.length]
+
+    def _positions(self, index: int) -> np.ndarray:
+        """Positions [T] that restart where a document starts; a block that opens mid-document counts from 0."""
+        start = index * self.length
+        first, last = np.searchsorted(self.store.offsets, (start, start + self.length))
+        starts = np.zeros(self.length, dtype=np.int64)
+        inner = self.store.offsets[first:last] - start
+        starts[inner] = inner
+        return np.arange(self.length) - np.maximum.accumulate(starts)
+
+
+class Documents(Dataset[Sample]):
+    """One document a sample, cut to `length` tokens: language modelling without packing, or classification.
+
+    A sample: `input_ids` [t] and `labels`, either equal to them [t] or, with `labels` given, the class [] as int64.
+    Pair with `PadTokens` to form batches. Documents of one token predict nothing and are left out of the former.
+    """
+
+    def __init__(self, store: TokenStore, length: int, labels: Sequence[int] | None = None) -> None:
+        self.store, self.length = store, length
+        self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
+        lengths = np.minimum(np.diff(store.offsets), length)
+        self.rows = np.flatnonzero(lengths >= 2) if labels is None else np.arange(len(lengths))
+        self.lengths = lengths[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.rows[index]
+        ids = self.store.document(row, self.length).astype(np.int64)
+        labels = torch.from_numpy(ids.copy()) if self.labels is None else self.labels[row]
+        return {"input_ids": torch.from_numpy(ids), "labels": labels}
+
+    @property
+    def target_counts(self) -> np.ndarray:
+        """How many targets each sample has [len(self)]: its tokens but the first, or its one class."""
+        return self.lengths - 1 if self.labels is None else np.ones(len(self), dtype=np.int64)
+
+    def targets(self, index: int) -> np.ndarray:
+        """The tokens that a sample predicts: all but its first."""
+        return self.store.document(self.rows[index], self.length)[1:]
+
+
+@dataclass(frozen=True)
+class PadTokens:
+    """Form a batch from samples of different lengths, padded on the right to the longest.
+
+    Gives `input_ids` [B, T], and `labels` [B, T] with -100 at padding or classes [B]. `attention_mask` [B, T] comes
+    with classes only: a causal model cannot see right padding, and without a mask the faster attention kernels run.
+    """
+
+    pad: int
+
+    def __call__(self, samples: Sequence[Sample]) -> Sample:
+        ids = [sample["input_ids"] for sample in samples]
+        batch = {"input_ids": _padded(ids, self.pad)}
+        if samples[0]["labels"].ndim:
+            return {**batch, "labels": _padded([sample["labels"] for sample in samples], IGNORED)}
+        mask = _padded([torch.ones_like(row) for row in ids], 0)
+        return {**batch, "attention_mask": mask, "labels": torch.stack([sample["labels"] for sample in samples])}
+
+
+def stack(samples: Sequence[Sample]) -> Sample:
+    """Form a batch from samples of equal shapes."""
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def _padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def loss_weights(targets: Sequence[int]) -> list[float]:
+    """What each micro-batch's mean loss must be multiplied by so that their mean is the mean over all targets.
+
+    targets: the number of targets of every micro-batch of one optimizer step, over all ranks (any order). A loader
+    puts the weight in its batch as a tensor `loss_weight` []; the modules here multiply by it. Blocks need none:
+    their weights are all 1. With weight `n_i * k / sum(n)`, the mean over k micro-batches of `weight * mean_i` is
+    `sum(n_i * mean_i) / sum(n)`: the loss per token over the whole global batch, with no collective.
+    """
+    total = sum(targets)
+    return [count * len(targets) / total for count in targets]
