@@ -31,7 +31,14 @@ TECHNIQUES: dict[str, str] = {
 
 
 class UnknownTechnique(ShoestringError):
-    """No technique of this name, or none of its settings is called that."""
+    """No technique of this name, or (with `of`) no setting of this name of that technique."""
+
+    def __init__(self, found: str, legal: list[str], of: str | None = None) -> None:
+        self.found, self.legal, self.of = found, legal, of
+        near = get_close_matches(found, legal, n=1)
+        self.hint = f"did you mean {near[0]!r}?" if near else ""
+        said = f"{of} has no setting {found!r}; it has" if of else f"no technique is called {found!r}; there are"
+        super().__init__(f"{said} {', '.join(legal) or 'none'}. {self.hint}".rstrip())
 
 
 @cache
@@ -50,9 +57,7 @@ def technique_class(name: str) -> type[Technique]:
         return getattr(import_module(f".{path}", __package__), attribute)
     if name in plugins():
         return plugins()[name].load()
-    near = get_close_matches(name, names(), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UnknownTechnique(f"no technique is called {name!r}; there are {', '.join(names())}.{hint}")
+    raise UnknownTechnique(name, names())
 
 
 def make(name: str, settings: Mapping[str, Any] | None = None) -> Technique:
@@ -63,9 +68,7 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> Technique:
     legal = [p for p in inspect.signature(cls.__init__).parameters if p != "self"]  # type: ignore[misc]
     for key in settings or {}:
         if key not in legal:
-            near = get_close_matches(key, legal, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UnknownTechnique(f"{name} has no setting {key!r}; it has {', '.join(legal) or 'none'}.{hint}")
+            raise UnknownTechnique(key, legal, of=name)
     technique = cls(**(settings or {}))
     technique.check()
     return technique

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
+from .. import ShoestringError
 from ..callbacks.budget import Budget
 from ..callbacks.compose import compose
-from ..callbacks.contract import Effect, Misconfigured, Technique, Unfit, Workload
-from ..callbacks.registry import UnknownTechnique, make, names
+from ..callbacks.contract import BadSetting, Effect, Technique, Unfit, Workload
+from ..callbacks.registry import UnknownTechnique, make
 from ..cluster import Hardware, hardware
 from ..recipes import Recipe, RecipeError, problem
 from .machine import Machine, peak, usable_memory
@@ -228,10 +229,14 @@ def _techniques(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> list[
     for spec in recipe.techniques:
         try:
             made.append(make(spec.name, spec.settings))
-        except (UnknownTechnique, Misconfigured) as error:
-            key = f"techniques.{spec.name}"
-            found = spec.name if spec.name not in names() else repr(dict(spec.settings))
-            problems.append(problem(recipe, key, found, str(error)))
+        except UnknownTechnique as error:
+            key = f"techniques.{spec.name}" + (f".{error.found}" if error.of else "")
+            problems.append(problem(recipe, key, error.found, " | ".join(error.legal), error.hint))
+        except BadSetting as error:
+            key = f"techniques.{spec.name}.{error.setting}"
+            problems.append(problem(recipe, key, error.found, error.allowed))
+        except (ShoestringError, TypeError) as error:  # a duration that is none, a text where a number is compared
+            problems.append(problem(recipe, f"techniques.{spec.name}", repr(dict(spec.settings)), str(error)))
     if problems:
         raise RecipeError(problems)
     present = {t.card.name for t in made}

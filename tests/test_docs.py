@@ -1,0 +1,42 @@
+"""What the documents say is what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from shoestring.callbacks.registry import names
+from shoestring.recipes import load_recipe, shipped_recipes
+from shoestring.trainer.reference import with_table
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_table_of_techniques_is_the_registrys() -> None:
+    text = README.read_text()
+    assert with_table(text) == text, "make it anew: shoestring techniques"
+    assert all(f"`{name}`" in text for name in names())
+
+
+def test_the_first_recipe_is_a_valid_one(tmp_path: Path) -> None:
+    block = re.search(r"```yaml\n(.*?)```", README.read_text(), re.S)
+    assert block
+    path = tmp_path / "diary.yaml"
+    path.write_text(block[1])
+    recipe = load_recipe(path)
+    assert recipe.budget.usd == 5
+    assert [t.name for t in recipe.techniques] == ["gradient_checkpointing", "sequence_length_warmup"]
+
+
+def test_every_shipped_recipe_is_named(tmp_path: Path) -> None:
+    text = README.read_text()
+    assert all(f"`{name}`" in text for name in shipped_recipes())
+
+
+def test_make_targets_exist() -> None:
+    makefile = (README.parent / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake ([a-z-]+)", README.read_text())):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    assert "make test" in (README.parent / ".ci" / "run").read_text()
