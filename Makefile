@@ -27,7 +27,8 @@ test-gpu: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p shoestring
+	ln -sfn "$(CURDIR)" $(VENV)/shoestring  # the package's name, whatever the clone is called
+	$(BIN)/mypy $(VENV)/shoestring
 
 bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py

@@ -117,10 +117,16 @@ def ours(module: Probe, loader: DataLoader[Any], steps: int) -> None:
         ).fit(module, loader)  # fmt: skip
 
 
-VARIANTS: dict[str, Callable[[Probe, DataLoader[Any], int], None]] = {"raw": raw, "lightning": plain, "shoestring": ours}
+VARIANTS: dict[str, Callable[[Probe, DataLoader[Any], int], None]] = {
+    "raw": raw,
+    "lightning": plain,
+    "shoestring": ours,
+}
 
 
-def once(make: Callable[[], tuple[nn.Module, torch.Tensor]], run: Callable[..., None], steps: int, count: bool) -> float:
+def once(
+    make: Callable[[], tuple[nn.Module, torch.Tensor]], run: Callable[..., None], steps: int, count: bool
+) -> float:
     """CPU seconds, or function calls, of one step."""
     torch.manual_seed(0)
     net, inputs = make()

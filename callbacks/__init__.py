@@ -12,7 +12,8 @@ from .compose import compose as compose  # light, and its module has the same na
 from .registry import TECHNIQUES
 
 _HOMES = {
-    "Card": "contract", "Technique": "contract", "Settings": "contract", "Unfit": "contract", "Misconfigured": "contract",
+    "Card": "contract", "Technique": "contract", "Settings": "contract",
+    "Unfit": "contract", "Misconfigured": "contract",
     "Budget": "budget", "Clock": "clock", "Duration": "clock", "clock_of": "clock",
     "Accountant": "accountant", "shards_of": "shards", "Measurement": "meter", "make": "registry",
     **{home.partition(":")[2]: home.partition(":")[0] for home in TECHNIQUES.values()},

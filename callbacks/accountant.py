@@ -8,14 +8,14 @@ with the journal, checkpoints and signals; in anybody's trainer it stands alone:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 
 from .agreement import Agreement
-from .budget import Budget, Guard
+from .budget import Budget, Guard, ImpossibleBudget
 from .clock import Clock
 from .contract import Technique
 from .energy import EnergyMeter
@@ -49,7 +49,9 @@ class Accountant(pl.Callback):
         self.windows = Windows()
         self.windows.seconds["startup"] = startup_seconds
         self.stopped_by: str | None = None
-        self.evaluation_seconds = 0.0  # the last whole evaluation
+        self.closing_seconds = 0.0  # what comes after the final evaluation
+        self.evaluation_cut = False  # the budget ended it
+        self.evaluation_seconds = 0.0  # of a whole evaluation
         self.energy_source = "estimated"
         self.data_wait = 0.0
         self._local = [0.0] * 8
@@ -59,15 +61,19 @@ class Accountant(pl.Callback):
         self.signalled = False  # some rank has, and all ranks know it
         self.save_due = False  # rank 0 wants a checkpoint, and all ranks know it
         self._first = True
-        self._energy_due = 0.0
+        self._energy_due = self._metered = self._read_at = self._joules = 0.0
+        self._guard_state: dict[str, Any] | None = None
         self._batch_ended = perf_counter()
+        if self.budget.usd is not None and not usd_per_device_hour:
+            raise ImpossibleBudget(f"budget usd={self.budget.usd:g} needs a price: give usd_per_device_hour")
 
-    # -- start -------------------------------------------------------------------------------------------------------
+    # -- start ------------------------------------------------------------------------------------------------------
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer._shoestring_clock = self.clock  # type: ignore[attr-defined]
         self.agreement = Agreement(len(self._local))
         self.world = trainer.world_size
         self.energy = EnergyMeter(self.watts_per_device, 1)
+        self._metered = self._read_at = self.windows.total()
         self._base = self.clock.spend
         self._parameters = list(pl_module.parameters())
         self._masked = [c for c in trainer.callbacks if isinstance(c, Technique) and hasattr(c, "densities")]
@@ -91,12 +97,27 @@ class Accountant(pl.Callback):
             ends.append(trainer.max_steps)
         if ends:
             limits["steps"] = min(ends)
-        self.clock.limits = limits
+        before, self.clock.limits = self.clock.limits, limits
         self.guard = Guard(limits, self.agreement.lag)
+        if self.clock.horizons and before != limits:
+            self.clock.stretch(self._end_by_spend())
+            self.on_replan(self.clock.step, self.clock.horizons[-1][2])
+        elif self._guard_state:
+            self.guard.load_state_dict(self._guard_state)
         if "steps" in limits and not self.clock.horizons:
             self.clock.replan(0, int(limits["steps"]))
 
-    # -- the step ----------------------------------------------------------------------------------------------------
+    def _end_by_spend(self) -> int:
+        """Where a resumed run ends under new limits, if steps go on to cost what they have cost so far."""
+        clock = self.clock
+        ends = [
+            limit if name == "steps" else clock.step * limit / clock.spend.get(name)
+            for name, limit in clock.limits.items()
+            if name == "steps" or clock.spend.get(name) > 0
+        ]
+        return int(min(ends, default=clock.step))
+
+    # -- the step ---------------------------------------------------------------------------------------------------
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -106,7 +127,8 @@ class Accountant(pl.Callback):
         local[SAMPLES] += samples
         local[TOKENS] += tokens
         if self.count_flops:
-            kind = (shape, [p.requires_grad for p in self._parameters].count(True), self._mask_version())
+            trainable = bytes([p.requires_grad for p in self._parameters])
+            kind = (shape, trainable, self._steps_after(trainer, batch_idx), self._mask_version())
             flops = self._flops.get(kind)
             if flops is None:
                 self._kind = kind
@@ -121,11 +143,16 @@ class Accountant(pl.Callback):
     ) -> None:
         if self._counter is not None:
             self._close_counter()
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if self._steps_after(trainer, batch_idx):
             self.clock.step += 1
             self._account(trainer)
             self.on_step(trainer, pl_module, outputs)
         self._batch_ended = perf_counter()
+
+    @staticmethod
+    def _steps_after(trainer: pl.Trainer, batch_idx: int) -> bool:
+        """Whether the optimizer steps after this micro-batch; the last one of an epoch ends a partial window."""
+        return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
     def _close_counter(self) -> None:
         assert self._counter is not None
@@ -139,16 +166,17 @@ class Accountant(pl.Callback):
         """Exchange counters and decisions, and stop where the plan ends."""
         clock, local = self.clock, self._local
         local[SIGNAL] = self._signal
+        self.refresh()
         if self._first:
             self._begin(trainer)
         else:
-            self._hear(self.agreement.exchange(local))
-            self.refresh()
+            self._hear(self.agreement.settle() if self.world > 1 else local)
             if trainer.is_global_zero:
                 self.guard.observe(clock)
                 local[HORIZON] = self.guard.decide(clock) or 0
-                if self.world == 1:
-                    self._follow(local[HORIZON])
+            self.agreement.start(local)
+            if self.world == 1:
+                self._follow(local[HORIZON])
         if clock.horizon is not None and clock.step >= clock.horizon and not trainer.should_stop:
             forecast = self.guard.forecast(clock)
             self.stopped_by = forecast.binding if forecast else "steps"
@@ -158,13 +186,16 @@ class Accountant(pl.Callback):
         """After the first step of an attempt ranks wait for one another once, so that all know the horizon."""
         self._first = False
         self._hear(self.agreement.now(self._local))
-        self.refresh()
+        for name in ("tokens", "samples", "flops"):
+            if name in self.clock.limits and self.clock.spend.get(name) <= self._base.get(name):
+                raise ImpossibleBudget(f"budget {name}={self.clock.limits[name]:g}: {_UNCOUNTED[name]}")
         vote = 0
-        self.guard.behind = 0
+        self.guard.lag = 0
         if trainer.is_global_zero:
             self.guard.observe(self.clock)
+            self.set_aside(trainer)
             vote = self.guard.decide(self.clock) or 0
-        self.guard.behind = self.guard.lag
+        self.guard.lag = self.agreement.lag
         self._follow(self.agreement.now([float(vote)])[0])
 
     def _hear(self, sums: list[float] | None) -> None:
@@ -176,7 +207,9 @@ class Accountant(pl.Callback):
         spend.flops_counted = base.flops_counted + sums[COUNTED]
         spend.flops = base.flops + sums[REALISED]
         spend.kwh = base.kwh + sums[JOULES] / 3.6e6
-        if self.world > 1:
+        if sums[HORIZON] < 0:
+            self.evaluation_cut = True
+        elif self.world > 1:
             self._follow(sums[HORIZON])
         self.signalled = self.signalled or sums[SIGNAL] > 0
         self.save_due = self.save_due or sums[SAVE] > 0
@@ -195,35 +228,74 @@ class Accountant(pl.Callback):
         spend.device_seconds = base.device_seconds + elapsed * self.world
         spend.usd = base.usd + elapsed * self.world * self.usd_per_device_hour / 3600
         if elapsed >= self._energy_due:
-            self._energy_due = elapsed + 1.0
-            self._local[JOULES], self.energy_source = self.energy.read()
+            self._energy_due = elapsed + min(1.0, elapsed / 20)
+            self._joules, self.energy_source = self.energy.read()
+            self._read_at = elapsed
+        watts = self._joules / max(1e-9, self._read_at - self._metered)  # on average: it holds until the next reading
+        self._local[JOULES] = self._joules + watts * (elapsed - self._read_at)
 
-    # -- pauses ------------------------------------------------------------------------------------------------------
+    # -- pauses -----------------------------------------------------------------------------------------------------
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._validation_began = self.windows.enter("evaluation")
-        self._validation_batches = 0
+        self._validation_times = [self.windows.enter("evaluation")]
+        self.evaluation_cut = False
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        self._validation_batches += 1
-        if self._signal or self.world > 1:
-            self._local[SIGNAL], self._local[HORIZON], self._local[SAVE] = self._signal, 0, 0
-            self._hear(self.agreement.exchange(self._local))
+        self._validation_times.append(perf_counter())
+        if trainer.sanity_checking:
+            return
+        self._local[SIGNAL], self._local[SAVE] = self._signal, 0
+        self._local[HORIZON] = -1 if trainer.is_global_zero and self._money_is_out() else 0
+        self._hear(self.agreement.exchange(self._local))
+        if self.evaluation_cut:
+            raise StopIteration  # Lightning ends the evaluation with what it has seen
+
+    def _money_is_out(self) -> bool:
+        """Whether another evaluation batch would go over a limit, for a reserve that turned out too small."""
+        self.refresh()
+        spend, times = self.clock.spend, self._validation_times
+        ahead = (1 + self.agreement.lag) * (times[-1] - times[0]) / (len(times) - 1) + self.closing_seconds
+        return any(
+            spend.get(name) * (1 + ahead / spend.seconds) > limit
+            for name, limit in self.clock.limits.items()
+            if name in ("seconds", "device_hours", "usd", "kwh")
+        )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         now = self.windows.enter("startup" if trainer.sanity_checking else "train")
-        whole = sum(n for n in trainer.num_val_batches if n != float("inf"))
-        each = (now - self._validation_began) / max(1, self._validation_batches)
-        self.evaluation_seconds = each * max(whole, self._validation_batches)
+        times = self._validation_times
+        if (done := len(times) - 1) > 0:  # the first batch also warms up: those not run now cost what later ones did
+            each = (times[-1] - times[1]) / (done - 1) if done > 1 else times[1] - times[0]
+            seconds = now - times[0] + each * max(0, _whole(trainer.num_val_batches) - done)
+            self.evaluation_seconds = (seconds + (self.evaluation_seconds or seconds)) / 2  # one alone may be a freak
         if not trainer.sanity_checking:
-            self.pause_ended()
+            self.pause_ended(trainer)
 
-    def pause_ended(self) -> None:
+    def pause_ended(self, trainer: pl.Trainer) -> None:
         """What happened since the last step was not the cost of a step."""
         self.refresh()
         self.guard.skip(self.clock)
+        self.set_aside(trainer)
         self._batch_ended = perf_counter()
 
-    # -- end ---------------------------------------------------------------------------------------------------------
+    def set_aside(self, trainer: pl.Trainer) -> None:
+        """Tell the guard which pauses are to come, and what comes after the last step."""
+        if not trainer.enable_validation:
+            return
+        seconds = self.evaluation_seconds
+        if not seconds:  # none has run yet: a batch costs at most what training on one costs
+            micro = self.guard.step_seconds() / trainer.accumulate_grad_batches
+            seconds = micro * _whole(trainer.num_val_batches)
+        self.guard.reserve_seconds = seconds
+        self.guard.pauses["evaluation"] = (self.evaluation_interval(trainer), seconds)
+
+    def evaluation_interval(self, trainer: pl.Trainer) -> float:
+        """Steps between evaluations, as Lightning was told; infinity if the only one is at the end."""
+        batches, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch or 1
+        if batches is None or batches == float("inf"):
+            return (self.clock.steps_per_epoch or float("inf")) * epochs
+        return max(1.0, batches * epochs / trainer.accumulate_grad_batches)
+
+    # -- end --------------------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.windows.enter("other")
         self._local[SIGNAL] = self._local[HORIZON] = self._local[SAVE] = self._energy_due = 0
@@ -244,7 +316,7 @@ class Accountant(pl.Callback):
     def on_replan(self, step: int, last: int) -> None:
         """The end of the run has moved."""
 
-    # -- masks -------------------------------------------------------------------------------------------------------
+    # -- masks ------------------------------------------------------------------------------------------------------
     def _mask_version(self) -> Any:
         return tuple(t.mask_version for t in self._masked) if self._masked else None  # type: ignore[attr-defined]
 
@@ -255,8 +327,22 @@ class Accountant(pl.Callback):
         return {p.untyped_storage().data_ptr(): kept[n] for n, p in pl_module.named_parameters() if n in kept}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"clock": self.clock.state_dict(), "evaluation_seconds": self.evaluation_seconds}
+        guard = self.guard.state_dict() if hasattr(self, "guard") else None
+        return {"clock": self.clock.state_dict(), "evaluation_seconds": self.evaluation_seconds, "guard": guard}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.clock.load_state_dict(state_dict["clock"])
         self.evaluation_seconds = state_dict["evaluation_seconds"]
+        self._guard_state = state_dict["guard"]
+
+
+_UNCOUNTED = {
+    "tokens": "the batches of the first step have no 'input_ids' to count. Budget samples or steps instead.",
+    "samples": "the batches of the first step hold no tensor whose first dimension could be counted. Budget steps.",
+    "flops": "the first step ran no matrix product that is counted. Budget steps, or let the accountant count_flops.",
+}
+
+
+def _whole(batches: Sequence[float]) -> int:
+    """Batches of one evaluation; 0 where nobody knows."""
+    return int(sum(n for n in batches if n != float("inf")))

@@ -30,9 +30,14 @@ class Agreement:
         if self._group is None:
             return list(values)
         answer = self.settle()
-        vector = torch.tensor(values, dtype=torch.float64)
-        self._pending = (vector, dist.all_reduce(vector, group=self._group, async_op=True))
+        self.start(values)
         return answer
+
+    def start(self, values: Sequence[float]) -> None:
+        """Start the sum of `values`; `settle` gives it. Alone there is nothing to sum."""
+        if self._group is not None:
+            vector = torch.tensor(values, dtype=torch.float64)
+            self._pending = (vector, dist.all_reduce(vector, group=self._group, async_op=True))
 
     def settle(self) -> list[float] | None:
         """The answer still under way, waited for; None if there is none."""

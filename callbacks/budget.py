@@ -12,8 +12,12 @@ This module imports neither torch nor Lightning.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
 
 from .. import ShoestringError
 from .clock import Clock
@@ -68,37 +72,57 @@ class Forecast:
 class Guard:
     """Turns spend into the last step that fits. Pure bookkeeping: rank 0 owns one, every rank follows its word.
 
-    `lag` is how many further steps run before a decision is heard by all ranks (0 alone, 1 with company).
+    `lag`: how many steps late a decision is heard and the ranks' sums are known (0 alone, 1 with company).
+    `reserve_seconds`: what must still happen after the last step: the final evaluation and checkpoint.
+    `pauses`: those to come before it, as name -> (every so many steps, seconds each).
+
+    The plan moves rarely: a step's cost jitters, and every move bends the schedules. A move is made when it is worth
+    `HYSTERESIS` of what remains, and after one move the next waits until only `PACE` of that is left, unless it is a
+    `LEAP`. So a run of n steps moves its end about log(n) / log(1 / PACE) times, and freely in its last few steps.
     """
 
-    WINDOW = 50  # steps whose cost is remembered
-    HYSTERESIS = 0.02  # a re-plan must move the end by this share of what remains
+    WINDOW = 100  # steps whose cost is remembered
+    MILE = 3  # the last steps, which are counted at what a dear one costs
+    HYSTERESIS, PACE, LEAP = 0.02, 0.8, 0.2
 
-    def __init__(self, limits: dict[str, float], lag: int = 0) -> None:
-        self.limits = limits
+    def __init__(self, limits: Mapping[str, float], lag: int = 0) -> None:
+        self.limits = dict(limits)
         self.lag = lag
-        self.behind = lag  # steps whose share of the ranks' sums is still under way
-        self.reserve_seconds = 0.0  # final checkpoint and evaluation
-        self._costs: dict[str, deque[float]] = {name: deque(maxlen=self.WINDOW) for name in limits}
+        self.reserve_seconds = 0.0
+        self.pauses: dict[str, tuple[float, float]] = {}
+        self._costs: dict[str, deque[float]] = {name: deque(maxlen=self.WINDOW) for name in (*limits, "seconds")}
         self._seen: dict[str, float] = {}
-        self._warming = True
+        self._unfallen = dict.fromkeys(self._costs, 0)  # steps since a cost was lower than the one before
+        self._warming = set(_MEASURED)  # their only cost so far is the first step's, which also warms up
+        self._paced = math.inf  # steps that remained after the last move
 
+    # -- measuring --------------------------------------------------------------------------------------------------
     def observe(self, clock: Clock) -> None:
         """Note what the step that just ended has cost. Called once a step."""
         for name, costs in self._costs.items():
             total = clock.spend.get(name)
             if name in self._seen:
-                if len(costs) == 1 and self._warming:
-                    costs.clear()  # the first step also warms up: it counts only until there is a second
-                    self._warming = False
-                costs.append(total - self._seen[name])
+                if self.lag and name in _SUMMED and total == self._seen[name]:
+                    continue  # the ranks' sums are still under way
+                if costs and name in self._warming:
+                    costs.clear()
+                    self._warming.remove(name)
+                cost = total - self._seen[name]
+                self._unfallen[name] = 1 if costs and cost < costs[-1] else self._unfallen[name] + 1
+                costs.append(cost)
             self._seen[name] = total
 
     def skip(self, clock: Clock) -> None:
-        """Forget a pause (evaluation, checkpoint): it is spent, but it is not the cost of a step."""
+        """A pause has ended (evaluation, checkpoint): it is spent, but it is not the cost of a step."""
         for name in self._costs:
-            self._seen[name] = clock.spend.get(name)
+            if name in _MEASURED or name not in self._seen:
+                self._seen[name] = clock.spend.get(name)
 
+    def step_seconds(self) -> float:
+        """What a step takes lately; 0 while none has been measured."""
+        return _mean(self._costs["seconds"])
+
+    # -- forecasting ------------------------------------------------------------------------------------------------
     def forecast(self, clock: Clock) -> Forecast | None:
         """The last step that fits, or None while no step has been measured."""
         best: Forecast | None = None
@@ -112,39 +136,103 @@ class Guard:
         if name == "steps":
             return int(limit)
         costs = self._costs[name]
-        if not costs:
+        each = costs[-1] if costs and self._grows(name) else _mean(costs)
+        if each <= 0:
             return None
-        mean = sum(costs) / len(costs)
-        if mean <= 0:
-            return None
-        late = self.behind if name in _SUMMED else 0
-        left = limit - clock.spend.get(name) - late * mean - self._reserve(name, clock)
-        fits = math.floor(left / mean + 1e-9)
-        if fits <= 3 + self.lag:  # the last mile: a step may be as dear as the dearer ones lately
-            recent = sorted(costs)[-max(1, len(costs) // 10)] if name in _NOISY else mean
-            fits = math.floor(left / recent + 1e-9)
-        return clock.step + max(fits, 0)
+        fits = self._fits(name, limit, clock, each)
+        if fits > self.WINDOW:
+            return clock.step + fits
+        surely = self._fits(name, limit, clock, self._dear(name))
+        # counted amounts are never exceeded; of measured ones a rare dear step is no reason to creep for long
+        near = min(fits, surely) if name in _COUNTED else fits
+        return clock.step + (surely if near <= self.MILE + self.lag else fits)
 
-    def _reserve(self, name: str, clock: Clock) -> float:
-        rate = {"seconds": 1.0, "device_hours": 1 / 3600, "usd": 1.0, "kwh": 1.0}.get(name)
-        if rate is None or clock.spend.seconds <= 0:
+    def _fits(self, name: str, limit: float, clock: Clock, each: float) -> int:
+        """How many more steps fit at `each`, with the pauses between them and what comes after the last."""
+        per_second = self._per_second(name, clock)
+        late = self.lag * each if name in _SUMMED else 0.0
+        left = limit - clock.spend.get(name) - late - per_second * self.reserve_seconds
+        most = max(0, min(math.floor(left / each), _FAR))
+        if not per_second or not self.pauses:
+            return most
+        if most > 10 * self.WINDOW:  # far away an average will do
+            paused = sum(seconds / every for every, seconds in self.pauses.values())
+            return min(_FAR, math.floor(max(0.0, left) / (each + per_second * paused)))
+
+        def cost(steps: int) -> float:
+            paused = sum(seconds * _between(clock.step, steps, every) for every, seconds in self.pauses.values())
+            return steps * each + per_second * paused
+
+        return max(0, bisect_right(range(most + 1), left, key=cost) - 1)
+
+    def _dear(self, name: str) -> float:
+        """What a step may cost: of measured amounts the dearest tenth, of counted ones the most there can be."""
+        costs = list(self._costs[name])
+        if name in _MEASURED:
+            return max(_mean(costs), sorted(costs)[-max(1, len(costs) // 10)])
+        if not self._grows(name):
+            return max(costs)
+        rise = max((after - before for before, after in pairwise(costs)), default=0.0)
+        return costs[-1] + (1 + 2 * self.lag) * rise
+
+    def _grows(self, name: str) -> bool:
+        """Whether a counted cost has not fallen for as long as is remembered: it is constant, or warms up."""
+        return name in _COUNTED and self._unfallen[name] >= len(self._costs[name])
+
+    def _per_second(self, name: str, clock: Clock) -> float:
+        """What a second costs, of amounts that run on while no step is made."""
+        if name not in _MEASURED:
             return 0.0
-        return self.reserve_seconds * clock.spend.get(name) / clock.spend.seconds
+        if name in self._warming:
+            return clock.spend.get(name) / max(clock.spend.seconds, 1e-9)
+        return _mean(self._costs[name]) / max(_mean(self._costs["seconds"]), 1e-9)
 
+    # -- deciding ---------------------------------------------------------------------------------------------------
     def decide(self, clock: Clock) -> int | None:
-        """A new last step, if the horizon should move; otherwise None."""
+        """A new last step, if the end should move; otherwise None."""
         forecast = self.forecast(clock)
         if forecast is None:
             return None
-        last = max(forecast.last, clock.step + self.lag)
-        planned = clock.horizon
-        if planned is None:
-            return last
-        moved = abs(last - planned)
-        if moved == 0 or moved < self.HYSTERESIS * (planned - clock.step):
+        heard = clock.step + self.lag  # the first step at which the run could stop
+        last, planned = max(forecast.last, heard), clock.horizon
+        if planned is not None and not self._moves(last, planned, heard, clock.step):
             return None
+        self._paced = last - clock.step
         return last
 
+    def _moves(self, last: int, planned: int, heard: int, step: int) -> bool:
+        if planned <= heard or last == planned:
+            return False
+        if last == heard:
+            return True
+        remaining, moved = planned - step, abs(last - planned)
+        if moved < self.HYSTERESIS * remaining:
+            return False
+        return remaining <= self.PACE * self._paced or moved >= self.LEAP * remaining
 
-_NOISY = frozenset({"seconds", "device_hours", "usd", "kwh"})
-_SUMMED = frozenset({"samples", "tokens", "flops", "kwh"})
+    # -- state: counted amounts repeat exactly after a resume, measured ones are measured anew -------------------------
+    def state_dict(self) -> dict[str, Any]:
+        counted = {name: list(costs) for name, costs in self._costs.items() if name in _COUNTED}
+        return {"costs": counted, "unfallen": dict(self._unfallen), "paced": self._paced}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, costs in state["costs"].items():
+            if name in self._costs:
+                self._costs[name].extend(costs)
+                self._unfallen[name] = state["unfallen"][name]
+        self._paced = state["paced"]
+
+
+_MEASURED = frozenset({"seconds", "device_hours", "usd", "kwh"})  # and noisy
+_COUNTED = frozenset({"samples", "tokens", "flops"})
+_SUMMED = _COUNTED | {"kwh"}  # over ranks
+_FAR = 10**12
+
+
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _between(step: int, steps: int, every: float) -> float:
+    """How many multiples of `every` lie from `step`, whose pause is still to come, to before `step + steps`."""
+    return (step + steps - 1) // every - (step - 1) // every if steps > 0 else 0.0

@@ -117,6 +117,10 @@ class Clock:
         """From `step` on, plan to end at `last`. Progress stays continuous and never falls."""
         self.horizons.append((step, self.progress_at(step), max(last, step)))
 
+    def stretch(self, last: int) -> None:
+        """Another budget: plan as if the run had been meant to end at `last` from its start. Progress may jump."""
+        self.horizons = [(0, 0.0, max(last, self.step))]
+
     def progress_at(self, step: float) -> float:
         """Progress before optimizer step `step` (fractions of a step are allowed)."""
         for start, there, last in reversed(self.horizons):
@@ -161,10 +165,16 @@ class Clock:
         return Duration(duration.amount / limit, "progress")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"spend": self.spend.as_dict(), "horizons": [list(h) for h in self.horizons], "step": self.step}
+        return {
+            "spend": self.spend.as_dict(),
+            "limits": dict(self.limits),
+            "horizons": [list(h) for h in self.horizons],
+            "step": self.step,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.spend = Spend.from_dict(state["spend"])
+        self.limits = {name: float(limit) for name, limit in state["limits"].items()}
         self.horizons = [(int(a), float(b), int(c)) for a, b, c in state["horizons"]]
         self.step = int(state["step"])
 

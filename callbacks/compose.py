@@ -78,7 +78,7 @@ def compose(
     """
     known = frozenset(facts)
     by_name: dict[str, Technique] = {}
-    for technique in techniques:
+    for technique in sorted(techniques, key=lambda each: each.card.name):  # so errors do not depend on the input either
         technique.check()
         _fits(technique, known)
         if technique.card.name in by_name:

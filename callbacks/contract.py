@@ -15,7 +15,7 @@ Rules that the contract suite checks for every registered technique:
   3. It writes only the parts on its card, and never imports or looks for another technique.
   4. Small state lives in `state_dict`; tensors shaped like parameters live in `fragments` (see below).
   5. Randomness comes from a generator of its own, seeded by `derive_seed(run seed, name, ...)`.
-  6. What was hooked is unhooked at teardown; heavy packages are imported where they are needed.
+  6. What was hooked is unhooked at teardown, which follows a crash too. Heavy packages are imported where needed.
   7. Strength 0 (`inert()`) equals absent, bit for bit.
   8. Nothing in the hot loop synchronises the device or starts a collective on every step.
 
@@ -54,6 +54,14 @@ class Misconfigured(ShoestringError):
     """A technique's setting is outside its legal range."""
 
 
+class BadSetting(Misconfigured):
+    """One setting of one technique: what was found and what is allowed."""
+
+    def __init__(self, technique: str, setting: str, found: object, allowed: str) -> None:
+        self.technique, self.setting, self.found, self.allowed = technique, setting, found, allowed
+        super().__init__(f"{technique}: {setting}={found!r} is not allowed; use {allowed}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """What a technique claims: printed in the docs, checked by the tests, written to the ledger as a claim.
@@ -81,6 +89,8 @@ class Card:
             object.__setattr__(self, label, frozenset(given))
             if stray := frozenset(given) - legal:
                 raise Misconfigured(f"card {self.name!r}: {label} {sorted(stray)} is not among {sorted(legal)}")
+        object.__setattr__(self, "needs", frozenset(self.needs))
+        object.__setattr__(self, "refuses", frozenset(self.refuses))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +137,7 @@ class Technique:
 
     card: ClassVar[Card]
 
-    # -- before a trainer exists -------------------------------------------------------------------------------------
+    # -- before a trainer exists ------------------------------------------------------------------------------------
     def check(self) -> None:
         """Raise `Misconfigured` where a setting is outside its range."""
 
@@ -143,7 +153,7 @@ class Technique:
         """The factors this technique puts on `workload`: an estimate, never printed as a saving."""
         return Effect()
 
-    # -- for the contract suite --------------------------------------------------------------------------------------
+    # -- for the contract suite -------------------------------------------------------------------------------------
     @classmethod
     def example(cls) -> Self:
         """The smallest instance that visibly acts on a run of a dozen steps."""
@@ -154,7 +164,15 @@ class Technique:
         """Strength 0: an instance that must equal its absence bit for bit."""
         raise NotImplementedError(f"{cls.__name__} must say what strength 0 is")
 
-    # -- state -------------------------------------------------------------------------------------------------------
+    # -- the end ----------------------------------------------------------------------------------------------------
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Unhook what was hooked."""
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Lightning calls no `teardown` after a crash, and the module may be used again."""
+        self.teardown(trainer, pl_module, "fit")
+
+    # -- state ------------------------------------------------------------------------------------------------------
     @property
     def state_key(self) -> str:
         return self.card.name
@@ -206,8 +224,7 @@ def _arguments(cls: type) -> list[str]:
 def require(condition: bool, technique: Technique, setting: str, allowed: str) -> None:
     """Raise the one-line error of a setting outside its range."""
     if not condition:
-        found = getattr(technique, setting)
-        raise Misconfigured(f"{technique.card.name}: {setting}={found!r} is not allowed; use {allowed}")
+        raise BadSetting(technique.card.name, setting, getattr(technique, setting), allowed)
 
 
 def derive_seed(seed: int, *names: object) -> int:

@@ -66,9 +66,8 @@ class FlopCounter(TorchDispatchMode):
         packet = func._overloadpacket
         if (formula := _FORMULAS.get(packet)) is not None:
             self._add(formula(*args, **kwargs, out_val=out), args)
-        elif self._densities and packet in _CASTS:
-            if (density := self._density(args[:1])) != 1.0:
-                self._densities[out.untyped_storage().data_ptr()] = density
+        elif self._densities and packet in _CASTS and (density := self._density(args[:1])) != 1.0:
+            self._densities[out.untyped_storage().data_ptr()] = density
         return out
 
     def _add(self, amount: float, args: Any) -> None:

@@ -9,7 +9,8 @@ from the start of the same epoch's order (as `DistributedSampler` pads), or drop
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,6 +81,8 @@ class GlobalBatches(Sampler[list[Any]]):
         self.base, self.micro, self.accumulate, self.rank, self.world = base, micro, accumulate, rank, world
         self.seed, self.position, self.drop_last, self.keyed = seed, position, drop_last, keyed
         self.select: Select | None = None
+        self.targets: Any = None  # how many targets each sample has, where that differs
+        self.weights: deque[float] = deque()  # of the micro-batches under way, see `weigh`
 
     @property
     def global_batch(self) -> int:
@@ -96,12 +99,12 @@ class GlobalBatches(Sampler[list[Any]]):
     def order(self, epoch: int) -> list[Any]:
         """All samples in the order of `epoch`."""
         seed = derive_seed(self.seed, "order", epoch)
-        generator = getattr(self.base, "generator", None)
         with seeded(seed):
-            if generator is not None:
-                generator.manual_seed(seed)
-            if hasattr(self.base, "set_epoch"):
-                self.base.set_epoch(epoch)
+            for sampler in _nested(self.base):
+                if getattr(sampler, "generator", None) is not None:
+                    sampler.generator.manual_seed(seed)
+                if hasattr(sampler, "set_epoch"):
+                    sampler.set_epoch(epoch)
             return list(self.base)
 
     def batch(self, epoch: int, step: int, order: Sequence[Any]) -> Sequence[Any]:
@@ -116,13 +119,28 @@ class GlobalBatches(Sampler[list[Any]]):
         return chosen
 
     def __iter__(self) -> Iterator[list[Any]]:
+        self.weights.clear()
         epoch, first = divmod(self.position(), self.steps_per_epoch)
         order = self.order(epoch)
         for step in range(first, self.steps_per_epoch):
             batch = self.batch(epoch, step, order)
             for part in range(self.accumulate):
                 start = (part * self.world + self.rank) * self.micro
-                yield self._keys(epoch, batch[start : start + self.micro])
+                mine = batch[start : start + self.micro]
+                if self.targets is not None:
+                    share = self.targets[list(mine)].sum() / self.targets[list(batch)].sum()
+                    self.weights.append(float(share) * self.world * self.accumulate)
+                yield self._keys(epoch, mine)
+
+    def weigh(self, batch: Any, device: torch.device) -> None:
+        """Give a batch its `loss_weight`, so that the loss is averaged per target over the whole global batch.
+
+        The mean over k micro-batches of (n_i k / sum n) * mean_i is the mean over all targets, without communication.
+        """
+        if self.weights:
+            weight = self.weights.popleft()
+            if isinstance(batch, MutableMapping):
+                batch["loss_weight"] = torch.tensor(weight, device=device)
 
     def _keys(self, epoch: int, units: Sequence[Any]) -> list[Any]:
         flat = [i for unit in units for i in unit] if units and isinstance(units[0], list | tuple) else list(units)
@@ -135,7 +153,7 @@ class GlobalBatches(Sampler[list[Any]]):
 class EvenBatches(Sampler[list[int]]):
     """This rank's evaluation batches: every sample once, equally many batches on every rank, no batch above `micro`.
 
-    Metrics summed over ranks are then exact. Only where there are fewer samples than ranks, some are read twice.
+    Metrics summed over ranks are then exact. Only where there are fewer samples than batches, some are read twice.
     """
 
     def __init__(self, base: Any, *, micro: int, rank: int, world: int) -> None:
@@ -145,9 +163,9 @@ class EvenBatches(Sampler[list[int]]):
         return -(-len(self.base) // (self.micro * self.world))
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = list(self.base)
-        order = (order * -(-self.world // len(order)))[: max(len(order), self.world)] if order else order
-        parts = len(self) * self.world
+        order, parts = list(self.base), len(self) * self.world
+        if len(order) < parts:
+            order = (order * -(-parts // len(order)))[:parts]
         for batch in range(len(self)):
             part = batch * self.world + self.rank
             yield order[len(order) * part // parts : len(order) * (part + 1) // parts]
@@ -189,6 +207,16 @@ class SkipConsumed:
             next(batches, None)
         return batches
 
+    def __len__(self) -> int:
+        return len(self.loader)  # TypeError where nobody knows, as for the loader itself
+
+
+def _nested(sampler: Any) -> Iterator[Any]:
+    """A sampler and those it draws from: a batch sampler holds the one that shuffles."""
+    while sampler is not None:
+        yield sampler
+        sampler = getattr(sampler, "sampler", None)
+
 
 def is_deterministic(dataset: Any) -> bool:
     """Whether reading a sample twice is known to give the same: then it needs no seed of its own."""
@@ -223,6 +251,9 @@ def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer) -> A
         drop_last=drop_last and training,
         keyed=keyed,
     )
+    targets = getattr(loader.dataset, "target_counts", None)
+    if targets is not None and len(targets) and (targets != targets[0]).any() and not own_batches:
+        batches.targets = targets
     return _rebuilt(loader, SeededSamples(loader.dataset) if keyed else loader.dataset, batches, seed)
 
 

@@ -101,7 +101,7 @@ class Shards:
         if view is not None:
             view.copy_(value)
 
-    # -- the few moments that need more than the slice ---------------------------------------------------------------
+    # -- the few moments that need more than the slice --------------------------------------------------------------
     def at_boundary(self) -> bool:
         """Whether the optimizer steps after this micro-batch."""
         return True
@@ -182,6 +182,10 @@ class _Zero(Shards):
         for key, value in scalars.items():
             entries[key] = value.clone() if torch.is_tensor(value) else value
 
+    def _renorm(self, name: str, norm: Tensor) -> None:
+        """Offloaded: clipping reads norms that were taken when the gradient left the device."""
+        self.zero.norm_for_param_grads[self.zero.get_param_id(self.parameters[name])] = norm
+
     def at_boundary(self) -> bool:
         return bool(self.engine.is_gradient_accumulation_boundary())
 
@@ -217,6 +221,11 @@ class Zero12Shards(_Zero):
             return None
         fragment = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)  # type: ignore[attr-defined]
         return None if fragment is None else fragment.view(-1)
+
+    def set_gradient(self, name: str, value: Tensor) -> None:
+        super().set_gradient(name, value)
+        if self.zero.cpu_offload and (view := self.gradient(name)) is not None:
+            self._renorm(name, view.double().norm(2))
 
     def publish(self) -> None:
         self.zero.update_lp_params()
@@ -257,9 +266,8 @@ class Zero3Shards(_Zero):
         if (view := self.gradient(name)) is None:
             return
         view.copy_(value)
-        if self.zero.offload_optimizer:  # clipping reads norms that were taken when the gradient was offloaded
-            p = self.parameters[name]
-            self.zero.norm_for_param_grads[self.zero.get_param_id(p)] = self.zero._constant_buffered_norm2(view)
+        if self.zero.offload_optimizer:
+            self._renorm(name, self.zero._constant_buffered_norm2(view))
 
     def publish(self) -> None:
         for group in range(len(self.zero.fp16_groups)):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from shoestring.trainer.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from shoestring.callbacks.registry import names
 from shoestring.recipes import load_recipe, shipped_recipes
 from shoestring.trainer.reference import with_table

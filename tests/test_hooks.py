@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch.utils.data import DataLoader, TensorDataset
+
 from shoestring.callbacks.contract import Card, Technique
 from shoestring.trainer import Budget, Trainer
-from torch.utils.data import DataLoader, TensorDataset
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GOLDEN = Path(__file__).parent / "golden" / "hooks.txt"

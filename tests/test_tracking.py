@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from pytorch_lightning import LightningModule
-from shoestring.trainer import Budget, Ledger, Trainer
 from torch.utils.data import DataLoader, Dataset
+
+from shoestring.trainer import Budget, Ledger, Trainer
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 from wandb_reader import history

@@ -36,7 +36,9 @@ def test_the_wheel_works_outside_the_repository(tmp_path: Path) -> None:
         "from shoestring.trainer import Trainer, Budget, Ledger, plan, fit; print(shoestring.__version__)"
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", check], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", check], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().split("\n")[-1][0].isdigit()
 

@@ -14,6 +14,7 @@ checkpoint of one strategy and number of ranks loads under any other.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -44,32 +45,33 @@ class Piece:
     shape: tuple[int, ...]
 
 
-# -- writing -------------------------------------------------------------------------------------------------------------
+# -- writing -------------------------------------------------------------------------------------------------------
 def working_directory(root: Path, step: int) -> Path:
     return root / f".writing-{step:09d}"
 
 
 def write_rank(folder: Path, rank: int, state: Mapping[str, Any], tensors: Mapping[str, tuple[Piece, Tensor]]) -> dict:
     """Write one rank's files into the working directory; returns {file: {"bytes", "sha256"}}."""
-    import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     written = [folder / f"rank-{rank:05d}.pt"]
-    torch.save(dict(state), written[0])
+    _save(state, written[0])
     if tensors:
         written.append(folder / f"tensors-{rank:05d}.safetensors")
         pieces = {key: [p.offset, p.length, list(p.shape)] for key, (p, _) in tensors.items()}
         flat = {key: t.detach().to("cpu").contiguous().clone() for key, (_, t) in tensors.items()}
-        save_file(flat, written[1], metadata={"pieces": json.dumps(pieces)})
+        try:
+            save_file(flat, written[1], metadata={"pieces": json.dumps(pieces)})
+        except SafetensorError as error:  # how it wraps what the disk says
+            raise OSError(str(error)) from None
     return {path.name: _seal(path) for path in written}
 
 
 def write_common(folder: Path, state: Mapping[str, Any]) -> dict:
     """Write rank 0's `state.pt`; returns its manifest entry."""
-    import torch
-
     path = folder / "state.pt"
-    torch.save(dict(state), path)
+    _save(state, path)
     return {path.name: _seal(path)}
 
 
@@ -101,7 +103,7 @@ def clear_leftovers(root: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-# -- reading -------------------------------------------------------------------------------------------------------------
+# -- reading -------------------------------------------------------------------------------------------------------
 def steps(root: Path) -> list[int]:
     """Steps that have a published checkpoint directory, oldest first."""
     return sorted(int(d.name) for d in root.glob("[0-9]*") if d.is_dir() and d.name.isdigit())
@@ -171,7 +173,7 @@ class Pieces:
     def __contains__(self, key: str) -> bool:
         return key in self._where
 
-    def keys(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -196,7 +198,16 @@ class Pieces:
         return torch.cat([part for _, part in sorted(parts, key=lambda p: p[0])]) if parts else torch.empty(0)
 
 
-# -- small steps ---------------------------------------------------------------------------------------------------------
+# -- small steps ---------------------------------------------------------------------------------------------------
+def _save(state: Mapping[str, Any], path: Path) -> None:
+    """By way of memory: torch's own writer hides what the disk says, and these files are small."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
 def _seal(path: Path) -> dict[str, Any]:
     with path.open("rb+") as file:
         os.fsync(file.fileno())

@@ -75,7 +75,9 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     as_json: AsJson = False,
-    measure: Annotated[bool, typer.Option("--measure", help="Run a few real steps to replace the predictions.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run a few real steps to replace the predictions.")
+    ] = False,
     allow_code: AllowCode = False,
 ) -> None:
     """Print every choice with its reason and what the run should need. Starts nothing."""
@@ -112,7 +114,9 @@ def runs_list(as_json: AsJson = False, limit: Annotated[int, typer.Option(help="
 
 
 @runs_app.command("show")
-def runs_show(run: Annotated[str, typer.Argument(help="Id, start of an id, or name.")], as_json: AsJson = False) -> None:
+def runs_show(
+    run: Annotated[str, typer.Argument(help="Id, start of an id, or name.")], as_json: AsJson = False
+) -> None:
     """One run: totals, claims, estimates, measurements and verdict."""
     from .ledger import Ledger
 

@@ -52,7 +52,7 @@ def seconds(value: float | None) -> str:
     return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.2f} h"
 
 
-# -- before --------------------------------------------------------------------------------------------------------------
+# -- before --------------------------------------------------------------------------------------------------------
 def show_plan(plan: Plan) -> None:
     """Choices with reasons, techniques in order, predictions."""
     table = Table(title=f"plan: {plan.recipe.name} ({plan.recipe.hash})", title_justify="left", expand=False)
@@ -67,12 +67,17 @@ def show_plan(plan: Plan) -> None:
     if told.get("parameters"):
         lines = [
             ("parameters", f"{number(told['parameters'])} ({number(told['trainable'])} trained)"),
-            ("memory a device", f"{size(told.get('state_bytes'))} states + {size(told.get('activation_bytes'))} activations"),
+            (
+                "memory a device",
+                f"{size(told.get('state_bytes'))} states + {size(told.get('activation_bytes'))} activations",
+            ),
             ("a step", f"{number(told.get('flops_per_step'), 'FLOP')}, {seconds(told.get('seconds_per_step'))}"),
         ]
         if "binding" in told:
             cost = f"{seconds(told.get('seconds'))}, {dollars(told.get('usd'))}, {told.get('kwh', 0):.2g} kWh"
-            lines.append(("the run", f"about {told['steps']:,} steps until the budget of {told['binding']} ends: {cost}"))
+            lines.append(
+                ("the run", f"about {told['steps']:,} steps until the budget of {told['binding']} ends: {cost}")
+            )
         console.print("predicted (estimates):")
         for name, text in lines:
             console.print(f"  {name:16} {text}")
@@ -80,7 +85,7 @@ def show_plan(plan: Plan) -> None:
         console.print(f"[yellow]note[/] {warning}")
 
 
-# -- during --------------------------------------------------------------------------------------------------------------
+# -- during --------------------------------------------------------------------------------------------------------
 class Bar:
     """Loss, throughput, spend and what is left; a moving bar on a terminal, a line every few seconds elsewhere."""
 
@@ -136,7 +141,7 @@ class Bar:
             self._bar = None
 
 
-# -- after ---------------------------------------------------------------------------------------------------------------
+# -- after ---------------------------------------------------------------------------------------------------------
 def show_report(report: Report) -> None:
     """The closing table: quality beside its baselines, throughput, memory, cost, and the budget used."""
     total = report.summary
@@ -190,7 +195,7 @@ def _used(total: Mapping[str, Any]) -> str:
 def show_runs(runs: Sequence[RunRow]) -> None:
     """One line a run, newest first."""
     table = Table(box=None, pad_edge=False)
-    columns = "id name status steps loss tokens tokens/s memory kWh cost time goal".split()
+    columns = ["id", "name", "status", "steps", "loss", "tokens", "tokens/s", "memory", "kWh", "cost", "time", "goal"]
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column in ("id", "status"))
     for run in runs:

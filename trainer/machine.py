@@ -128,8 +128,8 @@ _measured: dict[str, float] = {}  # by this process
 def measured_peak(dtype: str) -> float:
     """Matrix-multiply FLOP/s this process reaches on its device with the threads it has (`torch.get_num_threads()`).
 
-    The best of repeated square products, 0.3 s once a process; the best ever is kept in `$SHOESTRING_HOME/peaks.json`, whose key
-    is device, host, threads and dtype. Ranks that measure together share the memory bandwidth as they will in training.
+    The best of repeated square products, 0.3 s once a process. The best ever is kept in
+    `$SHOESTRING_HOME/peaks.json`, whose key is device, host, threads and dtype. Ranks that measure together share the memory bandwidth as they will in training.
     """
     if dtype not in _DTYPES:
         raise MachineError(f"cannot measure dtype {dtype!r}. Known: {', '.join(_DTYPES)}.")

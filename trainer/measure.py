@@ -38,7 +38,9 @@ def measured(plan: Plan) -> Plan:
 
 
 def _said() -> Choice:
-    return Choice("measured", f"{STEPS} steps", "a step's time, FLOPs and memory are measurements, the totals scaled up")
+    return Choice(
+        "measured", f"{STEPS} steps", "a step's time, FLOPs and memory are measurements, the totals scaled up"
+    )
 
 
 def _scaled(plan: Plan, summary: Any) -> dict[str, Any]:

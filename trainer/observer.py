@@ -63,6 +63,7 @@ class Observer(Accountant):
         self.request = StopRequest()
         self.resumed_from: int | None = None
         self._rng: Mapping[str, Any] | None = None
+        self._loss: Any = None  # of this rank's micro-batches since the last step
         self._row_step = self._saved_step = -1
         self._metrics: dict[str, float] = {}
         self._finished = False
@@ -77,7 +78,7 @@ class Observer(Accountant):
         self.evaluations = Duration.parse(every) if every else Duration(float("inf"), "steps")
         self.final_evaluation = at_end
 
-    # -- start -------------------------------------------------------------------------------------------------------
+    # -- start ------------------------------------------------------------------------------------------------------
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self.order = take_over(trainer, self.seed)
@@ -100,17 +101,13 @@ class Observer(Accountant):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        steps = self.clock.limits.get("steps")
-        if self.resumed_from is not None and steps and set(self.clock.limits) == {"steps"}:
-            if self.clock.horizon != int(steps):
-                self._follow(steps)
         if self.clock.horizon is not None and self.clock.step >= self.clock.horizon:
             self.stopped_by, trainer.should_stop = self._binding(), True
         self.request.listen()
         # Lightning asks all ranks about signals with a blocking broadcast before every batch; ours ride along
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         self._trainable = sum(p.numel() for p in self._parameters if p.requires_grad)
-        self.records.started(trainer, self.resumed_from, self.strategy)
+        self.records.started(trainer, self.resumed_from, self.strategy, self._totals())
         self._row_tokens, self._row_time = self.clock.spend.tokens or self.clock.spend.samples, perf_counter()
         self._next_save = self._moment(self.every) if self.every else 0
         if self.evaluations is not None and self.evaluations.counts in MEASURED:
@@ -121,19 +118,29 @@ class Observer(Accountant):
         else:
             state.seed_rank(self.seed, trainer.global_rank, self.clock.step)
 
-    # -- the step ----------------------------------------------------------------------------------------------------
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.order is not None and self.order.weights:
+            self.order.weigh(batch, pl_module.device)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    # -- the step ---------------------------------------------------------------------------------------------------
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.request.received:
             self._signal = 1.0
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is not None:  # Lightning has divided it by the number of micro-batches: their sum is the step's mean
+            self._loss = self._loss + loss if batch_idx % trainer.accumulate_grad_batches else loss
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> None:
         step = self.clock.step
         due = step % self.log_every == 0 or perf_counter() - self._row_time > 0.25
         if self.records.keeps and (due or trainer.should_stop):
-            self._row(trainer, outputs)
+            self._row(trainer)
         if self.evaluations is not None:
             self._plan_evaluation(trainer)
         if self._save_is_due(trainer):
@@ -162,14 +169,13 @@ class Observer(Accountant):
         self._local[SAVE] = float(trainer.is_global_zero and self._moment(self.every) > self._next_save)
         return self.save_due
 
-    def _row(self, trainer: pl.Trainer, outputs: Any) -> None:
+    def _row(self, trainer: pl.Trainer) -> None:
         now, spend = perf_counter(), self.clock.spend
         done = spend.tokens or spend.samples
         rate = (done - self._row_tokens) / max(1e-9, now - self._row_time)
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         row = {
             "step": self.clock.step,
-            "loss": float(loss) if loss is not None else None,
+            "loss": float(self._loss) if self._loss is not None else None,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "progress": self.clock.progress,
             "horizon": self.clock.horizon,
@@ -210,7 +216,7 @@ class Observer(Accountant):
     def on_replan(self, step: int, last: int) -> None:
         self.records.event("replan", step=step, last=last, progress=self.clock.progress)
 
-    # -- saving ------------------------------------------------------------------------------------------------------
+    # -- saving -----------------------------------------------------------------------------------------------------
     def _moment(self, interval: Duration) -> float:
         """How many whole intervals have passed."""
         if interval.counts == "progress":
@@ -223,14 +229,35 @@ class Observer(Accountant):
         if self._saved_step == self.clock.step:
             return
         self.windows.enter("checkpoint")
+        self._hear(self.agreement.settle())  # the sums of this very step belong to it
         self._saved_step, self.save_due, self._local[SAVE] = self.clock.step, False, 0.0
         self.records.sync()
         about = {"global_batch": self.order and self.order.global_batch, "accumulate": trainer.accumulate_grad_batches}
         self.saver.save(trainer, module, self.clock.step, about)
         self._next_save = self._moment(self.every) if self.every else 0
         self.windows.enter("train")
-        self.pause_ended()
-        self.guard.reserve_seconds = 2 * self.saver.seconds + self.evaluation_seconds
+        self.pause_ended(trainer)
+
+    def set_aside(self, trainer: pl.Trainer) -> None:
+        super().set_aside(trainer)
+        if not self.final_evaluation:
+            self.guard.reserve_seconds = 0.0
+        self.closing_seconds = self.saver.seconds
+        self.guard.reserve_seconds += 2 * self.saver.seconds  # the final weights take no longer than a checkpoint
+        if self.every is not None:
+            self.guard.pauses["checkpoint"] = (self._steps_in(self.every), self.saver.seconds)
+
+    def evaluation_interval(self, trainer: pl.Trainer) -> float:
+        return self._steps_in(self.evaluations) if self.evaluations else super().evaluation_interval(trainer)
+
+    def _steps_in(self, interval: Duration) -> float:
+        """About how many steps an interval is, by what steps have cost so far."""
+        if interval.counts == "progress":
+            return max(1.0, interval.amount * (self.clock.horizon or float("inf")))
+        if interval.counts == "epochs":
+            return max(1.0, interval.amount * (self.clock.steps_per_epoch or float("inf")))
+        spent = self.clock.spend.get(interval.counts)
+        return max(1.0, interval.amount * self.clock.step / spent) if spent and self.clock.step else float("inf")
 
     def _preempted(self, trainer: pl.Trainer) -> BaseException:
         self.records.event(
@@ -241,7 +268,7 @@ class Observer(Accountant):
         own = getattr(trainer.strategy.launcher, "procs", None) is not None and not _external(trainer)
         return Preempted(0) if own and trainer.local_rank > 0 else Preempted()
 
-    # -- evaluation --------------------------------------------------------------------------------------------------
+    # -- evaluation -------------------------------------------------------------------------------------------------
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._signal = float(bool(self.request.received))
         super().on_validation_batch_end(trainer, pl_module, *args)
@@ -255,13 +282,17 @@ class Observer(Accountant):
         if self.signalled and not trainer.should_stop:
             self._save(trainer, pl_module)
             raise self._preempted(trainer)
+        if self.evaluation_cut:
+            seen = len(self._validation_times) - 1
+            self.records.event("evaluation_cut", step=self.clock.step, batches=seen)
+            log.warning("the budget ended the evaluation after %d batches; its metrics are of those", seen)
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if isinstance(v, torch.Tensor | float | int)}
         self._metrics.update(found)
         if goal_reached(self.goal, found) and not trainer.should_stop:
             self.stopped_by, trainer.should_stop = "goal", True
         self.records.step(self.clock.step, {"step": self.clock.step, **found})
 
-    # -- end ---------------------------------------------------------------------------------------------------------
+    # -- end --------------------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if self.saver.seconds or self.resumed_from is not None:
@@ -309,7 +340,14 @@ class Observer(Accountant):
         self._finish(trainer)
         preempted = isinstance(exception, Preempted)
         reason = None if preempted else f"{type(exception).__name__}: {exception}"
-        self.records.failed(self.clock.step, reason)
+        self.records.failed(self.clock.step, reason, self._spent_so_far())
+
+    def _spent_so_far(self) -> dict[str, Any]:
+        """Totals at a failure; nothing if it came before training began."""
+        if not hasattr(self, "guard"):
+            return {}
+        self.refresh()
+        return self._totals()
 
     def _finish(self, trainer: pl.Trainer) -> None:
         if not self._finished:

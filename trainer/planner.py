@@ -112,7 +112,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     )
 
 
-# -- choices -------------------------------------------------------------------------------------------------------------
+# -- choices -------------------------------------------------------------------------------------------------------
 def _device(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> Hardware:
     name, why = recipe.cluster.hardware, "the recipe says so"
     if name == "auto":
@@ -122,9 +122,7 @@ def _device(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> Hardware:
     return found
 
 
-def _strategy(
-    recipe: Recipe, machine: Machine, device: Hardware, size: Size, chosen: list[Choice]
-) -> tuple[str, int]:
+def _strategy(recipe: Recipe, machine: Machine, device: Hardware, size: Size, chosen: list[Choice]) -> tuple[str, int]:
     """Strategy and devices per node: the least sharding whose model states fit."""
     asked, count = recipe.strategy.name, recipe.strategy.devices
     if count == "auto":
@@ -172,18 +170,18 @@ def state_bytes(size: Size, strategy: str, world: int) -> float:
 def _batch(
     recipe: Recipe, device: Hardware, machine: Machine, size: Size, world: int, strategy: str, chosen: list[Choice]
 ) -> tuple[int, int]:
-    total, micro = recipe.data.batch_size, recipe.data.micro_batch_size
+    total, asked = recipe.data.batch_size, recipe.data.micro_batch_size
     if total % world:
         raise RecipeError(
             [problem(recipe, "data.batch_size", total, f"a multiple of the {world} ranks", "change it or the devices")]
         )
-    if micro == "auto":
+    if asked == "auto":
         room = USABLE_MEMORY * _memory(device, machine, world) - state_bytes(size, strategy, world)
         each = size.activation_bytes(recipe.data.sequence_length)
         fits = [n for n in range(1, total // world + 1) if (total // world) % n == 0 and n * each <= max(room, 0)]
         micro, why = max(fits, default=1), "the largest that should fit in memory"
     else:
-        why = "the recipe says so"
+        micro, why = asked, "the recipe says so"
     if total % (micro * world):
         text = f"a divisor of {total // world}, the samples of one rank a step"
         raise RecipeError([problem(recipe, "data.micro_batch_size", micro, text)])
@@ -261,7 +259,7 @@ def _facts(recipe: Recipe, machine: Machine, strategy: str) -> frozenset[str]:
     return facts(strategy, machine.accelerator, recipe.strategy.offload, recipe.optimizer.name)
 
 
-# -- predictions ---------------------------------------------------------------------------------------------------------
+# -- predictions ---------------------------------------------------------------------------------------------------
 def _predict(
     recipe: Recipe, machine: Machine, device: Hardware, size: Size, techniques: tuple[Technique, ...],
     world: int, strategy: str, micro: int, usd: float, watts: float | None,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytorch_lightning as pl
 
+from .. import ShoestringError
 from ..callbacks.clock import Spend
 from ..callbacks.contract import Technique
 from .ledger import Journal, Ledger, RunIdentity, WandbSink, next_attempt, read, write_summary
@@ -24,6 +25,14 @@ log = logging.getLogger("shoestring")
 
 # a killed attempt may have worked this long after its last row, and it is charged for it
 UNSEEN_SECONDS = 0.25
+
+
+# sections that may change between attempts of one run
+FREE = frozenset({"name", "budget", "strategy", "cluster", "tracking", "checkpoint", "evaluation", "goal", "export"})
+
+
+class AnotherRun(ShoestringError):
+    """The run directory belongs to a run of another recipe."""
 
 
 class Display(Protocol):
@@ -39,7 +48,7 @@ class Records:
 
     def __init__(
         self,
-        run_dir: Path | str | None,
+        run_dir: str | os.PathLike[str] | None,
         *,
         name: str = "run",
         recipe: Recipe | None = None,
@@ -73,6 +82,7 @@ class Records:
             recipe_hash=recipe.hash if recipe is not None else "",
             recipe=recipe.model_dump(mode="json") if recipe is not None else None,
         )
+        self._same_run(recipe)
         events = self.run_dir / "events"
         attempt = trainer.strategy.broadcast(next_attempt(events))
         self._journal = Journal(events, rank=trainer.global_rank, attempt=attempt)
@@ -80,6 +90,19 @@ class Records:
         for kind, fields in self._before:
             self._journal.write(kind, **fields)
         self._before.clear()
+
+    def _same_run(self, recipe: Recipe | None) -> None:
+        """A run may go on with more or less budget; with anything else changed it would be another run."""
+        if recipe is None or self.identity.recipe_hash in ("", recipe.hash):
+            return
+        before, now = dict(self.identity.recipe), recipe.model_dump(mode="json")
+        changed = sorted(k for k in before.keys() | now.keys() if k not in FREE and before.get(k) != now.get(k))
+        if changed:
+            raise AnotherRun(
+                f"{self.run_dir} holds the run of another recipe ({self.identity.name}, {self.identity.recipe_hash}); "
+                f"this one is {recipe.name} ({recipe.hash}), and they differ in: {', '.join(changed)}. "
+                "Give another run directory."
+            )
 
     def spent(self, checkpointed: Spend) -> Spend:
         """What all attempts have cost: time, money and energy lost since the checkpoint stay spent."""
@@ -98,7 +121,7 @@ class Records:
                 setattr(spend, field, getattr(spend, field) * unseen)
         return spend
 
-    def started(self, trainer: pl.Trainer, resumed_from: int | None, strategy: str) -> None:
+    def started(self, trainer: pl.Trainer, resumed_from: int | None, strategy: str, totals: Mapping[str, Any]) -> None:
         techniques = [c for c in trainer.callbacks if isinstance(c, Technique)]
         if self.wandb and self.keeps:
             self._sink = WandbSink(
@@ -113,6 +136,7 @@ class Records:
             world_size=trainer.world_size,
             hardware=self.hardware,
             techniques=[t.card.name for t in techniques],
+            **totals,
         )
         if self.keeps and resumed_from is None:
             for technique in techniques:
@@ -147,9 +171,9 @@ class Records:
         self.event("stop", **{k: v for k, v in summary.items() if k not in ("windows", "budget")})
         self._close(0, summary)
 
-    def failed(self, step: int, reason: str | None) -> None:
+    def failed(self, step: int, reason: str | None, totals: Mapping[str, Any]) -> None:
         if reason is not None:
-            self.event("error", step=step, reason=reason[:2000])
+            self.event("error", step=step, reason=reason[:2000], **totals)
         self._close(1, {})
 
     def _close(self, code: int, summary: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ class Report:
     goal_reached: bool | None = None
     sample: str | None = None
     exported: Path | None = None
+    recipe_hash: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -40,6 +41,7 @@ class Report:
             "goal_reached": self.goal_reached,
             "sample": self.sample,
             "exported": str(self.exported) if self.exported else None,
+            "recipe_hash": self.recipe_hash,
         }
 
 
@@ -123,7 +125,7 @@ def _evaluation(plan: Plan, task: Any) -> dict[str, Any]:
     from .observer import NEVER
 
     wanted = plan.recipe.evaluation
-    if task.train is not None and task.validation is None or not (wanted.at_end or wanted.every):
+    if (task.train is not None and task.validation is None) or not (wanted.at_end or wanted.every):
         return {"limit_val_batches": 0}
     return {"limit_val_batches": wanted.batches or 1.0, "check_val_every_n_epoch": None, "val_check_interval": NEVER}
 
@@ -146,6 +148,7 @@ def _report(plan: Plan, run_dir: Path, summary: Mapping[str, Any], task: Any) ->
         goal_reached=summary.get("goal_reached"),
         sample=sample,
         exported=exported,
+        recipe_hash=recipe.hash,
     )
     (run_dir / "report.json").write_text(json.dumps(report.as_dict(), indent=1, default=str))
     return report
@@ -163,7 +166,7 @@ def _trained(recipe: Any, run_dir: Path) -> Any:
 
 
 def _export(task: Any, path: Path) -> Path:
-    model = getattr(task.module, "model", None)
+    model: Any = getattr(task.module, "model", None)
     if not hasattr(model, "save_pretrained"):
         raise CannotExport(f"export.to hf needs a Hugging Face model, and this is a {type(model).__name__}")
     model.save_pretrained(path)
@@ -176,11 +179,11 @@ def finished_report(run_dir: Path, recipe: Any) -> Report | None:
     """The report of `run_dir` if this very recipe has already come to its end there."""
     try:
         told = json.loads((run_dir / "report.json").read_text())
-        if json.loads((run_dir / "run.json").read_text())["recipe_hash"] != recipe.hash:
+        if told["recipe_hash"] != recipe.hash:
             return None
     except (OSError, ValueError, KeyError):
         return None
-    own = ("run_dir", "baselines", "sample", "exported")
+    own = ("run_dir", "baselines", "sample", "exported", "recipe_hash")
     return Report(
         run_dir=run_dir,
         summary={k: v for k, v in told.items() if k not in own},

@@ -31,7 +31,7 @@ class Saver:
 
     def __init__(self, root: Path, keep: int, agreement: Agreement, report: Callable[..., None]) -> None:
         self.root, self.keep, self.agreement, self.report = root, keep, agreement, report
-        self.seconds = 0.0  # the dearest checkpoint so far
+        self.seconds = 0.0  # the dearest checkpoint so far, without reading it back
         self._proven = False  # one checkpoint of this attempt has been read back
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule, step: int, about: dict[str, Any]) -> bool:
@@ -58,10 +58,10 @@ class Saver:
             self.report("checkpoint_failed", step=step, reason=failed[0])
             log.warning("no checkpoint of step %d: %s. The previous one stays.", step, failed[0])
             return False
+        self.seconds = max(self.seconds, perf_counter() - began)
         self._prove(step, first)
         if first:
             checkpoint.prune(self.root, self.keep)
-        self.seconds = max(self.seconds, perf_counter() - began)
         self.report("checkpoint", step=step, seconds_taken=perf_counter() - began)
         return True
 
@@ -121,10 +121,6 @@ class Saver:
             return action()
         except OSError as error:
             return f"{error.strerror or error}"
-        except RuntimeError as error:  # torch's and safetensors' writers wrap the disk's errors
-            if "write" in str(error) or "No space" in str(error) or "I/O" in str(error):
-                return str(error).splitlines()[0]
-            raise
 
     def _agree(self, outcome: Any) -> list[Any]:
         return self.agreement.gather(outcome)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Size:
     tokens: bool = False  # work is counted in tokens
 
     def flops_per_token(self, length: int) -> float:
-        """Forward and backward: 6 a trained parameter, 4 a frozen one, and 12 * layers * hidden * length for attention."""
+        """Forward and backward: 6 a trained parameter, 4 a frozen one, 12 * layers * hidden * length for attention."""
         trained = (self.trainable or 0) / max(1, self.parameters or 1)
         return self.active * (4 + 2 * trained) + 12 * self.layers * self.hidden * length * self.tokens
 
@@ -66,7 +67,9 @@ def _transformer(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden:
     parameters = int(inside + hidden * vocabulary + (0 if tied or not causal else head))
     trainable = parameters
     if (adapter := recipe.model.adapter) is not None:
-        trainable = int(layers * adapter.rank * (2 * hidden * (3 + share) + (3 if gated else 2) * (hidden + intermediate)))
+        trainable = int(
+            layers * adapter.rank * (2 * hidden * (3 + share) + (3 if gated else 2) * (hidden + intermediate))
+        )
         parameters += trainable
     return Size(
         parameters=parameters, trainable=trainable, active=int(inside + head), layers=layers, hidden=hidden,
@@ -76,7 +79,7 @@ def _transformer(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden:
 
 def _perceptron(config: Mapping[str, Any]) -> Size:
     widths = [64, *config.get("hidden", [128]), 10]  # scikit-learn's digits are 8 x 8, ten classes
-    count = sum(a * b + b for a, b in zip(widths, widths[1:], strict=False))
+    count = sum(a * b + b for a, b in pairwise(widths))
     return Size(parameters=count, trainable=count, active=count)
 
 

@@ -22,7 +22,7 @@ from . import checkpoint
 from .checkpoint import Piece, Pieces
 
 
-# -- taking --------------------------------------------------------------------------------------------------------------
+# -- taking --------------------------------------------------------------------------------------------------------
 def common_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
     """Rank 0's part: loops, callbacks, schedulers, parameter groups and what the module itself wants saved."""
     extra: dict[str, Any] = {"state_dict": {}}
@@ -73,7 +73,7 @@ def tensors(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, tuple[
                             found[key] = _piece(shards.slices[name], local)
     if not getattr(module, "reloads_frozen_weights", False):
         for name, (where, view) in shards.frozen().items():
-            if (first or not where.length == where.numel) and where.length:
+            if (first or where.length != where.numel) and where.length:
                 found[f"frozen/{name}"] = _piece(where, view)
     if first:
         for name, buffer in module.named_buffers():
@@ -94,9 +94,9 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
-# -- putting back --------------------------------------------------------------------------------------------------------
+# -- putting back --------------------------------------------------------------------------------------------------
 def restore(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> dict[str, Any] | None:
-    """Put a verified checkpoint back. Returns the random states to set when training starts, if they are this rank's."""
+    """Put a verified checkpoint back. Returns the random states to set when training starts, if this rank's are there."""
     common = checkpoint.read_state(folder / "state.pt")
     manifest = checkpoint.read_manifest(folder)
     mine = folder / f"rank-{trainer.global_rank:05d}.pt"
@@ -133,7 +133,7 @@ def seed_rank(seed: int, rank: int, step: int) -> None:
 
 def _restore_parameters(shards: Shards, pieces: Pieces, scalars: Mapping[str, Mapping[str, Any]]) -> None:
     states: dict[str, list[str]] = {}
-    for key in pieces.keys():
+    for key in pieces:
         if key.startswith("optimizer/"):
             _, state, name = key.split("/", 2)
             states.setdefault(name, []).append(state)
@@ -175,7 +175,7 @@ def _restore_callbacks(trainer: pl.Trainer, common: Mapping[str, Any], pieces: P
         if isinstance(callback, Technique):
             fragments: dict[str, dict[str, torch.Tensor]] = {}
             prefix = f"technique/{callback.state_key}/"
-            for key in pieces.keys():
+            for key in pieces:
                 if key.startswith(prefix):
                     state, name = key.removeprefix(prefix).split("/", 1)
                     where = shards.slices[name]

@@ -32,6 +32,7 @@ from ..callbacks.budget import Budget
 from ..callbacks.compose import compose
 from ..callbacks.contract import Settings, Technique, Unfit
 from ..callbacks.optimization.lr_schedule import LRSchedule
+from ..cluster.hardware import hardware
 from . import checkpoint
 from .machine import facts as machine_facts
 from .machine import peak
@@ -52,7 +53,8 @@ class Trainer(pl.Trainer):
     resume: "auto", "must" (fail if there is nothing to resume) or False (start over only where nothing is).
     ledger: index the run in the user's ledger. wandb: "offline", "online", a mapping with "mode" and "project", or None.
     checkpoint_every: a duration such as "10 min" or "500 steps"; None saves at the first and the last step only.
-    usd_per_device_hour, watts_per_device: prices of this machine, for dollars and estimated energy.
+    usd_per_device_hour: what a device costs; None takes the catalogue's price of this machine's, if it has one.
+    watts_per_device: what a device draws under load, for energy where no counter can be read.
 
     After `fit`, `summary` holds steps, tokens, samples, seconds, device_seconds, usd, kwh (+ kwh_source), flops_counted,
     flops_realised, peak_bytes, tokens_per_second, mfu, stopped_by and final metrics.
@@ -74,7 +76,7 @@ class Trainer(pl.Trainer):
         *,
         offload: str = "none",
         keep_checkpoints: int = 2,
-        usd_per_device_hour: float = 0.0,
+        usd_per_device_hour: float | None = None,
         watts_per_device: float | None = None,
         log_every: int = 10,
         records: Records | None = None,
@@ -107,7 +109,7 @@ class Trainer(pl.Trainer):
             checkpoint_every=checkpoint_every,
             keep=keep_checkpoints,
             strategy=name if isinstance(name, str) else type(name).__name__,
-            usd_per_device_hour=usd_per_device_hour,
+            usd_per_device_hour=_price() if usd_per_device_hour is None else usd_per_device_hour,
             watts_per_device=watts_per_device,
             log_every=log_every,
         )
@@ -180,6 +182,11 @@ def facts(strategy: Any, accelerator: str, offload: str = "none", optimizer: str
     if optimizer:
         found.add(optimizer)
     return frozenset(found)
+
+
+def _price() -> float:
+    name = machine_facts().hardware
+    return hardware(name).usd_per_hour or 0.0 if name else 0.0
 
 
 def _strategy_name(strategy: Any, devices: Any, nodes: int) -> Any:

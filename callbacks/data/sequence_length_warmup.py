@@ -13,7 +13,7 @@ from ..contract import Card, Effect, Technique, Workload, require
 
 
 def length_at(ramp: float, start: int, full: int, multiple: int) -> int:
-    """Sequence length when `ramp` in [0, 1] of the warmup is done: linear, rounded down to a multiple, never below it."""
+    """Sequence length after `ramp` in [0, 1] of the warmup: linear, rounded down to a multiple, never below it."""
     if ramp >= 1.0 or start >= full:
         return full
     length = start + ramp * (full - start)
@@ -33,8 +33,8 @@ def truncate(batch: MutableMapping[str, Any], length: int) -> None:
 class SequenceLengthWarmup(Technique, pl.Callback):
     """Train on the first `start` tokens of every sequence, growing linearly to the whole over `until`.
 
-    Lengths are multiples of `multiple`, so kernels stay fast and few shapes occur. Batches are mappings with `input_ids`
-    [B, T]; what is cut off is not seen in this pass.
+    Lengths are multiples of `multiple`, so kernels stay fast and few shapes occur. Batches are mappings with
+    `input_ids` [B, T]; what is cut off is not seen in this pass.
     """
 
     card = Card(
@@ -79,5 +79,7 @@ class SequenceLengthWarmup(Technique, pl.Callback):
         if ramp >= 1.0:
             return
         if not isinstance(batch, MutableMapping) or "input_ids" not in batch:
-            raise TypeError(f"sequence_length_warmup needs batches with 'input_ids'; this one is a {type(batch).__name__}")
+            raise TypeError(
+                f"sequence_length_warmup needs batches with 'input_ids'; this one is a {type(batch).__name__}"
+            )
         truncate(batch, length_at(ramp, self.start, batch["input_ids"].shape[1], self.multiple))

@@ -22,8 +22,8 @@ def ema_(average: Tensor, weights: Tensor, decay: float) -> None:
 class WeightAveraging(Technique, pl.Callback):
     """Keep an average of the master weights; validate with it and leave it as the final model.
 
-    `kind="ema"`: exponential, `decay` per optimizer step. `kind="lawa"`: the mean of the last `keep` weights taken every
-    `every` steps. `start`: a duration before which nothing is averaged. Averages are kept on this rank's slices, so
+    `kind="ema"`: exponential, `decay` per optimizer step. `kind="lawa"`: the mean of the last `keep` weights, taken
+    every `every` steps. `start`: a duration before which nothing is averaged. Averages are kept on this rank's slices, so
     there is no communication but one refresh of the copies per evaluation. A weight that is exactly 0 is 0 in the
     average too, so masks survive. `decay=0` is off.
     """
@@ -64,7 +64,7 @@ class WeightAveraging(Technique, pl.Callback):
     def inert(cls) -> Self:
         return cls(decay=0.0)
 
-    # -- taking averages ---------------------------------------------------------------------------------------------
+    # -- taking averages --------------------------------------------------------------------------------------------
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._averages: dict[str, dict[str, Tensor]] = {}
         self._raw: dict[str, Tensor] | None = None
@@ -106,7 +106,7 @@ class WeightAveraging(Technique, pl.Callback):
         parts = [kept[name] for _, kept in sorted(self._averages.items())]
         return parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
 
-    # -- using them --------------------------------------------------------------------------------------------------
+    # -- using them -------------------------------------------------------------------------------------------------
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or not getattr(self, "_averages", None):
             return
@@ -135,7 +135,7 @@ class WeightAveraging(Technique, pl.Callback):
             master.copy_(self._average(name) * (master != 0))
         shards.publish()
 
-    # -- state -------------------------------------------------------------------------------------------------------
+    # -- state ------------------------------------------------------------------------------------------------------
     def fragments(self) -> dict[str, dict[str, Tensor]]:
         return getattr(self, "_averages", {})
 

@@ -26,7 +26,7 @@ def prunable(module: nn.Module, skip: Sequence[str]) -> list[str]:
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     found = {}
     for prefix, layer in module.named_modules():
-        weight = getattr(layer, "weight", None)
+        weight: Any = getattr(layer, "weight", None)
         if isinstance(layer, kinds) and weight.requires_grad and id(weight) not in embeddings:
             name = f"{prefix}.weight" if prefix else "weight"
             if not any(fnmatch.fnmatch(name, pattern) for pattern in skip):
@@ -35,7 +35,7 @@ def prunable(module: nn.Module, skip: Sequence[str]) -> list[str]:
 
 
 class GradualPruning(Technique, pl.Callback):
-    """Raise every prunable weight's sparsity from 0 to `sparsity` between `start` and `end`, pruning every `every` steps.
+    """Raise every prunable weight's sparsity from 0 to `sparsity` between `start` and `end`, every `every` steps.
 
     `skip`: patterns of parameter names to leave dense. Masks act on gradients at each step and on masters and optimizer
     states when they change, before the step, which carries the zeros to every copy of the weights; so a pruned weight,
@@ -85,7 +85,7 @@ class GradualPruning(Technique, pl.Callback):
     def inert(cls) -> Self:
         return cls(sparsity=0.0)
 
-    # -- hooks -------------------------------------------------------------------------------------------------------
+    # -- hooks ------------------------------------------------------------------------------------------------------
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._masks: dict[str, Tensor] = {}  # this rank's slices, bool
         self._kept: dict[str, float] = {}
@@ -140,12 +140,12 @@ class GradualPruning(Technique, pl.Callback):
         self._kept = {name: n / shards.slices[name].numel for name, n in zip(self._names, total, strict=True)}
         self.mask_version += 1
 
-    # -- what others may ask -----------------------------------------------------------------------------------------
+    # -- what others may ask ----------------------------------------------------------------------------------------
     def densities(self) -> dict[str, float]:
         """Share of weights kept, by parameter name."""
         return dict(getattr(self, "_kept", {}))
 
-    # -- state -------------------------------------------------------------------------------------------------------
+    # -- state ------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         return {"kept": self.densities(), "mask_version": getattr(self, "mask_version", 0)}
 

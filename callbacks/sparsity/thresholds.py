@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 
-def kth_smallest(
-    scores: Sequence[Tensor], counts: Sequence[int], total: Callable[[Tensor], Tensor]
-) -> list[float]:
+def kth_smallest(scores: Sequence[Tensor], counts: Sequence[int], total: Callable[[Tensor], Tensor]) -> list[float]:
     """The `counts[i]`-th smallest value (1-based) of the union over ranks of each `scores[i]`, [n_i] float32 >= 0.
 
     `total` sums a tensor over the ranks (identity where each rank has everything). 0 gives -1.0: below every score.

@@ -12,7 +12,7 @@ _LIGHTNING = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}
 
 
 class MixedPrecision(Technique, pl.Callback):
-    """Run matrix products in `dtype`: "bf16" (no loss scaling), "fp16" (dynamic loss scaling, CUDA only) or "fp32" (off).
+    """Run matrix products in `dtype`: "bf16" (no loss scaling), "fp16" (dynamic loss scaling, CUDA) or "fp32" (off).
 
     Under DDP and one device this is autocast over fp32 weights; under ZeRO the weights are 16 bit and the optimizer
     keeps sharded fp32 masters.

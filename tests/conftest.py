@@ -1,0 +1,22 @@
+"""For every test: a home of its own for the ledger and caches, one thread, and `tests/support` to import from."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, here and in every process started from here
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory):
+    """`SHOESTRING_HOME` in a temporary folder, for all processes that the tests start too."""
+    before = os.environ.get("SHOESTRING_HOME")
+    os.environ["SHOESTRING_HOME"] = str(tmp_path_factory.mktemp("home"))
+    yield
+    if before is None:
+        del os.environ["SHOESTRING_HOME"]
+    else:
+        os.environ["SHOESTRING_HOME"] = before
