@@ -15,12 +15,12 @@ from typing import Any
 import pytorch_lightning as pl
 
 from .agreement import Agreement
-from .budget import Budget, Guard, ImpossibleBudget
-from .clock import Clock
+from .budget import Budget, Guard, ImpossibleBudget, refuse_uncounted
+from .clock import Clock, Spend
 from .contract import Technique
-from .energy import EnergyMeter
-from .flops import FlopCounter, Flops
-from .meter import Windows, batch_size
+from .energy import EnergyMeter, SteadyEnergy
+from .flops import StepFlops
+from .meter import EvaluationTimer, Windows, batch_size
 
 # what each rank adds to the exchanged vector
 SIGNAL, HORIZON, SAVE, SAMPLES, TOKENS, COUNTED, REALISED, JOULES = range(8)
@@ -51,17 +51,13 @@ class Accountant(pl.Callback):
         self.stopped_by: str | None = None
         self.closing_seconds = 0.0  # what comes after the final evaluation
         self.evaluation_cut = False  # the budget ended it
-        self.evaluation_seconds = 0.0  # of a whole evaluation
-        self.energy_source = "estimated"
+        self.evaluation = EvaluationTimer()
         self.data_wait = 0.0
         self._local = [0.0] * 8
-        self._flops: dict[Any, Flops] = {}
-        self._counter: FlopCounter | None = None
         self._signal = 0.0  # this rank has been asked to stop
         self.signalled = False  # some rank has, and all ranks know it
         self.save_due = False  # rank 0 wants a checkpoint, and all ranks know it
         self._first = True
-        self._energy_due = self._metered = self._read_at = self._joules = 0.0
         self._guard_state: dict[str, Any] | None = None
         self._batch_ended = perf_counter()
         if self.budget.usd is not None and not usd_per_device_hour:
@@ -72,25 +68,24 @@ class Accountant(pl.Callback):
         trainer._shoestring_clock = self.clock  # type: ignore[attr-defined]
         self.agreement = Agreement(len(self._local))
         self.world = trainer.world_size
-        self.energy = EnergyMeter(self.watts_per_device, 1)
-        self._metered = self._read_at = self.windows.total()
+        self.energy = SteadyEnergy(EnergyMeter(self.watts_per_device, 1), self.windows.total())
         self._base = self.clock.spend
-        self._parameters = list(pl_module.parameters())
-        self._masked = [c for c in trainer.callbacks if isinstance(c, Technique) and hasattr(c, "densities")]
+        masked = [c for c in trainer.callbacks if isinstance(c, Technique) and hasattr(c, "densities")]
+        self._flops = StepFlops(pl_module, masked)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._base = type(self.clock.spend).from_dict(self.clock.spend.as_dict())
-        self._set_limits(trainer)
+        self._base = Spend.from_dict(self.clock.spend.as_dict())
+        self.set_limits(trainer, trainer.num_training_batches)
         self.refresh()
         self.guard.skip(self.clock)
         self._batch_ended = self.windows.enter("train")
 
-    def _set_limits(self, trainer: pl.Trainer) -> None:
+    def set_limits(self, trainer: pl.Trainer, batches: float) -> None:
+        """Tell the clock what ends the run; `batches` are the micro-batches of an epoch. Again changes nothing."""
         limits = self.budget.limits()
-        batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
         ends = [limits["steps"]] if "steps" in limits else []
         if batches not in (0, float("inf")):
-            self.clock.steps_per_epoch = -(-int(batches) // accumulate)
+            self.clock.steps_per_epoch = -(-int(batches) // trainer.accumulate_grad_batches)
             if trainer.max_epochs and trainer.max_epochs > 0:
                 ends.append(trainer.max_epochs * self.clock.steps_per_epoch)
         if trainer.max_steps and trainer.max_steps > 0:
@@ -100,22 +95,13 @@ class Accountant(pl.Callback):
         before, self.clock.limits = self.clock.limits, limits
         self.guard = Guard(limits, self.agreement.lag)
         if self.clock.horizons and before != limits:
-            self.clock.stretch(self._end_by_spend())
+            self._guard_state = None
+            self.clock.stretch(self.clock.end_by_spend())
             self.on_replan(self.clock.step, self.clock.horizons[-1][2])
         elif self._guard_state:
             self.guard.load_state_dict(self._guard_state)
         if "steps" in limits and not self.clock.horizons:
             self.clock.replan(0, int(limits["steps"]))
-
-    def _end_by_spend(self) -> int:
-        """Where a resumed run ends under new limits, if steps go on to cost what they have cost so far."""
-        clock = self.clock
-        ends = [
-            limit if name == "steps" else clock.step * limit / clock.spend.get(name)
-            for name, limit in clock.limits.items()
-            if name == "steps" or clock.spend.get(name) > 0
-        ]
-        return int(min(ends, default=clock.step))
 
     # -- the step ---------------------------------------------------------------------------------------------------
     def on_train_batch_start(
@@ -123,26 +109,18 @@ class Accountant(pl.Callback):
     ) -> None:
         self.data_wait += perf_counter() - self._batch_ended
         samples, tokens, shape = batch_size(batch)
-        local = self._local
-        local[SAMPLES] += samples
-        local[TOKENS] += tokens
+        self._local[SAMPLES] += samples
+        self._local[TOKENS] += tokens
         if self.count_flops:
-            trainable = bytes([p.requires_grad for p in self._parameters])
-            kind = (shape, trainable, self._steps_after(trainer, batch_idx), self._mask_version())
-            flops = self._flops.get(kind)
-            if flops is None:
-                self._kind = kind
-                self._counter = FlopCounter(self._densities(pl_module))
-                self._counter.__enter__()
-            else:
-                local[COUNTED] += flops.counted
-                local[REALISED] += flops.realised
+            self._flops.begin(shape, self._steps_after(trainer, batch_idx))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._counter is not None:
-            self._close_counter()
+        if self.count_flops:
+            flops = self._flops.end()
+            self._local[COUNTED] += flops.counted
+            self._local[REALISED] += flops.realised
         if self._steps_after(trainer, batch_idx):
             self.clock.step += 1
             self._account(trainer)
@@ -153,14 +131,6 @@ class Accountant(pl.Callback):
     def _steps_after(trainer: pl.Trainer, batch_idx: int) -> bool:
         """Whether the optimizer steps after this micro-batch; the last one of an epoch ends a partial window."""
         return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-
-    def _close_counter(self) -> None:
-        assert self._counter is not None
-        self._counter.__exit__(None, None, None)
-        flops = self._flops[self._kind] = self._counter.flops
-        self._local[COUNTED] += flops.counted
-        self._local[REALISED] += flops.realised
-        self._counter = None
 
     def _account(self, trainer: pl.Trainer) -> None:
         """Exchange counters and decisions, and stop where the plan ends."""
@@ -186,9 +156,7 @@ class Accountant(pl.Callback):
         """After the first step of an attempt ranks wait for one another once, so that all know the horizon."""
         self._first = False
         self._hear(self.agreement.now(self._local))
-        for name in ("tokens", "samples", "flops"):
-            if name in self.clock.limits and self.clock.spend.get(name) <= self._base.get(name):
-                raise ImpossibleBudget(f"budget {name}={self.clock.limits[name]:g}: {_UNCOUNTED[name]}")
+        refuse_uncounted(self.clock.limits, self.this_attempt())
         vote = 0
         self.guard.lag = 0
         if trainer.is_global_zero:
@@ -219,28 +187,31 @@ class Accountant(pl.Callback):
             self.clock.replan(self.clock.step, int(last))
             self.on_replan(self.clock.step, int(last))
 
-    def refresh(self) -> None:
-        """Bring the spend that this process measures itself up to now."""
+    def refresh(self, *, exact: bool = False) -> None:
+        """Bring the spend that this process measures itself up to now; energy `exact`ly, or as last known."""
         spend, base = self.clock.spend, self._base
         elapsed = self.windows.total()
         spend.steps = self.clock.step
         spend.seconds = base.seconds + elapsed
         spend.device_seconds = base.device_seconds + elapsed * self.world
         spend.usd = base.usd + elapsed * self.world * self.usd_per_device_hour / 3600
-        if elapsed >= self._energy_due:
-            self._energy_due = elapsed + min(1.0, elapsed / 20)
-            self._joules, self.energy_source = self.energy.read()
-            self._read_at = elapsed
-        watts = self._joules / max(1e-9, self._read_at - self._metered)  # on average: it holds until the next reading
-        self._local[JOULES] = self._joules + watts * (elapsed - self._read_at)
+        self._local[JOULES] = self.energy.at(elapsed, exact=exact)
+
+    def this_attempt(self) -> Spend:
+        """What this attempt has spent."""
+        return self.clock.spend.minus(self._base)
 
     # -- pauses -----------------------------------------------------------------------------------------------------
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._validation_times = [self.windows.enter("evaluation")]
+        if trainer.state.fn != "fit":  # `trainer.validate` is no part of the run
+            return
+        self.evaluation.begin(self.windows.enter("evaluation"))
         self.evaluation_cut = False
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        self._validation_times.append(perf_counter())
+        if trainer.state.fn != "fit":
+            return
+        self.evaluation.batch()
         if trainer.sanity_checking:
             return
         self._local[SIGNAL], self._local[SAVE] = self._signal, 0
@@ -252,21 +223,14 @@ class Accountant(pl.Callback):
     def _money_is_out(self) -> bool:
         """Whether another evaluation batch would go over a limit, for a reserve that turned out too small."""
         self.refresh()
-        spend, times = self.clock.spend, self._validation_times
-        ahead = (1 + self.agreement.lag) * (times[-1] - times[0]) / (len(times) - 1) + self.closing_seconds
-        return any(
-            spend.get(name) * (1 + ahead / spend.seconds) > limit
-            for name, limit in self.clock.limits.items()
-            if name in ("seconds", "device_hours", "usd", "kwh")
-        )
+        ahead = (1 + self.agreement.lag) * self.evaluation.mean() + self.closing_seconds
+        return self.guard.is_overrun(self.clock, ahead)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
         now = self.windows.enter("startup" if trainer.sanity_checking else "train")
-        times = self._validation_times
-        if (done := len(times) - 1) > 0:  # the first batch also warms up: those not run now cost what later ones did
-            each = (times[-1] - times[1]) / (done - 1) if done > 1 else times[1] - times[0]
-            seconds = now - times[0] + each * max(0, _whole(trainer.num_val_batches) - done)
-            self.evaluation_seconds = (seconds + (self.evaluation_seconds or seconds)) / 2  # one alone may be a freak
+        self.evaluation.end(now, _whole(trainer.num_val_batches))
         if not trainer.sanity_checking:
             self.pause_ended(trainer)
 
@@ -281,7 +245,7 @@ class Accountant(pl.Callback):
         """Tell the guard which pauses are to come, and what comes after the last step."""
         if not trainer.enable_validation:
             return
-        seconds = self.evaluation_seconds
+        seconds = self.evaluation.seconds
         if not seconds:  # none has run yet: a batch costs at most what training on one costs
             micro = self.guard.step_seconds() / trainer.accumulate_grad_batches
             seconds = micro * _whole(trainer.num_val_batches)
@@ -298,16 +262,15 @@ class Accountant(pl.Callback):
     # -- end --------------------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.windows.enter("other")
-        self._local[SIGNAL] = self._local[HORIZON] = self._local[SAVE] = self._energy_due = 0
-        self.refresh()
+        self._local[SIGNAL] = self._local[HORIZON] = self._local[SAVE] = 0
+        self.refresh(exact=True)
         self.agreement.settle()
         self._hear(self.agreement.now(self._local))
         self.refresh()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self._counter is not None:
-            self._counter.__exit__(None, None, None)
-            self._counter = None
+        if hasattr(self, "_flops"):
+            self._flops.abort()
 
     # -- for the trainer's extension ---------------------------------------------------------------------------------
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> None:
@@ -316,31 +279,15 @@ class Accountant(pl.Callback):
     def on_replan(self, step: int, last: int) -> None:
         """The end of the run has moved."""
 
-    # -- masks ------------------------------------------------------------------------------------------------------
-    def _mask_version(self) -> Any:
-        return tuple(t.mask_version for t in self._masked) if self._masked else None  # type: ignore[attr-defined]
-
-    def _densities(self, pl_module: pl.LightningModule) -> dict[int, float]:
-        kept = {name: d for t in self._masked for name, d in t.densities().items()}  # type: ignore[attr-defined]
-        if not kept:
-            return {}
-        return {p.untyped_storage().data_ptr(): kept[n] for n, p in pl_module.named_parameters() if n in kept}
-
+    # -- state -------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         guard = self.guard.state_dict() if hasattr(self, "guard") else None
-        return {"clock": self.clock.state_dict(), "evaluation_seconds": self.evaluation_seconds, "guard": guard}
+        return {"clock": self.clock.state_dict(), "evaluation_seconds": self.evaluation.seconds, "guard": guard}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.clock.load_state_dict(state_dict["clock"])
-        self.evaluation_seconds = state_dict["evaluation_seconds"]
+        self.evaluation.seconds = state_dict["evaluation_seconds"]
         self._guard_state = state_dict["guard"]
-
-
-_UNCOUNTED = {
-    "tokens": "the batches of the first step have no 'input_ids' to count. Budget samples or steps instead.",
-    "samples": "the batches of the first step hold no tensor whose first dimension could be counted. Budget steps.",
-    "flops": "the first step ran no matrix product that is counted. Budget steps, or let the accountant count_flops.",
-}
 
 
 def _whole(batches: Sequence[float]) -> int:

@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Any
 
 from .. import ShoestringError
-from .clock import Clock
+from .clock import Clock, Spend
 
 
 class ImpossibleBudget(ShoestringError):
@@ -59,6 +59,20 @@ class Budget:
 
     def __bool__(self) -> bool:
         return bool(self.given())
+
+
+def refuse_uncounted(limits: Mapping[str, float], first: Spend) -> None:
+    """`ImpossibleBudget` if the `first` step counted nothing of what is limited: such a run would never end."""
+    for name, why in _UNCOUNTED.items():
+        if name in limits and first.get(name) <= 0:
+            raise ImpossibleBudget(f"budget {name}={limits[name]:g}: {why}")
+
+
+_UNCOUNTED = {
+    "tokens": "the batches of the first step have no 'input_ids' to count. Budget samples or steps instead.",
+    "samples": "the batches of the first step hold no tensor whose first dimension could be counted. Budget steps.",
+    "flops": "the first step ran no matrix product that is counted. Budget steps, or let the accountant count_flops.",
+}
 
 
 @dataclass(frozen=True)
@@ -186,6 +200,11 @@ class Guard:
         if name in self._warming:
             return clock.spend.get(name) / max(clock.spend.seconds, 1e-9)
         return _mean(self._costs[name]) / max(_mean(self._costs["seconds"]), 1e-9)
+
+    def is_overrun(self, clock: Clock, seconds: float) -> bool:
+        """Whether so many seconds more would go over a limit of time, money or energy."""
+        share = 1 + seconds / max(clock.spend.seconds, 1e-9)
+        return any(name in _MEASURED and clock.spend.get(name) * share > limit for name, limit in self.limits.items())
 
     # -- deciding ---------------------------------------------------------------------------------------------------
     def decide(self, clock: Clock) -> int | None:

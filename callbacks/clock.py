@@ -89,6 +89,11 @@ class Spend:
     def get(self, counts: str) -> float:
         return self.device_seconds / 3600 if counts == "device_hours" else float(getattr(self, counts))
 
+    def minus(self, other: Spend) -> Spend:
+        """What has come since `other`."""
+        before = other.as_dict()
+        return Spend(**{name: amount - before[name] for name, amount in self.as_dict().items()})
+
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
 
@@ -117,14 +122,24 @@ class Clock:
         """From `step` on, plan to end at `last`. Progress stays continuous and never falls."""
         self.horizons.append((step, self.progress_at(step), max(last, step)))
 
+    def end_by_spend(self) -> int:
+        """Where the run would end under its limits if steps went on to cost what they have cost so far."""
+        ends = [
+            limit if name == "steps" else self.step * limit / self.spend.get(name)
+            for name, limit in self.limits.items()
+            if name == "steps" or self.spend.get(name) > 0
+        ]
+        return int(min(ends, default=self.step))
+
     def stretch(self, last: int) -> None:
         """Another budget: plan as if the run had been meant to end at `last` from its start. Progress may jump."""
         self.horizons = [(0, 0.0, max(last, self.step))]
 
-    def progress_at(self, step: float) -> float:
-        """Progress before optimizer step `step` (fractions of a step are allowed)."""
+    def progress_at(self, step: float, seen: float | None = None) -> float:
+        """Progress before optimizer step `step` (fractions of a step are allowed), as planned at step `seen` (now)."""
+        known = step if seen is None else max(0, min(step, seen))
         for start, there, last in reversed(self.horizons):
-            if step >= start:
+            if known >= start:
                 if step >= last:
                     return 1.0
                 return there + (1.0 - there) * (step - start) / (last - start)
@@ -134,8 +149,12 @@ class Clock:
     def progress(self) -> float:
         return self.progress_at(self.step)
 
-    def toward(self, duration: Duration, step: float | None = None) -> float:
-        """How much of `duration` has passed before `step` (default: now), in [0, 1]."""
+    def toward(self, duration: Duration, step: float | None = None, seen: float | None = None) -> float:
+        """How much of `duration` has passed before `step` (default: now), in [0, 1].
+
+        Who asks ahead of time, as loaders do, gives a step `seen` that has passed whenever it asks: then the answer is
+        the same in every rerun, wherever the plan was moved in between.
+        """
         step = self.step if step is None else step
         if duration.counts in MEASURED:
             duration = self.as_progress(duration)
@@ -143,7 +162,7 @@ class Clock:
             return 1.0
         done: float
         if duration.counts == "progress":
-            done = self.progress_at(step)
+            done = self.progress_at(step, seen)
         elif duration.counts == "steps":
             done = step
         elif duration.counts == "epochs":

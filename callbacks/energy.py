@@ -89,6 +89,25 @@ class EnergyMeter:
         return watts * (busy + IDLE_SHARE * max(0.0, self._devices * wall - busy))
 
 
+class SteadyEnergy:
+    """An `EnergyMeter` asked now and then: in between, the average power so far is taken to hold.
+
+    `began` and `now` are seconds of one clock. Readings grow rarer, up to one a second.
+    """
+
+    def __init__(self, meter: EnergyMeter, began: float) -> None:
+        self._meter, self._began = meter, began
+        self._read_at, self._joules, self.source = began, 0.0, "estimated"
+
+    def at(self, now: float, *, exact: bool = False) -> float:
+        """Joules from `began` to `now`; `exact` reads the meter whatever it costs."""
+        elapsed = self._read_at - self._began
+        if exact or now - self._read_at >= min(1.0, elapsed / 20):
+            self._joules, self.source = self._meter.read()
+            self._read_at, elapsed = now, now - self._began
+        return self._joules * (1 + (now - self._read_at) / max(1e-9, elapsed))
+
+
 class Rapl:
     """Energy of the CPU packages of this node, from the kernel's wrapping microjoule counters.
 

@@ -10,11 +10,12 @@ afterwards, so it follows sequence length, batch size, freezing and checkpointin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -84,3 +85,44 @@ class FlopCounter(TorchDispatchMode):
                 if density is not None:
                     return density
         return 1.0
+
+
+class StepFlops:
+    """The FLOPs of micro-batches: counted for each new kind of them, looked up for the others.
+
+    `masked` are techniques with `densities()` (share of weights kept, by parameter name) and a `mask_version`.
+    """
+
+    def __init__(self, module: nn.Module, masked: Sequence[Any]) -> None:
+        self._module, self._masked = module, masked
+        self._parameters = list(module.parameters())
+        self._known: dict[Any, Flops] = {}
+        self._kind: Any = None
+        self._counter: FlopCounter | None = None
+
+    def begin(self, shape: tuple[int, ...], steps: bool) -> None:
+        """A micro-batch of this shape begins; `steps`: the optimizer, which may multiply matrices, steps after it."""
+        trainable = bytes([p.requires_grad for p in self._parameters])
+        self._kind = (shape, trainable, steps, tuple(t.mask_version for t in self._masked))
+        if self._kind not in self._known:
+            self._counter = FlopCounter(self._densities())
+            self._counter.__enter__()
+
+    def end(self) -> Flops:
+        """The micro-batch has ended: what it took."""
+        if self._counter is not None:
+            self._known[self._kind] = self.abort()
+        return self._known[self._kind]
+
+    def abort(self) -> Flops:
+        """Stop watching, also in the middle of a micro-batch that failed; what was seen of it."""
+        counter, self._counter = self._counter, None
+        if counter is None:
+            return Flops()
+        counter.__exit__(None, None, None)
+        return counter.flops
+
+    def _densities(self) -> dict[int, float]:
+        kept = {name: density for t in self._masked for name, density in t.densities().items()}
+        named = self._module.named_parameters() if kept else ()
+        return {p.untyped_storage().data_ptr(): kept[name] for name, p in named if name in kept}

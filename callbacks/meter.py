@@ -57,8 +57,44 @@ class Windows:
         self._open, self._since = window, now
         return now
 
+    def spent(self, window: str) -> float:
+        """Seconds in `window` so far, the open one included."""
+        return self.seconds.get(window, 0.0) + (perf_counter() - self._since if self._open == window else 0.0)
+
     def total(self) -> float:
         return sum(self.seconds.values()) + perf_counter() - self._since
+
+
+class EvaluationTimer:
+    """How long a whole evaluation takes, as far as evaluations have run."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0  # of a whole one; 0 while none has run
+        self._times = [0.0]
+
+    def begin(self, now: float) -> None:
+        self._times = [now]
+
+    def batch(self) -> None:
+        """A batch has ended."""
+        self._times.append(perf_counter())
+
+    @property
+    def batches(self) -> int:
+        return len(self._times) - 1
+
+    def mean(self) -> float:
+        """Seconds a batch of this evaluation has taken."""
+        return (self._times[-1] - self._times[0]) / max(1, self.batches)
+
+    def end(self, now: float, whole: float) -> None:
+        """The evaluation has ended; a complete one has `whole` batches."""
+        if not self.batches:
+            return
+        # the first batch also warms up: those not run now would have cost what later ones did
+        each = (self._times[-1] - self._times[1]) / (self.batches - 1) if self.batches > 1 else self.mean()
+        seconds = now - self._times[0] + each * max(0.0, whole - self.batches)
+        self.seconds = (seconds + (self.seconds or seconds)) / 2  # one alone may be a freak
 
 
 def batch_size(batch: Any) -> tuple[int, int, tuple[int, ...]]:

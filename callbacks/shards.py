@@ -117,6 +117,10 @@ class Shards:
         """The whole tensor from every rank's slice, in the parameter's shape. Collective where sharded."""
         return self.gather_slice(self.slices[name], local)
 
+    def whole(self, name: str) -> Tensor:
+        """The whole master weight, in its shape. Collective where no rank has all of it."""
+        return self.gather(name, self.master(name))
+
     def gather_slice(self, where: Slice, local: Tensor) -> Tensor:
         """`gather` of a slice that is no parameter's."""
         return local.view(where.shape)
@@ -226,6 +230,11 @@ class Zero12Shards(_Zero):
         super().set_gradient(name, value)
         if self.zero.cpu_offload and (view := self.gradient(name)) is not None:
             self._renorm(name, view.double().norm(2))
+
+    def whole(self, name: str) -> Tensor:
+        p = self.parameters[name]
+        # in full precision every rank's copy is the master itself
+        return p.data if p.dtype == torch.float32 else super().whole(name)
 
     def publish(self) -> None:
         self.zero.update_lp_params()

@@ -1,5 +1,6 @@
 """A budget ends a run when it is spent: in ten thousand simulated runs, and in real ones of a few seconds."""
 
+import json
 import math
 import random
 from dataclasses import dataclass, field
@@ -10,8 +11,10 @@ from time import perf_counter
 import pytest
 import pytorch_lightning as pl
 import torch
+from budgeted import Sentences, fit_all
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from processes import run as run_ranks
 from small import QUIET, Small, loader, rate, train
 from torch.utils.data import DataLoader
 
@@ -243,16 +246,6 @@ def test_a_resumed_run_decides_as_if_it_had_not_been_interrupted():
 
 
 # -- real runs -------------------------------------------------------------------------------------------------------
-class Sentences(torch.utils.data.Dataset):
-    """{"input_ids": [16]}, 64 of them."""
-
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, index):
-        return {"input_ids": torch.arange(16) + index}
-
-
 @pytest.mark.parametrize(
     ("limit", "steps"),
     [
@@ -396,3 +389,20 @@ def test_dollars_have_the_catalogues_price_unless_given(tmp_path):
     trainer = train(tmp_path, Budget(steps=2, usd=1000.0))
     seconds = trainer.summary["device_seconds"]
     assert trainer.summary["usd"] == pytest.approx(seconds / 3600 * hardware("cpu").usd_per_hour)
+
+
+def test_two_ranks_stop_at_the_same_step_within_the_budget_of_both(tmp_path):
+    """Sums and decisions are heard a step late; what is counted still ends exactly, planned once."""
+    assert run_ranks(fit_all, tmp_path, world=2, folder=tmp_path) == [0, 0]
+    one, two = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    for name, told in one.items():
+        same = ("steps", "samples", "tokens", "stopped_by", "horizons", "rate", "flops_realised")
+        assert {key: told[key] for key in same} == {key: two[name][key] for key in same}
+        assert told["rate"] == 0.0
+    assert (one["tokens"]["steps"], one["tokens"]["tokens"], one["tokens"]["stopped_by"]) == (21, 1344, "tokens")
+    assert (one["samples"]["steps"], one["samples"]["samples"], one["samples"]["stopped_by"]) == (12, 48, "samples")
+    assert one["tokens"]["horizons"] == [[1, 0.0, 21]] and one["samples"]["horizons"] == [[1, 0.0, 12]]
+    assert 2800 < one["growing"]["tokens"] <= 3000 and len(one["growing"]["horizons"]) <= few(60)
+    for name, limit in (("seconds", 1.2), ("dollars", 1.2)):  # two devices at a dollar a second
+        assert limit / 2 < one[name]["seconds"] < limit + 0.3, "not even roughly"
+        assert one[name]["usd"] == pytest.approx(2 * one[name]["seconds"])

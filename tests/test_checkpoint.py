@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytorch_lightning import LightningModule
+from pytorch_lightning import Callback, LightningModule
+from torch.utils.data import DataLoader, TensorDataset
+
 from shoestring.trainer import Budget, Trainer, checkpoint
 from shoestring.trainer.checkpoint import DamagedCheckpoint, Piece
-from torch.utils.data import DataLoader, TensorDataset
+from shoestring.trainer.saving import CannotSave
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -63,7 +64,31 @@ def damage_no_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
 
 
-DAMAGES = [damage_truncate, damage_flip, damage_missing, damage_manifest, damage_no_manifest]
+def damage_manifest_of_another_kind(folder: Path) -> None:
+    (folder / "manifest.json").write_text('["format", 1]')
+
+
+def damage_manifest_without_sums(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.pt"].pop("sha256")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def damage_manifest_without_files(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def damage_from_the_future(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+
+
+DAMAGES = [
+    damage_truncate, damage_flip, damage_missing, damage_manifest, damage_no_manifest, damage_manifest_of_another_kind,
+    damage_manifest_without_sums, damage_manifest_without_files, damage_from_the_future,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
@@ -89,8 +114,31 @@ def test_leftovers_of_a_killed_writer_are_no_checkpoint(tmp_path: Path) -> None:
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 5, 30, 200):
         write(tmp_path, step)
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path, 2, newest=200)
     assert checkpoint.steps(tmp_path) == [30, 200]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [31]), (2, [30, 31]), (9, [1, 5, 30, 31])])
+def test_a_damaged_one_that_was_passed_over_does_not_count_among_the_kept(
+    tmp_path: Path, keep: int, left: list[int]
+) -> None:
+    for step in (1, 5, 30, 200):
+        write(tmp_path, step)
+    damage_flip(tmp_path / "000000200")
+    write(tmp_path, 31)  # the run has gone on from step 30
+    checkpoint.prune(tmp_path, keep, newest=31)
+    assert checkpoint.steps(tmp_path) == left
+    assert checkpoint.newest_intact(tmp_path)[0] == tmp_path / "000000031"
+    assert (tmp_path / "latest").read_text() == "000000031"
+
+
+def test_slices_that_nobody_stored_are_missed(tmp_path: Path) -> None:
+    checkpoint.write_rank(tmp_path, 0, {}, {"w": (Piece(0, 3, (8,)), torch.ones(3))})
+    checkpoint.write_rank(tmp_path, 1, {}, {"w": (Piece(5, 3, (8,)), torch.ones(3))})
+    pieces = checkpoint.Pieces(tmp_path)
+    assert "w" in pieces and list(pieces) == ["w"] and pieces.shape("w") == (8,)
+    with pytest.raises(DamagedCheckpoint, match="w: 4 of 6 elements are in the checkpoint"):
+        pieces.cut("w", 1, 6)
 
 
 class Payload:
@@ -103,7 +151,7 @@ class Payload:
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     torch.save({"x": Payload(tmp_path / "owned")}, tmp_path / "state.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(DamagedCheckpoint, match="more than tensors and plain data"):
         checkpoint.read_state(tmp_path / "state.pt")
     assert not (tmp_path / "owned").exists()
 
@@ -168,7 +216,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one(
     assert ours == theirs
 
 
-class StopAt(__import__("pytorch_lightning").Callback):  # type: ignore[misc]
+class StopAt(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
@@ -197,7 +245,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run(
     (small_disk / "checkpoints").mkdir()
     (tmp_path / "run" / "checkpoints").symlink_to(small_disk / "checkpoints")
 
-    class Fill(__import__("pytorch_lightning").Callback):  # type: ignore[misc]
+    class Fill(Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             if trainer.global_step == 5:
                 with (small_disk / "filler").open("wb") as file, pytest.raises(OSError, match="No space"):
@@ -212,3 +260,39 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run(
     assert found is not None and int(found.name) <= 4
     assert not problems
     assert not list((small_disk / "checkpoints").glob(".writing*"))
+
+
+def test_a_run_whose_end_finds_no_room_says_so_and_goes_on_once_there_is(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOESTRING_HOME", str(tmp_path / "home"))
+    torch.manual_seed(1)
+    run(tmp_path / "whole", 8, width=4000)
+
+    class Fill(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step == 5:
+                with (small_disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+                    while True:
+                        file.write(b"x" * 4096)
+
+    torch.manual_seed(1)
+    with pytest.raises(CannotSave, match=r"ended at step 8.*final weights cannot be written.*No space.*Make room"):
+        run(small_disk / "run", 8, width=4000, callbacks=[Fill()])
+    assert checkpoint.newest_intact(small_disk / "run" / "checkpoints")[0].name == "000000004"
+    assert not (small_disk / "run" / "final.safetensors").exists()
+    (small_disk / "filler").unlink()
+    torch.manual_seed(1)
+    assert run(small_disk / "run", 8, width=4000).summary["resumed_from"] == 4
+    ours, theirs = ((home / "final.safetensors").read_bytes() for home in (small_disk / "run", tmp_path / "whole"))
+    assert ours == theirs
+
+
+def test_state_that_would_not_survive_is_refused_at_the_first_step(tmp_path: Path) -> None:
+    class Hoards(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"module": torch.nn.Linear(1, 1)}
+
+    with pytest.raises(CannotSave, match=r"step 1 cannot be read back[\s\S]*only tensors and plain data"):
+        run(tmp_path, 8, callbacks=[Hoards()])
+    assert run(tmp_path, 8).summary["resumed_from"] is None  # mended, it starts: nothing unreadable is in the way

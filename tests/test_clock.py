@@ -45,7 +45,21 @@ def test_every_unit_reads_back_as_its_base_unit(amount, unit, gap, upper):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "5", "steps", "-5 steps", "5 parsecs", "$5 usd", "$5 steps", "5 steps a day", "1e-4", "nan %", "inf s", 5, None],
+    [
+        "",
+        "5",
+        "steps",
+        "-5 steps",
+        "5 parsecs",
+        "$5 usd",
+        "$5 steps",
+        "5 steps a day",
+        "1e-4",
+        "nan %",
+        "inf s",
+        5,
+        None,
+    ],
 )
 def test_what_is_no_duration_is_named_with_the_way_out(text):
     with pytest.raises(BadDuration) as error:

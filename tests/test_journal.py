@@ -78,13 +78,14 @@ def test_foreign_values_and_unknown_kinds(tmp_path):
 @given(rows=st.lists(FIELDS, min_size=1, max_size=5), data=st.data())
 def test_cut_anywhere_earlier_rows_are_read_and_writing_goes_on(tmp_path_factory, rows, data):
     directory = tmp_path_factory.mktemp("journal")
+    rows = [expect(row) for row in rows]
     path = segment(directory, [{"row": row} for row in rows])
     whole = path.read_bytes()
     cut = data.draw(st.integers(0, len(whole)))
     os.truncate(path, cut)
     complete = whole[:cut].count(b"\n")
     problems = []
-    assert [row.fields["row"] for row in read(directory, problems)] == [expect(row) for row in rows[:complete]]
+    assert [row.fields["row"] for row in read(directory, problems)] == rows[:complete]
     torn = not whole[:cut].endswith(b"\n") and cut > 0
     assert [str(problem.what).startswith("the last line is cut off") for problem in problems] == [True] * torn
     with Journal(directory, rank=0, attempt=0) as journal:
@@ -95,7 +96,7 @@ def test_cut_anywhere_earlier_rows_are_read_and_writing_goes_on(tmp_path_factory
 
 
 def expect(row):
-    return json.loads(json.dumps(row), parse_constant=lambda text: float(text.replace("Infinity", "inf")))
+    return json.loads(json.dumps({key: expected(value) for key, value in row.items()}))
 
 
 def test_flip_of_any_bit_costs_one_row_and_is_reported(tmp_path):

@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from .. import ShoestringError
@@ -91,10 +92,13 @@ def publish(root: Path, step: int, files: Mapping[str, Any], about: Mapping[str,
     return final
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints, and what crashed writers left behind."""
-    for old in steps(root)[:-keep] if keep > 0 else []:
-        shutil.rmtree(root / f"{old:09d}", ignore_errors=True)
+def prune(root: Path, keep: int, newest: int) -> None:
+    """Keep `keep` checkpoints up to the one of step `newest`. Later ones are damaged ones that were passed over."""
+    found = steps(root)
+    kept = [step for step in found if step <= newest][-max(1, keep) :]
+    for step in found:
+        if step not in kept:
+            shutil.rmtree(root / f"{step:09d}", ignore_errors=True)
 
 
 def clear_leftovers(root: Path) -> None:
@@ -114,9 +118,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] > FORMAT:
             raise DamagedCheckpoint(f"{folder} has format {manifest['format']}; this version reads up to {FORMAT}")
+        for told in (manifest["step"], manifest["world_size"], *(f["bytes"] for f in manifest["files"].values())):
+            int(told)
+        if not all(len(told["sha256"]) == 64 for told in manifest["files"].values()):
+            raise ValueError("not every file has its sha256")
         return manifest
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{folder}: manifest.json cannot be read ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{folder}: manifest.json cannot be read ({error!r})") from None
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -152,10 +160,14 @@ def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A `.pt` file of ours: tensors and plain data, never code."""
+    """A `.pt` file of ours: tensors and plain data, never code. `DamagedCheckpoint` if it holds anything else."""
     import torch
 
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, EOFError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DamagedCheckpoint(f"{path} holds more than tensors and plain data, or not even that: {reason}") from None
 
 
 class Pieces:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .planner import Plan
     from .run import Report
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
 
 
 def number(value: float | None, unit: str = "") -> str:
@@ -197,7 +197,7 @@ def show_runs(runs: Sequence[RunRow]) -> None:
     table = Table(box=None, pad_edge=False)
     columns = ["id", "name", "status", "steps", "loss", "tokens", "tokens/s", "memory", "kWh", "cost", "time", "goal"]
     for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column in ("id", "status"))
+        table.add_column(column, overflow="fold", no_wrap=column != "name")
     for run in runs:
         loss = run.metrics.get("val_loss", run.metrics.get("loss"))
         table.add_row(

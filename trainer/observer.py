@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-import torch
+from pytorch_lightning.trainer.connectors.data_connector import _parse_num_batches
+from pytorch_lightning.trainer.states import RunningStage
 
 from .. import ShoestringError
-from ..callbacks.accountant import JOULES, SAVE, Accountant
+from ..callbacks.accountant import SAVE, Accountant
 from ..callbacks.budget import Budget
 from ..callbacks.clock import MEASURED, Duration
-from ..callbacks.meter import Windows, communication_bytes, peak_bytes
+from ..callbacks.meter import Windows, peak_bytes
 from ..callbacks.samples import take_over
-from . import state
+from . import accounts, checkpoint, state
+from .intervals import interval, passed, steps_in
+from .ledger import read_summary
 from .records import Records
-from .saving import Saver, save_final_weights
-from .signals import Preempted, StopRequest
+from .saving import CannotSave, Saver, save_final_weights
+from .signals import Preempted, StopRequest, preempted
 
 log = logging.getLogger("shoestring")
 
@@ -53,7 +55,7 @@ class Observer(Accountant):
     ) -> None:
         super().__init__(budget, usd_per_device_hour=usd_per_device_hour, watts_per_device=watts_per_device)
         self.seed, self.records, self.resume = seed, records, resume
-        self.every = Duration.parse(checkpoint_every) if checkpoint_every else None
+        self.every = interval(checkpoint_every) if checkpoint_every else None
         self.keep, self.strategy, self.log_every = keep, strategy, log_every
         self.peak_flops: float | None = None
         self.evaluations: Duration | None = None  # how often; None leaves it to Lightning
@@ -64,8 +66,8 @@ class Observer(Accountant):
         self.resumed_from: int | None = None
         self._rng: Mapping[str, Any] | None = None
         self._loss: Any = None  # of this rank's micro-batches since the last step
-        self._row_step = self._saved_step = -1
-        self._metrics: dict[str, float] = {}
+        self._saved_step = -1
+        self.metrics: dict[str, float] = {}
         self._finished = False
 
     def begin(self, startup_seconds: float = 0.0) -> None:
@@ -75,7 +77,7 @@ class Observer(Accountant):
 
     def evaluate_every(self, every: str | None, *, at_end: bool = True) -> None:
         """Validate every `every` (None: only at the end), instead of when Lightning would."""
-        self.evaluations = Duration.parse(every) if every else Duration(float("inf"), "steps")
+        self.evaluations = interval(every) if every else Duration(float("inf"), "steps")
         self.final_evaluation = at_end
 
     # -- start ------------------------------------------------------------------------------------------------------
@@ -85,34 +87,49 @@ class Observer(Accountant):
         self.request.listen()
         self.records.open(trainer)
         self.saver = Saver(self.records.run_dir / "checkpoints", self.keep, self.agreement, self.records.event)
-        found = self.saver.restore(trainer, pl_module) if self.resume else None
+        if not self.resume and self.agreement.gather(checkpoint.steps(self.saver.root))[0]:
+            raise CannotResume(f"{self.records.run_dir} holds a run: resume it, or choose another run directory")
+        self._resume(trainer, pl_module)
+        if self.order is not None:  # loader workers draw batches before training starts, and these ask the clock
+            whole = _parse_num_batches(RunningStage.TRAINING, len(self.order), trainer.limit_train_batches)
+            self.set_limits(trainer, whole)
+
+    def _resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        found = self.saver.restore(trainer, pl_module)
         if found is None:
             if self.resume == "must":
                 raise CannotResume(f"{self.records.run_dir} has no checkpoint to resume from")
             return
         manifest, self._rng = found
-        if self.order is not None and manifest["global_batch"] not in (None, self.order.global_batch):
-            raise CannotResume(
-                f"the run in {self.records.run_dir} has {manifest['global_batch']} samples a step, and this loader makes "
-                f"{self.order.global_batch}. Choose batch size x ranks x accumulation to match."
-            )
+        self._same_samples(manifest)
         self.resumed_from = manifest["step"]
         self.clock.spend = self.records.spent(self.clock.spend)
+
+    def _same_samples(self, manifest: Mapping[str, Any]) -> None:
+        """The samples of every step depend on the seed and the global batch: neither may change within a run."""
+        where, seed, batch = f"the run in {self.records.run_dir}", manifest["seed"], manifest["global_batch"]
+        if seed != self.seed:
+            raise CannotResume(f"{where} has seed={seed}, and this one {self.seed}. Choose another run directory.")
+        if self.order is not None and batch not in (None, self.order.global_batch):
+            raise CannotResume(
+                f"{where} has {batch} samples a step, and this loader makes {self.order.global_batch}. "
+                "Choose batch size x ranks x accumulation to match."
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self.clock.horizon is not None and self.clock.step >= self.clock.horizon:
-            self.stopped_by, trainer.should_stop = self._binding(), True
+            self.stopped_by, trainer.should_stop = accounts.nearest_limit(self.clock), True
         self.request.listen()
         # Lightning asks all ranks about signals with a blocking broadcast before every batch; ours ride along
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        self._trainable = sum(p.numel() for p in self._parameters if p.requires_grad)
-        self.records.started(trainer, self.resumed_from, self.strategy, self._totals())
+        self.trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        self.records.started(trainer, self.resumed_from, self.strategy, accounts.totals(self))
         self._row_tokens, self._row_time = self.clock.spend.tokens or self.clock.spend.samples, perf_counter()
-        self._next_save = self._moment(self.every) if self.every else 0
+        self._next_save = passed(self.clock, self.every) if self.every else 0
         if self.evaluations is not None and self.evaluations.counts in MEASURED:
             self.evaluations = self.clock.as_progress(self.evaluations)  # ranks must agree on the step
-        self._evaluated = self._moment(self.evaluations) if self.evaluations else 0
+        self._evaluated = passed(self.clock, self.evaluations) if self.evaluations else 0
         if self._rng is not None:
             state.set_rng_state(self._rng)
         else:
@@ -151,7 +168,7 @@ class Observer(Accountant):
     def _plan_evaluation(self, trainer: pl.Trainer) -> None:
         """Tell Lightning to validate after this batch if a whole interval has passed, or not to."""
         assert self.evaluations is not None
-        moment = self._moment(self.evaluations)
+        moment = passed(self.clock, self.evaluations)
         loop = trainer.fit_loop.epoch_loop
         trainer.val_check_batch = loop.total_batch_idx + 1 if moment > self._evaluated else NEVER
         self._evaluated = moment
@@ -165,66 +182,20 @@ class Observer(Accountant):
         if self.every is None:
             return False
         if self.every.counts not in MEASURED:
-            return self._moment(self.every) > self._next_save
-        self._local[SAVE] = float(trainer.is_global_zero and self._moment(self.every) > self._next_save)
+            return passed(self.clock, self.every) > self._next_save
+        self._local[SAVE] = float(trainer.is_global_zero and passed(self.clock, self.every) > self._next_save)
         return self.save_due
 
     def _row(self, trainer: pl.Trainer) -> None:
-        now, spend = perf_counter(), self.clock.spend
-        done = spend.tokens or spend.samples
+        now, done = perf_counter(), self.clock.spend.tokens or self.clock.spend.samples
         rate = (done - self._row_tokens) / max(1e-9, now - self._row_time)
-        row = {
-            "step": self.clock.step,
-            "loss": float(self._loss) if self._loss is not None else None,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "progress": self.clock.progress,
-            "horizon": self.clock.horizon,
-            "tokens_per_second" if spend.tokens else "samples_per_second": rate,
-            "data_wait": self.data_wait / max(1e-9, self._train_seconds()),
-            "peak_bytes": peak_bytes(trainer.strategy.root_device),
-            **self._totals(),
-        }
-        self._row_tokens, self._row_time, self._row_step = done, now, self.clock.step
-        self.records.step(self.clock.step, row)
-
-    def _totals(self) -> dict[str, Any]:
-        spend = self.clock.spend
-        return {
-            "samples": spend.samples,
-            "tokens": spend.tokens,
-            "seconds": spend.seconds,
-            "device_seconds": spend.device_seconds,
-            "usd": spend.usd,
-            "kwh": spend.kwh,
-            "kwh_source": self.energy_source,
-            "flops_counted": spend.flops_counted,
-            "flops_realised": spend.flops,
-            "mfu": self._mfu(),
-        }
-
-    def _train_seconds(self) -> float:
-        opened = perf_counter() - self.windows._since if self.windows._open == "train" else 0.0
-        return self.windows.seconds.get("train", 0.0) + opened
-
-    def _mfu(self) -> float | None:
-        """Counted FLOPs of this attempt's steps over what the devices could have done meanwhile."""
-        if not self.peak_flops:
-            return None
-        done = self.clock.spend.flops_counted - self._base.flops_counted
-        return done / max(1e-9, self._train_seconds() * self.peak_flops * self.world)
+        self._row_tokens, self._row_time = done, now
+        self.records.step(self.clock.step, accounts.row(self, trainer, self._loss, rate))
 
     def on_replan(self, step: int, last: int) -> None:
         self.records.event("replan", step=step, last=last, progress=self.clock.progress)
 
     # -- saving -----------------------------------------------------------------------------------------------------
-    def _moment(self, interval: Duration) -> float:
-        """How many whole intervals have passed."""
-        if interval.counts == "progress":
-            return self.clock.progress // interval.amount
-        if interval.counts == "epochs":
-            return self.clock.step / (self.clock.steps_per_epoch or 1) // interval.amount
-        return self.clock.spend.get(interval.counts) // interval.amount
-
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._saved_step == self.clock.step:
             return
@@ -232,9 +203,10 @@ class Observer(Accountant):
         self._hear(self.agreement.settle())  # the sums of this very step belong to it
         self._saved_step, self.save_due, self._local[SAVE] = self.clock.step, False, 0.0
         self.records.sync()
-        about = {"global_batch": self.order and self.order.global_batch, "accumulate": trainer.accumulate_grad_batches}
+        batch, accumulate = self.order and self.order.global_batch, trainer.accumulate_grad_batches
+        about = {"seed": self.seed, "global_batch": batch, "accumulate": accumulate}
         self.saver.save(trainer, module, self.clock.step, about)
-        self._next_save = self._moment(self.every) if self.every else 0
+        self._next_save = passed(self.clock, self.every) if self.every else 0
         self.windows.enter("train")
         self.pause_ended(trainer)
 
@@ -245,101 +217,78 @@ class Observer(Accountant):
         self.closing_seconds = self.saver.seconds
         self.guard.reserve_seconds += 2 * self.saver.seconds  # the final weights take no longer than a checkpoint
         if self.every is not None:
-            self.guard.pauses["checkpoint"] = (self._steps_in(self.every), self.saver.seconds)
+            self.guard.pauses["checkpoint"] = (steps_in(self.clock, self.every), self.saver.seconds)
 
     def evaluation_interval(self, trainer: pl.Trainer) -> float:
-        return self._steps_in(self.evaluations) if self.evaluations else super().evaluation_interval(trainer)
-
-    def _steps_in(self, interval: Duration) -> float:
-        """About how many steps an interval is, by what steps have cost so far."""
-        if interval.counts == "progress":
-            return max(1.0, interval.amount * (self.clock.horizon or float("inf")))
-        if interval.counts == "epochs":
-            return max(1.0, interval.amount * (self.clock.steps_per_epoch or float("inf")))
-        spent = self.clock.spend.get(interval.counts)
-        return max(1.0, interval.amount * self.clock.step / spent) if spent and self.clock.step else float("inf")
+        return steps_in(self.clock, self.evaluations) if self.evaluations else super().evaluation_interval(trainer)
 
     def _preempted(self, trainer: pl.Trainer) -> BaseException:
         self.records.event(
-            "preempted", step=self.clock.step, signal=self.request.received or "on another rank", **self._totals()
+            "preempted", step=self.clock.step, signal=self.request.received or "on another rank", **accounts.totals(self)
         )
         log.warning("asked to stop: step %d is saved; the same command goes on from here", self.clock.step)
-        # Lightning's launcher kills rank 0 when a rank that it started returns anything but 0
-        own = getattr(trainer.strategy.launcher, "procs", None) is not None and not _external(trainer)
-        return Preempted(0) if own and trainer.local_rank > 0 else Preempted()
+        return preempted(trainer)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._signal = float(bool(self.request.received))
         super().on_validation_batch_end(trainer, pl_module, *args)
-        if self.signalled and not trainer.sanity_checking and not trainer.should_stop:
+        if trainer.state.fn == "fit" and self.signalled and not trainer.sanity_checking and not trainer.should_stop:
             raise StopIteration  # ends the evaluation; weights are put back before anything is saved
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.signalled and not trainer.should_stop:
             self._save(trainer, pl_module)
             raise self._preempted(trainer)
         if self.evaluation_cut:
-            seen = len(self._validation_times) - 1
+            seen = self.evaluation.batches
             self.records.event("evaluation_cut", step=self.clock.step, batches=seen)
-            log.warning("the budget ended the evaluation after %d batches; its metrics are of those", seen)
-        found = {k: float(v) for k, v in trainer.callback_metrics.items() if isinstance(v, torch.Tensor | float | int)}
-        self._metrics.update(found)
-        if goal_reached(self.goal, found) and not trainer.should_stop:
+            say = log.warning if trainer.is_global_zero else log.debug
+            say("the budget ended the evaluation after %d batches; its metrics are of those", seen)
+        found = accounts.numbers(trainer.callback_metrics)
+        self.metrics.update(found)
+        if accounts.goal_reached(self.goal, found) and not trainer.should_stop:
             self.stopped_by, trainer.should_stop = "goal", True
         self.records.step(self.clock.step, {"step": self.clock.step, **found})
 
     # -- end --------------------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if self.saver.seconds or self.resumed_from is not None:
-            if self._saved_step != self.clock.step and self.resumed_from != self.clock.step:
-                self._save(trainer, pl_module)
-                self.windows.enter("other")
-            save_final_weights(trainer, pl_module, self.records.run_dir / "final.safetensors")
+        lost = self._keep_weights(trainer, pl_module)
         self.refresh()
-        peaks = self.agreement.gather((peak_bytes(trainer.strategy.root_device), self._local[JOULES]))
-        self.summary = {
-            "steps": self.clock.step,
-            **self._totals(),
-            "peak_bytes": max(p for p, _ in peaks),
-            "tokens_per_second": (self.clock.spend.tokens - self._base.tokens) / max(1e-9, self._train_seconds()),
-            "samples_per_second": (self.clock.spend.samples - self._base.samples) / max(1e-9, self._train_seconds()),
-            "data_wait": self.data_wait / max(1e-9, self._train_seconds()),
-            "comm_bytes": self._communication(trainer),
-            "windows": dict(self.windows.seconds),
-            "stopped_by": self.stopped_by or ("max_epochs" if not trainer.should_stop else "callback"),
-            "budget": dict(self.budget.given()),
-            "strategy": self.strategy,
-            "world_size": trainer.world_size,
-            "resumed_from": self.resumed_from,
-            "metrics": {**self._metrics, **_floats(trainer.callback_metrics)},
-            "run_dir": str(self.records.run_dir),
-        }
-        if self.goal is not None:
-            self.summary["goal"] = {"metric": self.goal.metric, "above": self.goal.above, "below": self.goal.below}
-            self.summary["goal_reached"] = goal_reached(self.goal, self.summary["metrics"])
+        told = self.agreement.gather((peak_bytes(trainer.strategy.root_device), self.stopped_by))
+        self.stopped_by = told[0][1]
+        self.summary = accounts.summary(self, trainer, max(peak for peak, _ in told))
+        if self.resumed_from == self.clock.step:  # nothing was left to do: what was reached and spent stays as it was
+            before = read_summary(self.records.run_dir)
+            if before.get("steps") == self.clock.step:
+                self.summary |= before | {key: self.summary[key] for key in ("resumed_from", "budget")}
         self._finish(trainer)
+        if lost:
+            raise CannotSave(
+                f"the run has ended at step {self.clock.step}, but its final weights cannot be written: {lost}. "
+                f"Make room in {self.records.run_dir} and give the same command: it goes on from the last checkpoint."
+            )
         self.records.finished(self.summary, self.windows.seconds)
 
-    def _communication(self, trainer: pl.Trainer) -> float:
-        size = 2 if "16" in str(trainer.precision) else 4
-        each = communication_bytes(
-            self.strategy, self._trainable, size, trainer.world_size, trainer.accumulate_grad_batches
-        )
-        return each * (self.clock.step - self._base.steps)
-
-    def _binding(self) -> str:
-        return min(self.clock.limits, key=lambda name: self.clock.limits[name] - self.clock.spend.get(name))
+    def _keep_weights(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
+        """A checkpoint of the last step, and the whole weights in one file; what the disk said against the latter."""
+        final = self.records.run_dir / "final.safetensors"
+        done = self.resumed_from == self.clock.step and self.agreement.gather(final.exists())[0]
+        if done or not self.clock.step:
+            return None
+        if self._saved_step != self.clock.step and self.resumed_from != self.clock.step:
+            self._save(trainer, module)
+            self.windows.enter("other")
+        return self.agreement.gather(save_final_weights(trainer, module, final))[0]
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._finish(trainer)
-        preempted = isinstance(exception, Preempted)
-        reason = None if preempted else f"{type(exception).__name__}: {exception}"
+        reason = None if isinstance(exception, Preempted) else f"{type(exception).__name__}: {exception}"
         self.records.failed(self.clock.step, reason, self._spent_so_far())
 
     def _spent_so_far(self) -> dict[str, Any]:
@@ -347,26 +296,9 @@ class Observer(Accountant):
         if not hasattr(self, "guard"):
             return {}
         self.refresh()
-        return self._totals()
+        return accounts.totals(self)
 
     def _finish(self, trainer: pl.Trainer) -> None:
         if not self._finished:
             self._finished = True
             self.request.release()
-
-
-def goal_reached(goal: Any, metrics: Mapping[str, float]) -> bool | None:
-    """Whether `goal` (metric, above, below) is met; None if there is none or its metric was never logged."""
-    if goal is None or goal.metric not in metrics:
-        return None
-    value = metrics[goal.metric]
-    return value > goal.above if goal.above is not None else value < goal.below
-
-
-def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {k: float(v) for k, v in metrics.items() if isinstance(v, torch.Tensor | float | int)}
-
-
-def _external(trainer: pl.Trainer) -> bool:
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    return bool(environment is not None and environment.creates_processes_externally)

@@ -8,6 +8,7 @@ import os
 import uuid
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +17,7 @@ import pytorch_lightning as pl
 from .. import ShoestringError
 from ..callbacks.clock import Spend
 from ..callbacks.contract import Technique
-from .ledger import Journal, Ledger, RunIdentity, WandbSink, next_attempt, read, write_summary
+from .ledger import Journal, Ledger, Row, RunIdentity, WandbSink, next_attempt, read, write_summary
 
 if TYPE_CHECKING:
     from ..recipes import Recipe
@@ -25,6 +26,7 @@ log = logging.getLogger("shoestring")
 
 # a killed attempt may have worked this long after its last row, and it is charged for it
 UNSEEN_SECONDS = 0.25
+_TOTALS = ("seconds", "device_seconds", "usd", "kwh")
 
 
 # sections that may change between attempts of one run
@@ -84,8 +86,8 @@ class Records:
         )
         self._same_run(recipe)
         events = self.run_dir / "events"
-        attempt = trainer.strategy.broadcast(next_attempt(events))
-        self._journal = Journal(events, rank=trainer.global_rank, attempt=attempt)
+        self._attempt = trainer.strategy.broadcast(next_attempt(events))
+        self._journal = Journal(events, rank=trainer.global_rank, attempt=self._attempt)
         self.keeps = trainer.is_global_zero
         for kind, fields in self._before:
             self._journal.write(kind, **fields)
@@ -107,17 +109,16 @@ class Records:
     def spent(self, checkpointed: Spend) -> Spend:
         """What all attempts have cost: time, money and energy lost since the checkpoint stay spent."""
         spend = Spend.from_dict(checkpointed.as_dict())
-        rows = [r for r in read(self.run_dir / "events", rank=0) if r.kind in ("step", "event")]
-        seen = [r for r in rows if isinstance(r.fields.get("seconds"), int | float)]
-        if not seen:
+        rows = [r for r in read(self.run_dir / "events", rank=0) if r.attempt < self._attempt]
+        told = [r for r in rows if r.kind in ("step", "event") and isinstance(r.fields.get("seconds"), int | float)]
+        if not told:
             return spend
-        last = max(seen, key=lambda r: float(r.fields["seconds"]))  # type: ignore[arg-type]
-        for field in ("seconds", "device_seconds", "usd", "kwh"):
+        last = max(told, key=lambda r: float(r.fields["seconds"]))  # type: ignore[arg-type]
+        for field in _TOTALS:
             setattr(spend, field, max(getattr(spend, field), float(last.fields.get(field) or 0)))  # type: ignore[arg-type]
-        ended = rows and rows[-1].fields.get("event") in ("stop", "preempted", "error")
-        if not ended and spend.seconds:
-            unseen = 1 + UNSEEN_SECONDS / spend.seconds
-            for field in ("seconds", "device_seconds", "usd", "kwh"):
+        if spend.seconds:
+            unseen = 1 + _unseen(rows, last) / spend.seconds
+            for field in _TOTALS:
                 setattr(spend, field, getattr(spend, field) * unseen)
         return spend
 
@@ -167,7 +168,10 @@ class Records:
             self._write("measurement", window="run", **{k: v for k, v in summary.items() if k != "windows"})
             self._write("verdict", stopped_by=summary["stopped_by"], goal=summary.get("goal"),
                         reached=summary.get("goal_reached"), budget=summary["budget"])  # fmt: skip
-            write_summary(self.run_dir, summary)
+            try:
+                write_summary(self.run_dir, summary)
+            except OSError as error:
+                log.warning("summary.json could not be written (%s); the journal has the same", error)
         self.event("stop", **{k: v for k, v in summary.items() if k not in ("windows", "budget")})
         self._close(0, summary)
 
@@ -201,6 +205,16 @@ class Records:
     def _config(self, techniques: Iterable[Technique]) -> dict[str, Any]:
         recipe = json.loads(self.recipe.model_dump_json()) if self.recipe is not None else {}
         return {"recipe": recipe, "techniques": {t.card.name: repr(t) for t in techniques}}
+
+
+def _unseen(rows: Iterable[Row], last: Row) -> float:
+    """Seconds that killed attempts have worked after `last`, the row with the highest totals."""
+    seconds = 0.0
+    for attempt, group in groupby(rows, key=lambda row: row.attempt):
+        *_, end = own = list(group)
+        if attempt >= last.attempt and end.fields.get("event") not in ("stop", "preempted", "error"):
+            seconds += end.mono - (last if attempt == last.attempt else own[0]).mono + UNSEEN_SECONDS
+    return seconds
 
 
 def _claim(technique: Technique) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def _report(plan: Plan, run_dir: Path, summary: Mapping[str, Any], task: Any) ->
         if recipe.evaluation.generate:
             from .tasks.generate import complete
 
-            sample = complete(trained.module, trained.tokenizer, recipe.evaluation.generate, seed=recipe.seed)
+            sample = complete(trained.module, trained.tokenizer, recipe.evaluation.generate, temperature=0.7, seed=recipe.seed)
         if recipe.export:
             exported = _export(trained, Path(recipe.export.path or run_dir / "model"))
     report = Report(
@@ -169,6 +169,9 @@ def _export(task: Any, path: Path) -> Path:
     model: Any = getattr(task.module, "model", None)
     if not hasattr(model, "save_pretrained"):
         raise CannotExport(f"export.to hf needs a Hugging Face model, and this is a {type(model).__name__}")
+    from transformers.utils import logging as remarks
+
+    remarks.disable_progress_bar()
     model.save_pretrained(path)
     if task.tokenizer is not None:
         task.tokenizer.save_pretrained(path)

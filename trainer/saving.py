@@ -61,7 +61,7 @@ class Saver:
         self.seconds = max(self.seconds, perf_counter() - began)
         self._prove(step, first)
         if first:
-            checkpoint.prune(self.root, self.keep)
+            checkpoint.prune(self.root, self.keep, step)
         self.report("checkpoint", step=step, seconds_taken=perf_counter() - began)
         return True
 
@@ -87,6 +87,7 @@ class Saver:
                 checkpoint.Pieces(folder)
             except Exception as error:
                 problem = f"the checkpoint of step {step} cannot be read back: {error}"
+                shutil.rmtree(folder)  # or the next attempt would stumble over it
         if problem := self.agreement.gather(problem)[0]:
             raise CannotSave(
                 f"{problem}\nCallbacks and modules may keep only tensors and plain data in their state "
@@ -126,8 +127,12 @@ class Saver:
         return self.agreement.gather(outcome)
 
 
-def save_final_weights(trainer: pl.Trainer, module: pl.LightningModule, path: Path) -> None:
-    """Write the whole model, every weight in its own shape, to one safetensors file. Collective; rank 0 writes."""
+def save_final_weights(trainer: pl.Trainer, module: pl.LightningModule, path: Path) -> str | None:
+    """Write the whole model, every weight in its own shape, to one safetensors file. Collective; rank 0 writes.
+
+    Returns what the disk said against it, on rank 0.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from ..callbacks.shards import shards_of
@@ -135,9 +140,8 @@ def save_final_weights(trainer: pl.Trainer, module: pl.LightningModule, path: Pa
     shards = shards_of(trainer, module)
     whole: dict[str, torch.Tensor] = {}
     first = trainer.global_rank == 0
-    for name, where in shards.slices.items():
-        device = trainer.strategy.root_device
-        tensor = shards.gather(name, shards.master(name).to(device) if where.length else torch.empty(0, device=device))
+    for name in shards.slices:
+        tensor = shards.whole(name)
         if first:
             whole[name] = tensor.detach().to("cpu").contiguous().clone()
     if not getattr(module, "reloads_frozen_weights", False):
@@ -149,5 +153,10 @@ def save_final_weights(trainer: pl.Trainer, module: pl.LightningModule, path: Pa
         for name, buffer in module.named_buffers():
             whole[name] = buffer.detach().to("cpu").contiguous().clone()
         partial = path.with_suffix(".writing")
-        save_file(whole, partial)
-        partial.rename(path)
+        try:
+            save_file(whole, partial)
+            partial.rename(path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            return str(error)
+    return None

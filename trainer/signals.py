@@ -8,7 +8,10 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 FINISHED, FAILURE, BAD_INPUT, SAVED, BAD_NODE = 0, 1, 2, 85, 86
 
@@ -21,6 +24,15 @@ class Preempted(SystemExit):
 
     def __init__(self, code: int = SAVED) -> None:
         super().__init__(code)
+
+
+def preempted(trainer: pl.Trainer) -> Preempted:
+    """How this rank ends a run that goes on later."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    external = environment is not None and environment.creates_processes_externally
+    # Lightning's launcher kills rank 0 when a rank that it started returns anything but 0
+    own = getattr(trainer.strategy.launcher, "procs", None) is not None and not external
+    return Preempted(0) if own and trainer.local_rank > 0 else Preempted()
 
 
 class StopRequest:

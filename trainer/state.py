@@ -15,11 +15,16 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from .. import ShoestringError
 from ..callbacks.contract import Technique, derive_seed
 from ..callbacks.samples import reseed
 from ..callbacks.shards import Shards, Slice, shards_of
 from . import checkpoint
 from .checkpoint import Piece, Pieces
+
+
+class AnotherModel(ShoestringError):
+    """The checkpoint is not of this model."""
 
 
 # -- taking --------------------------------------------------------------------------------------------------------
@@ -103,6 +108,7 @@ def restore(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> di
     rank = checkpoint.read_state(mine if mine.exists() else folder / "rank-00000.pt")
     shards = shards_of(trainer, module)
     pieces = Pieces(folder)
+    _fits(shards, pieces)
     _restore_parameters(shards, pieces, _scalars(folder, manifest["world_size"], shards, rank))
     _restore_rest(module, shards, pieces)
     _restore_callbacks(trainer, common, pieces, shards)
@@ -129,6 +135,15 @@ def seed_rank(seed: int, rank: int, step: int) -> None:
     reseed(mixed)
     if torch.cuda.is_available():
         torch.cuda.manual_seed(mixed)
+
+
+def _fits(shards: Shards, pieces: Pieces) -> None:
+    for name, where in shards.slices.items():
+        key = f"master/{name}"
+        if key not in pieces:
+            raise AnotherModel(f"the checkpoint has no {name}. It is of another model, or has other trainable parts.")
+        if pieces.shape(key) != tuple(where.shape):
+            raise AnotherModel(f"{name} has shape {tuple(where.shape)}, and in the checkpoint {pieces.shape(key)}.")
 
 
 def _restore_parameters(shards: Shards, pieces: Pieces, scalars: Mapping[str, Mapping[str, Any]]) -> None:

@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loops.fit_loop import _FitLoop
 
 from ..callbacks.budget import Budget
 from ..callbacks.compose import compose
@@ -127,6 +128,7 @@ class Trainer(pl.Trainer):
             callbacks=[*given, *composition.techniques, self.observer],
             **lightning,
         )
+        self.fit_loop.__class__ = _EndedLoop
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -165,6 +167,15 @@ class Trainer(pl.Trainer):
                     )
                 self.accumulate_grad_batches = accumulate // now
             return
+
+
+class _EndedLoop(_FitLoop):
+    """Lightning leaves a run at its `max_steps` at once; a resumed one may still lack its final weights and summary."""
+
+    @property
+    def skip(self) -> bool:
+        resumed = self.trainer.observer.resumed_from is not None  # type: ignore[attr-defined]
+        return super().skip if not resumed or self.trainer.limit_train_batches == 0 else self.max_batches == 0
 
 
 def facts(strategy: Any, accelerator: str, offload: str = "none", optimizer: str | None = None) -> frozenset[str]:

@@ -76,7 +76,8 @@ class CompetenceCurriculum(Technique, pl.Callback):
         require(0 < self.start <= 1, self, "start", "a share in (0, 1]")
         legal = not isinstance(self.difficulty, str) or self.difficulty in ("rarity", "length")
         require(legal, self, "difficulty", "rarity | length | numbers | a function")
-        Duration.parse(self.until)
+        ahead = Duration.parse(self.until).counts != "tokens"  # samples are chosen before their tokens are counted
+        require(ahead, self, "until", "steps, samples, epochs, percent or a unit of the budget, not tokens")
 
     @classmethod
     def example(cls) -> Self:
@@ -89,12 +90,16 @@ class CompetenceCurriculum(Technique, pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.start >= 1.0:
             return
-        self._until = Duration.parse(self.until)
         self._seed = getattr(trainer, "seed", 0)
         batches = take_over(trainer, self._seed)
         if batches is None:
             raise TypeError("competence_curriculum needs one map-style DataLoader to choose samples from")
         loader = trainer.fit_loop._data_source.instance
+        self._until = until = Duration.parse(self.until)
+        if until.counts == "samples":
+            self._until = Duration(until.amount / batches.global_batch, "steps")
+        # batches are drawn ahead by the workers and by Lightning: at most so many steps
+        self._ahead = loader.num_workers * (loader.prefetch_factor or 0) + 2
         with seeded(derive_seed(self._seed, self.card.name)):  # random datasets score alike on all ranks
             self._easiest = np.argsort(score(loader.dataset, self.difficulty), kind="stable")
         self._trainer = trainer
@@ -105,7 +110,7 @@ class CompetenceCurriculum(Technique, pl.Callback):
 
     def _select(self, epoch: int, step: int, run_step: int, chosen: Sequence[int]) -> Sequence[int]:
         clock = clock_of(self._trainer)
-        share = competence(clock.toward(self._until, run_step), self.start)
+        share = competence(clock.toward(self._until, run_step, run_step - self._ahead), self.start)
         if share >= 1.0:
             return chosen
         pool = self._easiest[: max(len(chosen), int(share * len(self._easiest)))]

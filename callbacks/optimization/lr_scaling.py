@@ -12,6 +12,7 @@ from ..contract import Card, Technique, require
 from ..samples import GlobalBatches
 
 RULES = ("auto", "linear", "sqrt")
+_NOTED = {"initial_lr", "max_lr", "min_lr"}  # what torch's schedulers write into parameter groups
 
 
 def scaled(group: dict[str, Any], ratio: float, rule: str) -> dict[str, Any]:
@@ -82,7 +83,24 @@ class LRScaling(Technique, pl.Callback):
             self._ratios[key] = ratio if rule == "linear" else math.sqrt(ratio)
             if not self._applied:  # a resumed run finds the scaled values in its optimizer
                 group.update(scaled(group, ratio, rule))
+                for noted in _NOTED & group.keys():
+                    group[noted] *= self._ratios[key]
+        if not self._applied:
+            self._scale_schedulers(trainer)
         self._applied = True
+
+    def _scale_schedulers(self, trainer: pl.Trainer) -> None:
+        """The module's own schedulers have noted the unscaled rates, and would put them back."""
+        ratios = {id(group): self._ratios[key] for key, group in _groups(trainer)}
+        waiting = [config.scheduler for config in trainer.lr_scheduler_configs]
+        while waiting:
+            scheduler = waiting.pop()
+            waiting += getattr(scheduler, "_schedulers", [])
+            if hasattr(scheduler, "base_lrs"):
+                groups = scheduler.optimizer.param_groups
+                scheduler.base_lrs = [
+                    lr * ratios[id(group)] for lr, group in zip(scheduler.base_lrs, groups, strict=True)
+                ]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

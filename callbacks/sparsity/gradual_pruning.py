@@ -20,18 +20,22 @@ from .thresholds import kth_smallest
 def prunable(module: nn.Module, skip: Sequence[str]) -> list[str]:
     """Names of the weights of linear and convolution layers, but for those that match a pattern in `skip`.
 
-    Embeddings, norms and biases are never pruned; a weight tied to an embedding is an embedding.
+    Embeddings, norms and biases are never pruned; a weight tied to an embedding is an embedding. A weight shared by
+    layers is named as `named_parameters` does, and left out if it matches under any of its names.
     """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    found = {}
+    aliases: dict[int, list[str]] = {}
     for prefix, layer in module.named_modules():
         weight: Any = getattr(layer, "weight", None)
         if isinstance(layer, kinds) and weight.requires_grad and id(weight) not in embeddings:
-            name = f"{prefix}.weight" if prefix else "weight"
-            if not any(fnmatch.fnmatch(name, pattern) for pattern in skip):
-                found[id(weight)] = name
-    return list(found.values())
+            aliases.setdefault(id(weight), []).append(f"{prefix}.weight" if prefix else "weight")
+    kept = {
+        weight
+        for weight, names in aliases.items()
+        if not any(fnmatch.fnmatch(name, pattern) for name in names for pattern in skip)
+    }
+    return [name for name, p in module.named_parameters() if id(p) in kept]
 
 
 class GradualPruning(Technique, pl.Callback):
@@ -71,8 +75,8 @@ class GradualPruning(Technique, pl.Callback):
         require(0 <= self.sparsity < 1, self, "sparsity", "a share in [0, 1)")
         require(self.every > 0, self, "every", "a positive number of steps")
         start, end = Duration.parse(self.start), Duration.parse(self.end)
-        legal = start.counts != end.counts or start.amount < end.amount
-        require(legal, self, "end", f"a later moment than start={self.start!r}")
+        legal = start.counts == end.counts and start.amount < end.amount
+        require(legal, self, "end", f"a later moment than start={self.start!r}, in the same unit")
 
     def predict(self, workload: Workload) -> Effect:
         return Effect(flops=1 - 0.6 * self.sparsity, realised=False)
@@ -120,7 +124,7 @@ class GradualPruning(Technique, pl.Callback):
         begun, ended = clock.toward(self._start), clock.toward(self._end)
         if begun < 1.0:
             return 0.0
-        first = self._start.amount / self._end.amount if self._start.counts == self._end.counts else 0.0
+        first = self._start.amount / self._end.amount
         return cubic((ended - first) / (1.0 - first), self.sparsity)
 
     def _prune(self, shards: Shards, target: float) -> None:

@@ -27,6 +27,7 @@ from .lines import KINDS, RESERVED, Problem, Row, finite, next_attempt, plain, r
 __all__ = ["Journal", "JournalError", "Problem", "Row", "next_attempt", "read"]
 
 BUFFER_BYTES = 8 << 20  # rows kept in memory while the disk refuses them: some 20,000
+ALIVE_EVERY = 5.0  # seconds of silence after which a row says that the process lives
 LOCK_NAME = "writer.lock"
 
 log = logging.getLogger("shoestring.ledger")
@@ -164,8 +165,16 @@ class Journal:
             self._waiting_bytes -= len(self._waiting.popleft())
 
     def _keep(self) -> None:
-        """The background thread: fsync may take seconds while a checkpoint is written, so no step waits for it."""
+        """The background thread: fsync may take seconds while a checkpoint is written, so no step waits for it.
+
+        In a long step or evaluation it says now and then that the process lives: were it killed, its time is known.
+        """
+        written, since = self._seq, monotonic()
         while not self._closing.wait(self._every if self._every > 0 else 1.0):
+            if self._seq != written:
+                written, since = self._seq, monotonic()
+            elif monotonic() - since >= ALIVE_EVERY:
+                self.write("event", event="alive")
             with self._guard:
                 self._drain()
                 descriptor = os.dup(self._fd) if self._dirty and self._fd >= 0 else -1

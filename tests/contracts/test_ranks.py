@@ -1,0 +1,231 @@
+"""Every registered technique under every strategy: one process group each, in which all of them train one after another.
+
+The ranks only train and write down what they saw (tests/support/ranks.py); what must hold is said here.
+"""
+
+import json
+import shutil
+from functools import cache
+
+import pytest
+import ranks
+from processes import last_words, succeed
+from safetensors.torch import load_file
+from toy import ACCUMULATE, STEPS
+
+from shoestring.callbacks.registry import names
+
+STRATEGIES = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
+SEVERAL = [name for name, world in STRATEGIES.items() if world > 1]
+ZERO = [name for name in STRATEGIES if name.startswith("zero")]
+CASES = ["absent", *names()]
+# how far 12 steps under one strategy may drift from those under another: sums are taken in another order
+FP32, BF16 = 2e-5, 6e-2
+# decisions by threshold may fall differently where two numbers differ by rounding alone
+FLIPPED = 0.01
+
+
+@pytest.fixture(scope="session")
+def ran(tmp_path_factory):
+    """strategy -> (what each rank reports, the folder of tensors); trained when first asked for."""
+
+    @cache
+    def train(strategy):
+        folder = tmp_path_factory.mktemp(strategy)
+        succeed(ranks.main, strategy, folder, world=STRATEGIES[strategy], folder=folder, timeout=240)
+        shutil.rmtree(folder / "runs")
+        return [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(STRATEGIES[strategy])], folder
+
+    def case(strategy, name, *parts):
+        found, folder = train(strategy)
+        for report in found:
+            assert "error" not in report[name], f"{report[name]['error']}\n{last_words(folder)}"
+        reports = [report[name] for report in found]
+        for part in parts:
+            reports = [report[part] for report in reports]
+        return reports
+
+    case.folder = lambda strategy: train(strategy)[1]
+    return case
+
+
+def losses(reports) -> list[float]:
+    """Mean loss of every global batch: micro-batches are equally large on all ranks."""
+    each = [report["losses"] for report in reports]
+    micro = [sum(losses) / len(each) for losses in zip(*each, strict=True)]
+    return [sum(micro[i : i + ACCUMULATE]) / ACCUMULATE for i in range(0, len(micro), ACCUMULATE)]
+
+
+def drift(one, other) -> float:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def tolerance(case: str) -> float:
+    return BF16 if case == "mixed_precision" else FP32
+
+
+# -- every technique under every strategy ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_trains_alike_on_all_ranks(strategy, case, ran):
+    reports = ran(strategy, case, "whole")
+    assert all(report["steps"] == STEPS for report in reports)
+    assert all(report["samples"] == STEPS * 8 for report in reports)
+    assert len({report["masters"] for report in reports}) == 1
+    assert len({report["fragments"] for report in reports}) == 1
+    assert len({report.get("here") for report in reports}) == 1, "ranks hold different weights"
+    assert all(report.get("here") == report.get("rounded") for report in reports), "copies are not their masters'"
+    assert sum(losses(reports)[-3:]) < sum(losses(reports)[:3])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_resumes_bit_for_bit(strategy, case, ran):
+    """Crashed in the middle of an accumulation window, of an epoch, after the checkpoint; continued by a new trainer."""
+    for whole, resumed in zip(ran(strategy, case, "whole"), ran(strategy, case, "resumed"), strict=True):
+        assert (whole["resumed_from"], resumed["resumed_from"]) == (None, ranks.CHECKPOINT)
+        assert resumed["losses"] == whole["losses"][ranks.CHECKPOINT * ACCUMULATE :]
+        assert resumed["validations"] == [v for v in whole["validations"] if v[0] > ranks.CHECKPOINT]
+        for kept in ("final", "masters", "fragments", "steps", "samples", "tokens", "stopped_by"):
+            assert resumed[kept] == whole[kept], kept
+
+
+def test_a_schedule_in_tokens_does_not_depend_on_when_is_saved(ran):
+    for whole, resumed in zip(ran("ddp", "tokens", "whole"), ran("ddp", "tokens", "resumed"), strict=True):
+        assert resumed["losses"] == whole["losses"][ranks.CHECKPOINT * ACCUMULATE :]
+        assert resumed["final"] == whole["final"]
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strength_zero_equals_absence(strategy, name, ran):
+    for inert, absent in zip(ran(strategy, name, "inert"), ran(strategy, "absent", "short"), strict=True):
+        assert inert["losses"] == absent["losses"]
+        assert inert["final"] == absent["final"]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("strategy", SEVERAL)
+def test_losses_are_those_of_one_device(strategy, case, ran):
+    alone, together = losses(ran("single", case, "still")), losses(ran(strategy, case, "still"))
+    assert drift(alone, together) < tolerance(case)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_journal_has_every_step_with_its_loss(strategy, ran):
+    report = ran(strategy, "absent", "whole")[0]
+    assert report["rows"] == pytest.approx(losses([report]), rel=1e-6)
+
+
+def test_print_losses_step_by_step(ran, capsys):
+    found = {strategy: losses(ran(strategy, "absent", "still")) for strategy in STRATEGIES}
+    rows = ["", "loss of the same recipe, two ranks but for single", "step  " + "".join(f"{s:>12}" for s in found)]
+    rows += [f"{i + 1:4}  " + "".join(f"{found[s][i]:12.7f}" for s in found) for i in range(STEPS)]
+    rows += ["drift " + "".join(f"{drift(found['single'], found[s]):12.1e}" for s in found)]
+    with capsys.disabled():
+        print("\n".join(rows))
+    assert all(drift(found["single"], found[s]) < FP32 for s in found)
+
+
+# -- sharding ---------------------------------------------------------------------------------------------------------------
+def test_optimizer_state_halves_from_ddp_to_zero1(ran, capsys):
+    held = {strategy: [r["state_bytes"] for r in ran(strategy, "absent", "still")] for strategy in STRATEGIES}
+    with capsys.disabled():
+        print("\noptimizer state, bytes on each rank: " + ", ".join(f"{s} {held[s]}" for s in held))
+    assert held["ddp"] == held["single"] * 2
+    for strategy in ZERO:
+        for rank in range(2):
+            assert held[strategy][rank] / held["ddp"][rank] == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("strategy", ZERO)
+def test_nothing_is_whole_where_it_should_be_cut(strategy, ran):
+    assert not any(report["whole"] for report in ran(strategy, "absent", "still"))
+
+
+# -- masks and averages -----------------------------------------------------------------------------------------------------
+MASKED = [("gradual_pruning", "whole"), ("gradual_pruning", "resumed"), ("masks", "clipped"), ("masks", "bf16")]
+
+
+@pytest.mark.parametrize("run", MASKED, ids="-".join)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_masked_is_exactly_zero_everywhere(strategy, run, ran):
+    reports = ran(strategy, *run)
+    for kind in ("masters", "moments", "gradients", "copies"):
+        assert sum(report["leaks"][f"{kind} seen"] for report in reports) > 1000
+        assert [report["leaks"][kind] for report in reports] == [0] * len(reports), kind
+    if run[1] == "bf16" and strategy in ZERO:
+        assert {report["copies"] for report in reports} == {"torch.bfloat16"}
+
+
+def tensors(ran, strategy, case, prefix):
+    found = load_file(ran.folder(strategy) / f"{case}.safetensors")
+    return {name: tensor for name, tensor in found.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("case", ["gradual_pruning-still", "masks-clipped"])
+@pytest.mark.parametrize("strategy", SEVERAL)
+def test_masks_are_those_of_one_device(strategy, case, ran):
+    ran(strategy, "masks"), ran("single", "masks")
+    alone, together = tensors(ran, "single", case, "mask/"), tensors(ran, strategy, case, "mask/")
+    assert alone.keys() == together.keys() and alone
+    for name, mask in alone.items():
+        assert mask.shape == together[name].shape
+        assert 0.55 < (~mask).float().mean() < 0.65, "the example prunes to 60 %"
+        assert mask.sum() == together[name].sum(), "every layer keeps the same number of weights"
+        assert (mask != together[name]).float().mean() <= FLIPPED, name
+
+
+@pytest.mark.parametrize("strategy", SEVERAL)
+def test_averages_are_those_of_one_device(strategy, ran):
+    ran(strategy, "weight_averaging"), ran("single", "weight_averaging")
+    for prefix in ("ema/", "master/"):
+        alone, together = (tensors(ran, s, "weight_averaging-still", prefix) for s in ("single", strategy))
+        assert alone.keys() == together.keys() and alone
+        for name, average in alone.items():
+            assert (average - together[name]).abs().max() < 1e-3, name  # Adam enlarges rounding where gradients vanish
+            assert (average - together[name]).abs().mean() < 1e-5, name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_average_is_the_final_model(strategy, ran):
+    ran(strategy, "weight_averaging")
+    averages = tensors(ran, strategy, "weight_averaging-whole", "ema/")
+    finals = tensors(ran, strategy, "weight_averaging-whole", "master/")
+    assert averages and all((averages[f"ema/{n.removeprefix('master/')}"] == f).all() for n, f in finals.items())
+
+
+# -- offload ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("strategy", sorted(ranks.OFFLOADS))
+def test_offload_trains_the_same(strategy, ran):
+    """Optimizer state in host memory (ZeRO-2), weights too (ZeRO-3): on a CPU the same place by another path."""
+    offloaded = ran(strategy, "offload", "still")
+    assert drift(losses(ran("single", "absent", "still")), losses(offloaded)) < FP32
+    assert len({report["masters"] for report in offloaded}) == 1
+
+
+@pytest.mark.parametrize("strategy", sorted(ranks.OFFLOADS))
+def test_offload_resumes_bit_for_bit(strategy, ran):
+    for whole, resumed in zip(ran(strategy, "offload", "whole"), ran(strategy, "offload", "resumed"), strict=True):
+        assert resumed["resumed_from"] == ranks.CHECKPOINT
+        assert resumed["final"] == whole["final"] and resumed["masters"] == whole["masters"]
+
+
+@pytest.mark.parametrize("strategy", sorted(ranks.OFFLOADS))
+def test_offloaded_masks_and_clipping(strategy, ran):
+    reports = ran(strategy, "offload", "clipped")
+    for kind in ("masters", "moments", "gradients", "copies"):
+        assert [report["leaks"][kind] for report in reports] == [0, 0], kind
+    assert drift(losses(ran("single", "masks", "clipped")), losses(reports)) < FP32
+
+
+@pytest.mark.parametrize("strategy", SEVERAL)
+def test_clipping_sees_masked_gradients(strategy, ran):
+    assert drift(losses(ran("single", "masks", "clipped")), losses(ran(strategy, "masks", "clipped"))) < FP32
+
+
+# -- the step ---------------------------------------------------------------------------------------------------------------
+def test_nothing_blocks_in_the_step(ran):
+    """Signals, budget and counters cost one asynchronous sum a step; DDP's own reduction is not Python's."""
+    for report in ran("ddp", "collectives", "per_step"):
+        assert report == {"all_reduce": 1.0}
