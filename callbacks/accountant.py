@@ -138,9 +138,13 @@ class Accountant(pl.Callback):
         local[SIGNAL] = self._signal
         self.refresh()
         if self._first:
+            clock.count()
             self._begin(trainer)
         else:
-            self._hear(self.agreement.settle() if self.world > 1 else local)
+            self._hear(self.agreement.settle())
+            clock.count()
+            if self.world == 1:
+                self._hear(local)
             if trainer.is_global_zero:
                 self.guard.observe(clock)
                 local[HORIZON] = self.guard.decide(clock) or 0

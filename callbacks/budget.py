@@ -49,6 +49,8 @@ class Budget:
         for name, value in self.given().items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ImpossibleBudget(f"budget {name}={value!r}: a limit is a positive number")
+            if name in ("steps", "samples", "tokens") and value < 1:
+                raise ImpossibleBudget(f"budget {name}={value!r}: there is no less than one")
 
     def given(self) -> dict[str, float]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}

@@ -111,6 +111,7 @@ class Clock:
     horizons: list[tuple[int, float, int]] = field(default_factory=list)  # (from step, progress there, last step)
     steps_per_epoch: float | None = None
     step: int = 0  # finished optimizer steps
+    counted: dict[str, float] = field(default_factory=dict)  # tokens and samples as schedules see them: see `count`
     follows_trainer: bool = False  # in a plain `pl.Trainer`, which counts its own steps
 
     @property
@@ -169,9 +170,18 @@ class Clock:
             if not self.steps_per_epoch:
                 raise BadDuration("this run has no epochs; give the duration in steps or percent")
             done = step / self.steps_per_epoch
+        elif self.follows_trainer:
+            raise BadDuration(f"nobody counts {duration.counts} in this trainer; add callbacks=[..., Accountant()]")
         else:
-            done = self.spend.get(duration.counts)
+            done = self.counted.get(duration.counts, self.spend.get(duration.counts))
         return min(1.0, done / duration.amount)
+
+    def count(self) -> None:
+        """Let schedules see the tokens and samples of `spend`: those through the step before, in company and alone.
+
+        Ranks learn their sums a step late, and at once where they save. Always late is the same in every rerun.
+        """
+        self.counted = {"tokens": self.spend.tokens, "samples": self.spend.samples}
 
     def as_progress(self, duration: Duration) -> Duration:
         """A measured duration as its share of the budget, on which all ranks agree."""
@@ -189,6 +199,7 @@ class Clock:
             "limits": dict(self.limits),
             "horizons": [list(h) for h in self.horizons],
             "step": self.step,
+            "counted": dict(self.counted),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -196,6 +207,7 @@ class Clock:
         self.limits = {name: float(limit) for name, limit in state["limits"].items()}
         self.horizons = [(int(a), float(b), int(c)) for a, b, c in state["horizons"]]
         self.step = int(state["step"])
+        self.counted = dict(state["counted"])
 
 
 def clock_of(trainer: pl.Trainer) -> Clock:

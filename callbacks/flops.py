@@ -109,10 +109,10 @@ class StepFlops:
             self._counter.__enter__()
 
     def end(self) -> Flops:
-        """The micro-batch has ended: what it took."""
+        """The micro-batch has ended: what it took; nothing where none was begun."""
         if self._counter is not None:
             self._known[self._kind] = self.abort()
-        return self._known[self._kind]
+        return self._known.get(self._kind, Flops())
 
     def abort(self) -> Flops:
         """Stop watching, also in the middle of a micro-batch that failed; what was seen of it."""

@@ -8,13 +8,10 @@ from the start of the same epoch's order (as `DistributedSampler` pads), or drop
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.connectors.data_connector import _DataLoaderSource
@@ -22,40 +19,19 @@ from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
-    TensorDataset,
-    get_worker_info,
 )
 
 from .clock import clock_of
 from .contract import derive_seed
+from .seeding import SeededCollate, SeededSamples, collates_alike, is_deterministic, seeded
 
 # (epoch, step in the epoch, step of the run, the samples that would be taken) -> the samples to take
 Select = Callable[[int, int, int, Sequence[int]], Sequence[int]]
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed python's, numpy's and torch's CPU generators inside the block, and put them back after it."""
-    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    reseed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(saved[0])
-        np.random.set_state(saved[1])
-        torch.set_rng_state(saved[2])
-
-
-def reseed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(seed)
 
 
 class GlobalBatches(Sampler[list[Any]]):
@@ -171,32 +147,8 @@ class EvenBatches(Sampler[list[int]]):
             yield order[len(order) * part // parts : len(order) * (part + 1) // parts]
 
 
-class SeededSamples(Dataset[Any]):
-    """A dataset whose randomness depends on (seed, epoch, sample) alone, whichever worker or attempt reads it."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        """A sample outside the training order, as the dataset gives it."""
-        return self.dataset[index]
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
-        if get_worker_info() is not None:
-            return [self._read(*key) for key in keys]
-        with seeded(0):
-            return [self._read(*key) for key in keys]
-
-    def _read(self, index: int, seed: int) -> Any:
-        reseed(seed)
-        return self.dataset[index]
-
-
 class SkipConsumed:
-    """An iterable loader read again from its start, minus the batches already trained on: it has no order to jump in."""
+    """An iterable loader read again from its start, minus the batches already trained on: it cannot jump."""
 
     def __init__(self, loader: Any, consumed: Callable[[], int]) -> None:
         self.loader, self.consumed = loader, consumed
@@ -218,14 +170,6 @@ def _nested(sampler: Any) -> Iterator[Any]:
         sampler = getattr(sampler, "sampler", None)
 
 
-def is_deterministic(dataset: Any) -> bool:
-    """Whether reading a sample twice is known to give the same: then it needs no seed of its own."""
-    if getattr(dataset, "deterministic", False) or isinstance(dataset, TensorDataset):
-        return True
-    inner = getattr(dataset, "dataset", None)  # Subset and its like
-    return inner is not None and type(dataset).__module__.startswith("torch.utils.data") and is_deterministic(inner)
-
-
 def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer) -> Any:
     """`loader` with its batches taken from `GlobalBatches`; iterable loaders only learn to skip what is consumed."""
     if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
@@ -235,7 +179,7 @@ def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer) -> A
     if isinstance(loader.batch_sampler, GlobalBatches | EvenBatches):
         return loader
     base, micro, drop_last = _base(loader)
-    keyed = training and not is_deterministic(loader.dataset)
+    keyed = training and not (is_deterministic(loader.dataset) and collates_alike(loader))
     own_batches = type(loader.batch_sampler) is not BatchSampler
     if not training and not own_batches:
         even = EvenBatches(base, micro=micro, rank=trainer.global_rank, world=trainer.world_size)
@@ -263,7 +207,7 @@ def _rebuilt(loader: DataLoader[Any], dataset: Any, batches: Sampler[Any], seed:
         dataset,
         batch_sampler=batches,
         num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
+        collate_fn=SeededCollate(loader.collate_fn) if isinstance(dataset, SeededSamples) else loader.collate_fn,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
@@ -289,7 +233,7 @@ def _skipping(loader: Any, trainer: pl.Trainer) -> Any:
 
 
 def take_over(trainer: pl.Trainer, seed: int) -> GlobalBatches | None:
-    """Route the trainer's loaders through `reorder`; called in `on_fit_start`. Returns the training order, if it has one.
+    """Route the trainer's loaders through `reorder`; called in `on_fit_start`. Returns the training order, if any.
 
     Asked twice is asked once. Several training loaders at a time keep Lightning's own order.
     """

@@ -41,6 +41,11 @@ def test_a_limit_is_a_positive_number(value):
         Budget(usd=value)
 
 
+def test_there_is_no_part_of_a_step():
+    with pytest.raises(ImpossibleBudget, match=r"steps=0\.5: there is no less than one"):
+        Budget(steps=0.5)
+
+
 def test_limits_are_in_the_clocks_units():
     assert Budget(hours=0.5, device_hours=2, steps=7).limits() == {"seconds": 1800, "device_hours": 2, "steps": 7}
     assert Budget(tokens=5) and Budget(tokens=5).given() == {"tokens": 5}

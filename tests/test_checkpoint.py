@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_slices_are_cut_anew_for_any_number_of_ranks(
 
     def parts(cuts: list[int]) -> Iterator[tuple[int, int]]:
         edges = [0, *sorted(min(c, numel) for c in cuts), numel]
-        return ((a, b) for a, b in zip(edges, edges[1:], strict=False))
+        return pairwise(edges)
 
     for rank, (a, b) in enumerate(parts(writers)):
         held = {"w": (Piece(a, b - a, (numel,)), whole[a:b])} if a < b else {}
@@ -296,3 +297,9 @@ def test_state_that_would_not_survive_is_refused_at_the_first_step(tmp_path: Pat
     with pytest.raises(CannotSave, match=r"step 1 cannot be read back[\s\S]*only tensors and plain data"):
         run(tmp_path, 8, callbacks=[Hoards()])
     assert run(tmp_path, 8).summary["resumed_from"] is None  # mended, it starts: nothing unreadable is in the way
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [8]), (3, [4, 6, 8])])
+def test_a_run_keeps_as_many_checkpoints_as_it_is_told(tmp_path: Path, keep: int, left: list[int]) -> None:
+    run(tmp_path, 8, keep_checkpoints=keep)
+    assert checkpoint.steps(tmp_path / "checkpoints") == left

@@ -24,7 +24,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from shoestring.callbacks.samples import EvenBatches, GlobalBatches, SeededSamples, is_deterministic, seeded
+from shoestring.callbacks.samples import EvenBatches, GlobalBatches
+from shoestring.callbacks.seeding import SeededSamples, is_deterministic, seeded
 from shoestring.trainer import Budget
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
@@ -48,7 +49,9 @@ def globally(size, micro, accumulate, world, **options):
 
 
 # (micro, accumulate, world), eight samples a step
-CUTS = st.sampled_from([(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 4, 1), (2, 2, 2), (2, 1, 4), (1, 8, 1), (1, 1, 8)])
+CUTS = st.sampled_from(
+    [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 4, 1), (2, 2, 2), (2, 1, 4), (1, 8, 1), (1, 2, 4), (1, 1, 8)]
+)
 
 
 @given(size=st.integers(1, 70), cut=CUTS, other=CUTS, seed=st.integers(0, 9), at=st.integers(0, 30), drop=st.booleans())

@@ -78,6 +78,13 @@ def summary(observer: Observer, trainer: pl.Trainer, peak: int) -> dict[str, Any
     return found
 
 
+def as_it_was(now: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary of a finished run that was given again: what was reached and spent stays as it was `before`."""
+    if before.get("steps") != now["steps"]:
+        return now
+    return now | dict(before) | {key: now[key] for key in ("resumed_from", "budget")}
+
+
 def goal_reached(goal: Any, metrics: Mapping[str, float]) -> bool | None:
     """Whether `goal` (metric, above, below) is met; None if there is none or its metric was never logged."""
     if goal is None or goal.metric not in metrics:

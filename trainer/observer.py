@@ -154,8 +154,7 @@ class Observer(Accountant):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> None:
-        step = self.clock.step
-        due = step % self.log_every == 0 or perf_counter() - self._row_time > 0.25
+        due = self.clock.step % self.log_every == 0 or perf_counter() - self._row_time > 0.25
         if self.records.keeps and (due or trainer.should_stop):
             self._row(trainer)
         if self.evaluations is not None:
@@ -223,11 +222,10 @@ class Observer(Accountant):
         return steps_in(self.clock, self.evaluations) if self.evaluations else super().evaluation_interval(trainer)
 
     def _preempted(self, trainer: pl.Trainer) -> BaseException:
-        self.records.event(
-            "preempted", step=self.clock.step, signal=self.request.received or "on another rank", **accounts.totals(self)
-        )
+        signal = self.request.received or "on another rank"
+        self.records.event("preempted", step=self.clock.step, signal=signal, **accounts.totals(self))
         log.warning("asked to stop: step %d is saved; the same command goes on from here", self.clock.step)
-        return preempted(trainer)
+        return preempted()
 
     # -- evaluation -------------------------------------------------------------------------------------------------
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -262,10 +260,8 @@ class Observer(Accountant):
         told = self.agreement.gather((peak_bytes(trainer.strategy.root_device), self.stopped_by))
         self.stopped_by = told[0][1]
         self.summary = accounts.summary(self, trainer, max(peak for peak, _ in told))
-        if self.resumed_from == self.clock.step:  # nothing was left to do: what was reached and spent stays as it was
-            before = read_summary(self.records.run_dir)
-            if before.get("steps") == self.clock.step:
-                self.summary |= before | {key: self.summary[key] for key in ("resumed_from", "budget")}
+        if self.resumed_from == self.clock.step:  # nothing was left to do
+            self.summary = accounts.as_it_was(self.summary, read_summary(self.records.run_dir))
         self._finish(trainer)
         if lost:
             raise CannotSave(

@@ -6,24 +6,22 @@ FLOPs: PaLM, 2204.02311 appendix B), never printed as a measurement.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 from .. import ShoestringError
 from ..callbacks.budget import Budget
 from ..callbacks.compose import compose
-from ..callbacks.contract import BadSetting, Effect, Technique, Unfit, Workload
+from ..callbacks.contract import BadSetting, Technique, Unfit
 from ..callbacks.registry import UnknownTechnique, make
 from ..cluster import Hardware, hardware
 from ..recipes import Recipe, RecipeError, problem
-from .machine import Machine, peak, usable_memory
+from .machine import Machine, usable_memory
 from .machine import facts as machine_facts
+from .predictions import predict, state_bytes
 from .sizes import Size, size_of
 
-ASSUMED_MFU = {"cuda": 0.35, "cpu": 0.5}  # until the run has measured its own
 USABLE_MEMORY = 0.85  # the rest is context, workspaces and fragmentation
 
 
@@ -108,7 +106,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         watts_per_device=watts,
         choices=tuple(chosen),
         warnings=composition.warnings,
-        predictions=_predict(recipe, machine, device, size, composition.techniques, world, strategy, micro, usd, watts),
+        predictions=predict(recipe, machine, device, size, composition.techniques, world, strategy, micro, usd, watts),
     )
 
 
@@ -154,17 +152,6 @@ def _least_sharding(size: Size, world: int, memory: float) -> tuple[str, str]:
         if need < 0.6 * memory:  # the rest is for activations
             return name, f"model states need {need / 2**30:.2f} GiB of {memory / 2**30:.1f} GiB a device"
     return "zero3", f"model states need {state_bytes(size, 'zero2', world) / 2**30:.1f} GiB a device under zero2"
-
-
-def state_bytes(size: Size, strategy: str, world: int) -> float:
-    """Weights, gradients and Adam states a device holds, in bytes: 16 a trainable parameter in all, 4 a frozen one."""
-    train = float(size.trainable or 0)
-    frozen = float((size.parameters or 0) - train)
-    shared = {"zero1": (8 * train, 8 * train), "zero2": (4 * train, 12 * train)}
-    whole, split = shared.get(strategy, (16 * train, 0.0))
-    if strategy == "zero3":
-        return (16 * train + 4 * frozen) / world
-    return whole + split / world + 4 * frozen
 
 
 def _batch(
@@ -257,67 +244,6 @@ def _facts(recipe: Recipe, machine: Machine, strategy: str) -> frozenset[str]:
     from .trainer import facts
 
     return facts(strategy, machine.accelerator, recipe.strategy.offload, recipe.optimizer.name)
-
-
-# -- predictions ---------------------------------------------------------------------------------------------------
-def _predict(
-    recipe: Recipe, machine: Machine, device: Hardware, size: Size, techniques: tuple[Technique, ...],
-    world: int, strategy: str, micro: int, usd: float, watts: float | None,
-) -> dict[str, Any]:  # fmt: skip
-    tokens = recipe.data.batch_size * (recipe.data.sequence_length if size.tokens else 1)
-    told: dict[str, Any] = {"parameters": size.parameters, "trainable": size.trainable}
-    if size.parameters is None:
-        return told
-    steps = recipe.budget.steps or (recipe.budget.tokens or 0) / tokens or (recipe.budget.samples or 0) / max(
-        1, recipe.data.batch_size
-    )  # fmt: skip
-    workload = Workload(
-        parameters=size.parameters, layers=size.layers, sequence_length=recipe.data.sequence_length,
-        tokens_per_step=tokens, steps=int(steps or 1000), world_size=world,
-    )  # fmt: skip
-    effect = reduce(_times, (t.predict(workload) for t in techniques), Effect())
-    flops = size.flops_per_token(recipe.data.sequence_length) * tokens * effect.flops
-    dtype = "bf16" if any(t.card.name == "mixed_precision" for t in techniques) else "fp32"
-    reachable = peak(dtype, device.name)[0] * ASSUMED_MFU[machine.accelerator] * world
-    seconds = flops / reachable
-    told |= {
-        "tokens_per_step": tokens if size.tokens else None,
-        "flops_per_step": flops,
-        "state_bytes": state_bytes(size, strategy, world) * effect.states,
-        "activation_bytes": micro * size.activation_bytes(recipe.data.sequence_length) * effect.activations,
-        "seconds_per_step": seconds,
-        "usd_per_step": seconds / 3600 * world * usd,
-        "kwh_per_step": seconds / 3600 * world * (watts or 0) / 1000,
-    }
-    ends = {
-        "steps": recipe.budget.steps,
-        "tokens": recipe.budget.tokens and recipe.budget.tokens / tokens,
-        "samples": recipe.budget.samples and recipe.budget.samples / recipe.data.batch_size,
-        "hours": recipe.budget.hours and recipe.budget.hours * 3600 / seconds,
-        "device_hours": recipe.budget.device_hours and recipe.budget.device_hours * 3600 / seconds / world,
-        "usd": recipe.budget.usd and usd and recipe.budget.usd / told["usd_per_step"],
-        "flops": recipe.budget.flops and recipe.budget.flops / flops,
-        "kwh": recipe.budget.kwh and watts and recipe.budget.kwh / told["kwh_per_step"],
-    }
-    known = {name: end for name, end in ends.items() if end}
-    if known:
-        binding = min(known, key=lambda name: known[name])
-        last = math.floor(known[binding])
-        told |= {
-            "steps": last, "binding": binding, "seconds": last * seconds,
-            "usd": last * told["usd_per_step"], "kwh": last * told["kwh_per_step"],
-        }  # fmt: skip
-    return told
-
-
-def _times(a: Effect, b: Effect) -> Effect:
-    return Effect(
-        flops=a.flops * (b.flops if b.realised else 1.0),
-        activations=a.activations * b.activations,
-        states=a.states * b.states,
-        communication=a.communication * b.communication,
-        steps=a.steps * b.steps,
-    )
 
 
 __all__ = ["Choice", "Plan", "Unfit", "plan", "state_bytes"]

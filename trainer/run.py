@@ -138,7 +138,8 @@ def _report(plan: Plan, run_dir: Path, summary: Mapping[str, Any], task: Any) ->
         if recipe.evaluation.generate:
             from .tasks.generate import complete
 
-            sample = complete(trained.module, trained.tokenizer, recipe.evaluation.generate, temperature=0.7, seed=recipe.seed)
+            prompt = recipe.evaluation.generate
+            sample = complete(trained.module, trained.tokenizer, prompt, temperature=0.7, seed=recipe.seed)
         if recipe.export:
             exported = _export(trained, Path(recipe.export.path or run_dir / "model"))
     report = Report(

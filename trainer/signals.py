@@ -5,18 +5,17 @@ Exit codes of a run: 0 finished, 1 failure, 2 bad input, 85 saved - run me again
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
+from typing import Any
 
 FINISHED, FAILURE, BAD_INPUT, SAVED, BAD_NODE = 0, 1, 2, 85, 86
 
 # a scheduler's warning, its end, and Ctrl-C (a second Ctrl-C interrupts at once)
 ASKS_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_LAUNCHER = "SHOESTRING_LAUNCHER"  # process id of the rank that launches the others
 
 
 class Preempted(SystemExit):
@@ -26,13 +25,21 @@ class Preempted(SystemExit):
         super().__init__(code)
 
 
-def preempted(trainer: pl.Trainer) -> Preempted:
+def preempted() -> Preempted:
     """How this rank ends a run that goes on later."""
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    external = environment is not None and environment.creates_processes_externally
-    # Lightning's launcher kills rank 0 when a rank that it started returns anything but 0
-    own = getattr(trainer.strategy.launcher, "procs", None) is not None and not external
-    return Preempted(0) if own and trainer.local_rank > 0 else Preempted()
+    # the launcher kills rank 0 when a rank that it started returns anything but 0
+    return Preempted(0) if launched_here() else Preempted()
+
+
+def will_launch() -> None:
+    """Mark this process as the one that launches the other ranks, unless it has been launched itself."""
+    if "LOCAL_RANK" not in os.environ:
+        os.environ[_LAUNCHER] = str(os.getpid())
+
+
+def launched_here() -> bool:
+    """Whether rank 0 of this run has started this process; else torchrun, Slurm or the user has."""
+    return os.environ.get(_LAUNCHER) == str(os.getppid())
 
 
 class StopRequest:

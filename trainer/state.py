@@ -17,7 +17,7 @@ import torch
 
 from .. import ShoestringError
 from ..callbacks.contract import Technique, derive_seed
-from ..callbacks.samples import reseed
+from ..callbacks.seeding import reseed
 from ..callbacks.shards import Shards, Slice, shards_of
 from . import checkpoint
 from .checkpoint import Piece, Pieces
@@ -101,7 +101,7 @@ def rng_state() -> dict[str, Any]:
 
 # -- putting back --------------------------------------------------------------------------------------------------
 def restore(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> dict[str, Any] | None:
-    """Put a verified checkpoint back. Returns the random states to set when training starts, if this rank's are there."""
+    """Put a verified checkpoint back. Returns the random states to set when training starts, if they fit."""
     common = checkpoint.read_state(folder / "state.pt")
     manifest = checkpoint.read_manifest(folder)
     mine = folder / f"rank-{trainer.global_rank:05d}.pt"

@@ -39,7 +39,7 @@ from .machine import facts as machine_facts
 from .machine import peak
 from .observer import CannotResume, Observer
 from .records import Records
-from .signals import die_with_parent
+from .signals import die_with_parent, launched_here, will_launch
 from .zero import NAMES, make_strategy
 
 
@@ -52,13 +52,13 @@ class Trainer(pl.Trainer):
     run_dir: the run's home (checkpoints/, events/, summary.json, final.safetensors); the same command with the same
         run_dir resumes. None makes a new one under runs/.
     resume: "auto", "must" (fail if there is nothing to resume) or False (start over only where nothing is).
-    ledger: index the run in the user's ledger. wandb: "offline", "online", a mapping with "mode" and "project", or None.
+    ledger: index the run in the user's ledger. wandb: "offline", "online", a mapping with mode and project, or None.
     checkpoint_every: a duration such as "10 min" or "500 steps"; None saves at the first and the last step only.
     usd_per_device_hour: what a device costs; None takes the catalogue's price of this machine's, if it has one.
     watts_per_device: what a device draws under load, for energy where no counter can be read.
 
-    After `fit`, `summary` holds steps, tokens, samples, seconds, device_seconds, usd, kwh (+ kwh_source), flops_counted,
-    flops_realised, peak_bytes, tokens_per_second, mfu, stopped_by and final metrics.
+    After `fit`, `summary` holds steps, tokens, samples, seconds, device_seconds, usd, kwh (+ kwh_source),
+    flops_counted, flops_realised, peak_bytes, tokens_per_second, mfu, stopped_by and final metrics.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Trainer(pl.Trainer):
         made = strategy
         if isinstance(name, str) and name in NAMES:
             made = make_strategy(name, accelerator=accelerator, offload=offload, options=settings.strategy_options)
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        if launched_here():
             die_with_parent()
         if budget and not lightning.keys() & {"max_epochs", "max_steps"}:
             lightning["max_epochs"] = -1
@@ -144,6 +144,7 @@ class Trainer(pl.Trainer):
         self._same_global_batch()
         if self.observer.peak_flops is None and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             self.observer.peak_flops = peak(_dtype(str(self.precision)), machine_facts().hardware)[0]
+        will_launch()
         super().fit(*args, **kwargs)
 
     def _same_global_batch(self) -> None:

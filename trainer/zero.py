@@ -74,6 +74,7 @@ def _zero_class() -> type[Strategy]:
     from lightning_fabric.utilities.seed import reset_seed
     from pytorch_lightning.accelerators import CUDAAccelerator
     from pytorch_lightning.strategies import DeepSpeedStrategy
+    from torch import Tensor
     from torch.nn import Module
     from torch.optim import Optimizer
 
@@ -90,6 +91,10 @@ def _zero_class() -> type[Strategy]:
             reset_seed()
             self.set_world_ranks()
             self._init_deepspeed_distributed()
+
+        def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+            # Lightning has divided the loss by the number of micro-batches; DeepSpeed would divide it once more
+            return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
         def _setup_model_and_optimizer(
             self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None

@@ -13,7 +13,8 @@ import torch
 
 from ..clock import Duration, clock_of
 from ..contract import Card, Technique, derive_seed, require
-from ..samples import seeded, take_over
+from ..samples import take_over
+from ..seeding import seeded
 
 Difficulty = str | Sequence[float] | Callable[[Any], float]
 

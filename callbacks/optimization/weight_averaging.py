@@ -23,7 +23,7 @@ class WeightAveraging(Technique, pl.Callback):
     """Keep an average of the master weights; validate with it and leave it as the final model.
 
     `kind="ema"`: exponential, `decay` per optimizer step. `kind="lawa"`: the mean of the last `keep` weights, taken
-    every `every` steps. `start`: a duration before which nothing is averaged. Averages are kept on this rank's slices, so
+    every `every` steps. `start`: a duration before which nothing is averaged. Averages are kept on this rank's slices:
     there is no communication but one refresh of the copies per evaluation. A weight that is exactly 0 is 0 in the
     average too, so masks survive. `decay=0` is off.
     """

@@ -6,7 +6,7 @@ from typing import Self
 
 import pytorch_lightning as pl
 
-from ..contract import Card, Effect, Settings, Technique, Workload, require
+from ..contract import Card, Effect, Settings, Technique, Unfit, Workload, require
 
 _LIGHTNING = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}
 
@@ -38,6 +38,14 @@ class MixedPrecision(Technique, pl.Callback):
 
     def edit(self, settings: Settings) -> Settings:
         return settings.replace(precision=_LIGHTNING[self.dtype])
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        wanted = _LIGHTNING[self.dtype]
+        if self.dtype != "fp32" and str(trainer.precision) != wanted:
+            raise Unfit(
+                f"{self!r} must be known before the trainer is made, and this one has precision={trainer.precision!r}. "
+                f"Use pl.Trainer(precision={wanted!r}), or shoestring.trainer.Trainer(techniques=[...])."
+            )
 
     def predict(self, workload: Workload) -> Effect:
         if self.dtype == "fp32":

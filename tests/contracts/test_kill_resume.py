@@ -44,12 +44,13 @@ def events(folder: Path, kind: str) -> list[dict]:
     return [dict(row.fields) for row in rows if row.kind == "event" and row.fields["event"] == kind]
 
 
-# -- kill -9 -----------------------------------------------------------------------------------------------------------------
+# -- kill -9 -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["absent", *names()])
 @pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("ddp", 2), ("zero2", 2)])
 def test_killed_and_given_again_ends_bit_for_bit(strategy, world, name, tmp_path):
     draw = random.Random(f"{strategy} {name}")
-    mishap = {"step": draw.randrange(2, STEPS), "part": draw.randrange(2), "ranks": [draw.randrange(world)], "signal": "SIGKILL"}
+    mishap = {"step": draw.randrange(2, STEPS), "part": draw.randrange(2), "ranks": [draw.randrange(world)]}
+    mishap["signal"] = "SIGKILL"
     print("killed:", mishap)
     command = (train_script.kill_and_compare, tmp_path, strategy, world, name, mishap)
     codes = run(*command, world=world, folder=tmp_path)
@@ -58,12 +59,12 @@ def test_killed_and_given_again_ends_bit_for_bit(strategy, world, name, tmp_path
     assert not (tmp_path / "whole").exists(), said
     succeed(*command, world=world, folder=tmp_path)
     (resume,) = events(tmp_path / "broken", "resume")
-    saved = (mishap["step"] - 1) // train_script.EVERY * train_script.EVERY
-    assert resume["step"] in (max(1, saved), mishap["step"] // train_script.EVERY * train_script.EVERY), last_words(tmp_path)
-    assert fingerprint(final(tmp_path / "broken")) == fingerprint(final(tmp_path / "whole")), f"{mishap}\n{last_words(tmp_path)}"
+    said = f"{mishap}\n{last_words(tmp_path)}"
+    assert resume["step"] == max(1, mishap["step"] // train_script.EVERY * train_script.EVERY), said
+    assert fingerprint(final(tmp_path / "broken")) == fingerprint(final(tmp_path / "whole")), said
 
 
-# -- a command that Lightning launches, and all that may happen to it ---------------------------------------------------------
+# -- a command that Lightning launches, and all that may happen to it --------------------------------------------------
 STORY = [
     {"step": 2, "ranks": [1], "signal": "SIGKILL"},
     {"step": 4, "ranks": [1], "signal": "SIGTERM", "part": 1},
@@ -100,6 +101,8 @@ def test_every_attempt_ends_with_its_code(story):
     codes = [attempt.returncode for attempt in attempts]
     assert codes[0] not in (0, 85), told(attempts)
     assert codes[1:] == [85, 85, 85, 0], told(attempts)
+    for attempt in attempts[1:4]:  # Lightning kills rank 0 when it sees another rank end with anything but 0
+        assert "rank 0 ends with 85" in attempt.stdout and "rank 1 ends with 0" in attempt.stdout, told(attempts)
 
 
 @pytest.mark.parametrize(("attempt", "mishap"), [(1, STORY[1]), (2, STORY[2]), (3, STORY[3])])
@@ -127,7 +130,7 @@ def test_spend_counts_every_attempt(story):
     assert broken["seconds"] > whole["seconds"]
 
 
-# -- other numbers of ranks --------------------------------------------------------------------------------------------------
+# -- other numbers of ranks --------------------------------------------------------------------------------------------
 def sampled(path: Path) -> dict[int, list[int]]:
     """step -> the samples it has seen, of all ranks."""
     steps = defaultdict(list)
@@ -171,8 +174,8 @@ def test_other_ranks_see_the_same_global_batches(stretches, tmp_path):
         assert ((tensor == 0) != (other[name] == 0)).float().mean() < 0.01, name
 
 
-# -- damaged checkpoints -----------------------------------------------------------------------------------------------------
-def fit(folder: Path, *callbacks: pl.Callback, budget: Budget | None = None, workers: int = 0, **options) -> Trainer:
+# -- damaged checkpoints -----------------------------------------------------------------------------------------------
+def fit(folder: Path, *callbacks: pl.Callback, budget=None, workers=0, collate=None, **options) -> Trainer:
     """One training in this process."""
     technique = technique_class(options.pop("technique", "weight_averaging")).example()
     trainer = Trainer(
@@ -180,7 +183,7 @@ def fit(folder: Path, *callbacks: pl.Callback, budget: Budget | None = None, wor
         checkpoint_every="2 steps", accumulate_grad_batches=ACCUMULATE, num_sanity_val_steps=0,
         callbacks=list(callbacks), **(options or {"max_steps": STEPS, "max_epochs": -1}),
     )  # fmt: skip
-    trainer.fit(toy(), loader(num_workers=workers), held_out())
+    trainer.fit(toy(), loader(num_workers=workers, collate_fn=collate), held_out())
     return trainer
 
 
@@ -242,7 +245,7 @@ def test_an_unfinished_checkpoint_is_ignored(whole, tmp_path):
     assert not list(checkpoints.glob(".writing-*"))
 
 
-# -- what is drawn ahead -----------------------------------------------------------------------------------------------------
+# -- what is drawn ahead -----------------------------------------------------------------------------------------------
 class Replan(pl.Callback):
     """Moves the end of the run, as a budget of seconds does, but at the same steps in every rerun."""
 
@@ -263,7 +266,24 @@ def test_samples_chosen_ahead_are_chosen_again(tmp_path):
         assert fingerprint(final(tmp_path / str(crash))) == fingerprint(final(tmp_path / "whole")), crash
 
 
-# -- the very end ------------------------------------------------------------------------------------------------------------
+def masking(samples: list[dict]) -> dict:
+    """As collators for masked language models do, with the global generator."""
+    batch = torch.utils.data.default_collate(samples)
+    batch["input_ids"][torch.rand(batch["input_ids"].shape) < 0.15] = 0
+    return batch
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_random_collate_function_repeats_itself(workers, tmp_path):
+    drawn = {"workers": workers, "collate": masking}
+    fit(tmp_path / "whole", **drawn)
+    with pytest.raises(Exploded):
+        fit(tmp_path / "broken", Explode(5), **drawn)
+    fit(tmp_path / "broken", **drawn)
+    assert fingerprint(final(tmp_path / "broken")) == fingerprint(final(tmp_path / "whole"))
+
+
+# -- the very end ------------------------------------------------------------------------------------------------------
 class Fall(pl.Callback):
     """Crashes when training has ended, before the final weights are written."""
 

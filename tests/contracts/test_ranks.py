@@ -1,4 +1,4 @@
-"""Every registered technique under every strategy: one process group each, in which all of them train one after another.
+"""Every registered technique under every strategy: one process group each, in which they train one after another.
 
 The ranks only train and write down what they saw (tests/support/ranks.py); what must hold is said here.
 """
@@ -64,7 +64,7 @@ def tolerance(case: str) -> float:
     return BF16 if case == "mixed_precision" else FP32
 
 
-# -- every technique under every strategy ----------------------------------------------------------------------------------
+# -- every technique under every strategy ------------------------------------------------------------------------------
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_trains_alike_on_all_ranks(strategy, case, ran):
@@ -81,7 +81,7 @@ def test_trains_alike_on_all_ranks(strategy, case, ran):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_resumes_bit_for_bit(strategy, case, ran):
-    """Crashed in the middle of an accumulation window, of an epoch, after the checkpoint; continued by a new trainer."""
+    """Crashed amid an accumulation window and an epoch, a step after the checkpoint; continued by a new trainer."""
     for whole, resumed in zip(ran(strategy, case, "whole"), ran(strategy, case, "resumed"), strict=True):
         assert (whole["resumed_from"], resumed["resumed_from"]) == (None, ranks.CHECKPOINT)
         assert resumed["losses"] == whole["losses"][ranks.CHECKPOINT * ACCUMULATE :]
@@ -117,6 +117,14 @@ def test_the_journal_has_every_step_with_its_loss(strategy, ran):
     assert report["rows"] == pytest.approx(losses([report]), rel=1e-6)
 
 
+@pytest.mark.parametrize("run", ["sgd", "sgd-clipped"])
+@pytest.mark.parametrize("strategy", SEVERAL)
+def test_gradients_are_as_large_as_those_of_one_device(strategy, run, ran):
+    """A mean over the global batch, however it is cut into micro-batches; Adam would hide a wrong factor."""
+    assert drift(losses(ran("single", "absent", run)), losses(ran(strategy, "absent", run))) < FP32
+    assert losses(ran("single", "absent", "sgd")) != losses(ran("single", "absent", "sgd-clipped"))
+
+
 def test_print_losses_step_by_step(ran, capsys):
     found = {strategy: losses(ran(strategy, "absent", "still")) for strategy in STRATEGIES}
     rows = ["", "loss of the same recipe, two ranks but for single", "step  " + "".join(f"{s:>12}" for s in found)]
@@ -127,7 +135,7 @@ def test_print_losses_step_by_step(ran, capsys):
     assert all(drift(found["single"], found[s]) < FP32 for s in found)
 
 
-# -- sharding ---------------------------------------------------------------------------------------------------------------
+# -- sharding ----------------------------------------------------------------------------------------------------------
 def test_optimizer_state_halves_from_ddp_to_zero1(ran, capsys):
     held = {strategy: [r["state_bytes"] for r in ran(strategy, "absent", "still")] for strategy in STRATEGIES}
     with capsys.disabled():
@@ -143,7 +151,7 @@ def test_nothing_is_whole_where_it_should_be_cut(strategy, ran):
     assert not any(report["whole"] for report in ran(strategy, "absent", "still"))
 
 
-# -- masks and averages -----------------------------------------------------------------------------------------------------
+# -- masks and averages ------------------------------------------------------------------------------------------------
 MASKED = [("gradual_pruning", "whole"), ("gradual_pruning", "resumed"), ("masks", "clipped"), ("masks", "bf16")]
 
 
@@ -195,7 +203,7 @@ def test_the_average_is_the_final_model(strategy, ran):
     assert averages and all((averages[f"ema/{n.removeprefix('master/')}"] == f).all() for n, f in finals.items())
 
 
-# -- offload ----------------------------------------------------------------------------------------------------------------
+# -- offload -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("strategy", sorted(ranks.OFFLOADS))
 def test_offload_trains_the_same(strategy, ran):
     """Optimizer state in host memory (ZeRO-2), weights too (ZeRO-3): on a CPU the same place by another path."""
@@ -224,7 +232,7 @@ def test_clipping_sees_masked_gradients(strategy, ran):
     assert drift(losses(ran("single", "masks", "clipped")), losses(ran(strategy, "masks", "clipped"))) < FP32
 
 
-# -- the step ---------------------------------------------------------------------------------------------------------------
+# -- the step ----------------------------------------------------------------------------------------------------------
 def test_nothing_blocks_in_the_step(ran):
     """Signals, budget and counters cost one asynchronous sum a step; DDP's own reduction is not Python's."""
     for report in ran("ddp", "collectives", "per_step"):

@@ -61,9 +61,8 @@ class Trace(pl.Callback):
         self.parts["samples"].append(batch["index"].tolist())
         self.parts["batch"].append(tuple(batch["input_ids"].shape))
         self.parts["numerics"].append(pl_module.logits.dtype)
-        self.parts["lr"] += [
-            [group[key] for key in ("lr", "betas", "eps", "weight_decay")] for group in trainer.optimizers[0].param_groups
-        ]
+        keys = ("lr", "betas", "eps", "weight_decay")
+        self.parts["lr"] += [[group[key] for key in keys] for group in trainer.optimizers[0].param_groups]
 
 
 def trainer_with(*techniques, callbacks=(), steps=STEPS, **options):
@@ -84,7 +83,8 @@ def fit(*techniques, data=None, module=None, ckpt_path=None, **options):
     module = toy() if module is None else module
     trainer = trainer_with(*techniques, **options)
     torch.manual_seed(3)
-    trainer.fit(module, data or loader(generator=torch.Generator().manual_seed(5)), held_out(), ckpt_path=ckpt_path, weights_only=True)
+    data = data or loader(generator=torch.Generator().manual_seed(5))  # what draws less must not change the order
+    trainer.fit(module, data, held_out(), ckpt_path=ckpt_path, weights_only=True)
     return module, trainer
 
 
@@ -111,7 +111,7 @@ def acting():
     return run
 
 
-# -- the card and the constructor ------------------------------------------------------------------------------------------
+# -- the card and the constructor --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", names())
 def test_card_is_the_registered_one(name):
     card = technique_class(name).card
@@ -145,7 +145,16 @@ def test_edit_is_pure_and_idempotent(cls):
     assert cls.inert().edit(settings) == settings
 
 
-# -- what it does ----------------------------------------------------------------------------------------------------------
+def test_a_trainer_made_without_its_settings_is_refused(cls):
+    """What acts through `edit` would otherwise do nothing in `pl.Trainer(callbacks=[...])`, and say nothing."""
+    if cls.example().edit(Settings()) == Settings():
+        return
+    trainer = trainer_with(callbacks=[cls.example()])
+    with pytest.raises(Unfit, match=cls.__name__):
+        trainer.fit(toy(), loader(), held_out())
+
+
+# -- what it does ------------------------------------------------------------------------------------------------------
 def test_strength_zero_equals_absence(cls, absent):
     trace = Trace()
     module, _ = fit(cls.inert(), callbacks=[trace])
@@ -195,7 +204,7 @@ def test_state_survives_disk(cls, acting, tmp_path):
     }
 
 
-# -- what it leaves behind -------------------------------------------------------------------------------------------------
+# -- what it leaves behind ---------------------------------------------------------------------------------------------
 def anatomy(module):
     """Classes, attributes and hooks of a module and everything in it."""
     hooks = [key for key in vars(torch.nn.Module()) if key.endswith("_hooks")]
@@ -224,7 +233,7 @@ def test_a_crash_leaves_the_module_as_it_was(cls):
     fit(cls.example(), module=module, steps=2)  # and the same module trains again
 
 
-# -- together --------------------------------------------------------------------------------------------------------------
+# -- together ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("one", "other"), list(combinations(names(), 2)))
 def test_pairs_compose_and_train(one, other):
     pair = [technique_class(name).example() for name in (one, other)]
@@ -270,7 +279,7 @@ def test_all_of_them_together_train():
     assert all(p.isfinite().all() for p in module.parameters())
 
 
-# -- in anybody's trainer --------------------------------------------------------------------------------------------------
+# -- in anybody's trainer ----------------------------------------------------------------------------------------------
 def test_lightning_alone_saves_and_resumes_it(cls, tmp_path):
     """`pl.Trainer(callbacks=[technique])`, `ModelCheckpoint`, `ckpt_path`: the same weights as without a break.
 
@@ -279,6 +288,7 @@ def test_lightning_alone_saves_and_resumes_it(cls, tmp_path):
     alike = {"words": {"distinct": 4, "noise": 0.0}, "shuffle": False}
     whole, trainer = fit(cls.example(), module=toy(dropout=0.0), data=loader(**alike))
     assert trainer.global_step == STEPS
+
     def keeping(*callbacks):
         keeper = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
         return {"callbacks": [keeper, *callbacks], "enable_checkpointing": True, "data": loader(**alike)}
@@ -291,4 +301,3 @@ def test_lightning_alone_saves_and_resumes_it(cls, tmp_path):
     assert fingerprint(resumed.state_dict()) == fingerprint(whole.state_dict())
     for state, named in technique.fragments().items():
         assert named.keys() <= shards_of(trainer, resumed).slices.keys(), state
-

@@ -18,8 +18,15 @@ from time import monotonic
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["pytest", "pytorch_lightning", "deepspeed", "shoestring.trainer.trainer", "safetensors.torch"]
-    + ["torch._inductor.compile_fx", "deepspeed.moe.layer"]  # which DeepSpeed imports when its first engine is made
+    [
+        "pytest",
+        "pytorch_lightning",
+        "deepspeed",
+        "shoestring.trainer.trainer",
+        "safetensors.torch",
+        "torch._inductor.compile_fx",  # this and the next are imported when DeepSpeed makes its first engine
+        "deepspeed.moe.layer",
+    ]
 )
 
 

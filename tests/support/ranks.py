@@ -9,7 +9,7 @@ import os
 import traceback
 import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 
@@ -87,7 +87,7 @@ class Watch(pl.Callback):
         self.facts = {
             "masters": fingerprint(masters),
             "state_bytes": held,
-            "copies": [str(p.dtype) for p in shards.parameters.values()][0],
+            "copies": str(next(iter(shards.parameters.values())).dtype),
             "whole": all(where.length == where.numel for where in shards.slices.values()),
         }
         if not hasattr(next(iter(shards.parameters.values())), "ds_tensor"):
@@ -115,8 +115,8 @@ class Group:
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
     def train(
-        self, case: str, *techniques: Technique, dropout: float = 0.1, every: int | None = None,
-        callbacks: tuple = (), run: str | None = None, steps: int = STEPS, **options: object,
+        self, case: str, *techniques: Technique, dropout: float = 0.1, optimizer: str = "adamw",
+        every: int | None = None, callbacks: tuple = (), run: str | None = None, steps: int = STEPS, **options: object,
     ) -> dict:  # fmt: skip
         """Train the toy and report. `run` is the run's folder, the case's own if not given."""
         watch = Watch(case, self.folder)
@@ -128,20 +128,18 @@ class Group:
             val_check_interval=8, log_every=1, **options,
         )  # fmt: skip
         trainer.callbacks.append(watch)
-        trainer.fit(toy(dropout=dropout), loader(self.world), held_out())
+        trainer.fit(toy(dropout=dropout, optimizer=optimizer), loader(self.world), held_out())
         final = fingerprint(load_file(run_dir / "final.safetensors")) if self.rank == 0 else None
-        spent = {key: trainer.summary[key] for key in ("steps", "samples", "tokens", "stopped_by")}
+        spent = {key: trainer.summary[key] for key in ("steps", "samples", "tokens", "stopped_by", "resumed_from")}
         rows = [row.fields["loss"] for row in read(run_dir / "events", rank=0) if "loss" in row.fields]
-        return {**watch.report(), "rows": rows, "final": final, "resumed_from": trainer.summary["resumed_from"], **spent}
+        return {**watch.report(), "rows": rows, "final": final, **spent}
 
     def resume(self, case: str, make_technique) -> dict:
         """The same run uninterrupted, and crashed and resumed in a new trainer."""
         whole = self.train(f"{case}-whole", *make_technique(), every=CHECKPOINT)
         run = f"{case}-broken"
-        try:
+        with suppress(Exploded):
             self.train(run, *make_technique(), every=CHECKPOINT, callbacks=(Explode(CRASH),))
-        except Exploded:
-            pass
         resumed = self.train(f"{case}-resumed", *make_technique(), every=CHECKPOINT, run=run)
         return {"whole": whole, "resumed": resumed}
 
@@ -158,6 +156,9 @@ class Group:
             **self.resume("absent", list),
             "short": self.train("absent-short", steps=FEW),
             "still": self.train("absent-still", dropout=0.0),
+            # unlike Adam's, these steps are as large as the gradients
+            "sgd": self.train("absent-sgd", dropout=0.0, optimizer="sgd"),
+            "sgd-clipped": self.train("absent-sgd-clipped", dropout=0.0, optimizer="sgd", gradient_clip_val=0.5),
         }
 
     def masks(self) -> dict:
@@ -180,10 +181,8 @@ class Group:
 
     def resume_offloaded(self, offload: str) -> dict:
         whole = self.train("offload-whole", every=CHECKPOINT, offload=offload)
-        try:
+        with suppress(Exploded):
             self.train("offload-broken", every=CHECKPOINT, offload=offload, callbacks=(Explode(CRASH),))
-        except Exploded:
-            pass
         resumed = self.train("offload-resumed", every=CHECKPOINT, offload=offload, run="offload-broken")
         return {"whole": whole, "resumed": resumed}
 
@@ -191,10 +190,8 @@ class Group:
         """A schedule that waits for tokens, which the ranks must first sum; saving must not make them known earlier."""
         technique = lambda: make("lr_schedule", {"warmup": "900 tokens"})  # noqa: E731
         whole = self.train("tokens-whole", technique())
-        try:
+        with suppress(Exploded):
             self.train("tokens-broken", technique(), every=CHECKPOINT, callbacks=(Explode(CRASH),))
-        except Exploded:
-            pass
         return {"whole": whole, "resumed": self.train("tokens-resumed", technique(), every=2, run="tokens-broken")}
 
     def collectives(self) -> dict:

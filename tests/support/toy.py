@@ -17,7 +17,7 @@ STEPS = 12  # ends in the middle of the second epoch
 
 
 class Words(Dataset):
-    """Samples {"input_ids": [16], "labels", "index"}. Tokens are dropped at random, by the global generator, on reading."""
+    """Samples {"input_ids": [16], "labels", "index"}. Reading one drops tokens at random, by the global generator."""
 
     def __init__(self, size: int = SAMPLES, noise: float = 0.2, distinct: int | None = None) -> None:
         draw = torch.Generator().manual_seed(1)
@@ -58,9 +58,9 @@ class Block(nn.Module):
 
 
 class Toy(pl.LightningModule):
-    def __init__(self, dropout: float = 0.1, lr: float = 1e-2) -> None:
+    def __init__(self, dropout: float = 0.1, lr: float = 1e-2, optimizer: str = "adamw") -> None:
         super().__init__()
-        self.lr = lr
+        self.lr, self.optimizer = lr, optimizer
         self.embed = nn.Embedding(VOCAB, WIDTH)
         self.positions = nn.Parameter(torch.randn(LENGTH, WIDTH), requires_grad=False)
         self.blocks = nn.ModuleList(Block(dropout) for _ in range(2))
@@ -84,6 +84,8 @@ class Toy(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trainable = [p for p in self.parameters() if p.requires_grad]
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(trainable, lr=self.lr, momentum=0.9)
         return torch.optim.AdamW(trainable, lr=self.lr)
 
 

@@ -1,6 +1,6 @@
-"""A user's own training script: a foreign LightningModule, a plain shuffling DataLoader with workers, and our Trainer.
+"""A user's own script: a foreign LightningModule, a plain shuffling DataLoader with workers, our Trainer.
 
-    python train_script.py FOLDER --strategy ddp --devices 2 --mishaps '[{"step": 3, "ranks": [1], "signal": "SIGKILL"}]'
+    train_script.py FOLDER --strategy ddp --devices 2 --mishaps '[{"step": 3, "ranks": [1], "signal": "SIGTERM"}]'
 
 Mishaps happen once each, in the middle of step `step` (or of the validation after it): a file remembers them, so the
 same command given again goes on from what the last one left.
@@ -56,7 +56,7 @@ class Samples(pl.Callback):
         self.path = path
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        step = trainer.global_step - (batch_idx % trainer.accumulate_grad_batches == trainer.accumulate_grad_batches - 1)
+        step = trainer.global_step - ((batch_idx + 1) % trainer.accumulate_grad_batches == 0)
         with self.path.with_suffix(f".{trainer.global_rank}").open("a") as file:
             file.write(json.dumps([step, batch["index"].tolist()]) + "\n")
 
@@ -108,7 +108,11 @@ if __name__ == "__main__":
     given = parser.parse_args()
     chosen = [technique_class(name).example() for name in given.techniques]
     told = {"strategy": given.strategy, "devices": given.devices}
-    train(given.folder / "broken", techniques=tuple(chosen), mishaps=tuple(given.mishaps), **told)
+    try:
+        train(given.folder / "broken", techniques=tuple(chosen), mishaps=tuple(given.mishaps), **told)
+    except SystemExit as ended:
+        print("rank", os.environ["LOCAL_RANK"], "ends with", ended.code, flush=True)
+        raise
     again = [technique_class(name).example() for name in given.techniques]
     train(given.folder / "whole", techniques=tuple(again), **told)
     sys.exit(0)
