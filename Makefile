@@ -22,7 +22,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 test-gpu: $(READY)
-	$(BIN)/python -m pytest -rs -m gpu
+	SHOESTRING_TEST_DEVICE=cuda $(BIN)/python -m pytest -rs tests/contracts/test_ranks.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -20,3 +20,12 @@ def home(tmp_path_factory):
         del os.environ["SHOESTRING_HOME"]
     else:
         os.environ["SHOESTRING_HOME"] = before
+
+
+def pytest_collection_modifyitems(items):
+    """`make test-gpu` on a machine without one says so instead of failing."""
+    import torch
+
+    if os.environ.get("SHOESTRING_TEST_DEVICE", "cpu") == "cuda" and not torch.cuda.is_available():
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))

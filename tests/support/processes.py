@@ -55,7 +55,9 @@ def run(target: Callable, *args: object, world: int, folder: Path, timeout: floa
     When one is, the others are killed too, as every launcher does. Output goes to `folder`/rank-N.log. A rank that does
     not end in time is killed, and everybody's last words raised.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed chooses when it is imported, in the fork server
+    os.environ.setdefault(
+        "DS_ACCELERATOR", os.environ.get("SHOESTRING_TEST_DEVICE", "cpu")
+    )  # DeepSpeed chooses when it is imported, in the fork server
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     ranks = [

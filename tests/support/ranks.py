@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from toy import ACCUMULATE, STEPS, Explode, Exploded, fingerprint, held_out, loader, toy
+from toy import ACCUMULATE, DEVICE, STEPS, Explode, Exploded, fingerprint, held_out, loader, toy
 
 from shoestring.callbacks.contract import Technique
 from shoestring.callbacks.registry import make, names, technique_class
@@ -123,7 +123,7 @@ class Group:
         run_dir = self.folder / "runs" / (run or case)
         trainer = Trainer(
             techniques=techniques, strategy=self.strategy, devices=self.world, run_dir=run_dir, ledger=False,
-            checkpoint_every=f"{every} steps" if every else None, callbacks=list(callbacks), accelerator="cpu",
+            checkpoint_every=f"{every} steps" if every else None, callbacks=list(callbacks), accelerator=DEVICE,
             max_steps=steps, max_epochs=-1, accumulate_grad_batches=ACCUMULATE, num_sanity_val_steps=0,
             val_check_interval=8, log_every=1, **options,
         )  # fmt: skip

@@ -5,6 +5,7 @@ and samples that are read with a random part: whatever a resumed run fails to re
 """
 
 import hashlib
+import os
 
 import pytorch_lightning as pl
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 VOCAB, WIDTH, LENGTH, CLASSES = 29, 11, 16, 7
 SAMPLES, GLOBAL_BATCH, ACCUMULATE = 72, 8, 2  # nine steps an epoch
+DEVICE = os.environ.get("SHOESTRING_TEST_DEVICE", "cpu")  # or "cuda": make test-gpu
 STEPS = 12  # ends in the middle of the second epoch
 
 
