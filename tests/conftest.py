@@ -5,7 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+# the same examples every time, on machines that others use too
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, here and in every process started from here
 

@@ -26,8 +26,6 @@ from shoestring.trainer.ledger import read
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 
-settings.register_profile("shared machine", deadline=None, derandomize=True)
-settings.load_profile("shared machine")
 SUMMED = {"samples", "tokens", "flops", "kwh"}
 
 

@@ -195,7 +195,7 @@ def _used(total: Mapping[str, Any]) -> str:
 def show_runs(runs: Sequence[RunRow]) -> None:
     """One line a run, newest first."""
     table = Table(box=None, pad_edge=False)
-    columns = ["id", "name", "status", "steps", "loss", "tokens", "tokens/s", "memory", "kWh", "cost", "time", "goal"]
+    columns = ["id", "name", "status", "steps", "loss", "tokens", "tokens/s", "memory", "kWh", "cost", "time", "stopped by"]
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column != "name")
     for run in runs:
