@@ -63,7 +63,9 @@ print(json.dumps({"mode": sink.mode, "delivered": sink.delivered, "dropped": sin
 
 
 def start(directory, mode, rows, ending, **environment):
-    environment = {**os.environ, "HOME": str(directory), "WANDB_API_KEY": "a" * 40, **environment}
+    # wandb leaves its helper's address in the environment of a process that has used it; these have their own
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment = {**clean, "HOME": str(directory), "WANDB_API_KEY": "a" * 40, **environment}
     command = [sys.executable, "-c", RUN, str(directory), mode, str(rows), ending]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
