@@ -195,8 +195,8 @@ def _used(total: Mapping[str, Any]) -> str:
 def show_runs(runs: Sequence[RunRow]) -> None:
     """One line a run, newest first."""
     table = Table(box=None, pad_edge=False)
-    columns = ["id", "name", "status", "steps", "loss", "tokens", "tokens/s", "memory", "kWh", "cost", "time", "stopped by"]
-    for column in columns:
+    figures = ["steps", "loss", "tokens", "tokens/s", "memory", "kWh", "cost", "time"]
+    for column in ("id", "name", "status", *figures, "stopped by"):
         table.add_column(column, overflow="fold", no_wrap=column != "name")
     for run in runs:
         loss = run.metrics.get("val_loss", run.metrics.get("loss"))
