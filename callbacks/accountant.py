@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 from .agreement import Agreement
 from .budget import Budget, Guard, ImpossibleBudget, refuse_uncounted
 from .clock import Clock, Spend
-from .contract import Technique
+from .contract import Technique, silence
 from .energy import EnergyMeter, SteadyEnergy
 from .flops import StepFlops
 from .meter import EvaluationTimer, Windows, batch_size
@@ -26,6 +26,7 @@ from .meter import EvaluationTimer, Windows, batch_size
 SIGNAL, HORIZON, SAVE, SAMPLES, TOKENS, COUNTED, REALISED, JOULES = range(8)
 
 
+@silence
 class Accountant(pl.Callback):
     """Counts what a run spends and stops it at the budget's end, on every rank at the same step.
 
