@@ -35,8 +35,9 @@ WARMUP = 30
 class Probe(pl.LightningModule):
     """A model that notes, in its own training step, when the measured stretch begins and ends."""
 
-    def __init__(self, net: nn.Module, steps: int, count: bool) -> None:
+    def __init__(self, net: nn.Module, steps: int, count: bool, scheduled: bool) -> None:
         super().__init__()
+        self.scheduled = scheduled
         self.net, self.steps, self.count = net, steps, count
         self.seen = self.calls = 0
         self.began = self.seconds = 0.0
@@ -60,8 +61,14 @@ class Probe(pl.LightningModule):
         if event in ("call", "c_call"):
             self.calls += 1
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+    def configure_optimizers(self) -> Any:
+        """All three decay the rate linearly, step by step: ours by its clock, the others by torch's scheduler."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+        if not self.scheduled:
+            return optimizer
+        steps = WARMUP + self.steps + 1
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class Encoder(nn.Module):
@@ -87,13 +94,15 @@ def transformer() -> tuple[nn.Module, torch.Tensor]:
 
 
 def raw(module: Probe, loader: DataLoader[Any], steps: int) -> None:
-    optimizer = module.configure_optimizers()
+    told = module.configure_optimizers()
+    optimizer, scheduler = told["optimizer"], told["lr_scheduler"]["scheduler"]
     done = 0
     while done < steps:
         for index, batch in enumerate(loader):
             loss = module.training_step(batch, index)
             loss.backward()
             optimizer.step()
+            scheduler.step()
             optimizer.zero_grad()
             done += 1
             if done == steps:
@@ -131,7 +140,7 @@ def once(
     torch.manual_seed(0)
     net, inputs = make()
     data = TensorDataset(inputs, torch.randint(0, 10, (len(inputs),)))
-    module = Probe(net, steps, count)
+    module = Probe(net, steps, count, scheduled=run is not ours)
     run(module, DataLoader(data, batch_size=8, shuffle=True), WARMUP + steps + 1)
     return module.calls / steps if count else module.seconds / steps
 

@@ -98,6 +98,7 @@ class Guard:
     """
 
     WINDOW = 100  # steps whose cost is remembered
+    FAR = 200  # steps from the end, where looking at every eighth is enough
     MILE = 3  # the last steps, which are counted at what a dear one costs
     HYSTERESIS, PACE, LEAP = 0.02, 0.8, 0.2
 
@@ -210,7 +211,9 @@ class Guard:
 
     # -- deciding ---------------------------------------------------------------------------------------------------
     def decide(self, clock: Clock) -> int | None:
-        """A new last step, if the end should move; otherwise None."""
+        """A new last step, if the end should move; otherwise None. While the end is far it is asked now and then."""
+        if clock.horizon is not None and clock.horizon - clock.step > self.FAR and clock.step % 8:
+            return None
         forecast = self.forecast(clock)
         if forecast is None:
             return None

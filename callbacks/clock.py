@@ -17,7 +17,7 @@ This module imports neither torch nor Lightning.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from .. import ShoestringError
@@ -95,7 +95,7 @@ class Spend:
         return Spend(**{name: amount - before[name] for name, amount in self.as_dict().items()})
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Spend:
