@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -254,7 +254,3 @@ def derive_seed(seed: int, *names: object) -> int:
     """A 63-bit seed from the run's seed and names. Unlike `hash`, the same in every process."""
     text = "/".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def cards(techniques: Iterable[Technique]) -> list[Card]:
-    return [technique.card for technique in techniques]

@@ -67,7 +67,7 @@ def test_light_packages_load_without_torch() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_every_module_imports(path: Path) -> None:
     name = ".".join(("shoestring", *path.with_suffix("").parts)).removesuffix(".__init__")
-    importlib.import_module(name)
+    assert importlib.import_module(name).__name__ == name
 
 
 def test_pyproject_lists_every_package() -> None:

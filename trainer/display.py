@@ -220,7 +220,3 @@ def show_findings(findings: Iterable[Finding]) -> None:
         console.print(f"{marks[finding.ok]:>20}  {finding.name}: {finding.found}")
         if finding.ok is not True and finding.mend:
             console.print(f"            {finding.mend}", markup=False)
-
-
-def warn(text: str) -> None:
-    print(text, file=sys.stderr)
