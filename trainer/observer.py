@@ -213,8 +213,9 @@ class Observer(Accountant):
         super().set_aside(trainer)
         if not self.final_evaluation:
             self.guard.reserve_seconds = 0.0
-        self.closing_seconds = self.saver.seconds
-        self.guard.reserve_seconds += 2 * self.saver.seconds  # the final weights take no longer than a checkpoint
+        # the final weights take no longer than a checkpoint; the same again for a machine that is slow just then
+        self.closing_seconds = 2 * self.saver.seconds
+        self.guard.reserve_seconds += self.saver.seconds + self.closing_seconds
         if self.every is not None:
             self.guard.pauses["checkpoint"] = (steps_in(self.clock, self.every), self.saver.seconds)
 

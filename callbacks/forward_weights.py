@@ -1,0 +1,64 @@
+"""What layers compute with instead of their weights: masked, quantized or clustered copies, made anew in each forward.
+
+The parameter itself stays where it is and what it is, so optimizers, DDP, ZeRO and checkpoints see nothing of it. For
+the length of a layer's `forward` the attribute `weight` shows `function(name, weight)`; a straight-through function
+lets the gradient reach the parameter. Several of them on one layer apply in the order in which they were installed.
+
+Under ZeRO-3 the whole weight is there during `forward`, gathered by the engine; the copy lives as long as autograd needs
+it, so combine with `gradient_checkpointing` where memory counts (the copy is then made again in the backward pass).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import ShoestringError
+
+
+class NeverUsed(ShoestringError):
+    """A layer's weight was never used through the layer's own `forward`, so it cannot be replaced there."""
+
+
+class ForwardWeights:
+    """Let the layers that own the weights `names` of `module` see `function(name, weight)` until `remove`d.
+
+    A weight that several layers share is replaced in each of them.
+    """
+
+    def __init__(self, module: nn.Module, names: Iterable[str], function: Callable[[str, Tensor], Tensor]) -> None:
+        wanted = {id(p): name for name, p in module.named_parameters() if name in frozenset(names)}
+        self._unused = set(wanted.values())
+        self._function = function
+        self._handles: list[Any] = []
+        for layer in module.modules():
+            weight = layer._parameters.get("weight")
+            if weight is not None and id(weight) in wanted:
+                self._install(layer, wanted[id(weight)])
+
+    def _install(self, layer: nn.Module, name: str) -> None:
+        def show(layer: nn.Module, inputs: Any) -> None:
+            self._unused.discard(name)
+            # an instance's own attribute is found before its parameters
+            layer.__dict__["weight"] = self._function(name, layer.weight)  # type: ignore[arg-type]
+
+        def hide(layer: nn.Module, inputs: Any, output: Any) -> None:
+            layer.__dict__.pop("weight", None)
+
+        self._handles.append(layer.register_forward_pre_hook(show))
+        self._handles.append(layer.register_forward_hook(hide, always_call=True))
+
+    def check_used(self, technique: str) -> None:
+        """Raise `NeverUsed` if some layer has not run by now: call it after the first step."""
+        if self._unused:
+            raise NeverUsed(
+                f"{technique}: {', '.join(sorted(self._unused))} took no part in the first step through the forward of "
+                f"its layer (nn.MultiheadAttention reads the weight of its out_proj itself). Add it to `skip`."
+            )
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
