@@ -4,8 +4,8 @@ The parameter itself stays where it is and what it is, so optimizers, DDP, ZeRO 
 the length of a layer's `forward` the attribute `weight` shows `function(name, weight)`; a straight-through function
 lets the gradient reach the parameter. Several of them on one layer apply in the order in which they were installed.
 
-Under ZeRO-3 the whole weight is there during `forward`, gathered by the engine; the copy lives as long as autograd needs
-it, so combine with `gradient_checkpointing` where memory counts (the copy is then made again in the backward pass).
+Under ZeRO-3 the whole weight is there during `forward`, gathered by the engine; the copy lives as long as autograd
+needs it, so combine with `gradient_checkpointing` where memory counts: backward then makes the copy again.
 """
 
 from __future__ import annotations

@@ -56,5 +56,5 @@ def test_a_layer_that_never_runs_is_named():
     shown = ForwardWeights(attention, ["out_proj.weight"], lambda name, w: w * 0)
     x = torch.ones(2, 1, 4)
     attention(x, x, x)
-    with pytest.raises(NeverUsed, match="out_proj.weight"):
+    with pytest.raises(NeverUsed, match=r"out_proj\.weight"):
         shown.check_used("n_m")
