@@ -27,6 +27,19 @@ class Rule:
     mend: str = ""
 
 
+PRUNING = (
+    "gradual_pruning",
+    "set",
+    "rigl",
+    "top_kast",
+    "movement_pruning",
+    "n_m",
+    "snip",
+    "grasp",
+    "synflow",
+    "lottery_ticket",
+)  # techniques that set weights to zero
+
 INTERACTIONS: tuple[Rule, ...] = (
     Rule(
         first="lr_scaling",
@@ -35,12 +48,15 @@ INTERACTIONS: tuple[Rule, ...] = (
         why="the schedule multiplies the learning rate that the scaling rule has set",
         source="arXiv 1706.02677 §2.2",
     ),
-    Rule(
-        first="gradual_pruning",
-        second="weight_averaging",
-        verdict="order",
-        why="averages are taken of masked weights; a weight pruned to zero is zero in the average too",
-        source="arXiv 1710.01878",
+    *(
+        Rule(
+            first=pruning,
+            second="weight_averaging",
+            verdict="order",
+            why="averages are taken of masked weights; a weight pruned to zero is zero in the average too",
+            source="arXiv 1710.01878",
+        )
+        for pruning in PRUNING
     ),
     Rule(
         first="competence_curriculum",

@@ -27,6 +27,15 @@ TECHNIQUES: dict[str, str] = {
     "mixed_precision": "system.mixed_precision:MixedPrecision",
     # sparsity
     "gradual_pruning": "sparsity.gradual_pruning:GradualPruning",
+    "set": "sparsity.set:SET",
+    "rigl": "sparsity.rigl:RigL",
+    "top_kast": "sparsity.top_kast:TopKAST",
+    "movement_pruning": "sparsity.movement_pruning:MovementPruning",
+    "n_m": "sparsity.n_m:NM",
+    "snip": "sparsity.snip:SNIP",
+    "grasp": "sparsity.grasp:GraSP",
+    "synflow": "sparsity.synflow:SynFlow",
+    "lottery_ticket": "sparsity.lottery_ticket:LotteryTicket",
 }
 
 

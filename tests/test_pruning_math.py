@@ -12,7 +12,7 @@ from torch import nn
 
 from shoestring.callbacks import GradualPruning
 from shoestring.callbacks.contract import Misconfigured
-from shoestring.callbacks.sparsity.gradual_pruning import prunable
+from shoestring.callbacks.sparsity.masks import prunable
 from shoestring.callbacks.sparsity.schedules import cubic
 from shoestring.trainer import Budget
 

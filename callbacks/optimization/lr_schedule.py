@@ -26,11 +26,17 @@ def factor(shape: str, progress: float, warmed: float, floor: float = 0.0) -> fl
     return warmed * (floor + (1.0 - floor) * SHAPES[shape](min(1.0, progress)))
 
 
+def within_cycle(progress: float, cycles: int) -> float:
+    """Progress in the cycle that `progress` falls into; the run's end is the last one's end (arXiv 1608.03983)."""
+    return progress * cycles % 1.0 if progress < 1.0 else 1.0
+
+
 class LRSchedule(Technique, pl.Callback):
     """Multiply every parameter group's learning rate by a function of the run's progress.
 
     `shape`: linear | cosine | wsd | rex | constant. `warmup`: a duration ("200 steps", "5%") of linear rise from 0.
-    `floor`: where it ends, as a share of the peak. A step takes the rate of its middle; when the run has ended the rate
+    `floor`: where it ends, as a share of the peak. `cycles`: how often it is run, warmup included once (for
+    `lottery_ticket`, its rounds + 1). A step takes the rate of its middle; when the run has ended the rate
     is at its floor.
     """
 
@@ -42,14 +48,16 @@ class LRSchedule(Technique, pl.Callback):
         writes=frozenset({"lr"}),
     )
 
-    def __init__(self, *, shape: str = "linear", warmup: str = "0%", floor: float = 0.0) -> None:
+    def __init__(self, *, shape: str = "linear", warmup: str = "0%", floor: float = 0.0, cycles: int = 1) -> None:
         self.shape = shape
         self.warmup = warmup
         self.floor = floor
+        self.cycles = cycles
 
     def check(self) -> None:
         require(self.shape in SHAPES, self, "shape", " | ".join(SHAPES))
         require(0 <= self.floor <= 1, self, "floor", "a share between 0 and 1")
+        require(self.cycles > 0, self, "cycles", "a positive number")
         Duration.parse(self.warmup)
 
     @classmethod
@@ -76,7 +84,7 @@ class LRSchedule(Technique, pl.Callback):
     def _set(self, trainer: pl.Trainer, step: float) -> None:
         clock = clock_of(trainer)
         warmed = clock.toward(self._warmup, step) if self._warmup.amount else 1.0
-        scale = factor(self.shape, clock.progress_at(step), warmed, self.floor)
+        scale = factor(self.shape, within_cycle(clock.progress_at(step), self.cycles), warmed, self.floor)
         if self.shape == "constant" and not self._warmup.amount:
             return
         for optimizer, peaks in zip(trainer.optimizers, self._peaks, strict=True):

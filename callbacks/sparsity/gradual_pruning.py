@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Self
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..clock import Duration, clock_of
-from ..contract import Card, Effect, Technique, Workload, require
-from ..shards import Shards, shards_of
-from .schedules import cubic
-from .thresholds import kth_smallest
+from ..contract import BadSetting, Card, Effect, Workload, require
+from ..shards import Shards
+from . import distributions, patterns, saliency, schedules
+from .masks import Masking, require_distribution, select, select_blocks, shapes_of
+
+CRITERIA = ("magnitude", "taylor", "gradient")
+RAMPS = {"cubic": schedules.cubic, "one_shot": schedules.one_shot}
 
 
-def prunable(module: nn.Module, skip: Sequence[str]) -> list[str]:
-    """Names of the weights of linear and convolution layers, but for those that match a pattern in `skip`.
+class GradualPruning(Masking):
+    """Raise the sparsity of linear and convolution weights from 0 to `sparsity` between `start` and `end`.
 
-    Embeddings, norms and biases are never pruned; a weight tied to an embedding is an embedding. A weight shared by
-    layers is named as `named_parameters` does, and left out if it matches under any of its names.
-    """
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    aliases: dict[int, list[str]] = {}
-    for prefix, layer in module.named_modules():
-        weight: Any = getattr(layer, "weight", None)
-        if isinstance(layer, kinds) and weight.requires_grad and id(weight) not in embeddings:
-            aliases.setdefault(id(weight), []).append(f"{prefix}.weight" if prefix else "weight")
-    kept = {
-        weight
-        for weight, names in aliases.items()
-        if not any(fnmatch.fnmatch(name, pattern) for name in names for pattern in skip)
-    }
-    return [name for name, p in module.named_parameters() if id(p) in kept]
+    every         steps between prunings
+    ramp          cubic, or one_shot: all of it at `end`
+    criterion     what is kept: the largest magnitude |w|, taylor |w dL/dw| or gradient |dL/dw| of one global batch
+    distribution  uniform | erk | global (all layers ranked together), or name patterns with each its own sparsity
+    pattern       unstructured, or blocks such as 4x4, 1x16, 1x* (whole output neurons)
+    skip          patterns of parameter names to leave dense
 
-
-class GradualPruning(Technique, pl.Callback):
-    """Raise every prunable weight's sparsity from 0 to `sparsity` between `start` and `end`, every `every` steps.
-
-    `skip`: patterns of parameter names to leave dense. Masks act on gradients at each step and on masters and optimizer
-    states when they change, before the step, which carries the zeros to every copy of the weights; so a pruned weight,
-    its gradient and its moments are exactly 0 under every sharding. Masks only ever shrink. A masked dense weight runs
-    at full cost: the saving in FLOPs is counted, not realised.
+    What is pruned stays pruned. A masked dense weight runs at full cost: the saving in FLOPs is counted, not realised.
     """
 
     card = Card(
@@ -63,12 +48,20 @@ class GradualPruning(Technique, pl.Callback):
         start: str = "10%",
         end: str = "70%",
         every: int = 10,
+        ramp: str = "cubic",
+        criterion: str = "magnitude",
+        distribution: str | Mapping[str, float] = "uniform",
+        pattern: str = "unstructured",
         skip: Sequence[str] = (),
     ) -> None:
         self.sparsity = sparsity
         self.start = start
         self.end = end
         self.every = every
+        self.ramp = ramp
+        self.criterion = criterion
+        self.distribution = distribution
+        self.pattern = pattern
         self.skip = skip
 
     def check(self) -> None:
@@ -77,6 +70,15 @@ class GradualPruning(Technique, pl.Callback):
         start, end = Duration.parse(self.start), Duration.parse(self.end)
         legal = start.counts == end.counts and start.amount < end.amount
         require(legal, self, "end", f"a later moment than start={self.start!r}, in the same unit")
+        require(self.ramp in RAMPS, self, "ramp", " | ".join(RAMPS))
+        require(self.criterion in CRITERIA, self, "criterion", " | ".join(CRITERIA))
+        try:
+            block = patterns.block_of(self.pattern)
+        except ValueError:
+            allowed = 'unstructured, or ROWSxCOLUMNS of a block, "*" for all'
+            raise BadSetting(self.card.name, "pattern", self.pattern, allowed) from None
+        names = distributions.NAMES if block is None else ("uniform", "erk")
+        require_distribution(self, self.distribution, names)
 
     def predict(self, workload: Workload) -> Effect:
         return Effect(flops=1 - 0.6 * self.sparsity, realised=False)
@@ -89,35 +91,22 @@ class GradualPruning(Technique, pl.Callback):
     def inert(cls) -> Self:
         return cls(sparsity=0.0)
 
-    # -- hooks ------------------------------------------------------------------------------------------------------
+    def active(self) -> bool:
+        return self.sparsity > 0
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._masks: dict[str, Tensor] = {}  # this rank's slices, bool
-        self._kept: dict[str, float] = {}
-        self.mask_version = 0
+        super().setup(trainer, pl_module, stage)
         self._start, self._end = Duration.parse(self.start), Duration.parse(self.end)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._names = prunable(pl_module, self.skip)
-        if self.sparsity and not self._names:
-            raise ValueError(f"gradual_pruning finds nothing to prune but what skip={list(self.skip)} leaves out")
-        self._device = pl_module.device
-        self._masks = {name: mask.to(self._device) for name, mask in self._masks.items()}
-
-    @torch.no_grad()
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        if self.sparsity == 0:
-            return
-        shards = shards_of(trainer, pl_module)
-        if not shards.at_boundary():
-            return
+    def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
         target = self._target(trainer)
-        if target > 0 and (trainer.global_step % self.every == 0 or not self._masks):
-            self._prune(shards, target)
-        for name, mask in self._masks.items():
-            if mask.numel() and (gradient := shards.gradient(name)) is not None:
-                shards.set_gradient(name, gradient * mask.to(gradient.device))
+        if target <= 0 or (self._masks and trainer.global_step % self.every):
+            return None
+        scores = {name: self._score(shards, name) for name in self._names}
+        if (block := patterns.block_of(self.pattern)) is None:
+            return select(shards, scores, self.distribution, target)
+        shares = distributions.densities(self.distribution, shapes_of(shards, self._names), target)
+        return select_blocks(shards, scores, block, shares)
 
     def _target(self, trainer: pl.Trainer) -> float:
         clock = clock_of(trainer)
@@ -125,40 +114,15 @@ class GradualPruning(Technique, pl.Callback):
         if begun < 1.0:
             return 0.0
         first = self._start.amount / self._end.amount
-        return cubic((ended - first) / (1.0 - first), self.sparsity)
+        return RAMPS[self.ramp]((ended - first) / (1.0 - first), self.sparsity)
 
-    def _prune(self, shards: Shards, target: float) -> None:
-        """Mask the `target` share of smallest magnitudes of every layer; what is zero already is among them."""
-        scores = [shards.master(name).abs() for name in self._names]
-        counts = [int(target * shards.slices[name].numel) for name in self._names]
-        thresholds = kth_smallest(scores, counts, shards.total)
-        kept = torch.zeros(len(self._names), dtype=torch.int64, device=scores[0].device)
-        for i, (name, score, threshold) in enumerate(zip(self._names, scores, thresholds, strict=True)):
-            mask = score > threshold
-            self._masks[name] = mask
-            kept[i] = mask.sum()
-            shards.master(name).mul_(mask)
-            for state in shards.state(name).values():
-                state.mul_(mask)
-        total = shards.total(kept).tolist()
-        self._kept = {name: n / shards.slices[name].numel for name, n in zip(self._names, total, strict=True)}
-        self.mask_version += 1
-
-    # -- what others may ask ----------------------------------------------------------------------------------------
-    def densities(self) -> dict[str, float]:
-        """Share of weights kept, by parameter name."""
-        return dict(getattr(self, "_kept", {}))
-
-    # -- state ------------------------------------------------------------------------------------------------------
-    def state_dict(self) -> dict[str, Any]:
-        return {"kept": self.densities(), "mask_version": getattr(self, "mask_version", 0)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._kept = state_dict["kept"]
-        self.mask_version = state_dict["mask_version"]
-
-    def fragments(self) -> dict[str, dict[str, Tensor]]:
-        return {"mask": dict(self._masks)} if getattr(self, "_masks", None) else {}
-
-    def load_fragments(self, fragments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._masks = {name: mask.bool() for name, mask in fragments.get("mask", {}).items()}
+    def _score(self, shards: Shards, name: str) -> Tensor:
+        """Scores of this rank's slice, [length]; what is pruned already comes last."""
+        weight, gradient = shards.master(name), shards.gradient(name)
+        mask = self._masks.get(name)
+        mask = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
+        if self.criterion == "magnitude":
+            return saliency.among(mask, weight)
+        gradient = torch.zeros_like(weight) if gradient is None else gradient.to(weight.dtype)
+        scored = saliency.taylor(weight, gradient) if self.criterion == "taylor" else saliency.gradient(gradient)
+        return saliency.among(mask, scored)

@@ -1,8 +1,25 @@
-"""When to prune: sparsity as a function of progress. Pure functions."""
+"""When to prune: sparsity and drop fractions as functions of progress. Pure functions."""
 
 from __future__ import annotations
+
+import math
 
 
 def cubic(ramp: float, final: float, initial: float = 0.0) -> float:
     """s(t) = s_f + (s_i - s_f) (1 - t)^3: fast at first, slow at the end (arXiv 1710.01878, eq. 1)."""
     return final + (initial - final) * (1.0 - min(1.0, max(0.0, ramp))) ** 3
+
+
+def one_shot(ramp: float, final: float, initial: float = 0.0) -> float:
+    """All at once, when the ramp has ended."""
+    return final if ramp >= 1.0 else initial
+
+
+def cosine_decay(ramp: float, start: float) -> float:
+    """start / 2 (1 + cos(pi t)), from `start` at 0 to 0 at 1 (arXiv 1911.11134, eq. 1)."""
+    return start / 2 * (1.0 + math.cos(math.pi * min(1.0, max(0.0, ramp))))
+
+
+def rounds(done: int, of: int, final: float) -> float:
+    """Sparsity after `done` of `of` rounds that each keep the same share of what is left (arXiv 1803.03635)."""
+    return 1.0 - (1.0 - final) ** (done / of)

@@ -38,8 +38,11 @@ class Trace(pl.Callback):
 
     def setup(self, trainer, pl_module, stage):
         plain, saved = pl_module.training_step, self.parts["activations"]
+        self.training = False
 
         def measured(batch, batch_idx):
+            if not self.training:  # some look at the module before
+                return plain(batch, batch_idx)
             kept = {}
 
             def pack(tensor):
@@ -52,6 +55,9 @@ class Trace(pl.Callback):
             return loss
 
         pl_module.training_step = measured
+
+    def on_train_start(self, trainer, pl_module):
+        self.training = True
 
     def teardown(self, trainer, pl_module, stage):
         del pl_module.training_step

@@ -170,6 +170,11 @@ class Group:
             "bf16": self.train("masks-bf16", pruning.example(), make("mixed_precision"), **clip),
         }
 
+    def topology(self) -> dict:
+        """Fifty steps in which connections move three times."""
+        told = {"sparsity": 0.6, "drop_fraction": 0.5, "every": 12}
+        return {n: self.train(f"topology-{n}", make(n, told), dropout=0.0, steps=50) for n in ("set", "rigl")}
+
     def offload(self) -> dict:
         offload = OFFLOADS[self.strategy]
         pruning = technique_class("gradual_pruning").example()
@@ -235,7 +240,7 @@ def main(strategy: str, folder: Path) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     group = Group(strategy, folder)
     cases = {"absent": group.absent, **{name: (lambda name=name: group.technique(name)) for name in names()}}
-    cases["masks"] = group.masks
+    cases |= {"masks": group.masks, "topology": group.topology}
     if strategy in OFFLOADS:
         cases["offload"] = group.offload
     if strategy == "ddp":

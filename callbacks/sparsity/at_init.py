@@ -1,0 +1,171 @@
+"""What techniques share that prune once, before training: the data they look at, and when.
+
+They look at the whole module in `setup`, before any strategy has sharded it, so second derivatives and many passes cost
+nothing but that moment. All ranks read the same samples and take rank 0's decision; then the masks hold as anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Self
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..contract import Effect, Workload, derive_seed, require
+from ..seeding import seeded
+from ..shards import Shards, shards_of
+from . import distributions
+from .masks import Masking, must_find, require_distribution
+from .selection import keep_largest
+
+Weights = Mapping[str, nn.Parameter]
+
+
+class PruneAtInit(Masking):
+    """Base of SNIP, GraSP and SynFlow, which differ in `scores` alone.
+
+    sparsity      share of weights that are 0, from the first step to the last
+    samples       how many training samples to look at, drawn by the run's seed
+    distribution  global (all layers ranked together) | uniform | erk, or name patterns with each its own sparsity
+    skip          patterns of parameter names to leave dense
+
+    The training data must be there when the run is set up, and the model whole (not made under zero.Init).
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: float = 0.9,
+        samples: int = 128,
+        distribution: str | Mapping[str, float] = "global",
+        skip: Sequence[str] = (),
+    ) -> None:
+        self.sparsity = sparsity
+        self.samples = samples
+        self.distribution = distribution
+        self.skip = skip
+
+    def check(self) -> None:
+        require(0 <= self.sparsity < 1, self, "sparsity", "a share in [0, 1)")
+        require(self.samples > 0, self, "samples", "a positive number")
+        require_distribution(self, self.distribution, distributions.NAMES)
+
+    def predict(self, workload: Workload) -> Effect:
+        return Effect(flops=1 - self.sparsity, realised=False)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(sparsity=0.6, samples=8)
+
+    @classmethod
+    def inert(cls) -> Self:
+        return cls(sparsity=0.0)
+
+    def active(self) -> bool:
+        return self.sparsity > 0
+
+    def scores(self, module: pl.LightningModule, weights: Weights, batches: Sequence[Any]) -> dict[str, Tensor]:
+        """How much each weight matters, by name, in its shape; larger means kept."""
+        raise NotImplementedError
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not self.active() or trainer.state.fn != "fit":
+            return
+        names = must_find(pl_module, self.skip, self.card.name)
+        weights = {name: p for name, p in pl_module.named_parameters() if name in names}
+        if any(hasattr(p, "ds_tensor") for p in weights.values()):
+            raise ValueError(f"{self.card.name} looks at the whole model, and this one is sharded from the start")
+        pl_module.to(trainer.strategy.root_device)
+        seed = derive_seed(getattr(trainer, "seed", 0), self.card.name)
+        with seeded(seed), _undisturbed(pl_module):
+            batches = [pl_module.transfer_batch_to_device(b, pl_module.device, 0) for b in self._batches(trainer, seed)]
+            scores = self.scores(pl_module, weights, batches)
+        masks = trainer.strategy.broadcast(self._choose(scores))
+        self._wholes: dict[str, Tensor] = {name: mask.to(weights[name].device) for name, mask in masks.items()}
+        with torch.no_grad():
+            for name, mask in self._wholes.items():
+                weights[name].mul_(mask)
+
+    def _batches(self, trainer: pl.Trainer, seed: int) -> list[Any]:
+        """Micro-batches of the first samples of an order of our own; no loader's generator is touched."""
+        loader = trainer.fit_loop._data_source.dataloader()
+        if not isinstance(loader, DataLoader):
+            raise ValueError(f"{self.card.name} needs one DataLoader to draw samples from, not {type(loader).__name__}")
+        dataset: Any = loader.dataset
+        if isinstance(dataset, IterableDataset):
+            samples = list(islice(iter(dataset), self.samples))
+        else:
+            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+            samples = [dataset[i] for i in order[: self.samples].tolist()]
+        size = loader.batch_size or len(samples)
+        return [loader.collate_fn(samples[i : i + size]) for i in range(0, len(samples), size)]
+
+    def _choose(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, score in scores.items():
+            if not bool(score.isfinite().all()):
+                raise ValueError(
+                    f"{self.card.name}: scores of {name} are not finite; skip it, or use another criterion"
+                )
+        shapes = {name: score.shape for name, score in scores.items()}
+        flat = {name: score.detach().reshape(-1) for name, score in scores.items()}
+        if self.distribution == "global":
+            starts, count = [], 0
+            for score in flat.values():
+                starts.append(count)
+                count += score.numel()
+            pieces = list(zip(flat.values(), starts, strict=True))
+            (found,) = keep_largest([pieces], [count - int(self.sparsity * count)], _all_here)
+        else:
+            shares = distributions.densities(self.distribution, shapes, self.sparsity)
+            counts = distributions.keep(shares, shapes)
+            groups = [[(score, 0)] for score in flat.values()]
+            found = [mask for (mask,) in keep_largest(groups, [counts[name] for name in flat], _all_here)]
+        return {name: mask.view(shapes[name]).cpu() for name, mask in zip(flat, found, strict=True)}
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if not self.active() or self._masks:
+            return
+        if trainer.global_step:
+            raise ValueError(f"{self.card.name}: what is resumed holds no masks; start over, or without this technique")
+        shards = shards_of(trainer, pl_module)
+        self.hold(shards, {name: shards.slices[name].cut(self._wholes.pop(name)) for name in self._names})
+
+    def revise(self, trainer: pl.Trainer, shards: Shards) -> None:
+        return None
+
+
+def _all_here(values: Tensor) -> Tensor:
+    return values
+
+
+@contextmanager
+def _undisturbed(module: pl.LightningModule) -> Iterator[None]:
+    """Run the module's steps without their logs, and leave buffers, gradients and modes as they were."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    training, before = module.training, set(vars(module))
+    module.__dict__["log"] = module.__dict__["log_dict"] = lambda *args, **kwargs: None
+    module.train()
+    try:
+        yield
+    finally:
+        del module.__dict__["log"], module.__dict__["log_dict"]
+        for left in set(vars(module)) - before:
+            delattr(module, left)
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])
+        module.train(training)
+
+
+def loss_of(module: pl.LightningModule, batch: Any) -> Tensor:
+    """The loss that training would see."""
+    found = module.training_step(batch, 0)
+    return found["loss"] if isinstance(found, Mapping) else found  # type: ignore[return-value]

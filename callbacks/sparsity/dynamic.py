@@ -1,0 +1,136 @@
+"""Sparse from the start to the end, with connections that move: what SET and RigL share.
+
+Every `every` steps until `stop`, each layer drops the weakest of its connections and grows as many new ones, which
+start at 0 with fresh moments. How many: a cosine from `drop_fraction` to 0. The gradients of pruned weights are looked at in
+those steps alone, and there they are the true dense ones of the global batch, however they are sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ..clock import Duration, clock_of
+from ..contract import Effect, Workload, derive_seed, require
+from ..shards import Shards, shards_of
+from . import distributions, saliency, schedules
+from .masks import Masking, require_distribution, select_counts, shapes_of
+
+
+class DynamicSparse(Masking):
+    """Base of SET and RigL, which differ in `growth` alone.
+
+    sparsity       share of weights that are 0, from the first step to the last
+    distribution   erk | uniform, or name patterns with each its own sparsity
+    drop_fraction  share of connections that move at first; 0 leaves them where they are (static sparse training)
+    every, stop    steps between updates, and the duration after which connections stay
+    rescale        divide initial weights by the root of their layer's density, which keeps activations as large
+    start_from     which connections there are at first: random, or magnitude (for a model that is trained already)
+    skip           patterns of parameter names to leave dense
+
+    With small batches `every` should be larger: a grown weight needs time to grow (arXiv 2102.02887).
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: float = 0.9,
+        distribution: str | Mapping[str, float] = "erk",
+        drop_fraction: float = 0.3,
+        every: int = 100,
+        stop: str = "75%",
+        rescale: bool = True,
+        start_from: str = "random",
+        skip: Sequence[str] = (),
+    ) -> None:
+        self.sparsity = sparsity
+        self.distribution = distribution
+        self.drop_fraction = drop_fraction
+        self.every = every
+        self.stop = stop
+        self.rescale = rescale
+        self.start_from = start_from
+        self.skip = skip
+
+    def check(self) -> None:
+        require(0 <= self.sparsity < 1, self, "sparsity", "a share in [0, 1)")
+        require_distribution(self, self.distribution, ("uniform", "erk"))
+        require(0 <= self.drop_fraction <= 1, self, "drop_fraction", "a share in [0, 1]")
+        require(self.every > 0, self, "every", "a positive number of steps")
+        require(self.start_from in ("random", "magnitude"), self, "start_from", "random | magnitude")
+        Duration.parse(self.stop)
+
+    def predict(self, workload: Workload) -> Effect:
+        return Effect(flops=(1 - self.sparsity), realised=False)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(sparsity=0.6, drop_fraction=0.5, every=3)
+
+    @classmethod
+    def inert(cls) -> Self:
+        return cls(sparsity=0.0)
+
+    def active(self) -> bool:
+        return self.sparsity > 0
+
+    def growth(self, shards: Shards, name: str, step: int) -> Tensor:
+        """Scores of connections that may grow, [length]."""
+        raise NotImplementedError
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._stop = Duration.parse(self.stop)
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if not self.active():
+            return
+        self._seed = derive_seed(getattr(trainer, "seed", 0), self.card.name)
+        if self._masks:
+            return
+        if trainer.global_step:
+            raise ValueError(f"{self.card.name}: what is resumed holds no masks; start over, or without this technique")
+        self._begin(shards_of(trainer, pl_module))
+
+    def _begin(self, shards: Shards) -> None:
+        shapes = shapes_of(shards, self._names)
+        shares = distributions.densities(self.distribution, shapes, self.sparsity)
+        scores = {name: self._first(shards, name) for name in self._names}
+        self.hold(shards, select_counts(shards, scores, distributions.keep(shares, shapes)))
+        for name, density in self.densities().items() if self.rescale else ():
+            shards.master(name).div_(density**0.5)
+        shards.publish()
+
+    def _first(self, shards: Shards, name: str) -> Tensor:
+        weight = shards.master(name)
+        return self._random(shards, name, 0) if self.start_from == "random" else saliency.magnitude(weight)
+
+    def _random(self, shards: Shards, name: str, step: int) -> Tensor:
+        where = shards.slices[name]
+        return where.cut(saliency.random(where.numel, self._seed, name, step)).to(shards.master(name).device)
+
+    def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
+        step = trainer.global_step
+        ended = clock_of(trainer).toward(self._stop)
+        fraction = schedules.cosine_decay(ended, self.drop_fraction)
+        if step == 0 or step % self.every or ended >= 1.0 or fraction == 0:
+            return None
+        return self._move(shards, fraction, step)
+
+    def _move(self, shards: Shards, fraction: float, step: int) -> dict[str, Tensor]:
+        """Drop the smallest `fraction` of each layer's weights, and grow as many. A weight just dropped may regrow."""
+        sizes = {name: shards.slices[name].numel for name in self._names}
+        active = {name: round(self._kept[name] * sizes[name]) for name in self._names}
+        moved = {name: min(int(fraction * active[name]), sizes[name] - active[name]) for name in self._names}
+        magnitudes = {name: saliency.among(self._masks[name], shards.master(name)) for name in self._names}
+        kept = select_counts(shards, magnitudes, {name: active[name] - moved[name] for name in self._names})
+        scores = {name: saliency.among(~kept[name], self.growth(shards, name, step)) for name in self._names}
+        grown = select_counts(shards, scores, moved)
+        return {name: kept[name] | grown[name] for name in self._names}

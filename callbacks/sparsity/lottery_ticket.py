@@ -1,0 +1,127 @@
+"""Lottery tickets: prune after training, rewind what is left to where it was, and train again (arXiv 1803.03635)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ..clock import Duration, clock_of
+from ..contract import Card, Effect, Workload, require
+from ..shards import Shards
+from . import distributions, saliency, schedules
+from .masks import Masking, require_distribution, select
+
+
+class LotteryTicket(Masking):
+    """Iterative magnitude pruning with rewinding, inside one budget.
+
+    The run has `rounds` + 1 equal parts. After each but the last, the smallest weights go, an equal share of what is
+    left, until `sparsity`; all parameters return to what they were after `rewind` of the run (0% is initialization; a
+    little later suits larger models, arXiv 1912.05671) and the optimizer starts afresh. Give the learning rate its
+    cycles too: `lr_schedule` with cycles = rounds + 1. `distribution`: global | uniform | erk, or name patterns with
+    each its own sparsity; `skip`: names to leave dense. Keeps one more copy of the weights.
+    """
+
+    card = Card(
+        name="lottery_ticket",
+        does="prunes after training, rewinds what is left and trains it again",
+        paper="1803.03635",
+        saves=frozenset({"size"}),
+        writes=frozenset({"weights", "gradients", "optimizer"}),
+        refuses=frozenset({"muon"}),
+    )
+
+    def __init__(
+        self,
+        *,
+        sparsity: float = 0.8,
+        rounds: int = 3,
+        rewind: str = "2%",
+        distribution: str | Mapping[str, float] = "global",
+        skip: Sequence[str] = (),
+    ) -> None:
+        self.sparsity = sparsity
+        self.rounds = rounds
+        self.rewind = rewind
+        self.distribution = distribution
+        self.skip = skip
+
+    def check(self) -> None:
+        require(0 <= self.sparsity < 1, self, "sparsity", "a share in [0, 1)")
+        require(self.rounds > 0, self, "rounds", "a positive number")
+        require_distribution(self, self.distribution, distributions.NAMES)
+        early = Duration.parse(self.rewind)
+        legal = early.counts != "progress" or early.amount < 1 / (self.rounds + 1)
+        require(legal, self, "rewind", f"a moment before the first of {self.rounds} rounds ends")
+
+    def predict(self, workload: Workload) -> Effect:
+        return Effect(states=1 + 4 / 16)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(sparsity=0.6, rounds=2, rewind="1 steps")
+
+    @classmethod
+    def inert(cls) -> Self:
+        return cls(sparsity=0.0)
+
+    def active(self) -> bool:
+        return self.sparsity > 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._rewound: dict[str, Tensor] = {}  # this rank's slices of all parameters as they were
+        self._done = 0
+        self._rewind = Duration.parse(self.rewind)
+
+    def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
+        clock = clock_of(trainer)
+        if not self._rewound and clock.toward(self._rewind) >= 1.0:
+            self._rewound = {name: shards.master(name).clone() for name in shards.slices}
+        if self._done >= self.rounds or clock.progress < (self._done + 1) / (self.rounds + 1):
+            return None
+        self._done += 1
+        target = schedules.rounds(self._done, self.rounds, self.sparsity)
+        scores = {name: self._score(shards, name) for name in self._names}
+        masks = select(shards, scores, self.distribution, target)
+        self._return(shards)
+        return masks
+
+    def _score(self, shards: Shards, name: str) -> Tensor:
+        weight = shards.master(name)
+        mask = self._masks.get(name, torch.ones_like(weight, dtype=torch.bool))
+        return saliency.among(mask, weight)
+
+    def _return(self, shards: Shards) -> None:
+        """Parameters as they were, the optimizer as new, and no step on gradients of weights that are gone."""
+        for name, before in self._rewound.items():
+            shards.master(name).copy_(before)
+            for state in shards.state(name).values():
+                state.zero_()
+            for key, value in shards.scalars(name).items():
+                if torch.is_tensor(value):
+                    value.zero_()
+                elif key == "step":
+                    shards.restore(name, {}, {key: type(value)(0)})
+            if (gradient := shards.gradient(name)) is not None:
+                shards.set_gradient(name, torch.zeros_like(gradient))
+
+    # -- state ------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "done": getattr(self, "_done", 0)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._done = state_dict["done"]
+
+    def fragments(self) -> dict[str, dict[str, Tensor]]:
+        rewound = getattr(self, "_rewound", {})
+        return {**super().fragments(), **({"rewound": dict(rewound)} if rewound else {})}
+
+    def load_fragments(self, fragments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        super().load_fragments(fragments)
+        self._rewound = dict(fragments.get("rewound", {}))

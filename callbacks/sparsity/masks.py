@@ -1,0 +1,172 @@
+"""What techniques share that prune weights in place: which weights, and how masks hold under every sharding.
+
+A mask acts on gradients at every step, and on master weights and optimizer states when it changes; both before the
+step, which carries the zeros to every copy. So a masked weight, its gradient and its moments are exactly 0 under one
+device, DDP and ZeRO-1/2/3, and keeping them so costs no communication. A rank keeps the masks of its own slices only.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from ..contract import Technique, require
+from ..shards import Shards, shards_of
+from . import distributions, patterns
+from .selection import keep_largest
+
+
+def prunable(module: nn.Module, skip: Sequence[str]) -> list[str]:
+    """Names of the weights of linear and convolution layers, but for those that match a pattern in `skip`.
+
+    Embeddings, norms and biases are never pruned; a weight tied to an embedding is an embedding. A weight shared by
+    layers is named as `named_parameters` does, and left out if it matches under any of its names.
+    """
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    aliases: dict[int, list[str]] = {}
+    for prefix, layer in module.named_modules():
+        weight: Any = getattr(layer, "weight", None)
+        if isinstance(layer, kinds) and weight.requires_grad and id(weight) not in embeddings:
+            aliases.setdefault(id(weight), []).append(f"{prefix}.weight" if prefix else "weight")
+    kept = {
+        weight
+        for weight, names in aliases.items()
+        if not any(fnmatch.fnmatch(name, pattern) for name in names for pattern in skip)
+    }
+    return [name for name, p in module.named_parameters() if id(p) in kept]
+
+
+def must_find(module: nn.Module, skip: Sequence[str], technique: str) -> list[str]:
+    """`prunable`, or a `ValueError` if there is nothing."""
+    if not (names := prunable(module, skip)):
+        raise ValueError(f"{technique} finds nothing to prune but what skip={list(skip)} leaves out")
+    return names
+
+
+def require_distribution(technique: Technique, distribution: str | Mapping[str, float], names: Sequence[str]) -> None:
+    if isinstance(distribution, str):
+        require(distribution in names, technique, "distribution", f"{' | '.join(names)}, or patterns with a sparsity")
+    else:
+        legal = all(0 <= share < 1 for share in distribution.values())
+        require(legal, technique, "distribution", "patterns of names, each with a share in [0, 1)")
+
+
+def shapes_of(shards: Shards, names: Sequence[str]) -> dict[str, torch.Size]:
+    return {name: shards.slices[name].shape for name in names}
+
+
+def select(
+    shards: Shards, scores: Mapping[str, Tensor], distribution: str | Mapping[str, float], sparsity: float
+) -> dict[str, Tensor]:
+    """Masks of this rank's slices that keep the largest `scores` ([length] each). Collective where sharded.
+
+    "global" ranks the scores of all layers together; other distributions keep a share of each layer.
+    """
+    names = list(scores)
+    shapes = shapes_of(shards, names)
+    if distribution == "global":
+        pieces, base = [], 0
+        for name in names:
+            pieces.append((scores[name], base + shards.slices[name].offset))
+            base += shapes[name].numel()
+        (masks,) = keep_largest([pieces], [base - int(sparsity * base)], shards.total)
+        return dict(zip(names, masks, strict=True))
+    counts = distributions.keep(distributions.densities(distribution, shapes, sparsity), shapes)
+    return select_counts(shards, scores, counts)
+
+
+def select_counts(shards: Shards, scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """Masks that keep so many of each layer. Collective where sharded."""
+    groups = [[(score, shards.slices[name].offset)] for name, score in scores.items()]
+    found = keep_largest(groups, [counts[name] for name in scores], shards.total)
+    return {name: mask for name, (mask,) in zip(scores, found, strict=True)}
+
+
+def select_blocks(
+    shards: Shards, scores: Mapping[str, Tensor], block: tuple[int, int], shares: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """As `select`, in whole blocks, which may lie across ranks: one layer at a time is gathered."""
+    masks = {}
+    for name, score in scores.items():
+        whole = patterns.blocks(shards.gather(name, score), block, shares[name])
+        masks[name] = shards.slices[name].cut(whole).to(score.device)
+    return masks
+
+
+class Masking(Technique, pl.Callback):
+    """Base of the techniques above. `revise` says which masks are new before a step."""
+
+    skip: Sequence[str]
+
+    def active(self) -> bool:
+        """False at strength 0."""
+        raise NotImplementedError
+
+    def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
+        """Masks to hold from this step on, by name; None leaves them as they are. At the boundary only."""
+        raise NotImplementedError
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._masks: dict[str, Tensor] = {}  # this rank's slices, bool
+        self._kept: dict[str, float] = {}
+        self.mask_version = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.active():
+            return
+        self._names = must_find(pl_module, self.skip, self.card.name)
+        self._masks = {name: mask.to(pl_module.device) for name, mask in self._masks.items()}
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if not self.active():
+            return
+        shards = shards_of(trainer, pl_module)
+        if not shards.at_boundary():
+            return
+        if (revised := self.revise(trainer, shards)) is not None:
+            self.hold(shards, revised)
+        for name, mask in self._masks.items():
+            if mask.numel() and (gradient := shards.gradient(name)) is not None:
+                shards.set_gradient(name, gradient * mask.to(gradient.device))
+
+    def hold(self, shards: Shards, masks: Mapping[str, Tensor]) -> None:
+        """Make these the masks, of weights and optimizer states too. Collective where sharded."""
+        kept = torch.zeros(len(masks), dtype=torch.int64, device=next(iter(masks.values())).device)
+        for i, (name, mask) in enumerate(masks.items()):
+            self._masks[name] = mask
+            kept[i] = mask.sum()
+            shards.master(name).mul_(mask)
+            for state in shards.state(name).values():
+                state.mul_(mask)
+        total = shards.total(kept).tolist()
+        self._kept.update({name: n / shards.slices[name].numel for name, n in zip(masks, total, strict=True)})
+        self.mask_version += 1
+
+    # -- what others may ask ----------------------------------------------------------------------------------------
+    def densities(self) -> dict[str, float]:
+        """Share of weights kept, by parameter name."""
+        return dict(getattr(self, "_kept", {}))
+
+    # -- state ------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self.densities(), "mask_version": getattr(self, "mask_version", 0)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._kept = dict(state_dict["kept"])
+        self.mask_version = state_dict["mask_version"]
+
+    def fragments(self) -> dict[str, dict[str, Tensor]]:
+        return {"mask": dict(self._masks)} if getattr(self, "_masks", None) else {}
+
+    def load_fragments(self, fragments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._masks = {name: mask.bool() for name, mask in fragments.get("mask", {}).items()}

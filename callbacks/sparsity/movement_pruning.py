@@ -1,0 +1,102 @@
+"""Movement pruning: keep the weights that move away from zero (arXiv 2005.07683)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ..clock import Duration, clock_of
+from ..contract import Card, Effect, Workload, require
+from ..shards import Shards
+from . import saliency
+from .masks import require_distribution, select
+from .schedules import cubic
+from .soft_masks import SoftMasking
+
+
+class MovementPruning(SoftMasking):
+    """For fine-tuning: scores sum -w dL/dw over all steps, and layers compute with the weights of the largest scores.
+
+    Sparsity follows the cubic schedule from `start` to `end`, chosen anew every `every` steps; a pruned weight keeps
+    its value and its score goes on, so it may come back. Weights learn where they are used, scores everywhere.
+    `distribution`: uniform | erk | global, or name patterns with each its own sparsity; `skip`: names to leave dense.
+    """
+
+    card = Card(
+        name="movement_pruning",
+        does="keeps the weights that fine-tuning moves away from zero",
+        paper="2005.07683",
+        saves=frozenset({"size"}),
+        writes=frozenset({"weights", "gradients", "optimizer"}),
+    )
+
+    def __init__(
+        self,
+        *,
+        sparsity: float = 0.8,
+        start: str = "10%",
+        end: str = "70%",
+        every: int = 10,
+        distribution: str | Mapping[str, float] = "global",
+        skip: Sequence[str] = (),
+    ) -> None:
+        self.sparsity = sparsity
+        self.start = start
+        self.end = end
+        self.every = every
+        self.distribution = distribution
+        self.skip = skip
+
+    def check(self) -> None:
+        require(0 <= self.sparsity < 1, self, "sparsity", "a share in [0, 1)")
+        require(self.every > 0, self, "every", "a positive number of steps")
+        start, end = Duration.parse(self.start), Duration.parse(self.end)
+        legal = start.counts == end.counts and start.amount < end.amount
+        require(legal, self, "end", f"a later moment than start={self.start!r}, in the same unit")
+        require_distribution(self, self.distribution, ("uniform", "erk", "global"))
+
+    def predict(self, workload: Workload) -> Effect:
+        return Effect(flops=1 - 0.6 * self.sparsity, realised=False)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(sparsity=0.6, start="10%", end="70%", every=2)
+
+    @classmethod
+    def inert(cls) -> Self:
+        return cls(sparsity=0.0)
+
+    def active(self) -> bool:
+        return self.sparsity > 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._start, self._end = Duration.parse(self.start), Duration.parse(self.end)
+
+    def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
+        self._score(shards)
+        clock = clock_of(trainer)
+        begun, ended = clock.toward(self._start), clock.toward(self._end)
+        if begun < 1.0 or trainer.global_step % self.every:
+            return None
+        first = self._start.amount / self._end.amount
+        target = cubic((ended - first) / (1.0 - first), self.sparsity)
+        return select(shards, self._local["score"], self.distribution, target) if target > 0 else None
+
+    def _score(self, shards: Shards) -> None:
+        scores = self._local.setdefault("score", {})
+        for name in self._names:
+            weight, gradient = shards.master(name), shards.gradient(name)
+            before = scores.get(name)
+            before = torch.zeros_like(weight) if before is None else before
+            step = weight if gradient is None else gradient.to(weight.device, weight.dtype)
+            scores[name] = before if gradient is None else saliency.movement(before, weight, step)
+
+    def shape_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
+        for name, mask in self._local.get("forward", {}).items():
+            if mask.numel() and (gradient := shards.gradient(name)) is not None:
+                shards.set_gradient(name, gradient * mask.to(gradient.device))

@@ -1,0 +1,74 @@
+"""The largest of scores that are spread over ranks: exactly so many, without gathering them.
+
+Floats order like their bit patterns once the negative ones are flipped, so the smallest score that is kept is found by
+bisecting 32 bits: each round counts, over all ranks, how many scores lie at or above. 32 sums of one number a group
+replace a gather of every weight. Equal scores are told apart by their position, so exactly as many are kept as asked,
+and the same ones on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Piece = tuple[Tensor, int]  # scores [n] on this rank, and the position of the first among all of the group's
+Total = Callable[[Tensor], Tensor]  # sums a tensor over the ranks
+
+
+def keep_largest(groups: Sequence[Sequence[Piece]], counts: Sequence[int], total: Total) -> list[list[Tensor]]:
+    """Masks (bool, one a piece) of the `counts[i]` largest scores of the union over ranks of `groups[i]`.
+
+    Of equal scores those at lower positions are kept. A count above the number of scores keeps all.
+    """
+    if not groups:
+        return []
+    keys = [[_key(score) for score, _ in pieces] for pieces in groups]
+    device = keys[0][0].device
+    want = torch.tensor(counts, dtype=torch.int64, device=device)
+
+    def count(test: Callable[[int, int, Tensor], Tensor]) -> Tensor:
+        found = [sum(test(g, i, key).sum() for i, key in enumerate(of_group)) for g, of_group in enumerate(keys)]
+        return total(torch.stack([torch.as_tensor(n, device=device) for n in found]).to(torch.int64))
+
+    least = torch.full_like(want, -(2**31))
+    threshold = _largest(least, least.neg() - 1, lambda at: count(lambda g, i, key: key >= at[g]) >= want, 32)
+    above = count(lambda g, i, key: key > threshold[g])
+    ties = count(lambda g, i, key: key == threshold[g])
+    needed = (want - above).minimum(ties)
+    last = torch.full_like(want, 2**40)
+    if bool((needed < ties).any()):  # the same on every rank
+
+        def tied_before(at: Tensor) -> Tensor:
+            return count(lambda g, i, key: (key == threshold[g]) & (_positions(groups[g][i]) < at[g])) <= needed
+
+        last = _largest(torch.zeros_like(want), last, tied_before, 41)
+    return [
+        [
+            (key > threshold[g]) | ((key == threshold[g]) & (_positions(groups[g][i]) < last[g]))
+            for i, key in enumerate(of_group)
+        ]
+        for g, of_group in enumerate(keys)
+    ]
+
+
+def _largest(low: Tensor, high: Tensor, holds: Callable[[Tensor], Tensor], rounds: int) -> Tensor:
+    """The largest numbers in [low, high] for which `holds`, which does for `low` and stops doing so once."""
+    for _ in range(rounds):
+        middle = low + (high - low + 1) // 2
+        yes = holds(middle)
+        low = torch.where(yes, middle, low)
+        high = torch.where(yes, high, middle - 1)
+    return low
+
+
+def _key(score: Tensor) -> Tensor:
+    """Integers [n] in the order of the scores; -0 counts as 0."""
+    bits = (score.detach().float() + 0.0).view(torch.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+
+
+def _positions(piece: Piece) -> Tensor:
+    score, start = piece
+    return torch.arange(start, start + score.numel(), device=score.device)

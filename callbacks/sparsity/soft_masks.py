@@ -1,0 +1,143 @@
+"""What techniques share that mask weights in the forward pass alone: the weights themselves stay, and may come back.
+
+The mask reaches the layer through `forward_weights`, with a straight-through gradient: the parameter receives the dense
+gradient of the masked weight. Every rank computes with whole weights, so it keeps whole masks: one byte a weight.
+When the run has ended, the masked weights become the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ..contract import Technique
+from ..forward_weights import ForwardWeights
+from ..shards import Shards, shards_of
+from .masks import must_find
+
+
+class StraightThrough(torch.autograd.Function):
+    """weight * mask; the gradient passes as if there were no mask (arXiv 1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class SoftMasking(Technique, pl.Callback):
+    """Base of the techniques above. `revise` says which masks are new before a step, `shape_gradients` what is learned.
+
+    Local state is in `_local`: state name -> parameter name -> this rank's slice; "forward" holds the masks.
+    """
+
+    skip: Sequence[str]
+
+    def active(self) -> bool:
+        """False at strength 0."""
+        raise NotImplementedError
+
+    def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
+        """New masks of this rank's slices, from dense gradients and weights; None leaves them. At the boundary only."""
+        raise NotImplementedError
+
+    def shape_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
+        """Change the dense gradients before the step."""
+
+    def seen(self, name: str, weight: Tensor) -> Tensor:
+        """What the layer computes with."""
+        mask = self._whole.get(name)
+        return weight if mask is None else StraightThrough.apply(weight, mask)  # type: ignore[no-untyped-call]
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._local: dict[str, dict[str, Tensor]] = {}
+        self._whole: dict[str, Tensor] = {}
+        self._shown: ForwardWeights | None = None
+        self._kept: dict[str, float] = {}
+        self.mask_version = 0
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.active():
+            return
+        self._names = must_find(pl_module, self.skip, self.card.name)
+        self._shown = ForwardWeights(pl_module, self._names, self.seen)
+        device = pl_module.device
+        self._local = {state: {n: t.to(device) for n, t in named.items()} for state, named in self._local.items()}
+        shards = shards_of(trainer, pl_module)
+        if "forward" in self._local:
+            self._spread(shards)
+        else:
+            self.begin(shards)
+
+    def begin(self, shards: Shards) -> None:
+        """Before the first step of a run that is not resumed."""
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if not self.active():
+            return
+        shards = shards_of(trainer, pl_module)
+        if not shards.at_boundary():
+            return
+        assert self._shown is not None
+        self._shown.check_used(self.card.name)
+        if (revised := self.revise(trainer, shards)) is not None:
+            self.hold(shards, revised)
+        self.shape_gradients(trainer, shards)
+
+    def hold(self, shards: Shards, masks: Mapping[str, Tensor]) -> None:
+        """Let the layers compute with these from the next forward on. Collective where sharded."""
+        self._local["forward"] = dict(masks)
+        self._spread(shards)
+        self._kept = {name: float(mask.float().mean()) for name, mask in self._whole.items()}
+        self.mask_version += 1
+
+    def _spread(self, shards: Shards) -> None:
+        self._whole = {name: shards.gather(name, mask).bool() for name, mask in self._local["forward"].items()}
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The masked weights become the weights."""
+        if masks := self.final_masks(trainer, pl_module):
+            shards = shards_of(trainer, pl_module)
+            for name, mask in masks.items():
+                shards.master(name).mul_(mask)
+            shards.publish()
+
+    def final_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+        """Masks of this rank's slices at the end of the run."""
+        return self._local.get("forward", {})
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if getattr(self, "_shown", None) is not None:
+            self._shown.remove()  # type: ignore[union-attr]
+            self._shown = None
+
+    # -- what others may ask, and state ------------------------------------------------------------------------------
+    def densities(self) -> dict[str, float]:
+        """Share of weights that layers compute with, by parameter name."""
+        return dict(getattr(self, "_kept", {}))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self.densities(), "mask_version": getattr(self, "mask_version", 0)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._kept = dict(state_dict["kept"])
+        self.mask_version = state_dict["mask_version"]
+
+    def fragments(self) -> dict[str, dict[str, Tensor]]:
+        return {state: dict(named) for state, named in getattr(self, "_local", {}).items()}
+
+    def load_fragments(self, fragments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._local = {state: dict(named) for state, named in fragments.items()}

@@ -1,0 +1,80 @@
+"""SynFlow: prune before training without cutting any layer off, and without labels (arXiv 2006.05467)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..contract import Card
+from . import schedules
+from .at_init import PruneAtInit, Weights, loss_of
+
+ROUNDS = 100  # of the paper
+
+
+class SynFlow(PruneAtInit):
+    """Before training, keep the weights that carry most of the flow from input to output, in a hundred rounds.
+
+    The flow is the sum of the last pruned layer's outputs when all parameters are positive and inputs are 1 (token ids
+    stay as they are); a weight's share is |w dR/dw|. One sample is enough. Settings: see `PruneAtInit`.
+    """
+
+    card = Card(
+        name="synflow",
+        does="prunes before training, in rounds that cut no layer off",
+        paper="2006.05467",
+        saves=frozenset({"size"}),
+        writes=frozenset({"weights", "gradients", "optimizer"}),
+        refuses=frozenset({"muon"}),
+    )
+
+    def scores(self, module: pl.LightningModule, weights: Weights, batches: Sequence[Any]) -> dict[str, Tensor]:
+        ones = tree_map(lambda x: torch.ones_like(x) if torch.is_tensor(x) and x.is_floating_point() else x, batches[0])
+        batch = move_data_to_device(ones, module.device)
+        signed = {name: p.detach().clone() for name, p in module.named_parameters()}
+        masks = {name: torch.ones_like(p) for name, p in weights.items()}
+        found: dict[str, Tensor] = {}
+        try:
+            for done in range(ROUNDS):
+                _set(module, {n: p.abs() * masks[n] if n in masks else p.abs() for n, p in signed.items()})
+                found = _flow(module, weights, batch)
+                masks = self._kept_after(found, schedules.rounds(done + 1, ROUNDS, self.sparsity))
+        finally:
+            _set(module, signed)
+        return found  # of the last round, where what was cut before is 0
+
+    def _kept_after(self, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        now = type(self)(**{**self.settings(), "sparsity": sparsity})
+        return {name: mask.to(scores[name]) for name, mask in now._choose(scores).items()}
+
+
+def _set(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(values[name])
+
+
+def _flow(module: pl.LightningModule, weights: Weights, batch: Any) -> dict[str, Tensor]:
+    """|w dR/dw|, where R sums the outputs of the pruned layer that runs last. Dropout is off."""
+    pruned, last = {id(p) for p in weights.values()}, []
+    module.eval()
+    with ExitStack() as hooks:
+        for layer in module.modules():
+            if id(layer._parameters.get("weight")) in pruned:
+                handle = layer.register_forward_hook(lambda layer, inputs, output: last.append(output))
+                hooks.callback(handle.remove)
+        loss_of(module, batch)
+    if not last:
+        raise ValueError("synflow: none of the layers to prune runs in training_step")
+    gradients = torch.autograd.grad(last[-1].sum(), list(weights.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else (p * g).detach().abs()
+        for (name, p), g in zip(weights.items(), gradients, strict=True)
+    }
