@@ -132,7 +132,7 @@ class PruneAtInit(Masking):
     @torch.no_grad()
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if not self.active() or self._masks:
+        if not self.active() or self.mask_version:
             return
         if trainer.global_step:
             raise ValueError(f"{self.card.name}: what is resumed holds no masks; start over, or without this technique")

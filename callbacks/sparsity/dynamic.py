@@ -1,8 +1,8 @@
 """Sparse from the start to the end, with connections that move: what SET and RigL share.
 
-Every `every` steps until `stop`, each layer drops the weakest of its connections and grows as many new ones, which
-start at 0 with fresh moments. How many: a cosine from `drop_fraction` to 0. The gradients of pruned weights are looked at in
-those steps alone, and there they are the true dense ones of the global batch, however they are sharded.
+Every `every` steps until `stop`, each layer drops the weakest of its connections and grows as many new ones. These
+start at 0 with fresh moments. How many: a cosine from `drop_fraction` to 0. The gradients of pruned weights are looked
+at in those steps alone, and there they are the true dense ones of the global batch, however they are sharded.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class DynamicSparse(Masking):
         if not self.active():
             return
         self._seed = derive_seed(getattr(trainer, "seed", 0), self.card.name)
-        if self._masks:
+        if self.mask_version:
             return
         if trainer.global_step:
             raise ValueError(f"{self.card.name}: what is resumed holds no masks; start over, or without this technique")

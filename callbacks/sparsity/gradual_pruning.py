@@ -100,7 +100,7 @@ class GradualPruning(Masking):
 
     def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
         target = self._target(trainer)
-        if target <= 0 or (self._masks and trainer.global_step % self.every):
+        if target <= 0 or (self.mask_version and trainer.global_step % self.every):
             return None
         scores = {name: self._score(shards, name) for name in self._names}
         if (block := patterns.block_of(self.pattern)) is None:

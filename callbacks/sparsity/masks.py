@@ -99,6 +99,18 @@ def select_blocks(
     return masks
 
 
+def complete(shards: Shards, names: Sequence[str], restored: Mapping[str, Tensor], technique: str) -> dict[str, Tensor]:
+    """Slices by name as a checkpoint gave them, with empty ones where this rank holds nothing of a parameter."""
+    found = {}
+    for name in names:
+        weight = shards.master(name)
+        value = restored.get(name, torch.empty(0, dtype=torch.bool))
+        if value.numel() != weight.numel():
+            raise ValueError(f"{technique}: what is resumed holds no mask of {name}; start over, or leave it out")
+        found[name] = value.to(weight.device)
+    return found
+
+
 class Masking(Technique, pl.Callback):
     """Base of the techniques above. `revise` says which masks are new before a step."""
 
@@ -122,7 +134,8 @@ class Masking(Technique, pl.Callback):
         if not self.active():
             return
         self._names = must_find(pl_module, self.skip, self.card.name)
-        self._masks = {name: mask.to(pl_module.device) for name, mask in self._masks.items()}
+        if self.mask_version:
+            self._masks = complete(shards_of(trainer, pl_module), self._names, self._masks, self.card.name)
 
     @torch.no_grad()
     def on_before_optimizer_step(

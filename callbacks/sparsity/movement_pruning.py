@@ -92,7 +92,7 @@ class MovementPruning(SoftMasking):
         for name in self._names:
             weight, gradient = shards.master(name), shards.gradient(name)
             before = scores.get(name)
-            before = torch.zeros_like(weight) if before is None else before
+            before = torch.zeros_like(weight) if before is None else before.to(weight.dtype)
             step = weight if gradient is None else gradient.to(weight.device, weight.dtype)
             scores[name] = before if gradient is None else saliency.movement(before, weight, step)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..contract import Technique
 from ..forward_weights import ForwardWeights
 from ..shards import Shards, shards_of
-from .masks import must_find
+from .masks import complete, must_find
 
 
 class StraightThrough(torch.autograd.Function):
@@ -62,6 +62,7 @@ class SoftMasking(Technique, pl.Callback):
         self._whole: dict[str, Tensor] = {}
         self._shown: ForwardWeights | None = None
         self._kept: dict[str, float] = {}
+        self._states: list[str] = []  # what was in `_local` when it was saved, on whichever rank
         self.mask_version = 0
 
     @torch.no_grad()
@@ -70,12 +71,11 @@ class SoftMasking(Technique, pl.Callback):
             return
         self._names = must_find(pl_module, self.skip, self.card.name)
         self._shown = ForwardWeights(pl_module, self._names, self.seen)
-        device = pl_module.device
-        self._local = {state: {n: t.to(device) for n, t in named.items()} for state, named in self._local.items()}
         shards = shards_of(trainer, pl_module)
+        self._local = {s: complete(shards, self._names, self._local.get(s, {}), self.card.name) for s in self._states}
         if "forward" in self._local:
             self._spread(shards)
-        else:
+        elif not self.mask_version:
             self.begin(shards)
 
     def begin(self, shards: Shards) -> None:
@@ -104,7 +104,8 @@ class SoftMasking(Technique, pl.Callback):
         self.mask_version += 1
 
     def _spread(self, shards: Shards) -> None:
-        self._whole = {name: shards.gather(name, mask).bool() for name, mask in self._local["forward"].items()}
+        masks = self._local["forward"]
+        self._whole = {name: shards.gather(name, masks[name].bool()) for name in self._names}
 
     @torch.no_grad()
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -130,11 +131,13 @@ class SoftMasking(Technique, pl.Callback):
         return dict(getattr(self, "_kept", {}))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": self.densities(), "mask_version": getattr(self, "mask_version", 0)}
+        version = getattr(self, "mask_version", 0)
+        return {"kept": self.densities(), "mask_version": version, "states": sorted(getattr(self, "_local", {}))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._kept = dict(state_dict["kept"])
         self.mask_version = state_dict["mask_version"]
+        self._states = list(state_dict["states"])
 
     def fragments(self) -> dict[str, dict[str, Tensor]]:
         return {state: dict(named) for state, named in getattr(self, "_local", {}).items()}
