@@ -1,5 +1,6 @@
 """Techniques are ordered or refused by their cards alone, whatever the order they were given in."""
 
+from contextlib import suppress
 from itertools import pairwise, permutations
 
 import pytest
@@ -120,14 +121,41 @@ def test_a_card_names_only_known_parts():
         Card(name="x", does="", writes={"wieghts"})
 
 
-def test_all_shipped_techniques_compose_in_one_order_with_their_rules():
-    made = [technique_class(name).example() for name in TECHNIQUES]
-    facts = {"cpu", "bf16", "single"}
-    names_in_order = [t.card.name for t in compose(made, facts).techniques]
-    assert names_in_order == [t.card.name for t in compose(made[::-1], facts).techniques]
-    for one in INTERACTIONS:
-        assert names_in_order.index(one.first) < names_in_order.index(one.second)
-        assert one.source and {one.first, one.second} <= set(TECHNIQUES), "a rule about nobody"
+def fitting_with(first):
+    """As many shipped techniques as go together with this one."""
+    chosen = [technique_class(first).example()]
+    for name in TECHNIQUES:
+        if name != first:
+            with suppress(Unfit):
+                compose([*chosen, technique_class(name).example()], FACTS)
+                chosen.append(technique_class(name).example())
+    return chosen
+
+
+FACTS = {"cpu", "bf16", "single", "adamw"}
+
+
+@pytest.mark.parametrize("first", TECHNIQUES)
+def test_what_goes_together_has_one_order(first):
+    chosen = fitting_with(first)
+    order = [t.card.name for t in compose(chosen, FACTS).techniques]
+    assert order == [t.card.name for t in compose(chosen[::-1], FACTS).techniques]
+    for rule in INTERACTIONS:
+        if {rule.first, rule.second} <= set(order):
+            assert order.index(rule.first) < order.index(rule.second)
+
+
+@pytest.mark.parametrize("rule", INTERACTIONS, ids=lambda rule: f"{rule.first}-{rule.second}")
+def test_a_rule_is_about_two_techniques_and_acts(rule):
+    assert rule.source and {rule.first, rule.second} <= set(TECHNIQUES), "a rule about nobody"
+    pair = [technique_class(name).example() for name in (rule.second, rule.first)]
+    if rule.verdict == "refuse":
+        with pytest.raises(Unfit, match=f"{rule.first} and {rule.second} do not go together"):
+            compose(pair, FACTS)
+        return
+    found = compose(pair, FACTS)
+    assert [t.card.name for t in found.techniques] == [rule.first, rule.second]
+    assert len(found.warnings) == (rule.verdict == "warn")
 
 
 def test_techniques_are_made_by_name_with_the_nearest_in_mind():

@@ -136,14 +136,14 @@ def test_n_of_m_in_every_forward_and_at_the_end(tmp_path):
 
 def test_unused_weights_of_n_m_decay(tmp_path):
     quiet, _, _ = run(tmp_path / "a", NM(n=2, m=4, decay=0.0), steps=10)
-    pulled, watch, _ = run(tmp_path / "b", NM(n=2, m=4, decay=10.0), steps=10)
+    pulled, _, _ = run(tmp_path / "b", NM(n=2, m=4, decay=10.0), steps=10)
     assert not torch.equal(quiet.net[2].weight, pulled.net[2].weight)
 
 
 @pytest.mark.parametrize("cls", [SNIP, GraSP, SynFlow])
 def test_pruned_before_the_first_step(cls, tmp_path):
     technique = cls(sparsity=0.75, samples=16)
-    module, watch, trainer = run(tmp_path, technique, steps=6)
+    module, watch, _ = run(tmp_path, technique, steps=6)
     assert sum(zeros(watch.used[0])) == 990
     masks = [[w != 0 for w in weights] for weights in watch.weights]
     assert all(torch.equal(a, b) for of_step in masks for a, b in zip(masks[0], of_step, strict=True))
@@ -167,7 +167,7 @@ def test_synflow_cuts_no_layer_off(tmp_path):
 def test_a_lottery_ticket_rewinds(tmp_path):
     technique = LotteryTicket(sparsity=0.75, rounds=2, rewind="2 steps", distribution="uniform")
     _, watch, _ = run(tmp_path, technique, steps=21)
-    kept = [technique_zeros for technique_zeros in map(zeros, watch.used)]
+    kept = list(map(zeros, watch.used))
     assert kept[0] == [0, 0] and kept[8] == [160, 500] and kept[-1] == [240, 750]
     early, rewound = watch.weights[1][1], watch.weights[7][1]
     assert torch.allclose(rewound[rewound != 0], early[rewound != 0], atol=2e-3), "but for one step of weight decay"

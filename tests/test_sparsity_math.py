@@ -109,7 +109,7 @@ def test_blocks_by_hand():
 
 @pytest.mark.parametrize("pattern", ["", "2", "0x4", "4x", "x", "2:4", "4X4"])
 def test_what_is_no_block_is_refused(pattern):
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):
         patterns.block_of(pattern)
 
 

@@ -61,7 +61,7 @@ def show_plan(plan: Plan) -> None:
     for choice in plan.choices:
         table.add_row(choice.what, choice.value, choice.why)
     for place, technique in enumerate(plan.techniques, 1):
-        table.add_row(f"technique {place}", technique.card.name, repr(technique).partition("(")[2].rstrip(")"))
+        table.add_row(f"technique {place}", technique.card.name, repr(technique).partition("(")[2][:-1])
     console.print(table)
     told = plan.predictions
     if told.get("parameters"):
