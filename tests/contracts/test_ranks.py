@@ -194,6 +194,14 @@ def test_masks_are_those_of_one_device(strategy, case, ran):
     assert pruned == pytest.approx(0.6, abs=0.01), "the example prunes to 60 %"
 
 
+@pytest.mark.parametrize("name", ["set", "rigl"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_masks_are_the_same_on_all_ranks_after_fifty_steps_with_three_updates(strategy, name, ran):
+    reports = ran(strategy, "topology", name)
+    assert len({report["fragments"] for report in reports}) == len({report["masters"] for report in reports}) == 1
+    assert all(report["updates"] == {name: 4} for report in reports), "the first masks, and three that moved"
+
+
 @pytest.mark.parametrize("strategy", SEVERAL)
 def test_averages_are_those_of_one_device(strategy, ran):
     ran(strategy, "weight_averaging"), ran("single", "weight_averaging")

@@ -99,6 +99,7 @@ class Watch(pl.Callback):
             for state, named in c.fragments().items() for name, local in named.items()
         }  # fmt: skip
         self.facts["fragments"] = fingerprint(kept)
+        self.facts["updates"] = {c.card.name: c.mask_version for c in trainer.callbacks if hasattr(c, "mask_version")}
         if trainer.is_global_zero:
             save_file({**{f"master/{n}": m.contiguous() for n, m in masters.items()}, **kept},
                       self.folder / f"{self.case}.safetensors")  # fmt: skip
