@@ -57,6 +57,22 @@ INTERACTIONS: tuple[Rule, ...] = (
         why="short sequences early keep large batches with large learning rates stable",
         source="arXiv 2108.06084",
     ),
+    # structure, then sparsity, then quantization
+    Rule(
+        first="low_rank",
+        second="gradual_pruning",
+        verdict="warn",
+        why="the factors are pruned, and their product is dense again",
+        source="arXiv 2103.03936",
+        mend="use the factors of final.safetensors, or keep_factors",
+    ),
+    Rule(
+        first="low_rank",
+        second="weight_averaging",
+        verdict="order",
+        why="what is averaged are the factors",
+        source="arXiv 2103.03936",
+    ),
 )
 
 
