@@ -29,6 +29,7 @@ TECHNIQUES: dict[str, str] = {
     "gradual_pruning": "sparsity.gradual_pruning:GradualPruning",
     # compression
     "low_rank": "compression.low_rank:LowRank",
+    "weight_clustering": "compression.weight_clustering:WeightClustering",
 }
 
 

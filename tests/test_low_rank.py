@@ -44,7 +44,8 @@ def test_factors_of_a_diagonal_matrix():
 @given(st.integers(1, 7), st.integers(1, 7), st.data())
 def test_the_error_is_the_root_of_the_squares_dropped(rows, columns, data):
     rank = data.draw(st.integers(1, min(rows, columns)))
-    weight = torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(rows * 8 + columns))
+    draw = torch.Generator().manual_seed(rows * 8 + columns)
+    weight = torch.randn(rows, columns, dtype=torch.float64, generator=draw)
     first, second = svd_factors(weight, rank)
     assert (first.shape, second.shape) == ((rank, columns), (rows, rank))
     dropped = torch.linalg.svdvals(weight)[rank:]
@@ -201,9 +202,7 @@ def test_the_file_has_the_factors_and_the_module_their_product(tmp_path):
     assert torch.equal(module.head.weight, state["head.second.weight"] @ state["head.first.weight"])
     assert torch.linalg.matrix_rank(module.head.weight, rtol=1e-5) == 3
     assert not torch.allclose(module.head.weight, before, atol=1e-3), "they were trained"
-    assert fingerprint(merged_state(toy(), state)) == fingerprint(
-        {name: tensor for name, tensor in module.state_dict().items()}
-    )
+    assert fingerprint(merged_state(toy(), state)) == fingerprint(module.state_dict())
     held = sum(t.numel() for n, t in state.items() if n.startswith("head"))
     assert held == 3 * (7 + 11) + 7 < before.numel() + 7
 

@@ -108,8 +108,8 @@ class LowRank(Technique, pl.Callback):
             factors = pl_module.get_submodule(name)
             if not all(id(p) in trained for p in factors.parameters() if p.requires_grad):
                 raise ValueError(
-                    f"low_rank: the optimizer does not train {name}, which has been replaced by its factors. Choose the "
-                    f"parameters in configure_optimizers, not before, or add {name!r} to skip."
+                    f"low_rank: the optimizer does not train {name}, which has been replaced by its factors. Choose "
+                    f"the parameters in configure_optimizers, not before, or add {name!r} to skip."
                 )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
