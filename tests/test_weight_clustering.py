@@ -121,7 +121,7 @@ def test_ranks_that_hold_parts_find_the_same_bits(values, world, init):
 
 
 # -- storage -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("clusters", "held"), [(4, 18), (16, 18), (17, 35), (256, 35)])
+@pytest.mark.parametrize(("clusters", "held"), [(2, 5), (3, 9), (4, 9), (5, 18), (16, 18), (17, 35), (256, 35)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_weight_returns_from_storage_bit_for_bit(clusters, held, dtype):
     codebook = torch.randn(clusters, generator=torch.Generator().manual_seed(0)).sort().values.to(dtype)
@@ -132,8 +132,11 @@ def test_a_weight_returns_from_storage_bit_for_bit(clusters, held, dtype):
 
 
 def test_bytes_by_hand():
-    indices, _ = encode(torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([-1.0, 0.0, 2.0]))
-    assert indices.tolist() == [2 << 4 | 1, 0]
+    weight = torch.tensor([[2.0, 0.0, -1.0], [0.0, 2.0, 2.0]])  # 2 1 0 1 | 2 2
+    indices, _ = encode(weight, torch.tensor([-1.0, 0.0, 2.0]))
+    assert indices.tolist() == [0b10_01_00_01, 0b10_10_00_00]
+    indices, _ = encode(weight, torch.tensor([-1.0, 0.0, 2.0, 3.0, 4.0]))
+    assert indices.tolist() == [0x21, 0x01, 0x22]
 
 
 def test_what_is_not_in_the_codebook_is_refused():

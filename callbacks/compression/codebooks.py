@@ -145,8 +145,8 @@ def _quantiles(
 def encode(weight: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """(indices, codebook) of a `weight` that has only the values of `codebook` [k], k <= 256; `decode` gives it back.
 
-    Indices are uint8 [n]; for k <= 16 they are 4 bits, two a byte, [ceil(n / 2)], the first in the high bits. Raises
-    `NotInCodebook` for any other value.
+    Indices take 1, 2, 4 or 8 bits for up to 2, 4, 16 or 256 values and come packed, uint8 [ceil(n * bits / 8)], the
+    first in the highest bits. Raises `NotInCodebook` for any other value.
     """
     if len(codebook) > LARGEST:
         raise NotInCodebook(f"a codebook has at most {LARGEST} values, and this one {len(codebook)}")
@@ -154,15 +154,20 @@ def encode(weight: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     if wrong.any():
         found = weight[wrong].flatten()[0].item()
         raise NotInCodebook(f"{int(wrong.sum())} weights, such as {found!r}, are not among the {len(codebook)} values")
-    indices = nearest(weight, codebook).flatten().to(torch.uint8)
-    if len(codebook) > 16:
-        return indices, codebook
-    even = torch.nn.functional.pad(indices, (0, len(indices) % 2)).view(-1, 2)
-    return even[:, 0] << 4 | even[:, 1], codebook
+    places = _places(codebook)
+    indices = nearest(weight, codebook).flatten()
+    whole = torch.nn.functional.pad(indices, (0, -len(indices) % len(places))).view(-1, len(places))
+    return (whole << places).sum(1).to(torch.uint8), codebook
 
 
 def decode(indices: Tensor, codebook: Tensor, shape: Sequence[int]) -> Tensor:
     """The weight of `shape` that `encode` was given, in the dtype of `codebook`."""
-    if len(codebook) <= 16:
-        indices = torch.stack([indices >> 4, indices & 15], 1).flatten()[: math.prod(shape)]
-    return codebook[indices.long()].view(*shape)
+    places = _places(codebook)
+    single = (indices[:, None].int() >> places) & (2 ** (8 // len(places)) - 1)
+    return codebook[single.flatten()[: math.prod(shape)]].view(*shape)
+
+
+def _places(codebook: Tensor) -> Tensor:
+    """By how many bits each index of a byte is shifted: (0), (4, 0), (6, 4, 2, 0) or (7, …, 0)."""
+    bits = next(bits for bits in (1, 2, 4, 8) if 2**bits >= len(codebook))
+    return torch.arange(8 - bits, -1, -bits, dtype=torch.int32, device=codebook.device)
