@@ -73,6 +73,44 @@ INTERACTIONS: tuple[Rule, ...] = (
         why="short sequences early keep large batches with large learning rates stable",
         source="arXiv 2108.06084",
     ),
+    # structure, then sparsity, then quantization
+    Rule(
+        first="low_rank",
+        second="gradual_pruning",
+        verdict="warn",
+        why="the factors are pruned, and their product is dense again",
+        source="arXiv 2103.03936",
+        mend="use the factors of final.safetensors, or keep_factors",
+    ),
+    Rule(
+        first="low_rank",
+        second="weight_averaging",
+        verdict="order",
+        why="what is averaged are the factors",
+        source="arXiv 2103.03936",
+    ),
+    Rule(
+        first="low_rank",
+        second="weight_clustering",
+        verdict="warn",
+        why="the factors share a few values, and their product does not",
+        source="arXiv 2103.03936",
+        mend="use the factors of final.safetensors, or keep_factors",
+    ),
+    Rule(
+        first="gradual_pruning",
+        second="weight_clustering",
+        verdict="order",
+        why="what is left after pruning is clustered, and keep_zero leaves the zeros as they are",
+        source="arXiv 1510.00149",
+    ),
+    Rule(
+        first="weight_averaging",
+        second="weight_clustering",
+        verdict="order",
+        why="a mean of shared values is not shared: the average is clustered at the end",
+        source="arXiv 1510.00149",
+    ),
 )
 
 

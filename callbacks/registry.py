@@ -36,6 +36,9 @@ TECHNIQUES: dict[str, str] = {
     "grasp": "sparsity.grasp:GraSP",
     "synflow": "sparsity.synflow:SynFlow",
     "lottery_ticket": "sparsity.lottery_ticket:LotteryTicket",
+    # compression
+    "low_rank": "compression.low_rank:LowRank",
+    "weight_clustering": "compression.weight_clustering:WeightClustering",
 }
 
 

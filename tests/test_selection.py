@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoestring.callbacks.sparsity.selection import keep_largest
+from shoestring.callbacks.sparsity.selection import keep_largest, peaks
 
 SCORE = st.one_of(
     st.floats(-(2.0**126), 2.0**126, width=32),
@@ -122,3 +122,10 @@ def test_nothing_to_find(groups):
     assert [[m.tolist() for m in masks] for masks in keep_largest(groups, [0] * len(groups), alone)] == [[[]]] * len(
         groups
     )
+
+
+@given(st.lists(SCORES, min_size=1, max_size=4))
+def test_peaks_are_exact(layers):
+    tensors = [torch.tensor(scores, dtype=torch.float32) for scores in layers]
+    assert peaks(tensors, alone) == [t.max().item() for t in tensors]
+    assert peaks([torch.zeros(0)], alone) == [-math.inf]

@@ -159,10 +159,12 @@ def _trained(recipe: Any, run_dir: Path) -> Any:
     """The task with the run's final weights, whole and on this host, however they were sharded."""
     from safetensors.torch import load_file
 
+    from ..callbacks.compression.factors import merged_state
     from .tasks import build_task
 
     task = build_task(recipe, workdir=run_dir)
-    task.module.load_state_dict(load_file(run_dir / "final.safetensors"), strict=False)  # tied weights are stored once
+    state = merged_state(task.module, load_file(run_dir / "final.safetensors"))  # others read plain layers
+    task.module.load_state_dict(state, strict=False)  # tied weights are stored once
     return task
 
 

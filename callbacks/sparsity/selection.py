@@ -16,6 +16,8 @@ from torch import Tensor
 Piece = tuple[Tensor, int]  # scores [n] on this rank, and the position of the first among all of the group's
 Total = Callable[[Tensor], Tensor]  # sums a tensor over the ranks
 
+_LEAST = -(2**31)
+
 
 def keep_largest(groups: Sequence[Sequence[Piece]], counts: Sequence[int], total: Total) -> list[list[Tensor]]:
     """Masks (bool, one a piece) of the `counts[i]` largest scores of the union over ranks of `groups[i]`.
@@ -32,8 +34,7 @@ def keep_largest(groups: Sequence[Sequence[Piece]], counts: Sequence[int], total
         found = [sum(test(g, i, key).sum() for i, key in enumerate(of_group)) for g, of_group in enumerate(keys)]
         return total(torch.stack([torch.as_tensor(n, device=device) for n in found]).to(torch.int64))
 
-    least = torch.full_like(want, -(2**31))
-    threshold = _largest(least, least.neg() - 1, lambda at: count(lambda g, i, key: key >= at[g]) >= want, 32)
+    threshold = _threshold(keys, want, total)
     above = count(lambda g, i, key: key > threshold[g])
     ties = count(lambda g, i, key: key == threshold[g])
     needed = (want - above).minimum(ties)
@@ -51,6 +52,27 @@ def keep_largest(groups: Sequence[Sequence[Piece]], counts: Sequence[int], total
         ]
         for g, of_group in enumerate(keys)
     ]
+
+
+def peaks(scores: Sequence[Tensor], total: Total) -> list[float]:
+    """The largest value of each, over all ranks; exact in float32, -inf where no rank has any."""
+    if not scores:
+        return []
+    keys = [[_key(score)] for score in scores]
+    found = _threshold(keys, torch.ones(len(keys), dtype=torch.int64, device=scores[0].device), total)
+    bits = found ^ ((found >> 31) & 0x7FFFFFFF)
+    return torch.where(found == _LEAST, -torch.inf, bits.to(torch.int32).view(torch.float32)).tolist()
+
+
+def _threshold(keys: Sequence[Sequence[Tensor]], want: Tensor, total: Total) -> Tensor:
+    """The largest keys that at least `want` of each group's lie at or above; the least there is if it has fewer."""
+
+    def enough(at: Tensor) -> Tensor:
+        found = [sum((key >= at[g]).sum() for key in of_group) for g, of_group in enumerate(keys)]
+        return total(torch.stack([torch.as_tensor(n, device=want.device) for n in found]).to(torch.int64)) >= want
+
+    least = torch.full_like(want, _LEAST)
+    return _largest(least, least.neg() - 1, enough, 32)
 
 
 def _largest(low: Tensor, high: Tensor, holds: Callable[[Tensor], Tensor], rounds: int) -> Tensor:

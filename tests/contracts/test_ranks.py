@@ -221,6 +221,22 @@ def test_the_average_is_the_final_model(strategy, ran):
     assert averages and all((averages[f"ema/{n.removeprefix('master/')}"] == f).all() for n, f in finals.items())
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_clustered_layers_end_with_few_values(strategy, ran):
+    ran(strategy, "weight_clustering")
+    finals = tensors(ran, strategy, "weight_clustering-whole", "master/")
+    layers = {n: w for n, w in finals.items() if w.ndim == 2 and "embed" not in n}
+    assert len(layers) == 5 and all(w.unique().numel() <= 8 for w in layers.values())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_is_trained_and_kept_are_the_factors(strategy, ran):
+    ran(strategy, "low_rank")
+    finals = tensors(ran, strategy, "low_rank-whole", "master/")
+    assert finals["master/head.first.weight"].shape == (3, 11) and finals["master/head.second.weight"].shape == (7, 3)
+    assert "master/head.weight" not in finals
+
+
 # -- offload -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("strategy", sorted(ranks.OFFLOADS))
 def test_offload_trains_the_same(strategy, ran):

@@ -1,0 +1,141 @@
+"""Low-rank factorization: train two thin matrices where one wide one was (arXiv 2103.03936, 1404.0736)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Self
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from ... import ShoestringError
+from ..contract import Card, Effect, Technique, Workload, require
+from .factors import apply_low_rank, factorable, merge_, rank_for_energy, ranks_for_budget, saves
+
+log = logging.getLogger("shoestring")
+
+
+class OtherRanks(ShoestringError):
+    """The factors of a checkpoint are not of the ranks that this run has chosen."""
+
+
+class LowRank(Technique, pl.Callback):
+    """Replace linear layers by factors of their weights' truncated SVD before training starts, and train these.
+
+    `energy`: the share of the squared singular values that every layer keeps; 1.0 is off. `budget`, where given,
+    decides instead: the share of the parameters of all these layers together, allotted where they keep the most energy.
+    Only layers that shrink are replaced. `skip`: patterns of layer names to leave as they are.
+
+    The optimizer, DDP and ZeRO see only the factors, and so does `final.safetensors`; `factors.apply_low_rank` makes a
+    module fit to load them. After the fit the module has its own layers back, with the product of the factors as
+    weight; `keep_factors=True` leaves the factors in it. Under ZeRO-3 they stay in any case: there a module is left in
+    pieces, and the file is the result.
+
+    Ranks follow from the initial weights, so a run resumes from the command that began it; rank 0 decides for all.
+    """
+
+    card = Card(
+        name="low_rank",
+        does="replaces linear layers by two thin factors of their weights, and trains those",
+        paper="2103.03936",
+        saves=frozenset({"flops", "memory", "communication", "size"}),
+        writes=frozenset({"modules", "weights"}),
+    )
+
+    def __init__(
+        self,
+        *,
+        energy: float = 0.9,
+        budget: float | None = None,
+        skip: Sequence[str] = (),
+        keep_factors: bool = False,
+    ) -> None:
+        self.energy = energy
+        self.budget = budget
+        self.skip = skip
+        self.keep_factors = keep_factors
+
+    def check(self) -> None:
+        require(0 < self.energy <= 1, self, "energy", "a share in (0, 1]; 1 is off")
+        require(self.budget is None or 0 < self.budget <= 1, self, "budget", "a share in (0, 1], or None")
+
+    def predict(self, workload: Workload) -> Effect:
+        """What `budget` promises; what `energy` will save is in the weights, which nobody has seen yet."""
+        share = 1.0 if self.budget is None else self.budget
+        return Effect(flops=share, states=share, communication=share)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(energy=0.7)
+
+    @classmethod
+    def inert(cls) -> Self:
+        return cls(energy=1.0)
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Before the strategy wraps the module and before `configure_optimizers`: both see the factors."""
+        self._replaced: dict[str, nn.Linear] = {}
+        if stage != "fit" or (self.budget is None and self.energy == 1):
+            return
+        self._ranks: dict[str, int] = trainer.strategy.broadcast(self._choose(pl_module))
+        if not self._ranks and trainer.is_global_zero:
+            log.warning("low_rank leaves every layer as it is: %r needs ranks that save nothing", self)
+        self._replaced = apply_low_rank(pl_module, self._ranks)
+        for layer in self._replaced.values():
+            layer.weight.data = layer.weight.data.new_empty(0)  # its place is kept, its memory is not
+
+    def _choose(self, module: nn.Module) -> dict[str, int]:
+        layers = factorable(module, self.skip)
+        if not layers:
+            raise ValueError(
+                f"low_rank finds no linear layer of {type(module).__name__} that is trained, not shared and not among "
+                f"skip={list(self.skip)}"
+            )
+        shapes = {name: layer.weight.shape for name, layer in layers.items()}
+        singular = {name: torch.linalg.svdvals(layer.weight.detach().float()) for name, layer in layers.items()}
+        if self.budget is not None:
+            return ranks_for_budget(singular, shapes, self.budget)
+        ranks = {name: rank_for_energy(values, self.energy) for name, values in singular.items()}
+        return {name: rank for name, rank in ranks.items() if saves(shapes[name], rank)}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A module that chose its parameters when it was made would train none of the factors."""
+        trained = {id(p) for optimizer in trainer.optimizers for p in _parameters(optimizer)}
+        for name in self._replaced:
+            factors = pl_module.get_submodule(name)
+            if not all(id(p) in trained for p in factors.parameters() if p.requires_grad):
+                raise ValueError(
+                    f"low_rank: the optimizer does not train {name}, which has been replaced by its factors. Choose "
+                    f"the parameters in configure_optimizers, not before, or add {name!r} to skip."
+                )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        replaced, self._replaced = getattr(self, "_replaced", {}), {}
+        sharded = any(hasattr(p, "ds_tensor") for p in pl_module.parameters())  # ZeRO-3: no rank has a whole factor
+        if not (self.keep_factors or sharded):
+            merge_(pl_module, replaced)
+
+    # -- what others may ask ----------------------------------------------------------------------------------------
+    def ranks(self) -> dict[str, int]:
+        """The rank of every layer that was replaced, by its name."""
+        return dict(getattr(self, "_ranks", {}))
+
+    # -- state ------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        return {"ranks": self.ranks()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if (saved := state_dict["ranks"]) != self.ranks():
+            raise OtherRanks(
+                f"the checkpoint has the ranks {saved}, and these initial weights and settings give {self.ranks()}. "
+                "Resume with the settings, the initial weights and the kind of machine that the run began with."
+            )
+
+
+def _parameters(optimizer: Any) -> list[nn.Parameter]:
+    """What an optimizer steps; DeepSpeed's flatten them and keep lists of their own."""
+    groups = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "fp16_groups", None)
+    return [p for group in groups or [g["params"] for g in optimizer.param_groups] for p in group]
