@@ -57,6 +57,20 @@ INTERACTIONS: tuple[Rule, ...] = (
         why="short sequences early keep large batches with large learning rates stable",
         source="arXiv 2108.06084",
     ),
+    Rule(
+        first="gradual_pruning",
+        second="quantization_aware",
+        verdict="order",
+        why="prune before quantizing: the grid is laid over the weights that remain, and zeros are one of its levels",
+        source="arXiv 1510.00149",
+    ),
+    Rule(
+        first="mixed_precision",
+        second="quantization_aware",
+        verdict="order",
+        why="weights are put on their grid first and cast to 16 bits as they enter the matrix product",
+        source="torch.amp: autocast casts the inputs of each product",
+    ),
 )
 
 
