@@ -110,6 +110,19 @@ INTERACTIONS: tuple[Rule, ...] = (
         verdict="order",
         why="a mean of shared values is not shared: the average is clustered at the end",
         source="arXiv 1510.00149",
+    Rule(
+        first="gradual_pruning",
+        second="quantization_aware",
+        verdict="order",
+        why="prune before quantizing: the grid is laid over the weights that remain, and zeros are one of its levels",
+        source="arXiv 1510.00149",
+    ),
+    Rule(
+        first="mixed_precision",
+        second="quantization_aware",
+        verdict="order",
+        why="weights are put on their grid first and cast to 16 bits as they enter the matrix product",
+        source="torch.amp: autocast casts the inputs of each product",
     ),
 )
 

@@ -39,6 +39,8 @@ TECHNIQUES: dict[str, str] = {
     # compression
     "low_rank": "compression.low_rank:LowRank",
     "weight_clustering": "compression.weight_clustering:WeightClustering",
+    # compression
+    "quantization_aware": "compression.quantization_aware:QuantizationAware",
 }
 
 

@@ -55,18 +55,27 @@ class Trace(pl.Callback):
             return loss
 
         pl_module.training_step = measured
+        self.head = pl_module.head.register_forward_hook(self.computed_with)
+
+    def computed_with(self, head, inputs, output):
+        """How many bits are enough for the weights a layer really uses: 32 but for those on a grid."""
+        rows = head.weight.detach() / head.weight.detach().abs().amax(1, keepdim=True).clamp(min=1e-9)
+        levels = [rows * (2 ** (bits - 1) - 1) for bits in range(2, 9)]
+        on_grid = [bits for bits, at in enumerate(levels, 2) if (at - at.round()).abs().max() < 1e-3]
+        self.bits = min(on_grid, default=32)
 
     def on_train_start(self, trainer, pl_module):
         self.training = True
 
     def teardown(self, trainer, pl_module, stage):
+        self.head.remove()
         del pl_module.training_step
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(float(outputs["loss"]))
         self.parts["samples"].append(batch["index"].tolist())
         self.parts["batch"].append(tuple(batch["input_ids"].shape))
-        self.parts["numerics"].append(pl_module.logits.dtype)
+        self.parts["numerics"].append((pl_module.logits.dtype, self.bits))
         keys = ("lr", "betas", "eps", "weight_decay")
         self.parts["lr"] += [[group[key] for key in keys] for group in trainer.optimizers[0].param_groups]
 

@@ -1,0 +1,175 @@
+"""Quantization-aware training: learn weights that will be stored in few bits (arXiv 1712.05877)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from ..clock import Duration, clock_of
+from ..contract import Card, Technique, Unfit, require
+from ..forward_weights import ForwardWeights
+from .fake_quantization import SCALES, check_groups, fake_quantize_tokens, fake_quantize_weight, straight_through
+from .quantizable import Layer, quantizable
+
+OFF = (None, 16)
+
+
+class QuantizationAware(Technique, pl.Callback):
+    """From `start` on, let linear and convolution layers compute with weights of `weight_bits` bits.
+
+    The trained weights stay what they are, and what is saved; `trainer.export` puts them on the same grid for serving.
+    Validation during the fit sees the quantized model too.
+
+    weight_bits: 2 to 8, or 16 (or None) for off. One symmetric scale per output channel, or per `group_size` inputs.
+    activation_bits: 8 quantizes what enters linear layers too, per token; None leaves it.
+    scale: "absmax", or "mse", which clips and is better at 4 bits and fewer (see `fake_quantization.scales`).
+    adapters: with PEFT LoRA, "apart" quantizes the frozen base and leaves the adapters in full precision beside it;
+    "merged" trains the adapters so that base + adapter, quantized as one, is good: x Q(W + BA) in place of
+    x Q(W) + x BA. Adapter dropout is then noise on the difference. "merged" does not work under ZeRO-3, which never has
+    base and adapter at hand together.
+    skip: patterns of parameter names to leave in full precision.
+
+    It costs one more pass over the weights a forward, no communication and no state; zeros stay zero. Under ZeRO with
+    16-bit weights the levels are rounded to that type.
+    """
+
+    card = Card(
+        name="quantization_aware",
+        does="trains weights, and activations, for 2 to 8 bits",
+        paper="1712.05877",
+        saves=frozenset({"size"}),
+        reads=frozenset({"weights"}),
+        writes=frozenset({"numerics"}),
+    )
+
+    def __init__(
+        self,
+        *,
+        weight_bits: int | None = 8,
+        activation_bits: int | None = None,
+        group_size: int | None = None,
+        scale: str = "absmax",
+        adapters: str = "apart",
+        start: str = "0%",
+        skip: Sequence[str] = (),
+    ) -> None:
+        self.weight_bits = weight_bits
+        self.activation_bits = activation_bits
+        self.group_size = group_size
+        self.scale = scale
+        self.adapters = adapters
+        self.start = start
+        self.skip = skip
+
+    def check(self) -> None:
+        require(self.weight_bits in (*OFF, *range(2, 9)), self, "weight_bits", "2 to 8, or 16 or None for off")
+        require(self.activation_bits in (None, 8), self, "activation_bits", "8, or None for off")
+        legal = self.group_size is None or (isinstance(self.group_size, int) and self.group_size > 0)
+        require(legal, self, "group_size", "a positive number of inputs, or None for one scale per output channel")
+        require(self.scale in SCALES, self, "scale", " | ".join(SCALES))
+        require(self.adapters in ("apart", "merged"), self, "adapters", "apart | merged")
+        require(not isinstance(self.skip, str), self, "skip", "a list of patterns")
+        Duration.parse(self.start)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(weight_bits=8, activation_bits=8)
+
+    @classmethod
+    def inert(cls) -> Self:
+        return cls(weight_bits=16)
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After the strategy has set up the model: ZeRO-3's own hooks gather a weight before ours look at it."""
+        self._start = Duration.parse(self.start)
+        self._batches = 0
+        self._acting = False
+        if self.weight_bits in OFF and self.activation_bits is None:
+            return
+        layers = quantizable(pl_module, self.skip)
+        if not layers:
+            raise Unfit(f"quantization_aware finds no linear or convolution layer but what skip={self.skip} leaves out")
+        self._fits(pl_module, layers)
+        self._adapter = {name: used[0].adapter for name, used in layers.items()}
+        self._acting = clock_of(trainer).toward(self._start) >= 1.0
+        if self.weight_bits not in OFF:
+            self._shown = ForwardWeights(pl_module, layers, self._show)
+        if self.activation_bits is not None:
+            self._inputs = [
+                layer.register_forward_pre_hook(self._quantize_input, with_kwargs=True)
+                for layer in self._linear(layers)
+            ]
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._batches < 2:
+            self._batches += 1
+            if self._batches == 2 and (shown := getattr(self, "_shown", None)):
+                shown.check_used("quantization_aware")
+        if not self._acting:
+            self._acting = clock_of(trainer).toward(self._start) >= 1.0
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if shown := self.__dict__.pop("_shown", None):
+            shown.remove()
+        for handle in self.__dict__.pop("_inputs", []):
+            handle.remove()
+
+    # -- what layers see --------------------------------------------------------------------------------------------
+    def _show(self, name: str, weight: Tensor) -> Tensor:
+        if not self._acting:
+            return weight
+        bits = int(self.weight_bits)  # type: ignore[arg-type]
+        adapter = self._adapter[name] if self.adapters == "merged" else None
+        if adapter is None:
+            return fake_quantize_weight(weight, bits, self.group_size, self.scale)
+        with torch.no_grad():
+            change = adapter_change(adapter, weight)
+            merged = fake_quantize_weight(weight + change, bits, self.group_size, self.scale)
+            shown = merged - change  # the adapter adds it again, and takes the gradient
+        return straight_through(weight, shown)
+
+    def _quantize_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._acting:
+            return None
+        if args:
+            return (fake_quantize_tokens(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))  # a layer called as linear(input=x)
+        return args, {**kwargs, name: fake_quantize_tokens(kwargs[name])}
+
+    def _linear(self, layers: dict[str, list[Layer]]) -> list[nn.Module]:
+        """Whose inputs are quantized; a merged adapter is to see what its base sees."""
+        merged = self.adapters == "merged"
+        found = [u for used in layers.values() for u in used if isinstance(u.module, nn.Linear)]
+        return [u.adapter if merged and u.adapter is not None else u.module for u in found]
+
+    def _fits(self, module: nn.Module, layers: dict[str, list[Layer]]) -> None:
+        sharded = False
+        for name, p in module.named_parameters():
+            sharded |= hasattr(p, "ds_shape")
+            if name in layers and self.weight_bits not in OFF:
+                check_groups(torch.Size(getattr(p, "ds_shape", p.shape)), self.group_size, name)
+        if self.adapters == "merged" and sharded and any(u.adapter for used in layers.values() for u in used):
+            raise Unfit(
+                "quantization_aware: adapters='merged' needs a layer's base and adapter weights at hand together, and "
+                "zero3 gathers them one after another. Use zero2, or adapters='apart'."
+            )
+
+
+def adapter_change(adapter: Any, weight: Tensor) -> Tensor:
+    """What the active adapters of a PEFT LoRA layer add to its base weight, in the weight's shape."""
+    change = torch.zeros_like(weight)
+    if adapter.disable_adapters or adapter.merged:
+        return change
+    for active in adapter.active_adapters:
+        if active in adapter.lora_A:
+            if getattr(adapter, "use_dora", {}).get(active):
+                raise Unfit("quantization_aware: adapters='merged' knows LoRA, not DoRA. Use adapters='apart'.")
+            change += adapter.get_delta_weight(active).to(change.dtype)
+    return change

@@ -1,0 +1,141 @@
+"""The fast int8 path on CPUs: ONNX Runtime's dynamic quantization (QInt8 weights, MatMul), from a torch model.
+
+ONNX Runtime quantizes what enters a product per tensor, to unsigned 8 bits with a zero point, where training by
+`quantization_aware(activation_bits=8)` does it per token and symmetrically: outputs agree to about one percent, not to
+the bit. Weights of 8 bits have the same codes; of fewer bits, within half an 8-bit step.
+Unsigned weights (QUInt8) would run at two thirds of the speed, so they are not offered.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...callbacks.compression.quantizable import quantizable
+from .quantize import CannotQuantize, bake, quantize_embeddings
+
+INSTALL = "pip install 'shoestring[compress]'"
+Example = tuple[Tensor, ...] | Mapping[str, Tensor]
+
+
+class OnnxModel:
+    """An ONNX file as a callable on CPU tensors: positional or by the names of its inputs; returns a tuple of tensors.
+
+    threads: of one operator; None leaves it to ONNX Runtime.
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+        runtime = _need("onnxruntime")
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+            options.inter_op_num_threads = 1
+        self.path = Path(path)
+        self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.inputs = [each.name for each in self._session.get_inputs()]
+
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
+        given = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
+        if sorted(given) != sorted(self.inputs) or len(args) + len(kwargs) != len(self.inputs):
+            raise CannotQuantize(f"{self.path.name} takes {', '.join(self.inputs)}; {len(given)} inputs were given")
+        found = self._session.run(None, {name: value.detach().cpu().numpy() for name, value in given.items()})
+        return tuple(torch.from_numpy(each) for each in found)
+
+
+def export_onnx(model: nn.Module, example: Example, path: str | Path, dynamic: Any = None) -> Path:
+    """Write `model` in eval mode to `path` as ONNX. dynamic: `dynamic_shapes` of torch.export, None for fixed shapes.
+
+    example: a tuple of positional, or a mapping of named, inputs.
+    """
+    _need("onnx"), _need("onnxscript")
+    args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), None)
+    training = model.training
+    try:
+        torch.onnx.export(
+            model.eval(), args, str(path), kwargs=kwargs, dynamo=True, external_data=False, verbose=False,
+            dynamic_shapes=dynamic,
+        )  # fmt: skip
+    finally:
+        model.train(training)
+    return Path(path)
+
+
+def quantize_onnx(
+    model: nn.Module,
+    example: Example,
+    path: str | Path,
+    weight_bits: int = 8,
+    *,
+    scale: str = "absmax",
+    skip: Sequence[str] = (),
+    embeddings: bool = False,
+    dynamic: Any = None,
+    threads: int | None = None,
+) -> OnnxModel:
+    """Write a copy of `model` with int8 matrix products to `path` and open it; `model` stays as it is.
+
+    Settings as of `quantize.quantize`. Convolutions keep rounded weights in floats. Fewer than 8 bits are stored in 8.
+    Raises `CannotQuantize` when a linear layer did not become an int8 product.
+    """
+    onnx = _need("onnx")
+    _need("onnxruntime")
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+
+    served = copy.deepcopy(model).eval()
+    baked = set(bake(served, weight_bits, scale=scale, skip=skip))
+    kept = [w for name, w in _linear_weights(served).items() if name not in baked]
+    if embeddings:
+        quantize_embeddings(served)
+    graph = onnx.load(str(export_onnx(served, example, path, dynamic)))
+    graph.graph.ClearField("value_info")  # exported shapes contradict the transposed weights that follow
+    add_pre_process_metadata(graph)
+    products, left = _products(graph, kept)
+    quantize_dynamic(
+        graph, str(path), op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8,
+        nodes_to_exclude=left,
+    )  # fmt: skip
+    made = sum(node.op_type == "MatMulInteger" for node in onnx.load(str(path)).graph.node)
+    if made != len(products) - len(left) or made == 0:
+        raise CannotQuantize(f"{made} of {len(products) - len(left)} linear layers became int8 products in {path}")
+    return OnnxModel(path, threads)
+
+
+def _linear_weights(model: nn.Module) -> dict[str, Tensor]:
+    used = quantizable(model).items()
+    named = dict(model.named_parameters())
+    return {name: named[name] for name, layers in used if isinstance(layers[0].module, nn.Linear)}
+
+
+def _products(graph: Any, kept: Sequence[Tensor]) -> tuple[list[str], list[str]]:
+    """Names of the products with a constant; and of those among them whose constant is one of `kept`.
+
+    The exporter transposes and renames constants, so they are recognized by their values.
+    """
+    onnx = _need("onnx")
+    constants = {each.name: each for each in graph.graph.initializer}
+    products, left = [], []
+    for node in graph.graph.node:
+        if node.op_type not in ("MatMul", "Gemm") or node.input[1] not in constants:
+            continue
+        products.append(node.name)
+        found = torch.tensor(onnx.numpy_helper.to_array(constants[node.input[1]]))
+        if any(torch.equal(found, w) or torch.equal(found, w.T) for w in kept):
+            # a Gemm is first split into a product of this name and a sum
+            left.append(node.name if node.op_type == "MatMul" else f"{node.name}_MatMul")
+    return products, left
+
+
+def _need(package: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise CannotQuantize(f"{package} is not installed; {INSTALL}") from error
