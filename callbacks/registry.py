@@ -27,6 +27,8 @@ TECHNIQUES: dict[str, str] = {
     "mixed_precision": "system.mixed_precision:MixedPrecision",
     # sparsity
     "gradual_pruning": "sparsity.gradual_pruning:GradualPruning",
+    # compression
+    "distillation": "compression.distillation:Distillation",
 }
 
 
