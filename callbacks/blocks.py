@@ -20,7 +20,8 @@ def blocks(module: nn.Module) -> list[nn.Module]:
         by_class: dict[type, list[nn.Module]] = {}
         for child in module:
             if any(True for _ in child.children()):
-                by_class.setdefault(type(child), []).append(child)
+                kind = getattr(child, "_shoestring_original", type(child))  # checkpointing gives each its own class
+                by_class.setdefault(kind, []).append(child)
         found = [block for group in by_class.values() if len(group) > 1 for block in group]
     inside = {id(block) for block in found}
     for child in module.children():
@@ -67,17 +68,17 @@ def recorded(found: Sequence[nn.Module]) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def replayed(found: Sequence[nn.Module], outputs: Sequence[Any], last: int, fresh: int | None = None) -> Iterator[None]:
+def replayed(found: Sequence[nn.Module], outputs: list[Any], last: int, fresh: Sequence[int] = ()) -> Iterator[None]:
     """Compute no block: each returns what it returned before, and those after block `last` return what that one did.
 
-    So the model's own final layers see the hidden state after block `last`, whatever they are. Block `fresh` alone is
-    computed and its output put into `outputs`.
+    So the model's own final layers see the hidden state after block `last`, whatever they are. Only the blocks `fresh`
+    are computed, and their outputs put into `outputs`.
     """
 
     def replaying(index: int) -> Any:
         def call(plain: Any, *args: Any, **kwargs: Any) -> Any:
-            if index == fresh:
-                outputs[index] = plain(*args, **kwargs)  # type: ignore[index]
+            if index in fresh:
+                outputs[index] = plain(*args, **kwargs)
             return outputs[min(index, last)]
 
         return call

@@ -29,6 +29,7 @@ TECHNIQUES: dict[str, str] = {
     "gradual_pruning": "sparsity.gradual_pruning:GradualPruning",
     # compression
     "distillation": "compression.distillation:Distillation",
+    "early_exit": "compression.early_exit:EarlyExit",
 }
 
 

@@ -1,7 +1,7 @@
 """What distillation minimizes: tensors of a student and of a teacher in, a scalar out.
 
-Every loss is a mean over samples (or over the positions that a mask keeps), in float32, and 0 where both agree. None has
-parameters of its own, so widths may differ only where the docstring says so.
+Every loss is a mean over samples (or over the positions that a mask keeps), in float32, and 0 where both agree. None
+has parameters of its own, so widths may differ only where the docstring says so.
 """
 
 from __future__ import annotations

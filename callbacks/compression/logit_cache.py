@@ -1,9 +1,9 @@
 """Teacher logits on disk: what was computed once is read in later epochs, after a restart, and by other runs.
 
-A folder per teacher holds one append-only file per process that wrote there. A record is one sample: its key, the sizes,
-a checksum, then the float16 values [n, columns] and the int32 class numbers [n, k] of its n positions. A record is there
-as soon as it is written, also when the process is killed right after; one that was cut off or damaged counts as absent
-and is computed again. Nobody writes to another's file, so any number of processes may share a folder.
+A folder per teacher holds one append-only file per process that wrote there. A record is one sample: its key, the
+sizes, a checksum, then the float16 values [n, columns] and the int32 class numbers [n, k] of its n positions. A record
+is there as soon as it is written, also when the process is killed right after; one that was cut off or damaged counts
+as absent and is computed again. Nobody writes to another's file, so any number of processes may share a folder.
 """
 
 from __future__ import annotations
