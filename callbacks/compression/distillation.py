@@ -83,9 +83,8 @@ class Distillation(Technique, pl.Callback):
         self.shard_teacher = shard_teacher
 
     def check(self) -> None:
-        require(
-            isinstance(self.teacher, nn.Module) or bool(self.teacher), self, "teacher", "initial | a folder or name"
-        )
+        given = isinstance(self.teacher, nn.Module) or bool(self.teacher)
+        require(given, self, "teacher", "initial | a folder | a hub name | in Python a module")
         for name in ("weight", "hidden", "attention", "labels"):
             require(getattr(self, name) >= 0, self, name, "a number of at least 0")
         require(self.temperature > 0, self, "temperature", "a positive number")
@@ -121,6 +120,15 @@ class Distillation(Technique, pl.Callback):
         if stage != "fit" or not self._acts:
             return
         self._began_with: str | None = None
+        if any(True for _ in pl_module.parameters()):
+            self._prepare(pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Modules that build their layers in `configure_model`, cut by ZeRO-3 as they are made, have weights by now."""
+        if self._acts and not hasattr(self, "_teacher"):
+            self._prepare(pl_module)
+
+    def _prepare(self, pl_module: pl.LightningModule) -> None:
         self._of = model_name(pl_module, self.of, self.card.name)
         self._teacher = Teacher(self._frozen(pl_module.get_submodule(self._of)), DTYPES[self.teacher_dtype])
         kept = self.teacher == "initial" or self.cache is not None
@@ -133,8 +141,6 @@ class Distillation(Technique, pl.Callback):
             return frozen_copy(self.teacher, dtype, apart=self.shard_teacher)  # an engine takes its weights apart
         if self.teacher != "initial":
             return load(self.teacher, dtype)
-        if not any(True for _ in student.parameters()):
-            raise NoTeacher("distillation: the student has no weights yet, so teacher='initial' has nothing to copy")
         return frozen_copy(student, dtype, apart=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

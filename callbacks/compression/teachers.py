@@ -35,8 +35,8 @@ def frozen_copy(module: nn.Module, dtype: torch.dtype, *, apart: bool) -> nn.Mod
     """A copy of `module` that does not train: parameters whole, without gradients, floats in `dtype`.
 
     apart: with storage of its own; otherwise tensors that are right as they are are shared. Buffers that are no part of
-    the state (rotary frequencies) keep their precision. Hooks of our own techniques stay behind, and so do a
-    LightningModule's trainer and the tensors it keeps from its last step.
+    the state (rotary frequencies) keep their precision. Hooks of our own techniques and of DeepSpeed stay behind, and
+    so do a LightningModule's trainer and the tensors it keeps from its last step.
     """
     memo: dict[int, Any] = {}
     state = {id(t) for t in module.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
@@ -52,6 +52,7 @@ def frozen_copy(module: nn.Module, dtype: torch.dtype, *, apart: bool) -> nn.Mod
                 memo.setdefault(id(value), value.detach())
     taught = copy.deepcopy(module, memo)
     for part in taught.modules():
+        part._parameters = dict(part._parameters)  # ZeRO-3's own kind of dictionary gathers what is looked up
         for kind in _HOOKS:
             hooks = vars(part)[kind]
             for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
@@ -64,7 +65,8 @@ def _cast(tensor: Tensor, dtype: torch.dtype, apart: bool) -> Tensor:
 
 
 def _is_ours(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).split(".")[0] == __name__.split(".")[0]
+    """A technique's, or the engine's that it trains in."""
+    return str(getattr(hook, "__module__", "")).split(".")[0] in (__name__.split(".")[0], "deepspeed")
 
 
 def load(name: str, dtype: torch.dtype) -> nn.Module:
