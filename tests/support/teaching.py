@@ -8,8 +8,8 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
-from toy import DEVICE, LENGTH, STEPS, VOCAB, Toy, fingerprint, loader, toy
 from torch import nn
+from toy import DEVICE, LENGTH, STEPS, VOCAB, Toy, fingerprint, loader, toy
 
 from shoestring.callbacks.compression.distillation import Distillation
 from shoestring.trainer import Trainer
