@@ -15,6 +15,7 @@ from shoestring.callbacks.compression.distillation import Distillation
 from shoestring.trainer import Trainer
 from shoestring.trainer.extensions import prepare_environment
 
+EPOCH = 18  # steps, of four of 72 samples
 WIDE = 400  # its square is above DeepSpeed's 100 000 elements, below which a parameter is not cut
 
 
@@ -74,16 +75,24 @@ class Watch(pl.Callback):
         self.losses.append(float(outputs["loss"]))
 
 
-def train(folder: Path, strategy: str, world: int, module: pl.LightningModule, technique: Distillation) -> dict:
+def train(
+    folder: Path, strategy: str, world: int, module: pl.LightningModule, technique: Distillation, steps: int = STEPS
+) -> dict:
     watch = Watch(technique)
     trainer = Trainer(
         techniques=[technique], strategy=strategy, devices=world, run_dir=folder, ledger=False, accelerator=DEVICE,
-        max_steps=STEPS, max_epochs=-1, checkpoint_every=None, callbacks=[], limit_val_batches=0,
+        max_steps=steps, max_epochs=-1, checkpoint_every=None, callbacks=[], limit_val_batches=0,
     )  # fmt: skip
     trainer.callbacks.append(watch)
-    trainer.fit(module, loader(world))
+    trainer.fit(module, loader(world, words={"noise": 0.0}))
     final = load_file(folder / "final.safetensors") if trainer.global_rank == 0 else {}
-    return {"losses": watch.losses, "final": fingerprint(final), "names": sorted(final), **watch.facts}
+    return {
+        "losses": watch.losses,
+        "final": fingerprint(final),
+        "names": sorted(final),
+        "forwards": technique.teacher_forwards,
+        **watch.facts,
+    }
 
 
 def main(strategy: str, folder: Path) -> None:
@@ -95,7 +104,14 @@ def main(strategy: str, folder: Path) -> None:
     for name, sharded in (("replicated", False), ("sharded", True)):
         technique = Distillation(**settings, shard_teacher=sharded)
         found[name] = train(folder / name, strategy, world, toy(dropout=0.0), technique)
+    torch.manual_seed(13)  # the same teachers on all ranks
     initial = {"weight": 1.0, "teacher_dtype": "float32"}
     found["early"] = train(folder / "early", strategy, world, toy(dropout=0.0), Distillation(**initial))
     found["late"] = train(folder / "late", strategy, world, Late(), Distillation(**initial))
+    found["hidden"] = train(
+        folder / "hidden", strategy, world, toy(dropout=0.0),
+        Distillation(teacher=Toy(dropout=0.0), hidden=1.0, teacher_dtype="float32"),
+    )  # fmt: skip
+    cached = Distillation(**initial, cache=str(folder / "cache"))
+    found["cached"] = train(folder / "cached", strategy, world, toy(dropout=0.0), cached, 2 * EPOCH)
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
