@@ -67,6 +67,20 @@ INTERACTIONS: tuple[Rule, ...] = (
         mend="add weight_averaging, which restores them, or use the wsd schedule",
     ),
     Rule(
+        first="distillation",
+        second="early_exit",
+        verdict="order",
+        why="each adds a term of its own to the loss of one forward; exits learn from labels, the last layer from both",
+        source="arXiv 1503.02531 §2, 2404.16710 §4.1",
+    ),
+    Rule(
+        first="gradient_checkpointing",
+        second="early_exit",
+        verdict="order",
+        why="exits replay what a block returned, so a block is recomputed once in backward, however many exits it has",
+        source="arXiv 1604.06174",
+    ),
+    Rule(
         first="sequence_length_warmup",
         second="lr_scaling",
         verdict="order",

@@ -41,6 +41,9 @@ TECHNIQUES: dict[str, str] = {
     "weight_clustering": "compression.weight_clustering:WeightClustering",
     # compression
     "quantization_aware": "compression.quantization_aware:QuantizationAware",
+    # compression
+    "distillation": "compression.distillation:Distillation",
+    "early_exit": "compression.early_exit:EarlyExit",
 }
 
 

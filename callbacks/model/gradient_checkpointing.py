@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ..blocks import blocks
 from ..contract import Card, Effect, Technique, Workload, require
 
 MODES = ("full", "selective")
@@ -19,25 +20,6 @@ _aten = torch.ops.aten
 _KEPT = {
     _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.convolution.default,
 }  # fmt: skip
-
-
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The outermost repeated blocks: children of one class, at least two, inside one ModuleList or Sequential.
-
-    A child that is a single layer is no block: recomputing it would save nothing.
-    """
-    found: list[nn.Module] = []
-    if isinstance(module, nn.ModuleList | nn.Sequential):
-        by_class: dict[type, list[nn.Module]] = {}
-        for child in module:
-            if any(True for _ in child.children()):
-                by_class.setdefault(type(child), []).append(child)
-        found = [block for group in by_class.values() if len(group) > 1 for block in group]
-    inside = {id(block) for block in found}
-    for child in module.children():
-        if id(child) not in inside:
-            found += blocks(child)
-    return found
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
