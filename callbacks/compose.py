@@ -36,6 +36,27 @@ INTERACTIONS: tuple[Rule, ...] = (
         source="arXiv 1706.02677 §2.2",
     ),
     Rule(
+        first="structured_pruning",
+        second="gradual_pruning",
+        verdict="order",
+        why="structure before sparsity: masks are cut with the weights, so the share of zeros is then of what is left",
+        source="arXiv 2301.12900",
+    ),
+    Rule(
+        first="structured_pruning",
+        second="weight_averaging",
+        verdict="order",
+        why="averages are cut with the weights, and go on from there",
+        source="arXiv 2301.12900",
+    ),
+    Rule(
+        first="structured_pruning",
+        second="gradient_checkpointing",
+        verdict="order",
+        why="blocks recompute whatever is left of them",
+        source="arXiv 1604.06174",
+    ),
+    Rule(
         first="gradual_pruning",
         second="weight_averaging",
         verdict="order",
