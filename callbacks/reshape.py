@@ -28,6 +28,10 @@ from .shards import Shards, shards_of
 from .sparsity.structured_cut import Cut, renew, shrink, shrink_tensor
 
 
+# what DeepSpeed leaves on modules, besides names that begin with ds_
+_MARKS = ("_external_params", "all_parameters", "pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
+
+
 class CannotReshape(ShoestringError):
     """Something that goes with the parameters cannot be cut with them."""
 
@@ -58,8 +62,8 @@ class Whole:
                         "element of it and cannot be cut. Use an element-wise optimizer: AdamW, Adam, SGD."
                     )
             self.states[name] = {state: shrink_tensor(tensor, kept) for state, tensor in states.items()}
-        for states in self.fragments.values():
-            states.update({state: shrunk(named) for state, named in states.items()})
+        for fragments in self.fragments.values():
+            fragments.update({state: shrunk(named) for state, named in fragments.items()})
 
 
 @torch.no_grad()
@@ -152,8 +156,10 @@ def _close(trainer: pl.Trainer, module: pl.LightningModule, kept: Whole) -> None
     engine = getattr(trainer.strategy, "deepspeed_engine", None)
     if engine is not None:
         engine.destroy()
-        for part in module.modules():  # ZeRO-3 has put a dictionary of its own in the place of the module's
-            if (own := vars(part).pop("_original_parameters", None)) is not None:
+        for part in module.modules():
+            for mark in [key for key in vars(part) if key.startswith("ds_") or key in _MARKS]:
+                del vars(part)[mark]  # the next engine would find this one's parameters and hooks there
+            if (own := vars(part).pop("_original_parameters", None)) is not None:  # ZeRO-3 put its own in their place
                 own.update(part._parameters)
                 part._parameters = own
     trainer.strategy.model = module

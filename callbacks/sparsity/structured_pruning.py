@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Self
 
 import pytorch_lightning as pl
@@ -88,7 +89,7 @@ class StructuredPruning(Technique, pl.Callback):
         require(self.strength >= 0, self, "strength", "a number >= 0")
         require(self.round_to > 0, self, "round_to", "a positive number of channels")
         moments = self._durations()
-        rising = all(a.counts == b.counts and a.amount < b.amount for a, b in zip(moments, moments[1:], strict=False))
+        rising = all(a.counts == b.counts and a.amount < b.amount for a, b in pairwise(moments))
         require(bool(moments) and rising, self, "at", "a moment, or rising moments in one unit")
         later = moments[0].amount > 0 or self.importance == "magnitude"
         require(later, self, "at", f"a moment after the start: {self.importance} needs steps to see")
