@@ -27,7 +27,6 @@ from .contract import Technique
 from .shards import Shards, shards_of
 from .sparsity.structured_cut import Cut, renew, shrink, shrink_tensor
 
-
 # what DeepSpeed leaves on modules, besides names that begin with ds_
 _MARKS = ("_external_params", "all_parameters", "pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
 
@@ -110,7 +109,7 @@ def _gather(trainer: pl.Trainer, door: Shards) -> Whole:
     """Every rank must ask for the same tensors in the same order, though it may hold nothing of some of them."""
     kept = Whole(scalars={name: door.scalars(name) for name in door.slices})
     present = {name: {state: view.dtype for state, view in door.state(name).items()} for name in door.slices}
-    for told in _all(({n: {k: v for k, v in s.items() if v} for n, s in kept.scalars.items()}, present)):
+    for told in _all((kept.scalars, present)):
         for name, scalars in told[0].items():
             kept.scalars[name] = kept.scalars.get(name) or scalars
         for name, states in told[1].items():
