@@ -264,6 +264,11 @@ class Accountant(pl.Callback):
             return (self.clock.steps_per_epoch or float("inf")) * epochs
         return max(1.0, batches * epochs / trainer.accumulate_grad_batches)
 
+    def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The model has other shapes now (see callbacks/reshape.py): its steps cost something else."""
+        self._flops.forget()
+        self.pause_ended(trainer)
+
     # -- end --------------------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.windows.enter("other")

@@ -57,6 +57,33 @@ INTERACTIONS: tuple[Rule, ...] = (
             source="arXiv 1710.01878",
         )
         for pruning in PRUNING
+    Rule(
+        first="structured_pruning",
+        second="gradual_pruning",
+        verdict="order",
+        why="structure before sparsity: masks are cut with the weights, so the share of zeros is then of what is left",
+        source="arXiv 2301.12900",
+    ),
+    Rule(
+        first="structured_pruning",
+        second="weight_averaging",
+        verdict="order",
+        why="averages are cut with the weights, and go on from there",
+        source="arXiv 2301.12900",
+    ),
+    Rule(
+        first="structured_pruning",
+        second="gradient_checkpointing",
+        verdict="order",
+        why="blocks recompute whatever is left of them",
+        source="arXiv 1604.06174",
+    ),
+    Rule(
+        first="gradual_pruning",
+        second="weight_averaging",
+        verdict="order",
+        why="averages are taken of masked weights; a weight pruned to zero is zero in the average too",
+        source="arXiv 1710.01878",
     ),
     Rule(
         first="competence_curriculum",

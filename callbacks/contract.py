@@ -211,6 +211,9 @@ class Technique:
     def load_fragments(self, fragments: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take back what `fragments` gave, already cut to this rank's slices."""
 
+    def rebuild(self, pl_module: Any, state: Mapping[str, Any]) -> None:
+        """Give a module just built the shapes it had when `state_dict` gave `state`. Most techniques change none."""
+
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """In a plain `pl.Trainer`: whole tensors go into Lightning's own checkpoint (collective where sharded)."""
         if not (fragments := self.fragments()):

@@ -100,6 +100,10 @@ class StepFlops:
         self._kind: Any = None
         self._counter: FlopCounter | None = None
 
+    def forget(self) -> None:
+        """The model has other shapes now: count every kind of step anew."""
+        self._parameters, self._known = list(self._module.parameters()), {}
+
     def begin(self, shape: tuple[int, ...], steps: bool) -> None:
         """A micro-batch of this shape begins; `steps`: the optimizer, which may multiply matrices, steps after it."""
         trainable = bytes([p.requires_grad for p in self._parameters])

@@ -26,6 +26,7 @@ TECHNIQUES: dict[str, str] = {
     # system
     "mixed_precision": "system.mixed_precision:MixedPrecision",
     # sparsity
+    "structured_pruning": "sparsity.structured_pruning:StructuredPruning",
     "gradual_pruning": "sparsity.gradual_pruning:GradualPruning",
     "set": "sparsity.set:SET",
     "rigl": "sparsity.rigl:RigL",

@@ -20,6 +20,7 @@ from ..callbacks.budget import Budget
 from ..callbacks.clock import MEASURED, Duration
 from ..callbacks.meter import Windows, peak_bytes
 from ..callbacks.samples import take_over
+from ..callbacks.shards import shards_of
 from . import accounts, checkpoint, state
 from .intervals import interval, passed, steps_in
 from .ledger import read_summary
@@ -84,6 +85,7 @@ class Observer(Accountant):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self.order = take_over(trainer, self.seed)
+        self._reshaping: list[Any] = [c for c in trainer.callbacks if hasattr(c, "reshapes_next")]
         self.request.listen()
         self.records.open(trainer)
         self.saver = Saver(self.records.run_dir / "checkpoints", self.keep, self.agreement, self.records.event)
@@ -175,8 +177,9 @@ class Observer(Accountant):
             trainer.limit_val_batches = 0
 
     def _save_is_due(self, trainer: pl.Trainer) -> bool:
-        """At the first and the last step, when asked to stop, and every interval: measured ones as rank 0 says."""
-        if self._saved_step < 0 or trainer.should_stop or self.signalled:
+        """At the first and last step, before reshaping, when asked to stop, every interval (measured: rank 0 says)."""
+        last = any(technique.reshapes_next(trainer) for technique in self._reshaping)  # in these shapes
+        if self._saved_step < 0 or trainer.should_stop or self.signalled or last:
             return True
         if self.every is None:
             return False
@@ -193,6 +196,11 @@ class Observer(Accountant):
 
     def on_replan(self, step: int, last: int) -> None:
         self.records.event("replan", step=step, last=last, progress=self.clock.progress)
+
+    def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_reshape(trainer, pl_module)
+        self.trainable = sum(where.numel for where in shards_of(trainer, pl_module).slices.values())
+        self.records.event("reshape", step=self.clock.step, trainable=self.trainable)
 
     # -- saving -----------------------------------------------------------------------------------------------------
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

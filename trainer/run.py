@@ -134,7 +134,7 @@ def _report(plan: Plan, run_dir: Path, summary: Mapping[str, Any], task: Any) ->
     recipe = plan.recipe
     sample = exported = None
     if recipe.evaluation.generate or recipe.export:
-        trained = _trained(recipe, run_dir)
+        trained = _trained(plan, run_dir)
         if recipe.evaluation.generate:
             from .tasks.generate import complete
 
@@ -155,7 +155,7 @@ def _report(plan: Plan, run_dir: Path, summary: Mapping[str, Any], task: Any) ->
     return report
 
 
-def _trained(recipe: Any, run_dir: Path) -> Any:
+def _trained(plan: Plan, run_dir: Path) -> Any:
     """The task with the run's final weights, whole and on this host, however they were sharded."""
     from safetensors.torch import load_file
 
@@ -165,6 +165,15 @@ def _trained(recipe: Any, run_dir: Path) -> Any:
     task = build_task(recipe, workdir=run_dir)
     state = merged_state(task.module, load_file(run_dir / "final.safetensors"))  # others read plain layers
     task.module.load_state_dict(state, strict=False)  # tied weights are stored once
+    from . import checkpoint
+    from .tasks import build_task
+
+    task = build_task(plan.recipe, workdir=run_dir)
+    folder, _ = checkpoint.newest_intact(run_dir / "checkpoints")
+    states = checkpoint.read_state(folder / "state.pt")["callbacks"] if folder else {}
+    for technique in plan.techniques:
+        technique.rebuild(task.module, states.get(technique.state_key, {}))
+    task.module.load_state_dict(load_file(run_dir / "final.safetensors"), strict=False)  # tied weights are stored once
     return task
 
 

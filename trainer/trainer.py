@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,6 +147,18 @@ class Trainer(pl.Trainer):
             self.observer.peak_flops = peak(_dtype(str(self.precision)), machine_facts().hardware)[0]
         will_launch()
         super().fit(*args, **kwargs)
+
+    def saved_state(self, key: str) -> dict[str, Any] | None:
+        """What the checkpoint that this fit resumes from holds of the callback `key`, before any model is restored.
+
+        Collective; for callbacks that in `setup` give the module the shapes it was saved in. None: nothing to resume.
+        """
+        found = None
+        if self.is_global_zero and self.observer.resume and self.records.given is not None:
+            with suppress(checkpoint.DamagedCheckpoint):  # the observer reports it, on all ranks
+                folder, _ = checkpoint.newest_intact(Path(self.records.given) / "checkpoints")
+                found = checkpoint.read_state(folder / "state.pt")["callbacks"].get(key) if folder else None
+        return self.strategy.broadcast(found)
 
     def _same_global_batch(self) -> None:
         """Resumed on another number of ranks: accumulate more or less, so that every step sees the same samples."""

@@ -1,0 +1,32 @@
+"""Structured pruning's other ways, and what it does together with techniques that keep state, on every rank."""
+
+import json
+import logging
+import traceback
+import warnings
+from pathlib import Path
+
+from ranks import Group
+
+from shoestring.callbacks import GradualPruning, StructuredPruning, WeightAveraging
+
+CASES = {
+    # the last cut follows a checkpoint and a validation, and comes before the crash; the first one before both
+    "taylor": lambda: [StructuredPruning(importance="taylor", at=["2 steps", "4 steps"], round_to=2)],
+    "lasso": lambda: [StructuredPruning(importance="lasso", at="6 steps", strength=0.5, round_to=4)],
+    "averaged": lambda: [StructuredPruning.example(), WeightAveraging(decay=0.8)],
+    "masked": lambda: [StructuredPruning.example(), GradualPruning(sparsity=0.5, start="0%", end="70%", every=2)],
+}
+
+
+def main(strategy: str, folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    group, found = Group(strategy, folder), {}
+    for case, techniques in CASES.items():
+        try:
+            found[case] = group.resume(case, techniques)
+            found[case]["still"] = group.train(f"{case}-still", *techniques(), dropout=0.0)
+        except Exception:
+            found[case] = {"error": traceback.format_exc()}
+        (folder / f"rank-{group.rank}.json").write_text(json.dumps(found))
