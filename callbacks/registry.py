@@ -40,9 +40,7 @@ TECHNIQUES: dict[str, str] = {
     # compression
     "low_rank": "compression.low_rank:LowRank",
     "weight_clustering": "compression.weight_clustering:WeightClustering",
-    # compression
     "quantization_aware": "compression.quantization_aware:QuantizationAware",
-    # compression
     "distillation": "compression.distillation:Distillation",
     "early_exit": "compression.early_exit:EarlyExit",
 }

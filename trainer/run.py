@@ -160,11 +160,6 @@ def _trained(plan: Plan, run_dir: Path) -> Any:
     from safetensors.torch import load_file
 
     from ..callbacks.compression.factors import merged_state
-    from .tasks import build_task
-
-    task = build_task(recipe, workdir=run_dir)
-    state = merged_state(task.module, load_file(run_dir / "final.safetensors"))  # others read plain layers
-    task.module.load_state_dict(state, strict=False)  # tied weights are stored once
     from . import checkpoint
     from .tasks import build_task
 
@@ -173,7 +168,8 @@ def _trained(plan: Plan, run_dir: Path) -> Any:
     states = checkpoint.read_state(folder / "state.pt")["callbacks"] if folder else {}
     for technique in plan.techniques:
         technique.rebuild(task.module, states.get(technique.state_key, {}))
-    task.module.load_state_dict(load_file(run_dir / "final.safetensors"), strict=False)  # tied weights are stored once
+    state = merged_state(task.module, load_file(run_dir / "final.safetensors"))  # others read plain layers
+    task.module.load_state_dict(state, strict=False)  # tied weights are stored once
     return task
 
 

@@ -154,16 +154,23 @@ class Masking(Technique, pl.Callback):
 
     def hold(self, shards: Shards, masks: Mapping[str, Tensor]) -> None:
         """Make these the masks, of weights and optimizer states too. Collective where sharded."""
-        kept = torch.zeros(len(masks), dtype=torch.int64, device=next(iter(masks.values())).device)
-        for i, (name, mask) in enumerate(masks.items()):
-            self._masks[name] = mask
-            kept[i] = mask.sum()
+        self._masks.update(masks)
+        for name, mask in masks.items():
             shards.master(name).mul_(mask)
             for state in shards.state(name).values():
                 state.mul_(mask)
-        total = shards.total(kept).tolist()
-        self._kept.update({name: n / shards.slices[name].numel for name, n in zip(masks, total, strict=True)})
+        self._count(shards)
+
+    def _count(self, shards: Shards) -> None:
+        device = next(iter(self._masks.values())).device
+        kept = shards.total(torch.stack([mask.sum().to(device) for mask in self._masks.values()]).to(torch.int64))
+        self._kept = {n: k / shards.slices[n].numel for n, k in zip(self._masks, kept.tolist(), strict=True)}
         self.mask_version += 1
+
+    def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Somebody has cut the model, and the masks with it."""
+        if self._masks:
+            self._count(shards_of(trainer, pl_module))
 
     # -- what others may ask ----------------------------------------------------------------------------------------
     def densities(self) -> dict[str, float]:

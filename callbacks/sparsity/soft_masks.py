@@ -107,6 +107,11 @@ class SoftMasking(Technique, pl.Callback):
         masks = self._local["forward"]
         self._whole = {name: shards.gather(name, masks[name].bool()) for name in self._names}
 
+    def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Somebody has cut the model, and the masks with it."""
+        if "forward" in self._local:
+            self._spread(shards_of(trainer, pl_module))
+
     @torch.no_grad()
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The masked weights become the weights."""
