@@ -97,6 +97,63 @@ def plan(
         show_plan(made)
 
 
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, id or name.")],
+    to: Annotated[str, typer.Option("--to", help="hf, torch, onnx or gguf-ready-safetensors.")],
+    out: Annotated[Path | None, typer.Option("--out", help="A folder; default RUN/export/<format>.")] = None,
+    quantize: Annotated[str | None, typer.Option("--quantize", help="int8 (torch, onnx) or int4 (torch).")] = None,
+    sparse: Annotated[bool, typer.Option("--sparse", help="Store masks and kept values (torch).")] = False,
+    as_json: AsJson = False,
+    allow_code: AllowCode = False,
+) -> None:
+    """Write a finished run's model in another form; kept only if, read back, it computes the same."""
+    from .export.trained import open_run
+    from .export.write import check_format
+    from .export.write import export as write
+    from .run import quiet
+
+    quiet()
+    check_format(to, quantize, sparse)
+    made = write(open_run(run, allow_code=allow_code), to, out=out, quantize=quantize, sparse=sparse)
+    if as_json:
+        _print_json(made.as_dict())
+    else:
+        from .display import show_export
+
+        show_export(made)
+
+
+@app.command()
+def measure(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, an export, a Hugging Face folder, an .onnx.")],
+    batch: Annotated[list[str] | None, typer.Option("--batch", help="Rows x tokens, like 1x128; repeatable.")] = None,
+    backend: Annotated[list[str] | None, typer.Option("--backend", help="eager, compile, onnxruntime.")] = None,
+    baseline: Annotated[str | None, typer.Option("--baseline", help="Another model to compare with.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="The run whose validation data judges it.")] = None,
+    memory: Annotated[bool, typer.Option(help="Peak memory, in a process of its own.")] = True,
+    as_json: AsJson = False,
+    allow_code: AllowCode = False,
+) -> None:
+    """Quality, size, FLOPs, latency, memory and energy of a model on this machine; one row in the ledger."""
+    from .export.measurement import Wish, parse_shape, record
+    from .export.measurement import measure as measured
+    from .export.subject import home_of
+    from .run import quiet
+
+    quiet()
+    shapes = tuple(parse_shape(text) for text in batch or ())
+    wish = Wish(backends=tuple(backend or ()), shapes=shapes, memory=memory, data=data, allow_code=allow_code)
+    told = measured(model, wish, baseline=baseline)
+    told["recorded"] = record(told, home_of(model, data))
+    if as_json:
+        _print_json(told)
+    else:
+        from .display import show_measurement
+
+        show_measurement(told)
+
+
 @runs_app.command("list")
 def runs_list(as_json: AsJson = False, limit: Annotated[int, typer.Option(help="At most this many.")] = 50) -> None:
     """Every run in the ledger, newest first."""
@@ -133,6 +190,27 @@ def runs_show(
     for kind, rows in kinds.items():
         for fields in rows:
             show_fields({kind[:-1]: fields})
+
+
+@runs_app.command("pareto")
+def runs_pareto(
+    x: Annotated[
+        str, typer.Option("--x", help="What it costs: bytes, latency_ms, nonzero, joules_per_sample ...")
+    ] = "bytes",
+    y: Annotated[str, typer.Option("--y", help="What it is worth: accuracy, loss ...")] = "accuracy",
+    as_json: AsJson = False,
+) -> None:
+    """The measured models that no other beats in both; of a model measured twice, the newest figures count."""
+    from .export.pareto import front
+    from .ledger import Ledger
+
+    found = front(Ledger().models(), x, y)
+    if as_json:
+        _print_json(found)
+    else:
+        from .display import show_front
+
+        show_front(found, x, y)
 
 
 _KINDS = ("claims", "estimates", "measurements", "verdicts", "events")

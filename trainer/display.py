@@ -13,6 +13,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .doctor import Finding
+    from .export.write import Exported
     from .ledger import RunRow
     from .planner import Plan
     from .run import Report
@@ -190,6 +191,59 @@ def _used(total: Mapping[str, Any]) -> str:
         field, factor = scale.get(name, (name, 1.0))
         parts.append(f"{total[field] / factor / limit:.1%} of {limit:g} {name}")
     return ", ".join(parts)
+
+
+def show_export(made: Exported) -> None:
+    """What was written, how large it is, and how far its outputs are from the model's."""
+    rows = {
+        "written": made.path,
+        "size": f"{size(made.bytes)} ({made.bytes:,} bytes in {len(made.files)} files)",
+        "checked": f"reloaded: relative error {made.error:.2g} (allowed {made.tolerance:g})",
+    }
+    if made.quantize:
+        rows["quantized"] = f"{made.quantize}: relative error {made.from_original:.2g} to the trained model"
+    show_fields(rows)
+    for note in made.notes:
+        console.print(f"[yellow]note[/] {note}")
+
+
+def show_measurement(told: Mapping[str, Any]) -> None:
+    """One model: worth, footprint, then a line for each backend and batch, then the comparison with its baseline."""
+    rows = {name: told.get(name) for name in ("model", "loss", "perplexity", "accuracy") if told.get(name) is not None}
+    share = told["nonzero"] / max(1, told["parameters"])
+    rows["size"] = f"{size(told['bytes'])} on disk, {number(told['parameters'])} parameters, {share:.1%} not zero"
+    if told["flops_counted"] is not None:
+        rows["a sample"] = f"{number(told['flops_counted'])}FLOP counted, {number(told['flops_realised'])}FLOP realised"
+    if "peak_bytes" in told:
+        rows["memory"] = f"{size(told['peak_bytes'])} at most, {size(told['over_idle_bytes'])} over the bare libraries"
+    if "recall" in told:
+        rows["recall"] = ", ".join(f"{name} {share:.1%}" for name, share in told["recall"].items())
+    show_fields(rows)
+    table = Table(box=None, pad_edge=False, title_justify="left", title=f"{told['machine']}, {told['threads']} threads")
+    for column in ("backend, batch", "median ms", "p95 ms", "CPU ms", "samples/s", "J/sample"):
+        table.add_column(column)
+    for name, row in told["timings"].items():
+        figures = [
+            f"{row[key]:.3g}" for key in ("p50_ms", "p95_ms", "cpu_ms", "samples_per_second", "joules_per_sample")
+        ]
+        table.add_row(name, *figures[:-1], f"{figures[-1]} ({row['joules_source']})")
+    console.print(table)
+    if told.get("against"):
+        show_fields(told["against"])
+    show_fields({"ledger": "one row" if told["recorded"] else "no row: it is of no run (give --data RUN)"})
+    if told.get("note"):
+        console.print(f"[yellow]note[/] {told['note']}")
+
+
+def show_front(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
+    """The models on a Pareto front, the cheapest first."""
+    table = Table(box=None, pad_edge=False)
+    for column in (x, y, "backend", "run", "model"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        cost = f"{row[x]:,}" if isinstance(row[x], int) else f"{row[x]:.4g}"
+        table.add_row(cost, f"{row[y]:.4g}", str(row["backend"]), row["run"], row["model"])
+    console.print(table if rows else "no measured models yet: shoestring measure MODEL")
 
 
 def show_runs(runs: Sequence[RunRow]) -> None:
