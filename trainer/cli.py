@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from .. import ShoestringError, __version__
+from . import model_commands
+from .options import AllowCode, AsJson, print_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,8 +27,6 @@ app.add_typer(recipes_app, name="recipes")
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the recipe.")]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let the recipe name your own module:attr.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report here as JSON.")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="The run's home; default runs/<recipe name>.")]
 
@@ -90,68 +90,11 @@ def plan(
 
         made = measured(made)
     if as_json:
-        _print_json(made.as_dict())
+        print_json(made.as_dict())
     else:
         from .display import show_plan
 
         show_plan(made)
-
-
-@app.command()
-def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, id or name.")],
-    to: Annotated[str, typer.Option("--to", help="hf, torch, onnx or gguf-ready-safetensors.")],
-    out: Annotated[Path | None, typer.Option("--out", help="A folder; default RUN/export/<format>.")] = None,
-    quantize: Annotated[str | None, typer.Option("--quantize", help="int8 (torch, onnx) or int4 (torch).")] = None,
-    sparse: Annotated[bool, typer.Option("--sparse", help="Store masks and kept values (torch).")] = False,
-    as_json: AsJson = False,
-    allow_code: AllowCode = False,
-) -> None:
-    """Write a finished run's model in another form; kept only if, read back, it computes the same."""
-    from .export.trained import open_run
-    from .export.write import check_format
-    from .export.write import export as write
-    from .run import quiet
-
-    quiet()
-    check_format(to, quantize, sparse)
-    made = write(open_run(run, allow_code=allow_code), to, out=out, quantize=quantize, sparse=sparse)
-    if as_json:
-        _print_json(made.as_dict())
-    else:
-        from .display import show_export
-
-        show_export(made)
-
-
-@app.command()
-def measure(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, an export, a Hugging Face folder, an .onnx.")],
-    batch: Annotated[list[str] | None, typer.Option("--batch", help="Rows x tokens, like 1x128; repeatable.")] = None,
-    backend: Annotated[list[str] | None, typer.Option("--backend", help="eager, compile, onnxruntime.")] = None,
-    baseline: Annotated[str | None, typer.Option("--baseline", help="Another model to compare with.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="The run whose validation data judges it.")] = None,
-    memory: Annotated[bool, typer.Option(help="Peak memory, in a process of its own.")] = True,
-    as_json: AsJson = False,
-    allow_code: AllowCode = False,
-) -> None:
-    """Quality, size, FLOPs, latency, memory and energy of a model on this machine; one row in the ledger."""
-    from .export.measurement import Wish, parse_shape, record
-    from .export.measurement import measure as measured
-    from .export.subject import home_of
-    from .run import quiet
-
-    quiet()
-    shapes = tuple(parse_shape(text) for text in batch or ())
-    wish = Wish(backends=tuple(backend or ()), shapes=shapes, memory=memory, data=data, allow_code=allow_code)
-    told = measured(model, wish, baseline=baseline)
-    told["recorded"] = record(told, home_of(model, data))
-    if as_json:
-        _print_json(told)
-    else:
-        from .display import show_measurement
-
-        show_measurement(told)
 
 
 @runs_app.command("list")
@@ -163,7 +106,7 @@ def runs_list(as_json: AsJson = False, limit: Annotated[int, typer.Option(help="
     ledger.refresh()
     found = ledger.runs(limit=limit)
     if as_json:
-        _print_json([_fields(run) for run in found])
+        print_json([_fields(run) for run in found])
     else:
         from .display import show_runs
 
@@ -182,7 +125,7 @@ def runs_show(
     found = ledger.run(run)
     kinds = {kind: [row.fields for row in getattr(ledger, kind)(found.id)] for kind in _KINDS}
     if as_json:
-        _print_json({**_fields(found), **kinds})
+        print_json({**_fields(found), **kinds})
         return
     from .display import show_fields
 
@@ -190,27 +133,6 @@ def runs_show(
     for kind, rows in kinds.items():
         for fields in rows:
             show_fields({kind[:-1]: fields})
-
-
-@runs_app.command("pareto")
-def runs_pareto(
-    x: Annotated[
-        str, typer.Option("--x", help="What it costs: bytes, latency_ms, nonzero, joules_per_sample ...")
-    ] = "bytes",
-    y: Annotated[str, typer.Option("--y", help="What it is worth: accuracy, loss ...")] = "accuracy",
-    as_json: AsJson = False,
-) -> None:
-    """The measured models that no other beats in both; of a model measured twice, the newest figures count."""
-    from .export.pareto import front
-    from .ledger import Ledger
-
-    found = front(Ledger().models(), x, y)
-    if as_json:
-        _print_json(found)
-    else:
-        from .display import show_front
-
-        show_front(found, x, y)
 
 
 _KINDS = ("claims", "estimates", "measurements", "verdicts", "events")
@@ -223,7 +145,7 @@ def recipes_list(as_json: AsJson = False) -> None:
 
     about = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in shipped_recipes().items()}
     if as_json:
-        _print_json(about)
+        print_json(about)
     else:
         for name, line in about.items():
             typer.echo(f"{name:20} {line}")
@@ -246,6 +168,12 @@ def recipes_validate(recipe: RecipePath, overrides: Overrides = None, allow_code
     typer.echo(f"{loaded.name} is valid ({loaded.hash})")
 
 
+app.command()(model_commands.export)
+app.command()(model_commands.measure)
+app.command()(model_commands.compress)
+runs_app.command("pareto")(model_commands.pareto)
+
+
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """What this machine has, what is missing, and the command that mends it."""
@@ -253,7 +181,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     findings = diagnose()
     if as_json:
-        _print_json(report(findings))
+        print_json(report(findings))
     else:
         from .display import show_findings
 
@@ -329,10 +257,6 @@ def _fields(run: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(run)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, default=str))
 
 
 def _write_json(path: Path, value: Any) -> None:

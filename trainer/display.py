@@ -13,6 +13,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .doctor import Finding
+    from .export.compress import Compression
     from .export.write import Exported
     from .ledger import RunRow
     from .planner import Plan
@@ -274,3 +275,19 @@ def show_findings(findings: Iterable[Finding]) -> None:
         console.print(f"{marks[finding.ok]:>20}  {finding.name}: {finding.found}")
         if finding.ok is not True and finding.mend:
             console.print(f"            {finding.mend}", markup=False)
+
+
+def show_compression(found: Compression) -> None:
+    """Every candidate tried, the smallest first, and the one that was kept."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("candidate", "backend", "bytes", "ms", "accuracy", "loss", ""):
+        table.add_column(column, overflow="fold")
+    for tried in sorted(found.tried, key=lambda t: t.bytes or float("inf")):
+        figures = [
+            f"{value:.4g}" if value is not None else "-" for value in (tried.latency_ms, tried.accuracy, tried.loss)
+        ]
+        verdict = tried.problem or ("chosen" if tried.name == found.chosen else "fits" if tried.fits else "")
+        table.add_row(tried.name, tried.backend, "-" if tried.bytes is None else f"{tried.bytes:,}", *figures, verdict)
+    console.print(table)
+    if found.path:
+        show_fields({"written": found.path})

@@ -1,7 +1,7 @@
 """Smaller spellings of weights: int8 and int4 values with scales, and the kept values of a sparse tensor with a mask.
 
-Pure functions, tensor in, tensor out. Each encoding has its exact inverse: unpacking gives back what was packed, bit for
-bit, and quantizing what was dequantized gives the same integers.
+Pure functions, tensor in, tensor out. Each encoding has its exact inverse: unpacking gives back what was packed, bit
+for bit, and quantizing what was dequantized gives the same integers.
 
     int8    one scale per row of `axis`: 1 byte a weight, error at most half a scale
     int4    one float16 scale per 32 neighbours of a row: 4.5 bits a weight
@@ -91,7 +91,7 @@ def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def encode_sparse(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(packed mask of what is not 0, those values in order, flat). A pruned weight may be -0.0: it comes back as 0.0."""
+    """(packed mask of what is not 0, those values in order, flat). A pruned weight of -0.0 comes back as 0.0."""
     mask = values != 0
     return pack_mask(mask), values[mask]
 

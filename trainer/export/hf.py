@@ -1,12 +1,11 @@
 """Folders that transformers loads, and those that llama.cpp's converter starts from.
 
 **What "gguf-ready" means.** `convert_hf_to_gguf.py` reads a Hugging Face folder: it finds its conversion by
-`architectures` in config.json, maps the tensors of *.safetensors by their Hugging Face names, and takes the vocabulary
-from the tokenizer's files. So the folder has all weights in ONE half-precision dtype (float16 where every magnitude fits,
-else bfloat16), under those names, adapters merged. Two things are the converter's to decide and are noted where they
-apply: it drops the classification head's labels of encoder models, and it knows byte-level BPE tokenizers by a hash, so
-a vocabulary of your own stops it with "BPE pre-tokenizer was not recognized" until its hash is added to
-`get_vocab_base_pre` with the value "gpt-2" (ours split text as GPT-2 does). The converter itself is not run here.
+`architectures` in config.json, maps the tensors of *.safetensors by their Hugging Face names, and takes the
+vocabulary from the tokenizer's files. So the folder has all weights in ONE half-precision dtype (float16 where every
+magnitude fits, else bfloat16), under those names, adapters merged. One thing is the converter's to decide and is noted
+where it applies: it knows byte-level BPE tokenizers by a hash, so a vocabulary of your own stops it with "BPE
+pre-tokenizer was not recognized" until its hash is added to `get_vocab_base_pre` with the value "gpt-2" (ours split text as GPT-2 does). The converter itself is not run here.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ def write_half(trained: Trained, folder: Path) -> list[str]:
     notes = [f"weights in {str(cast.dtype).removeprefix('torch.')}"]
     if not isinstance(trained.recipe.model.tokenizer or trained.recipe.model.name, str):
         notes.append(
-            "llama.cpp knows BPE tokenizers by a hash: add this one's to get_vocab_base_pre as 'gpt-2' before converting"
+            "llama.cpp knows BPE tokenizers by a hash: add this one's to get_vocab_base_pre, as 'gpt-2', to convert"
         )
     return notes
 

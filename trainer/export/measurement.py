@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ class Wish:
 def measure(wanted: str, wish: Wish, *, baseline: str | None = None) -> dict[str, Any]:
     """Measure `wanted` (see `open_subject`), and beside it `baseline`, in the same rounds.
 
-    The answer is flat but for `timings` (by backend and shape), `recall`, and with a baseline `against`. Quality is that
-    of the first backend. FLOPs are of one sample of the first shape, of a forward in torch; None of an ONNX file alone.
+    The answer is flat but for `timings` (by backend and shape), `recall`, and with a baseline `against`. Quality is
+    that of the first backend. FLOPs are of one sample of the first shape, forward in torch; None of an ONNX file.
     """
     subject = open_subject(wanted, data=wish.data, allow_code=wish.allow_code)
     other = None if baseline is None else open_subject(baseline, data=wish.data, allow_code=wish.allow_code)
@@ -127,7 +128,7 @@ def _cases(subject: Subject, wish: Wish) -> dict[str, tuple[Callable[[], Any], i
         run = subject.outputs(backend)
         for shape in _shapes(subject, wish):
             batch = subject.batch(shape)
-            found[f"{backend} {'x'.join(map(str, shape))}"] = (lambda run=run, batch=batch: run(batch)), shape[0]
+            found[f"{backend} {'x'.join(map(str, shape))}"] = partial(run, batch), shape[0]
     return found
 
 

@@ -1,8 +1,9 @@
 """An ONNX file for ONNX Runtime: dynamic batch and sequence axes, optionally with int8 weights and dynamic activations.
 
-int8 is ONNX Runtime's dynamic quantization of matrix products with constant weights: weights QInt8, symmetric, a scale
-per output channel; activations uint8, a scale and zero point per tensor, found in each call. Measured on a CPU with VNNI:
-2.5 times as fast as ONNX Runtime in float32; QUInt8 weights only 1.5 times. Embeddings and convolutions stay float32.
+int8 is ONNX Runtime's dynamic quantization of matrix products with constant weights: weights QInt8, symmetric, a
+scale per output channel; activations uint8, a scale and zero point per tensor, found in each call. Measured on a CPU
+with VNNI: 2.5 times as fast as ONNX Runtime in float32; QUInt8 weights only 1.5 times. Embeddings and convolutions stay
+float32.
 
 A causal model takes `input_ids` and `attention_mask` [batch, sequence]; positions count from 0, so packed documents are
 one document to it.
@@ -100,7 +101,7 @@ def reload(folder: Path) -> Outputs:
 
 
 def expected(trained: Trained, quantize: str | None) -> Outputs:
-    """What the file must compute: the model, or its emulation with int8 products; on the inputs that the graph takes."""
+    """What the file must compute: the model or its emulation with int8 products, on the inputs the graph takes."""
     run = eager(trained.model if quantize is None else emulated(trained.model))
     return lambda batch: run(model_inputs(batch))
 

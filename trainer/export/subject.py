@@ -22,7 +22,7 @@ SHAPE = {"text": (1, 128), "image": (1,)}
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure. trained: the run on whose data it is judged. model: where torch can run it. onnx: the file."""
+    """A model to measure. trained: the run whose data judges it. model: where torch can run it. onnx: the file."""
 
     name: str
     path: Path

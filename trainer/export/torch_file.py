@@ -15,7 +15,8 @@ int8 values where it is both). This reads it with torch, NumPy and safetensors a
                 w = get(name + how["holds"])  # "" | ":values" | ":kept"
                 if how["sparse"]:
                     mask = np.unpackbits(get(name + ":mask").numpy(), count=count, bitorder="little")
-                    w = torch.zeros(count, dtype=w.dtype).masked_scatter_(torch.from_numpy(mask).bool(), w).view(shape)
+                    mask = torch.from_numpy(mask).bool()
+                    w = torch.zeros(count, dtype=w.dtype).masked_scatter_(mask, w).view(shape)
                 if how["encoding"] == "int4":  # two to a byte, the first in the low half
                     w = ((torch.stack([w & 15, w >> 4], 1).view(-1, how["group"]) + 8) % 16).char() - 8
                 if how["encoding"] != "plain":
@@ -23,9 +24,8 @@ int8 values where it is both). This reads it with torch, NumPy and safetensors a
                 out[name] = w.to(getattr(torch, how["dtype"]))
         return out
 
-Tied weights are stored once: `model.load_state_dict(load(path), strict=False)` fills both. Where the header has "ranks",
-each linear layer named there is two without a bias between them, `name.down` and `name.up` (see `low_rank.py`).
-"float16" and "bfloat16" store plain tensors in that dtype, to be widened again on loading.
+Tied weights are stored once: `model.load_state_dict(load(path), strict=False)` fills both. Where the header has
+"ranks", each linear layer named there is two, `name.down` without a bias and `name.up` (see `low_rank.py`). "float16" and "bfloat16" store plain tensors in that dtype, to be widened again on loading.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def rounded(model: nn.Module, quantize: str) -> nn.Module:
     """A copy whose weights are what is left of them after quantization, in their own dtype."""
     model = copy.deepcopy(model)
     named = dict(model.named_parameters())
-    for name, tensor in stored(model) if quantize in HALVES else ():
+    for _, tensor in stored(model) if quantize in HALVES else ():
         tensor.copy_(_halved(tensor, quantize))
     for name, axis in channel_axes(model).items() if quantize not in HALVES else ():
         weight = named[name]

@@ -1,4 +1,4 @@
-"""Export a trained model: write it, load it again from the disk in the runtime it is for, compare, and only then keep it.
+"""Export a trained model: write it, load it from the disk in the runtime it is for, compare, and only then keep it.
 
     format                  what is compared                                       largest relative error
     hf, gguf-ready          transformers' reload with the model in memory          0
@@ -72,7 +72,7 @@ def export(
     check_format(to, quantize, sparse)
     out = out or trained.run_dir / "export" / "-".join(filter(None, [to, quantize, "sparse" if sparse else None]))
     way = _way(trained, to, quantize, sparse)
-    with _whole(out) as folder:
+    with whole(out) as folder:
         notes = way.write(folder)
         batch = sample(trained)
         found = way.reload(folder)(batch)
@@ -80,8 +80,8 @@ def export(
         error = relative_error(found, wanted, batch)
         if error > way.tolerance:
             raise CannotExport(
-                f"{to}: what was written computes something else: relative error {error:.2g}, allowed {way.tolerance:g}. "
-                "Nothing was kept."
+                f"{to}: what was written computes something else: relative error {error:.2g}, "
+                f"allowed {way.tolerance:g}. Nothing was kept."
             )
         manifest = {
             "version": 1, "to": to, "quantize": quantize, "sparse": sparse, "run": trained.run_id,
@@ -133,7 +133,7 @@ def _way(trained: Trained, to: str, quantize: str | None, sparse: bool) -> Way:
 
 
 @contextmanager
-def _whole(out: Path) -> Iterator[Path]:
+def whole(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write in, which takes its name once the block has succeeded and vanishes if it fails."""
     if out.exists() and not manifest_of(out) and (not out.is_dir() or any(out.iterdir())):
         raise CannotExport(f"{out} exists and is no export of ours: choose another --out.")
