@@ -119,7 +119,10 @@ def search(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Compression(
-        limits=limits, tried=tuple(tried), chosen=chosen and chosen.name, path=None if chosen is None else str(out)
+        limits=limits,
+        tried=tuple(tried),
+        chosen=chosen.name if chosen else None,
+        path=None if chosen is None else str(out),
     )
 
 
