@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from finished import finished
+from finished import LANGUAGE, finished
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from shoestring.trainer.cli import main
-from shoestring.trainer.export import encodings, onnx_file, torch_file, write
+from shoestring.trainer.export import encodings, hf, onnx_file, torch_file, write
 from shoestring.trainer.export.runtimes import eager, relative_error, sample
 from shoestring.trainer.export.trained import CannotExport, Trained, open_run
 from shoestring.trainer.export.write import export
@@ -292,6 +292,27 @@ def test_weights_of_another_model_are_refused(runs: Path, tmp_path: Path) -> Non
     shutil.copy(finished("cnn", runs) / "final.safetensors", other)
     with pytest.raises(CannotExport, match="does not fit the model of the recipe"):
         open_run(other)
+
+
+def test_adapters_are_merged(runs: Path, tmp_path: Path) -> None:
+    from shoestring.recipes import recipe_from
+    from shoestring.trainer import fit, plan
+
+    base = export(open_run(finished("llama", runs)), "hf", out=tmp_path / "base")
+    values = {
+        "model": {"task": "causal-lm", "name": base.path, "adapter": {"rank": 2}},
+        "data": LANGUAGE, "budget": {"steps": 5}, "optimizer": {"lr": 1e-2}, "strategy": {"name": "single"},
+    }  # fmt: skip
+    fit(plan(recipe_from(values, "adapted")), run_dir=tmp_path / "run")
+    trained = open_run(tmp_path / "run")
+    apart = eager(trained.task.module.model.eval())(sample(trained))  # before base and adapter become one
+    assert type(trained.model).__name__ == "LlamaForCausalLM"
+    before = eager(open_run(finished("llama", runs)).model)(sample(trained))
+    made = export(trained, "hf", out=tmp_path / "merged")
+    assert made.error == 0 and "adapter_config.json" not in made.files
+    after = eager(hf.load(tmp_path / "merged", "causal-lm"))(sample(trained))
+    assert relative_error(after, before, {}) > 1e-3
+    assert relative_error(after, apart, {}) < 1e-5
 
 
 def test_formats_are_the_documented_ones() -> None:

@@ -5,8 +5,8 @@
 vocabulary from the tokenizer's files. So the folder has all weights in ONE half-precision dtype (float16 where every
 magnitude fits, else bfloat16), under those names, adapters merged. One thing is the converter's to decide and is noted
 where it applies: it knows byte-level BPE tokenizers by a hash, so a vocabulary of your own stops it with "BPE
-pre-tokenizer was not recognized" until its hash is added to `get_vocab_base_pre` with the value "gpt-2" (ours split text
-as GPT-2 does). The converter itself is not run here.
+pre-tokenizer was not recognized" until its hash is added to `get_vocab_base_pre` with the value "gpt-2" (ours split
+text as GPT-2 does). The converter itself is not run here.
 """
 
 from __future__ import annotations
