@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_shrink_tensor_by_hand():
 
 # -- models ----------------------------------------------------------------------------------------------------------
 def test_mlp_by_hand():
-    """Neuron j has the squares of row j, of its bias and of column j: 0 -> 9+0+1, 1 -> 0+1+0, 2 -> 0+0+16, 3 -> 2+0+1."""
+    """Neuron j has the squares of row j, of its bias and of column j: 9+0+1, 0+1+0, 0+0+16, 2+0+1."""
     net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
     net[0].weight.data = torch.tensor([[3.0, 0], [0, 0], [0, 0], [1, 1]])
     net[0].bias.data = torch.tensor([0.0, 1, 0, 0])
@@ -392,7 +393,7 @@ def test_flops_and_size_fall_with_the_width(whole):
     """The multiplications of a step, by hand: 16 tokens x (what a block multiplies) x forward, backward to both."""
     rows = [row.fields for row in read(whole / "run" / "events", rank=0) if row.kind == "step" and "loss" in row.fields]
     totals = [0.0, *(row["flops_realised"] for row in rows)]
-    steps = [b - a for a, b in zip(totals, totals[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(totals)]
     assert len({*steps[:5]}) == len({*steps[5:]}) == 1
     tokens, neurons = 8 * 16, 23 - 16
     assert steps[0] - steps[5] == 2 * tokens * 11 * neurons * 2 * 2 * 3  # multiply-add, layers, blocks, passes
@@ -460,7 +461,7 @@ def test_killed_around_the_cut_ends_bit_for_bit(step, strategy, world, tmp_path)
     assert fingerprint(final(tmp_path / "broken")) == fingerprint(final(tmp_path / "whole")), last_words(tmp_path)
 
 
-# -- what cannot be -----------------------------------------------------------------------------------------------------
+# -- what cannot be ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("ratio", 1.0), ("ratio", -0.1), ("importance", "size"), ("round_to", 0), ("at", []), ("at", ["50%", "20%"]),

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from .. import ShoestringError, __version__
+from . import model_commands
+from .options import AllowCode, AsJson, print_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,8 +27,6 @@ app.add_typer(recipes_app, name="recipes")
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the recipe.")]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let the recipe name your own module:attr.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report here as JSON.")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="The run's home; default runs/<recipe name>.")]
 
@@ -90,7 +90,7 @@ def plan(
 
         made = measured(made)
     if as_json:
-        _print_json(made.as_dict())
+        print_json(made.as_dict())
     else:
         from .display import show_plan
 
@@ -106,7 +106,7 @@ def runs_list(as_json: AsJson = False, limit: Annotated[int, typer.Option(help="
     ledger.refresh()
     found = ledger.runs(limit=limit)
     if as_json:
-        _print_json([_fields(run) for run in found])
+        print_json([_fields(run) for run in found])
     else:
         from .display import show_runs
 
@@ -125,7 +125,7 @@ def runs_show(
     found = ledger.run(run)
     kinds = {kind: [row.fields for row in getattr(ledger, kind)(found.id)] for kind in _KINDS}
     if as_json:
-        _print_json({**_fields(found), **kinds})
+        print_json({**_fields(found), **kinds})
         return
     from .display import show_fields
 
@@ -145,7 +145,7 @@ def recipes_list(as_json: AsJson = False) -> None:
 
     about = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in shipped_recipes().items()}
     if as_json:
-        _print_json(about)
+        print_json(about)
     else:
         for name, line in about.items():
             typer.echo(f"{name:20} {line}")
@@ -168,6 +168,12 @@ def recipes_validate(recipe: RecipePath, overrides: Overrides = None, allow_code
     typer.echo(f"{loaded.name} is valid ({loaded.hash})")
 
 
+app.command()(model_commands.export)
+app.command()(model_commands.measure)
+app.command()(model_commands.compress)
+runs_app.command("pareto")(model_commands.pareto)
+
+
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """What this machine has, what is missing, and the command that mends it."""
@@ -175,7 +181,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     findings = diagnose()
     if as_json:
-        _print_json(report(findings))
+        print_json(report(findings))
     else:
         from .display import show_findings
 
@@ -251,10 +257,6 @@ def _fields(run: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(run)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, default=str))
 
 
 def _write_json(path: Path, value: Any) -> None:

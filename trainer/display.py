@@ -13,6 +13,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .doctor import Finding
+    from .export.compress import Compression
+    from .export.write import Exported
     from .ledger import RunRow
     from .planner import Plan
     from .run import Report
@@ -192,6 +194,59 @@ def _used(total: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def show_export(made: Exported) -> None:
+    """What was written, how large it is, and how far its outputs are from the model's."""
+    rows = {
+        "written": made.path,
+        "size": f"{size(made.bytes)} ({made.bytes:,} bytes in {len(made.files)} files)",
+        "checked": f"reloaded: relative error {made.error:.2g} (allowed {made.tolerance:g})",
+    }
+    if made.quantize:
+        rows["quantized"] = f"{made.quantize}: relative error {made.from_original:.2g} to the trained model"
+    show_fields(rows)
+    for note in made.notes:
+        console.print(f"[yellow]note[/] {note}")
+
+
+def show_measurement(told: Mapping[str, Any]) -> None:
+    """One model: worth, footprint, then a line for each backend and batch, then the comparison with its baseline."""
+    rows = {name: told.get(name) for name in ("model", "loss", "perplexity", "accuracy") if told.get(name) is not None}
+    share = told["nonzero"] / max(1, told["parameters"])
+    rows["size"] = f"{size(told['bytes'])} on disk, {number(told['parameters'])} parameters, {share:.1%} not zero"
+    if told["flops_counted"] is not None:
+        rows["a sample"] = f"{number(told['flops_counted'])}FLOP counted, {number(told['flops_realised'])}FLOP realised"
+    if "peak_bytes" in told:
+        rows["memory"] = f"{size(told['peak_bytes'])} at most, {size(told['over_idle_bytes'])} over the bare libraries"
+    if "recall" in told:
+        rows["recall"] = ", ".join(f"{name} {share:.1%}" for name, share in told["recall"].items())
+    show_fields(rows)
+    table = Table(box=None, pad_edge=False, title_justify="left", title=f"{told['machine']}, {told['threads']} threads")
+    for column in ("backend, batch", "median ms", "p95 ms", "CPU ms", "samples/s", "J/sample"):
+        table.add_column(column)
+    for name, row in told["timings"].items():
+        figures = [
+            f"{row[key]:.3g}" for key in ("p50_ms", "p95_ms", "cpu_ms", "samples_per_second", "joules_per_sample")
+        ]
+        table.add_row(name, *figures[:-1], f"{figures[-1]} ({row['joules_source']})")
+    console.print(table)
+    if told.get("against"):
+        show_fields(told["against"])
+    show_fields({"ledger": "one row" if told["recorded"] else "no row: it is of no run (give --data RUN)"})
+    if told.get("note"):
+        console.print(f"[yellow]note[/] {told['note']}")
+
+
+def show_front(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
+    """The models on a Pareto front, the cheapest first."""
+    table = Table(box=None, pad_edge=False)
+    for column in (x, y, "backend", "run", "model"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        cost = f"{row[x]:,}" if isinstance(row[x], int) else f"{row[x]:.4g}"
+        table.add_row(cost, f"{row[y]:.4g}", str(row["backend"]), row["run"], row["model"])
+    console.print(table if rows else "no measured models yet: shoestring measure MODEL")
+
+
 def show_runs(runs: Sequence[RunRow]) -> None:
     """One line a run, newest first."""
     table = Table(box=None, pad_edge=False)
@@ -220,3 +275,19 @@ def show_findings(findings: Iterable[Finding]) -> None:
         console.print(f"{marks[finding.ok]:>20}  {finding.name}: {finding.found}")
         if finding.ok is not True and finding.mend:
             console.print(f"            {finding.mend}", markup=False)
+
+
+def show_compression(found: Compression) -> None:
+    """Every candidate tried, the smallest first, and the one that was kept."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("candidate", "backend", "bytes", "ms", "accuracy", "loss", ""):
+        table.add_column(column, overflow="fold")
+    for tried in sorted(found.tried, key=lambda t: t.bytes or float("inf")):
+        figures = [
+            f"{value:.4g}" if value is not None else "-" for value in (tried.latency_ms, tried.accuracy, tried.loss)
+        ]
+        verdict = tried.problem or ("chosen" if tried.name == found.chosen else "fits" if tried.fits else "")
+        table.add_row(tried.name, tried.backend, "-" if tried.bytes is None else f"{tried.bytes:,}", *figures, verdict)
+    console.print(table)
+    if found.path:
+        show_fields({"written": found.path})

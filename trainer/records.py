@@ -210,7 +210,8 @@ class Records:
 def _unseen(rows: Iterable[Row], last: Row) -> float:
     """Seconds that killed attempts have worked after `last`, the row with the highest totals."""
     seconds = 0.0
-    for attempt, group in groupby(rows, key=lambda row: row.attempt):
+    lived = (row for row in rows if row.kind != "measurement")  # a finished run's model may be measured later
+    for attempt, group in groupby(lived, key=lambda row: row.attempt):
         *_, end = own = list(group)
         if attempt >= last.attempt and end.fields.get("event") not in ("stop", "preempted", "error"):
             seconds += end.mono - (last if attempt == last.attempt else own[0]).mono + UNSEEN_SECONDS

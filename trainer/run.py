@@ -11,14 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import ShoestringError
 from ..callbacks.budget import Budget
 from .planner import Plan
 from .records import Display, Records
-
-
-class CannotExport(ShoestringError):
-    """The trained model cannot be written in the form that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ def fit(
     from .tasks.build import TaskData
     from .trainer import Trainer
 
-    _quiet()
+    quiet()
     recipe = plan.recipe
     run_dir = Path(run_dir or Path("runs") / recipe.name)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -111,7 +106,7 @@ def fit(
     return _report(plan, run_dir, trainer.summary, task)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Lightning's and DeepSpeed's remarks on what the plan has already said."""
     for name in ("pytorch_lightning", "lightning_fabric", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -134,14 +129,19 @@ def _report(plan: Plan, run_dir: Path, summary: Mapping[str, Any], task: Any) ->
     recipe = plan.recipe
     sample = exported = None
     if recipe.evaluation.generate or recipe.export:
-        trained = _trained(plan, run_dir)
+        from .export.trained import rebuilt
+
+        trained = rebuilt(recipe, run_dir).task
         if recipe.evaluation.generate:
             from .tasks.generate import complete
 
             prompt = recipe.evaluation.generate
             sample = complete(trained.module, trained.tokenizer, prompt, temperature=0.7, seed=recipe.seed)
         if recipe.export:
-            exported = _export(trained, Path(recipe.export.path or run_dir / "model"))
+            from .export.hf import save
+
+            exported = Path(recipe.export.path or run_dir / "model")
+            save(getattr(trained.module, "model", None), trained.tokenizer, exported)
     report = Report(
         run_dir=run_dir,
         summary=summary,
@@ -153,37 +153,6 @@ def _report(plan: Plan, run_dir: Path, summary: Mapping[str, Any], task: Any) ->
     )
     (run_dir / "report.json").write_text(json.dumps(report.as_dict(), indent=1, default=str))
     return report
-
-
-def _trained(plan: Plan, run_dir: Path) -> Any:
-    """The task with the run's final weights, whole and on this host, however they were sharded."""
-    from safetensors.torch import load_file
-
-    from ..callbacks.compression.factors import merged_state
-    from . import checkpoint
-    from .tasks import build_task
-
-    task = build_task(plan.recipe, workdir=run_dir)
-    folder, _ = checkpoint.newest_intact(run_dir / "checkpoints")
-    states = checkpoint.read_state(folder / "state.pt")["callbacks"] if folder else {}
-    for technique in plan.techniques:
-        technique.rebuild(task.module, states.get(technique.state_key, {}))
-    state = merged_state(task.module, load_file(run_dir / "final.safetensors"))  # others read plain layers
-    task.module.load_state_dict(state, strict=False)  # tied weights are stored once
-    return task
-
-
-def _export(task: Any, path: Path) -> Path:
-    model: Any = getattr(task.module, "model", None)
-    if not hasattr(model, "save_pretrained"):
-        raise CannotExport(f"export.to hf needs a Hugging Face model, and this is a {type(model).__name__}")
-    from transformers.utils import logging as remarks
-
-    remarks.disable_progress_bar()
-    model.save_pretrained(path)
-    if task.tokenizer is not None:
-        task.tokenizer.save_pretrained(path)
-    return path
 
 
 def finished_report(run_dir: Path, recipe: Any) -> Report | None:

@@ -116,6 +116,12 @@ class Ledger:
         """What was measured, of all ranks."""
         return self._rows("measurements", run)
 
+    def models(self) -> list[tuple[str, dict[str, Any]]]:
+        """What was measured of the models of all runs, as (run id, fields), oldest first."""
+        query = "SELECT run, fields FROM measurements WHERE json_extract(fields, '$.window')='model' ORDER BY t"
+        with reading(self.path) as db:
+            return [(run, json.loads(fields)) for run, fields in db.execute(query)] if db else []
+
     def verdicts(self, run: str) -> list[Row]:
         """Whether goals were reached and budgets spent."""
         return self._rows("verdicts", run)

@@ -1,0 +1,319 @@
+"""Exports of real small models, read back by the runtimes they are for; and the encodings, exactly."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from finished import LANGUAGE, finished
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from shoestring.trainer.cli import main
+from shoestring.trainer.export import encodings, hf, onnx_file, torch_file, write
+from shoestring.trainer.export.runtimes import eager, relative_error, sample
+from shoestring.trainer.export.trained import CannotExport, Trained, open_run
+from shoestring.trainer.export.write import export
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+floats = st.floats(-1e4, 1e4, width=32)
+weights = arrays(np.float32, array_shapes(min_dims=2, max_dims=4, max_side=9), elements=floats)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture
+def trained(request: pytest.FixtureRequest, runs: Path) -> Trained:
+    return open_run(finished(request.param, runs))
+
+
+# -- encodings -------------------------------------------------------------------------------------------------------
+@given(weights, st.data())
+def test_int8_is_within_half_a_step_and_stable(array: np.ndarray, data: st.DataObject) -> None:
+    weight = torch.from_numpy(array)
+    axis = data.draw(st.integers(0, weight.ndim - 1))
+    values, scale = encodings.quantize_int8(weight, axis)
+    assert values.dtype == torch.int8 and values.abs().max() <= 127
+    assert scale.shape == tuple(n if dim == axis else 1 for dim, n in enumerate(weight.shape))
+    back = encodings.dequantize_int8(values, scale)
+    assert ((back - weight).abs() <= scale * 0.5001).all()
+    assert (back[weight == 0] == 0).all()
+    assert torch.equal(encodings.quantize_int8(back, axis)[0], values)
+
+
+def test_int8_by_hand() -> None:
+    values, scale = encodings.quantize_int8(torch.tensor([[1.0, -0.5, 0.004], [0.0, 0.0, 0.0], [-254.0, 3.0, 1.0]]))
+    assert values.tolist() == [[127, -64, 1], [0, 0, 0], [-127, 2, 0]]  # 63.5 and 1.5 round to even
+    assert scale.flatten().tolist() == pytest.approx([1 / 127, 1.0, 2.0])
+
+
+@given(weights)
+def test_int4_is_within_half_a_step(array: np.ndarray) -> None:
+    weight = torch.from_numpy(array)
+    values, scale = encodings.quantize_int4(weight)
+    back = encodings.dequantize_int4(values, scale, tuple(weight.shape))
+    steps = scale.float().repeat(1, values.shape[1]).flatten()[: weight.numel()].view(weight.shape)
+    # float16 rounds the scale by up to 1/2048, or 2**-25 where it is subnormal: seven steps of it
+    assert ((back - weight).abs() <= steps * (0.5 + 7 / 1024) + 7 * 2.0**-24).all()
+    packed = encodings.pack_nibbles(values)
+    assert packed.numel() == -(-values.numel() // 2)
+    assert torch.equal(encodings.unpack_nibbles(packed, values.numel()), values.flatten())
+
+
+@given(arrays(np.int8, st.integers(0, 40), elements=st.integers(-8, 7)))
+def test_nibbles_come_back(array: np.ndarray) -> None:
+    flat = torch.from_numpy(array)
+    assert torch.equal(encodings.unpack_nibbles(encodings.pack_nibbles(flat), flat.numel()), flat)
+
+
+@given(arrays(np.bool_, array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=20)))
+def test_masks_come_back(array: np.ndarray) -> None:
+    mask = torch.from_numpy(array)
+    packed = encodings.pack_mask(mask)
+    assert packed.numel() == -(-mask.numel() // 8)
+    assert torch.equal(encodings.unpack_mask(packed, tuple(mask.shape)), mask)
+
+
+def test_masks_by_hand() -> None:
+    mask = torch.tensor([1, 0, 0, 0, 0, 0, 0, 1, 1]).bool()
+    assert encodings.pack_mask(mask).tolist() == [0b10000001, 0b1]
+
+
+@given(weights, st.integers(0, 2**32 - 1), st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int8]))
+def test_sparse_tensors_come_back(array: np.ndarray, seed: int, dtype: torch.dtype) -> None:
+    kept = torch.rand(array.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
+    whole = (torch.from_numpy(array) % 100 * kept).to(dtype)
+    packed, values = encodings.encode_sparse(whole)
+    assert torch.equal(encodings.decode_sparse(packed, values, tuple(whole.shape)), whole)
+    smaller = packed.numel() + values.numel() * values.element_size() < whole.numel() * whole.element_size()
+    assert encodings.sparse_pays(whole) == smaller
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    with pytest.raises(encodings.CannotEncode, match="1 of 2 weights"):
+        encodings.quantize_int8(torch.tensor([[1.0, float("nan")]]))
+    with pytest.raises(encodings.CannotEncode, match="no float16 scale"):
+        encodings.quantize_int4(torch.tensor([[1e6]]))
+
+
+# -- formats ---------------------------------------------------------------------------------------------------------
+EVERYWHERE = [
+    ("hf", None, False), ("torch", None, False), ("torch", None, True), ("torch", "int8", False),
+    ("torch", "int8", True), ("torch", "int4", False), ("gguf-ready-safetensors", None, False),
+]  # fmt: skip
+ALL = [(model, *form) for model in ("llama", "gpt2", "bert") for form in EVERYWHERE]
+# a trace takes seconds, and the classifier's is below
+ALL += [("llama", "onnx", None, False), ("llama", "onnx", "int8", False), ("gpt2", "onnx", "int8", False)]
+
+
+@pytest.mark.parametrize(("trained", "to", "quantize", "sparse"), ALL, indirect=["trained"])
+def test_every_format_is_written_whole_and_computes_the_same(
+    trained: Trained, to: str, quantize: str | None, sparse: bool, tmp_path: Path
+) -> None:
+    made = export(trained, to, out=tmp_path / "out", quantize=quantize, sparse=sparse)
+    assert made.error <= made.tolerance
+    assert (made.error == 0) or to == "onnx"
+    files = {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert made.bytes == sum((tmp_path / "out" / p).stat().st_size for p in files)
+    assert {str(p) for p in files} == made.files.keys()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert made.from_original < {None: 1e-2, "int8": 0.1, "int4": 0.5}[quantize]
+    if quantize:
+        assert made.from_original > 0
+
+
+@pytest.mark.parametrize("trained", ["digits", "cnn"], indirect=True)
+def test_image_models_go_to_torch_and_onnx_only(trained: Trained, tmp_path: Path) -> None:
+    for to, quantize in (("torch", "int8"), ("onnx", None), ("onnx", "int8")):
+        assert export(trained, to, out=tmp_path / f"{to}-{quantize}", quantize=quantize).error < 2e-2
+    for to in ("hf", "gguf-ready-safetensors"):
+        with pytest.raises(CannotExport, match=r"MLP|CNN"):
+            export(trained, to, out=tmp_path / to)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["onnx-None", "onnx-int8", "torch-int8"]
+
+
+@pytest.mark.parametrize("trained", ["llama"], indirect=True)
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_loader_in_the_documentation_reads_every_torch_file(
+    trained: Trained, quantize: str | None, sparse: bool, tmp_path: Path
+) -> None:
+    export(trained, "torch", out=tmp_path / "out", quantize=quantize, sparse=sparse)
+    block = re.search(r"\n(    import json.*?)\n\n(?=Tied)", str(torch_file.__doc__), re.S)
+    assert block
+    names: dict[str, Any] = {}
+    exec("\n".join(line[4:] for line in block[1].splitlines()), names)
+    found = names["load"](tmp_path / "out" / torch_file.NAME)
+    ours = torch_file.read(tmp_path / "out" / torch_file.NAME)
+    assert found.keys() == ours.keys()
+    assert all(torch.equal(found[name], ours[name]) for name in ours)
+    if quantize is None:
+        state = trained.model.state_dict()
+        assert all(torch.equal(found[name], state[name]) for name in found)
+
+
+@pytest.mark.parametrize("trained", ["digits"], indirect=True)
+def test_sparse_bytes_are_the_bitmask_formula(trained: Trained, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    export(trained, "torch", out=tmp_path / "out", sparse=True, quantize="int8")
+    weight = dict(trained.model.named_parameters())["layers.1.weight"]  # 64 x 64, 90 % pruned
+    density = float((weight != 0).float().mean())
+    assert 0.05 < density < 0.2
+    with safe_open(tmp_path / "out" / torch_file.NAME, "pt") as file:
+        parts = {key: file.get_tensor(key) for key in file.keys() if key.startswith("layers.1.weight:")}  # noqa: SIM118
+    size = sum(part.numel() * part.element_size() for part in parts.values())
+    kept = int((encodings.quantize_int8(weight)[0] != 0).sum())
+    assert size == kept + 64 * 64 // 8 + 64 * 4
+
+
+@pytest.mark.parametrize("trained", ["llama"], indirect=True)
+def test_a_half_precision_folder_has_one_dtype_and_its_architecture(trained: Trained, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    made = export(trained, "gguf-ready-safetensors", out=tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
+        assert "model.layers.0.self_attn.q_proj.weight" in file.keys()  # noqa: SIM118
+    assert any("get_vocab_base_pre" in note for note in made.notes)
+
+
+@pytest.mark.parametrize("trained", ["bert"], indirect=True)
+def test_onnx_takes_any_batch_and_length_and_int8_is_smaller(trained: Trained, tmp_path: Path) -> None:
+    from shoestring.trainer.export.runtimes import onnxruntime
+
+    plain = export(trained, "onnx", out=tmp_path / "plain")
+    small = export(trained, "onnx", out=tmp_path / "small", quantize="int8")
+    assert small.files["model.onnx"] < plain.files["model.onnx"]
+    run = onnxruntime(tmp_path / "plain" / onnx_file.NAME)
+    draw = torch.Generator().manual_seed(0)
+    for rows, length in ((1, 2), (3, 17), (7, 64)):
+        ids = torch.randint(2, 380, (rows, length), generator=draw)
+        mask = torch.ones_like(ids)
+        mask[-1, length // 2 + 1 :] = 0
+        batch = {"input_ids": ids, "attention_mask": mask}
+        assert relative_error(run(batch), eager(trained.model)(batch), batch) < 1e-4
+
+
+# -- what is damaged shows -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("trained", ["digits"], indirect=True)
+def test_an_export_that_computes_something_else_is_not_kept(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = torch_file.encode
+
+    def wrong(tensor: torch.Tensor, *rest: Any) -> Any:
+        return honest(tensor + 0.01, *rest)
+
+    export(trained, "torch", out=tmp_path / "out")
+    before = (tmp_path / "out" / torch_file.NAME).read_bytes()
+    monkeypatch.setattr(torch_file, "encode", wrong)
+    with pytest.raises(CannotExport, match="computes something else"):
+        export(trained, "torch", out=tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / torch_file.NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("trained", ["digits"], indirect=True)
+def test_other_peoples_folders_are_left_alone(trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(CannotExport, match="no export of ours"):
+        export(trained, "torch", out=tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("trained", ["bert"], indirect=True)
+def test_emulated_int8_is_not_the_plain_model(trained: Trained) -> None:
+    batch = sample(trained)
+    plain, int8 = eager(trained.model)(batch), onnx_file.expected(trained, "int8")(batch)
+    assert 0 < relative_error(int8, plain, batch) < 0.1
+
+
+def test_eight_bit_activations_by_hand() -> None:
+    x = torch.tensor([-1.0, 0.0, 0.3, 254.0])  # a step is 1, zero lies at 1
+    assert onnx_file.affine_uint8(x).tolist() == [-1.0, 0.0, 0.0, 254.0]
+    assert onnx_file.affine_uint8(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["shoestring", *words])
+    try:
+        main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def test_export_by_name_and_its_errors(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = finished("digits", runs)
+    assert command(monkeypatch, "export", "digits", "--to", "torch", "--out", str(tmp_path / "a"), "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["bytes"] == sum(p.stat().st_size for p in (tmp_path / "a").iterdir())
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(run_dir, unfinished)
+    (unfinished / "final.safetensors").unlink()
+    for words, said in (
+        (["nothing", "--to", "torch"], "no run 'nothing'"),
+        ([str(tmp_path / "a"), "--to", "torch"], "no run.json"),
+        ([str(unfinished), "--to", "torch"], "has not finished"),
+        ([str(run_dir), "--to", "tflite"], "hf, torch, onnx, gguf-ready-safetensors"),
+        ([str(run_dir), "--to", "hf"], "MLP"),
+        ([str(run_dir), "--to", "onnx", "--quantize", "int4"], "takes int8"),
+        ([str(run_dir), "--to", "onnx", "--sparse"], "no place for masks"),
+    ):
+        assert command(monkeypatch, "export", *words) == 2, words
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and len(error.strip().splitlines()) == 1 and said in error, error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "unfinished"]
+
+
+def test_weights_of_another_model_are_refused(runs: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(finished("digits", runs), other)
+    shutil.copy(finished("cnn", runs) / "final.safetensors", other)
+    with pytest.raises(CannotExport, match="does not fit the model of the recipe"):
+        open_run(other)
+
+
+def test_adapters_are_merged(runs: Path, tmp_path: Path) -> None:
+    from shoestring.recipes import recipe_from
+    from shoestring.trainer import fit, plan
+
+    base = export(open_run(finished("llama", runs)), "hf", out=tmp_path / "base")
+    values = {
+        "model": {"task": "causal-lm", "name": base.path, "adapter": {"rank": 2}},
+        "data": LANGUAGE, "budget": {"steps": 5}, "optimizer": {"lr": 1e-2}, "strategy": {"name": "single"},
+    }  # fmt: skip
+    fit(plan(recipe_from(values, "adapted")), run_dir=tmp_path / "run")
+    trained = open_run(tmp_path / "run")
+    apart = eager(trained.task.module.model.eval())(sample(trained))  # before base and adapter become one
+    assert type(trained.model).__name__ == "LlamaForCausalLM"
+    before = eager(open_run(finished("llama", runs)).model)(sample(trained))
+    made = export(trained, "hf", out=tmp_path / "merged")
+    assert made.error == 0 and "adapter_config.json" not in made.files
+    after = eager(hf.load(tmp_path / "merged", "causal-lm"))(sample(trained))
+    assert relative_error(after, before, {}) > 1e-3
+    assert relative_error(after, apart, {}) < 1e-5
+
+
+def test_formats_are_the_documented_ones() -> None:
+    assert all(to.partition("-")[0] in str(write.__doc__) for to in write.FORMATS)

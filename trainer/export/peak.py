@@ -1,0 +1,32 @@
+"""The process of its own in which memory is measured: `python -m shoestring.trainer.export.peak QUESTION`, in JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from ..run import quiet
+from .footprint import forget_peak, resident
+from .subject import open_subject
+
+
+def main() -> None:
+    """Answer one question on stdout; see `footprint.peak_memory`."""
+    asked = json.loads(sys.argv[1])
+    quiet()
+    import pytorch_lightning  # noqa: F401  # what every model is opened with is no part of the model
+    import transformers  # noqa: F401
+
+    forget_peak()
+    idle = resident()
+    subject = open_subject(asked["wanted"], data=asked["data"], allow_code=asked["allow_code"])
+    batch = subject.batch(asked["shape"])
+    run = subject.outputs(asked["backend"])
+    forget_peak()
+    run(batch)
+    peak = resident("VmHWM")
+    print(json.dumps({"peak_bytes": peak, "over_idle_bytes": max(0, peak - idle)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What a model is worth on its run's own validation data, whatever computes it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from .runtimes import Outputs, inputs
+from .trained import Trained
+
+ROWS = 32
+IGNORED = -100
+
+
+def quality(outputs: Outputs, trained: Trained) -> dict[str, Any]:
+    """Loss and accuracy over all held-out samples; empty where there are none, or where the task is the user's own.
+
+    Classifiers: `loss`, `accuracy`, `samples`, and `recall` of every class that occurs, by name. Language models:
+    `loss` per token in nats, `perplexity`, `accuracy` of the next token, `tokens`.
+    """
+    task = trained.task
+    if task.validation is None:
+        return {}
+    loader: Any = DataLoader(task.validation, batch_size=ROWS, collate_fn=task.collate)
+    if trained.kind == "causal-lm":
+        return _language(outputs, loader)
+    return _classes(outputs, loader, task.facts["classes"]) if "classes" in task.facts else {}
+
+
+def _language(outputs: Outputs, loader: Any) -> dict[str, Any]:
+    loss = right = count = 0.0
+    for batch in loader:
+        logits = outputs(inputs(batch))[:, :-1].float().flatten(0, 1)
+        labels = batch["labels"][:, 1:].flatten()
+        loss += float(cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
+        right += int((logits.argmax(-1) == labels).sum())
+        count += int((labels != IGNORED).sum())
+    mean = loss / count
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "accuracy": right / count, "tokens": int(count)}
+
+
+def _classes(outputs: Outputs, loader: Any, classes: list[str]) -> dict[str, Any]:
+    loss, found, wanted = 0.0, [], []
+    for batch in loader:
+        logits = outputs(inputs(batch)).float()
+        loss += float(cross_entropy(logits, batch["labels"], reduction="sum"))
+        found.append(logits.argmax(-1))
+        wanted.append(batch["labels"])
+    predicted, labels = torch.cat(found), torch.cat(wanted)
+    return {
+        "loss": loss / len(labels), "accuracy": float((predicted == labels).float().mean()), "samples": len(labels),
+        "recall": recall(predicted, labels, classes),
+    }  # fmt: skip
+
+
+def recall(predicted: Tensor, labels: Tensor, classes: list[str]) -> dict[str, float]:
+    """Of each class that occurs in `labels` [N], the share of its samples that `predicted` [N] finds, by name."""
+    right = torch.bincount(labels[predicted == labels], minlength=len(classes))
+    total = torch.bincount(labels, minlength=len(classes))
+    return {name: hit / n for name, hit, n in zip(classes, right.tolist(), total.tolist(), strict=True) if n}

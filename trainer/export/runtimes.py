@@ -1,0 +1,97 @@
+"""What computes a model's outputs: torch eager, torch.compile or ONNX Runtime, all called alike: batch -> logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .trained import CannotExport, Trained
+
+Batch = dict[str, Tensor]
+Outputs = Callable[[Batch], Tensor]  # a batch's tensors by name -> logits
+BACKENDS = ("eager", "compile", "onnxruntime")
+NOT_INPUTS = ("labels", "loss_weight")
+
+
+def sample(trained: Trained, rows: int = 4) -> Batch:
+    """The inputs of the first `rows` held-out samples (training samples where none are held out)."""
+    task = trained.task
+    data: Any = task.validation if task.validation is not None else task.train
+    if data is None:
+        if task.datamodule is None:
+            raise CannotExport(f"{trained.run_dir}: its recipe has no data to check an export with.")
+        batch = next(iter(task.datamodule.train_dataloader()))
+    else:
+        collate: Any = task.collate
+        batch = collate([data[index] for index in range(min(rows, len(data)))])
+    if not isinstance(batch, Mapping):
+        raise CannotExport(f"the data's batches are {type(batch).__name__}s; an export takes mappings of tensors.")
+    return inputs({name: value[:rows] for name, value in batch.items()})
+
+
+def inputs(batch: Mapping[str, Tensor]) -> Batch:
+    """The tensors of a batch that a model is called with."""
+    return {name: value for name, value in batch.items() if name not in NOT_INPUTS}
+
+
+def eager(model: nn.Module) -> Outputs:
+    """The module as it is, without gradients."""
+
+    @torch.no_grad()  # in inference mode torch hides matrix products from the FLOP counter
+    def run(batch: Batch) -> Tensor:
+        out: Any = model(**batch)
+        return getattr(out, "logits", out)
+
+    return run
+
+
+def compiled(model: nn.Module) -> Outputs:
+    """The module through torch.compile, one graph for each shape. Compilation happens in the first call."""
+    # beyond 8 shapes of one code torch falls back to eager, silently
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return eager(torch.compile(model, dynamic=False))  # type: ignore[arg-type]
+
+
+def onnxruntime(path: Path, threads: int | None = None) -> Outputs:
+    """An ONNX file in ONNX Runtime on the CPU, with as many threads as torch has. Inputs the graph lacks are left out,
+    and an attention mask that the batch lacks is all ones."""
+    runtime: Any = needed("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+
+    def run(batch: Batch) -> Tensor:
+        if "attention_mask" in names and "attention_mask" not in batch:
+            batch = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+        if lacking := [name for name in names if name not in batch]:
+            raise CannotExport(f"{path} takes {', '.join(names)}; the data has no {', '.join(lacking)}.")
+        return torch.from_numpy(session.run(None, {name: batch[name].numpy() for name in names})[0])
+
+    return run
+
+
+def needed(package: str) -> Any:
+    """Import a package of the extra `compress`, or say how to get it."""
+    from importlib import import_module
+
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise CannotExport(f"this takes {package}: pip install 'shoestring[compress]' ({error})") from None
+
+
+def relative_error(found: Tensor, wanted: Tensor, batch: Batch) -> float:
+    """|found - wanted| / |wanted| (Frobenius), padding left out; inf where a shape differs or a value is not finite."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    mask = batch.get("attention_mask")
+    if mask is not None and found.ndim == 3:
+        found, wanted = found[mask.bool()], wanted[mask.bool()]
+    error = (found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)
+    return float(error) if torch.isfinite(error) else float("inf")

@@ -1,0 +1,199 @@
+"""One safetensors file that says how to read itself: plain, sparse, int8 or int4 tensors, and a header in JSON.
+
+The header is the file's own metadata (key "shoestring"): `{"version": 1, "tensors": {name: how}, "recipe": ...}`. A
+tensor `w` is stored under its name, or in parts: `w:values` `w:scale` (int8, int4), `w:mask` `w:kept` (sparse; of the
+int8 values where it is both). This reads it with torch, NumPy and safetensors alone:
+
+    import json, math, numpy as np, torch
+    from safetensors import safe_open
+
+    def load(path):
+        with safe_open(path, "pt") as file:
+            get, out = file.get_tensor, {}
+            for name, how in json.loads(file.metadata()["shoestring"])["tensors"].items():
+                shape, count = how["shape"], math.prod(how["shape"])
+                w = get(name + how["holds"])  # "" | ":values" | ":kept"
+                if how["sparse"]:
+                    mask = np.unpackbits(get(name + ":mask").numpy(), count=count, bitorder="little")
+                    mask = torch.from_numpy(mask).bool()
+                    w = torch.zeros(count, dtype=w.dtype).masked_scatter_(mask, w).view(shape)
+                if how["encoding"] == "int4":  # two to a byte, the first in the low half
+                    w = ((torch.stack([w & 15, w >> 4], 1).view(-1, how["group"]) + 8) % 16).char() - 8
+                if how["encoding"] != "plain":
+                    w = (w.float() * get(name + ":scale").float()).flatten()[:count].view(shape)
+                out[name] = w.to(getattr(torch, how["dtype"]))
+        return out
+
+Tied weights are stored once: `model.load_state_dict(load(path), strict=False)` fills both. Where the header has
+"ranks", each linear layer named there is two, `name.down` without a bias and `name.up` (see `low_rank.py`).
+"float16" and "bfloat16" store plain tensors in that dtype, to be widened again on loading.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import encodings, low_rank
+from .runtimes import Outputs, eager
+from .trained import CannotExport, Trained
+
+NAME = "model.safetensors"
+VERSION = 1
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def write(trained: Trained, folder: Path, quantize: str | None, sparse: bool) -> list[str]:
+    """The model's weights and buffers, encoded."""
+    about = {"recipe": trained.recipe.hash, "ranks": low_rank.ranks(trained.model)}
+    save(trained.model, folder / NAME, quantize=quantize, sparse=sparse, about=about)
+    return []
+
+
+def save(model: nn.Module, path: Path, *, quantize: str | None, sparse: bool, about: dict[str, Any]) -> None:
+    """Write `model` to `path`.
+
+    quantize: "int8" or "int4" for the weights of linear, convolution and embedding layers, while norms and biases stay
+    as they are; "float16" or "bfloat16" for everything; None for nothing. sparse: tensors are stored as mask and kept
+    values where that is smaller.
+    """
+    from safetensors.torch import save_file
+
+    axes = channel_axes(model)
+    parts: dict[str, Tensor] = {}
+    how: dict[str, dict[str, Any]] = {}
+    for name, tensor in stored(model):
+        way = quantize if name in axes or quantize in HALVES else None
+        how[name], encoded = encode(tensor, way, axes.get(name, 0), sparse)
+        parts |= {f"{name}{suffix}": part.contiguous() for suffix, part in encoded.items()}
+    header = json.dumps({"version": VERSION, "tensors": how, **about})
+    save_file(parts, path, metadata={"format": "pt", "shoestring": header})
+
+
+def encode(tensor: Tensor, way: str | None, axis: int, sparse: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(how a tensor is stored, its parts by the suffix of their name)."""
+    tensor = tensor.detach().cpu()
+    how: dict[str, Any] = {
+        "encoding": way if way and way not in HALVES else "plain", "sparse": False, "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+    }  # fmt: skip
+    if way == "int4":
+        values, scale = encodings.quantize_int4(tensor)
+        return {**how, "holds": ":values", "group": encodings.GROUP}, {
+            ":values": encodings.pack_nibbles(values),
+            ":scale": scale,
+        }
+    parts = {"": _halved(tensor, way) if way in HALVES else tensor}
+    if way == "int8":
+        values, scale = encodings.quantize_int8(tensor, axis)
+        parts = {":values": values, ":scale": scale}
+    (suffix, values), *rest = parts.items()
+    if not sparse or not encodings.sparse_pays(values):
+        return {**how, "holds": suffix}, parts
+    mask, kept = encodings.encode_sparse(values)
+    return {**how, "sparse": True, "holds": ":kept"}, {":mask": mask, ":kept": kept, **dict(rest)}
+
+
+def _halved(tensor: Tensor, way: str) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.to(HALVES[way])
+    if torch.isfinite(tensor).all() and not torch.isfinite(half).all():
+        raise encodings.CannotEncode(f"{way}: a magnitude of {tensor.abs().max():.3g} is beyond it. Use bfloat16.")
+    return half
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file, decoded, by name."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        header = json.loads((file.metadata() or {}).get("shoestring", "{}"))
+        if header.get("version") != VERSION:
+            raise CannotExport(f"{path} has version {header.get('version')}; this program reads {VERSION}.")
+        return {name: _decode(file, name, how) for name, how in header["tensors"].items()}
+
+
+def _decode(file: Any, name: str, how: dict[str, Any]) -> Tensor:
+    shape, dtype = tuple(how["shape"]), getattr(torch, how["dtype"])
+    values = file.get_tensor(name + how["holds"])
+    if how["sparse"]:
+        values = encodings.decode_sparse(file.get_tensor(f"{name}:mask"), values, shape)
+    if how["encoding"] == "int8":
+        values = encodings.dequantize_int8(values, file.get_tensor(f"{name}:scale"))
+    elif how["encoding"] == "int4":
+        scale = file.get_tensor(f"{name}:scale")
+        whole = encodings.unpack_nibbles(values, scale.numel() * how["group"]).view(-1, how["group"])
+        values = encodings.dequantize_int4(whole, scale, shape)
+    return values.to(dtype)
+
+
+def reload(trained: Trained, folder: Path) -> Outputs:
+    """The file's weights in a model of the same shape, in which nothing of the trained one is left."""
+    return eager(filled(trained.model, folder / NAME))
+
+
+def opened(model: nn.Module, path: Path) -> nn.Module:
+    """The model in a file, given the one that it was made from: a copy, in the shape that the header tells."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        wanted = json.loads((file.metadata() or {}).get("shoestring", "{}")).get("ranks") or {}
+    return filled(low_rank.shaped(model, wanted), path)
+
+
+def filled(model: nn.Module, path: Path) -> nn.Module:
+    """A copy of `model` with the weights of a file; every tensor of the model must come from there."""
+    fresh = copy.deepcopy(model)
+    names = {name for name, _ in stored(fresh)}
+    tensors = read(path)
+    if names != tensors.keys():
+        raise CannotExport(f"{path} is of another model: they differ in {', '.join(sorted(names ^ tensors.keys()))}.")
+    fresh.load_state_dict(tensors, strict=False)
+    return fresh.eval()
+
+
+def expected(trained: Trained, quantize: str | None) -> Outputs:
+    """What the file must compute: the model itself, or a copy with its weights rounded in memory."""
+    return eager(trained.model if quantize is None else rounded(trained.model, quantize))
+
+
+@torch.no_grad()
+def rounded(model: nn.Module, quantize: str) -> nn.Module:
+    """A copy whose weights are what is left of them after quantization, in their own dtype."""
+    model = copy.deepcopy(model)
+    named = dict(model.named_parameters())
+    for _, tensor in stored(model) if quantize in HALVES else ():
+        tensor.copy_(_halved(tensor, quantize))
+    for name, axis in channel_axes(model).items() if quantize not in HALVES else ():
+        weight = named[name]
+        if quantize == "int8":
+            weight.copy_(encodings.dequantize_int8(*encodings.quantize_int8(weight, axis)))
+        else:
+            weight.copy_(encodings.dequantize_int4(*encodings.quantize_int4(weight), tuple(weight.shape)))
+    return model.eval()
+
+
+def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a file holds: every parameter once, and the buffers that a state dict has."""
+    yield from model.named_parameters()
+    kept = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+
+
+def channel_axes(model: nn.Module) -> dict[str, int]:
+    """The weights of linear, convolution and embedding layers, and which axis is the output channel (or the row)."""
+    found: dict[int, int] = {}
+    for layer in model.modules():
+        weight = layer._parameters.get("weight")
+        if weight is not None and weight.ndim >= 2:
+            transposed = type(layer).__name__ == "Conv1D"  # transformers' linear layer with weight [in, out]
+            if transposed or isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding):
+                found[id(weight)] = int(transposed)
+    return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}

@@ -1,0 +1,147 @@
+"""A finished run, found by name and rebuilt: its recipe's model with its final weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ... import ShoestringError
+from ...recipes import Recipe, recipe_from
+from ..ledger import Ledger, RunIdentity
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..tasks import Task
+
+WEIGHTS = "final.safetensors"
+MANIFEST = "shoestring.json"  # in an exported folder: which run it is of, and how it was written
+
+
+class CannotExport(ShoestringError):
+    """The trained model cannot be written in the form that was asked for."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's home, its recipe, and its task with the final weights in place."""
+
+    run_dir: Path
+    run_id: str
+    recipe: Recipe
+    task: Task
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """What is shipped, in evaluation mode: the model inside our modules, adapters merged, or the user's module."""
+        from ..tasks.module import TaskModule
+
+        found: Any = self.task.module
+        if isinstance(found, TaskModule):
+            found = found.model
+        if hasattr(found, "merge_and_unload"):
+            found = found.merge_and_unload()
+        return found.eval()
+
+    def with_model(self, model: nn.Module) -> Trained:
+        """The same run with another model in the place of its own."""
+        other = replace(self)
+        other.__dict__["model"] = model
+        return other
+
+    @property
+    def kind(self) -> str:
+        """The recipe's task, such as "causal-lm"."""
+        return self.recipe.model.task
+
+
+def find_run(wanted: str | Path) -> Path:
+    """The run directory that a path, an id, the start of an id, or a name in the ledger stands for."""
+    if (Path(wanted) / "run.json").exists():
+        return Path(wanted)
+    if Path(wanted).exists():
+        raise CannotExport(f"{wanted} is not a run directory: it has no run.json.")
+    found = Path(Ledger().run(str(wanted)).run_dir)
+    if not (found / "run.json").exists():
+        raise CannotExport(f"run {wanted!r} was in {found}, and that is gone or out of reach.")
+    return found
+
+
+def open_run(wanted: str | Path, *, allow_code: bool = False) -> Trained:
+    """The finished run that `wanted` names. `CannotExport` where it has not finished or has no recipe."""
+    run_dir = find_run(wanted)
+    identity = RunIdentity.load(run_dir)
+    if not identity.recipe:
+        raise CannotExport(f"{run_dir} was trained without a recipe, so its model cannot be rebuilt from its records.")
+    if not (run_dir / WEIGHTS).exists():
+        raise CannotExport(f"run {identity.name} in {run_dir} has not finished: there is no {WEIGHTS}. Train it on.")
+    return rebuilt(recipe_from(identity.recipe, identity.name, allow_code), run_dir, identity.id)
+
+
+def rebuilt(recipe: Recipe, run_dir: Path, run_id: str = "") -> Trained:
+    """The recipe's task with the run's final weights, whole and on this host, however they were sharded."""
+    from safetensors.torch import load_file
+
+    from ...callbacks.compression.factors import merged_state
+    from ..tasks import build_task
+
+    task = build_task(recipe, workdir=run_dir)
+    _reshape(task.module, recipe, run_dir)
+    weights = merged_state(task.module, load_file(run_dir / WEIGHTS))  # others read plain layers
+    _load(task.module, weights, run_dir / WEIGHTS)
+    return Trained(run_dir, run_id, recipe, task)
+
+
+def _reshape(module: nn.Module, recipe: Recipe, run_dir: Path) -> None:
+    """The shapes that techniques gave the model while it trained, as the newest checkpoint tells them."""
+    from ...callbacks.registry import make
+    from .. import checkpoint
+
+    folder, _ = checkpoint.newest_intact(run_dir / "checkpoints")
+    states = checkpoint.read_state(folder / "state.pt")["callbacks"] if folder else {}
+    for spec in recipe.techniques:
+        if spec.name in states:
+            make(spec.name, spec.settings).rebuild(module, states[spec.name])
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """What an exported folder says of itself; empty where it is none of ours."""
+    try:
+        found = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _load(module: nn.Module, weights: dict[str, Any], path: Path) -> None:
+    try:
+        found = module.load_state_dict(weights, strict=False)  # tied weights are stored once
+    except RuntimeError as error:
+        raise CannotExport(f"{path} does not fit the model of the recipe: {_second_line(str(error))}") from None
+    buffers = {name for name, _ in module.named_buffers()}  # also those that a state dict leaves out
+    strange = set(found.unexpected_keys) - buffers
+    absent = [] if getattr(module, "reloads_frozen_weights", False) else _absent(module, found.missing_keys, weights)
+    if strange or absent:
+        raise CannotExport(
+            f"{path} does not fit the model of the recipe: {_some('lacks', absent)}{_some('has', sorted(strange))}."
+        )
+
+
+def _absent(module: nn.Module, missing: Iterable[str], weights: dict[str, Any]) -> list[str]:
+    """Missing names but for those that are another name of a weight that is there."""
+    aliases = dict(module.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in aliases.items() if name in weights}
+    return [name for name in missing if id(aliases.get(name)) not in loaded]
+
+
+def _some(verb: str, names: list[str]) -> str:
+    return f"it {verb} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}; " if names else ""
+
+
+def _second_line(text: str) -> str:
+    lines = text.splitlines()
+    return lines[min(1, len(lines) - 1)].strip()

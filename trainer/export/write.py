@@ -1,0 +1,156 @@
+"""Export a trained model: write it, load it from the disk in the runtime it is for, compare, and only then keep it.
+
+    format                  what is compared                                       largest relative error
+    hf, gguf-ready          transformers' reload with the model in memory          0
+    torch                   the reload with the model, rounded the same in memory  0
+    onnx                    ONNX Runtime with the model in memory                  1e-4
+    onnx --quantize int8    ONNX Runtime with the emulation of its arithmetic      2e-2
+
+The relative error is |found - wanted| / |wanted| over the outputs of up to four held-out samples.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import hf, onnx_file, torch_file
+from .runtimes import Outputs, eager, relative_error, sample
+from .trained import MANIFEST, CannotExport, Trained, manifest_of
+
+FORMATS = ("hf", "torch", "onnx", "gguf-ready-safetensors")
+QUANTIZED = {"torch": ("int8", "int4", "float16", "bfloat16"), "onnx": ("int8",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An export that has been read back and compared. Bytes are those of all files in the folder, as they lie there.
+
+    error: largest relative error found against `tolerance`, relative to the model in memory that has the same
+    quantization; from_original: the same against the trained model as it was.
+    """
+
+    path: str
+    to: str
+    quantize: str | None
+    sparse: bool
+    bytes: int
+    files: dict[str, int]
+    error: float
+    tolerance: float
+    from_original: float
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one format is written, loaded again, and what it is compared with."""
+
+    write: Callable[[Path], list[str]]
+    reload: Callable[[Path], Outputs]
+    expected: Callable[[], Outputs]
+    tolerance: float
+
+
+def export(
+    trained: Trained, to: str, *, out: Path | None = None, quantize: str | None = None, sparse: bool = False
+) -> Exported:
+    """Write `trained` in one of `FORMATS` to the folder `out` (default: run_dir/export/<format>).
+
+    The folder appears whole and verified or not at all; an older export there is replaced. `CannotExport` where format
+    and model do not go together, where `out` holds something else, or where what was written computes something else.
+    """
+    check_format(to, quantize, sparse)
+    out = out or trained.run_dir / "export" / "-".join(filter(None, [to, quantize, "sparse" if sparse else None]))
+    way = _way(trained, to, quantize, sparse)
+    with whole(out) as folder:
+        notes = way.write(folder)
+        batch = sample(trained)
+        found = way.reload(folder)(batch)
+        wanted, original = way.expected()(batch), eager(trained.model)(batch)
+        error = relative_error(found, wanted, batch)
+        if error > way.tolerance:
+            raise CannotExport(
+                f"{to}: what was written computes something else: relative error {error:.2g}, "
+                f"allowed {way.tolerance:g}. Nothing was kept."
+            )
+        manifest = {
+            "version": 1, "to": to, "quantize": quantize, "sparse": sparse, "run": trained.run_id,
+            "run_dir": str(trained.run_dir.resolve()), "recipe": trained.recipe.hash, "task": trained.kind,
+        }  # fmt: skip
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    files = file_sizes(out)
+    return Exported(
+        path=str(out), to=to, quantize=quantize, sparse=sparse, bytes=sum(files.values()), files=files, error=error,
+        tolerance=way.tolerance, from_original=relative_error(found, original, batch), notes=tuple(notes),
+    )  # fmt: skip
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file at or below a folder, by its path in there."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_size for path in found}
+
+
+def check_format(to: str, quantize: str | None, sparse: bool) -> None:
+    """Raise `CannotExport` where the format does not exist or cannot hold what is asked of it."""
+    if to not in FORMATS:
+        raise CannotExport(f"--to {to}: there are {', '.join(FORMATS)}.")
+    legal = QUANTIZED.get(to, ())
+    if quantize is not None and quantize not in legal:
+        held = f"it takes {' or '.join(legal)}" if legal else f"{' and '.join(QUANTIZED)} do"
+        raise CannotExport(f"--quantize {quantize}: {to} does not hold that; {held}.")
+    if sparse and to != "torch":
+        raise CannotExport(f"--sparse: {to} has no place for masks; torch does.")
+
+
+def _way(trained: Trained, to: str, quantize: str | None, sparse: bool) -> Way:
+    if to == "hf":
+        return Way(lambda f: hf.write(trained, f), lambda f: hf.reload(trained, f), lambda: hf.expected(trained), 0.0)
+    if to == "gguf-ready-safetensors":
+        return Way(
+            lambda f: hf.write_half(trained, f), lambda f: hf.reload(trained, f),
+            lambda: hf.expected_half(trained), 0.0,
+        )  # fmt: skip
+    if to == "torch":
+        return Way(
+            lambda f: torch_file.write(trained, f, quantize, sparse), lambda f: torch_file.reload(trained, f),
+            lambda: torch_file.expected(trained, quantize), 0.0,
+        )  # fmt: skip
+    return Way(
+        lambda f: onnx_file.write(trained, f, quantize), onnx_file.reload,
+        lambda: onnx_file.expected(trained, quantize), 1e-4 if quantize is None else 2e-2,
+    )  # fmt: skip
+
+
+@contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write in, which takes its name once the block has succeeded and vanishes if it fails."""
+    if out.exists() and not manifest_of(out) and (not out.is_dir() or any(out.iterdir())):
+        raise CannotExport(f"{out} exists and is no export of ours: choose another --out.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("writing", "old"))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        if out.exists():
+            out.rename(old)
+        try:
+            folder.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
