@@ -1,10 +1,13 @@
 """What quantization buys on a CPU, and what training for it buys: two tables.
 
-    python benchmarks/quantization.py [speed|accuracy] [--rounds 15] [--seeds 5] [--json FILE]
+    python benchmarks/quantization.py [speed|accuracy] [--rounds 15] [--patience 0] [--seeds 5] [--json FILE]
 
 speed: an encoder of BertConfig (6 layers, d=384, feed-forward 1536, vocabulary 30522, random weights), batches of
-8 x 128 and 1 x 128 tokens. CPU time of the process, one thread, the median over rounds A B C … A B C … so that a
-machine's drift hits all alike, and the least of them: neighbours on a shared core only ever add. Bytes are those of files written to disk.
+8 x 128 and 1 x 128 tokens. CPU time of the process, one thread, variants in turns A B C … A B C …, the median. Two
+hardware threads of one core share its vector units, so a busy neighbour slows wide kernels twofold and narrow ones
+hardly: ratios measured beside one are wrong. So a second column counts only the turns during which everything else on
+the machine took less than a tenth of one CPU, however they came out; it says how many there were.
+Bytes are those of files written to disk.
 accuracy: digits of scikit-learn, MLP 64-128-128-10, weights of 2 and 3 bits and activations of 8. Training for few bits
 (QAT) takes ten epochs more than rounding afterwards (PTQ), so PTQ is also shown after the same ten epochs. Intervals
 are 95 % of Student's t; differences are paired by seed. Every model is scored as it is served.
@@ -36,6 +39,7 @@ from shoestring.trainer.export.onnx_quantize import OnnxModel, export_onnx, quan
 from shoestring.trainer.export.quantize import quantize
 
 SHAPES = ((8, 128), (1, 128))
+QUIET = 0.1  # CPUs that others keep busy
 
 
 # -- speed and size ----------------------------------------------------------------------------------------------------
@@ -79,27 +83,55 @@ def encoders(folder: Path) -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
-def cpu_times(ways: dict[str, Callable[[Tensor], Tensor]], shape: tuple[int, int], rounds: int) -> dict[str, Any]:
-    """Median and least CPU milliseconds of a call, and the relative error beside fp32."""
+def busy() -> float:
+    """CPU seconds that all processes of the machine have used (Linux)."""
+    user, nice, system, _, _, irq, soft = (int(x) for x in Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
+
+
+def turn(run: Callable[[Tensor], Tensor], ids: Tensor, calls: int) -> tuple[float, float]:
+    """CPU milliseconds of one of `calls` calls, and how many CPUs everything else kept busy meanwhile."""
+    mine, all_, wall = time.process_time(), busy(), time.perf_counter()
+    for _ in range(calls):
+        run(ids)
+    mine, all_, wall = time.process_time() - mine, busy() - all_, time.perf_counter() - wall
+    return 1e3 * mine / calls, max(0.0, all_ - mine) / wall
+
+
+def cpu_times(
+    ways: dict[str, Callable[[Tensor], Tensor]], shape: tuple[int, int], rounds: int, patience: float
+) -> dict[str, Any]:
+    """Median CPU milliseconds of a call over all turns and over quiet ones, and the relative error beside fp32.
+
+    Ends after `rounds` rounds, or goes on for up to `patience` seconds until every variant has had as many quiet turns.
+    """
     ids = torch.randint(0, 30522, shape, generator=torch.Generator().manual_seed(1))
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    calls = 1 + 32 // (shape[0] * 4)  # clock ticks of the machine's counter are 10 ms
+    quiet = lambda name: [ms for ms, others in turns[name] if others < QUIET]  # noqa: E731
     with torch.no_grad():
         exact = ways["torch fp32"](ids)
         errors = {name: float((run(ids) - exact).norm() / exact.norm()) for name, run in ways.items()}
         for _ in range(2):
             for run in ways.values():
                 run(ids)  # compilers and caches
-        for _ in range(rounds):
+        end, done = time.monotonic() + patience, 0
+        while done < rounds or (time.monotonic() < end and min(len(quiet(name)) for name in ways) < rounds):
             for name, run in ways.items():
-                began = time.process_time()
-                run(ids)
-                times[name].append(1e3 * (time.process_time() - began))
+                turns[name].append(turn(run, ids, calls))
+            done += 1
     return {
-        name: {"ms": statistics.median(times[name]), "least": min(times[name]), "error": errors[name]} for name in ways
+        name: {
+            "ms": statistics.median(ms for ms, _ in turns[name]),
+            "quiet": statistics.median(quiet(name)) if quiet(name) else None,
+            "turns": [len(turns[name]), len(quiet(name))],
+            "error": errors[name],
+        }
+        for name in ways
     }
 
 
-def speed(rounds: int) -> dict[str, Any]:
+def speed(rounds: int, patience: float) -> dict[str, Any]:
     told: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -107,7 +139,7 @@ def speed(rounds: int) -> dict[str, Any]:
         told["bytes"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
         for shape in SHAPES:
             torch._dynamo.reset()  # one compilation for each shape
-            told[f"{shape[0]} x {shape[1]}"] = cpu_times(ways, shape, rounds)
+            told[f"{shape[0]} x {shape[1]}"] = cpu_times(ways, shape, rounds, patience)
     for title, rows in told.items():
         if title != "bytes":
             print(speed_table(title, rows))
@@ -116,13 +148,15 @@ def speed(rounds: int) -> dict[str, Any]:
 
 
 def speed_table(title: str, rows: dict[str, Any]) -> str:
-    head = f"| {title} tokens | CPU ms | x torch fp32 | x ORT fp32 | least ms | x torch | x ORT | relative error |"
-    lines = [f"\n{head}", "|---|---|---|---|---|---|---|---|"]
+    head = "CPU ms | x torch | x ORT | turns | quiet ms | x torch | x ORT | quiet turns | relative error |"
+    lines = [f"\n| {title} tokens | {head}", "|---" * 10 + "|"]
     for name, row in rows.items():
         cells = [name]
-        for kind in ("ms", "least"):
-            beside = [rows[base][kind] / row[kind] for base in ("torch fp32", "ONNX Runtime fp32")]
-            cells += [f"{row[kind]:.1f}", *(f"{ratio:.2f}" for ratio in beside)]
+        for kind, count in zip(("ms", "quiet"), row["turns"], strict=True):
+            cells.append(f"{row[kind]:.1f}" if row[kind] else "-")
+            for base in (rows["torch fp32"][kind], rows["ONNX Runtime fp32"][kind]):
+                cells.append(f"{base / row[kind]:.2f}" if base and row[kind] else "-")
+            cells.append(str(count))
         lines.append(f"| {' | '.join(cells)} | {row['error']:.4f} |")
     return "\n".join(lines)
 
@@ -231,6 +265,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("part", nargs="?", choices=("speed", "accuracy", "all"), default="all")
     options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--patience", type=float, default=0.0, help="seconds to wait for quiet turns, per shape")
     options.add_argument("--seeds", type=int, default=5)
     options.add_argument("--json", default=None)
     chosen = options.parse_args()
@@ -240,7 +275,7 @@ def main() -> None:
     torch.set_num_threads(1)
     told: dict[str, Any] = {}
     if chosen.part in ("speed", "all"):
-        told["speed"] = speed(chosen.rounds)
+        told["speed"] = speed(chosen.rounds, chosen.patience)
     if chosen.part in ("accuracy", "all"):
         told["accuracy"] = accuracy(chosen.seeds)
     if chosen.json:
