@@ -3,10 +3,9 @@
     python benchmarks/quantization.py [speed|accuracy] [--rounds 15] [--patience 0] [--seeds 5] [--json FILE]
 
 speed: an encoder of BertConfig (6 layers, d=384, feed-forward 1536, vocabulary 30522, random weights), batches of
-8 x 128 and 1 x 128 tokens. CPU time of the process, one thread, variants in turns A B C … A B C …, the median. Two
-hardware threads of one core share its vector units, so a busy neighbour slows wide kernels twofold and narrow ones
-hardly: ratios measured beside one are wrong. So a second column counts only the turns during which everything else on
-the machine took less than a tenth of one CPU, however they came out; it says how many there were.
+8 x 128 and 1 x 128 tokens. CPU time of the process, one thread, variants in turns A B C … A B C …, the median. Other
+processes disturb caches and clocks, so a second column counts only the turns during which everything else on the
+machine took less than a tenth of one CPU, however they came out; it says how many there were.
 Bytes are those of files written to disk.
 accuracy: digits of scikit-learn, MLP 64-128-128-10, weights of 2 and 3 bits and activations of 8. Training for few bits
 (QAT) takes ten epochs more than rounding afterwards (PTQ), so PTQ is also shown after the same ten epochs. Intervals
