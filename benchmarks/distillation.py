@@ -1,6 +1,6 @@
 """Is a distilled student better than the same student alone? scikit-learn's digits, several seeds, equal steps.
 
-    python benchmarks/distillation.py [--seeds 10] [--write benchmarks/results/distillation.md]
+    python benchmarks/distillation.py [--seeds 8] [--write benchmarks/results/distillation.md]
 
 Three settings, of which the last two are controls:
 
@@ -190,7 +190,7 @@ def report(runs: list[dict[str, dict[str, float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--write", type=Path, default=Path(__file__).parent / "results" / "distillation.md")
     options = parser.parse_args()
     if options.seeds < 2:
