@@ -100,7 +100,11 @@ def test_shrink_tensor_by_hand():
 
 # -- models ----------------------------------------------------------------------------------------------------------
 def test_mlp_by_hand():
+<<<<<<< HEAD
     """Neuron j has the squares of row j, of its bias and of column j: 9+0+1, 0+1+0, 0+0+16, 2+0+1."""
+=======
+    """Squares of row, bias and column of each neuron: 9+0+1, 0+1+0, 0+0+16, 2+0+1."""
+>>>>>>> structured
     net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
     net[0].weight.data = torch.tensor([[3.0, 0], [0, 0], [0, 0], [1, 1]])
     net[0].bias.data = torch.tensor([0.0, 1, 0, 0])
@@ -205,6 +209,23 @@ def test_pretrained_minilm_loses_half_of_its_heads_and_neurons():
     assert {layer.attention.self.num_attention_heads for layer in model.encoder.layer} == {6}
     assert {layer.intermediate.dense.out_features for layer in model.encoder.layer} == {768}
     assert sum(p.numel() for p in model.encoder.parameters()) / whole == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_stream_that_comes_from_outside_stays_whole():
+    """Without embeddings nothing but the sum shows that the width of the encoder is that of its input."""
+    encoder, x = bert().bert.encoder, torch.randn(2, 5, 32)
+    forward = lambda: encoder(x).last_hidden_state  # noqa: E731
+    cut = choose(encoder, forward, squares(encoder), ratio=0.5)
+    assert {name.split(".", 2)[2] for name in cut.kept} == {
+        *(f"attention.self.{part}.{p}" for part in ("query", "key", "value") for p in ("weight", "bias")),
+        "attention.output.dense.weight", "intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight",
+    }  # fmt: skip
+    shrink(encoder, cut)
+    assert forward().shape == x.shape
+    normed = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2))
+    cut = choose(normed, lambda: normed(torch.ones(2, 3)), squares(normed), ratio=0.5, round_to=1)
+    shrink(normed, cut)
+    assert normed(torch.ones(2, 3)).shape == (2, 2) and normed[1].normalized_shape == (4,)
 
 
 def test_the_importance_decides_which_head_stays():
@@ -461,7 +482,11 @@ def test_killed_around_the_cut_ends_bit_for_bit(step, strategy, world, tmp_path)
     assert fingerprint(final(tmp_path / "broken")) == fingerprint(final(tmp_path / "whole")), last_words(tmp_path)
 
 
+<<<<<<< HEAD
 # -- what cannot be ----------------------------------------------------------------------------------------------------
+=======
+# -- what cannot be --------------------------------------------------------------------------------------------------
+>>>>>>> structured
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("ratio", 1.0), ("ratio", -0.1), ("importance", "size"), ("round_to", 0), ("at", []), ("at", ["50%", "20%"]),

@@ -105,9 +105,9 @@ def keep(scores: Tensor, ratio: float, *, unit: int = 1, round_to: int = 1) -> T
 def groups(module: nn.Module, forward: Callable[[], Any], skip: Sequence[str] = ()) -> tuple[Any, list[Group]]:
     """The dependency graph of `module` and the groups in it that can be cut.
 
-    `forward()` runs the module once and returns its loss or outputs. Left whole are: what reaches the loss itself, the
-    residual stream of embeddings and bare parameters, attention of unknown make, and whatever touches a parameter whose
-    name matches a pattern in `skip`.
+    `forward()` runs the module once and returns its loss or outputs. Left whole are: what reaches the loss itself,
+    residual streams of embeddings, of bare parameters and between layer norms, attention of unknown make, and whatever
+    touches a parameter whose name matches a pattern in `skip`.
     """
     package = torch_pruning()
     training = {part: part.training for part in module.modules()}
@@ -146,7 +146,8 @@ def _group(package: Any, graph: Any, found: Any, heads: Mapping[nn.Module, tuple
     kinds, names = package.ops.OPTYPE, graph._module2name
     members: list[Member] = []
     attention: tuple[str, int] | None = None
-    mixes = consumed = False
+    mixes = consumed = normed = False
+    writers = set()
     for item in found:
         target, handler, part = item.dep.target, item.dep.handler, item.dep.target.module
         if target.type in (kinds.OUTPUT, kinds.PARAMETER, kinds.EMBED, kinds.MHA, kinds.LSTM, kinds.CUSTOMIZED):
@@ -159,11 +160,15 @@ def _group(package: Any, graph: Any, found: Any, heads: Mapping[nn.Module, tuple
             return None  # channels of grouped convolutions stay in their groups
         inwards = graph.is_in_channel_pruning_fn(handler) and not graph.is_out_channel_pruning_fn(handler)
         consumed = consumed or inwards
+        normed = normed or target.type == kinds.LN
+        if not inwards and target.type in (kinds.LINEAR, kinds.CONV):
+            writers.add(part)
         attention = attention or (None if inwards else heads.get(part))
         members += _members(part, names[part], inwards, item)
     if any(fnmatch.fnmatch(member.name, pattern) for member in members for pattern in skip):
         return None
-    if not consumed or (mixes and attention is None):
+    stream = normed and len(writers) > 1  # what several layers add to may have been added to an input
+    if not consumed or stream or (mixes and attention is None):
         return None
     root = found[0].dep
     channels, unit = len(found[0].idxs), attention[1] if attention else 1
