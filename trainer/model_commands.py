@@ -105,7 +105,10 @@ def compress(
     quiet()
     limits = Limits.parse(budget_bytes, max_latency)
     shape = parse_shape(batch) if batch else None
-    found = search(open_run(run, allow_code=allow_code), limits, out=out, shape=shape)
+    found = search(
+        open_run(run, allow_code=allow_code), limits, out=out, shape=shape,
+        report=lambda tried: typer.echo(f"tried {tried.name}: {tried.problem or f'{tried.bytes:,} bytes'}", err=True),
+    )  # fmt: skip
     if as_json:
         print_json(found.as_dict())
     else:

@@ -7,10 +7,9 @@ a little, as any choice by a figure does. Latency is measured for all candidates
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from .runtimes import Outputs, eager, onnxruntime
 from .speed import timings
 from .subject import Subject
 from .trained import CannotExport, Trained
-from .write import export, whole
+from .write import beside, clear_leftovers, export, whole
 
 SIZES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 TIMES = {"us": 1e-3, "ms": 1.0, "s": 1e3}
@@ -98,18 +97,23 @@ class Compression:
 
 def search(
     trained: Trained, limits: Limits, *, out: Path | None = None, shape: Sequence[int] | None = None,
-    candidates: Sequence[Candidate] | None = None,
+    candidates: Sequence[Candidate] | None = None, report: Callable[[Tried], None] = lambda tried: None,
 ) -> Compression:  # fmt: skip
     """Try all candidates (default: `all_candidates`) and keep the best that fits in `out` (RUN/export/compressed).
 
-    shape: the batch whose latency counts. Nothing is kept where nothing fits.
+    shape: the batch whose latency counts. report: hears of each candidate once it is judged, before it is timed.
+    Nothing is kept where nothing fits.
     """
     if trained.task.validation is None:
         raise CannotExport(f"{trained.run_dir} held out no validation data: nothing says which candidate is best.")
     out = out or trained.run_dir / "export" / "compressed"
-    work = out.with_name(f".{out.name}.candidates-{os.getpid()}")
+    clear_leftovers(out)
+    work = beside(out, "candidates")
     try:
-        made = {c: _try(trained, c, work / str(n)) for n, c in enumerate(candidates or all_candidates())}
+        made = {}
+        for number, candidate in enumerate(candidates or all_candidates()):
+            made[candidate] = _try(trained, candidate, work / str(number))
+            report(made[candidate][0])
         tried = _timed(trained, made, limits, shape)
         chosen = best(tried)
         if chosen is not None:

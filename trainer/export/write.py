@@ -132,14 +132,33 @@ def _way(trained: Trained, to: str, quantize: str | None, sparse: bool) -> Way:
     )  # fmt: skip
 
 
+def beside(out: Path, kind: str) -> Path:
+    """A name next to `out`, hidden, of this process."""
+    return out.with_name(f".{out.name}.{kind}-{os.getpid()}")
+
+
+def clear_leftovers(out: Path) -> None:
+    """Remove what killed processes left beside `out`; what they had put aside and not yet replaced comes back."""
+    import psutil
+
+    for found in out.parent.glob(f".{out.name}.*-*"):
+        process = found.name.rpartition("-")[2]
+        if not process.isdigit() or (int(process) != os.getpid() and psutil.pid_exists(int(process))):
+            continue
+        if found.name.startswith(f".{out.name}.old-") and not out.exists():
+            found.rename(out)
+        elif not found.name.startswith(f".{out.name}.candidates-{os.getpid()}"):
+            shutil.rmtree(found, ignore_errors=True)
+
+
 @contextmanager
 def whole(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write in, which takes its name once the block has succeeded and vanishes if it fails."""
     if out.exists() and not manifest_of(out) and (not out.is_dir() or any(out.iterdir())):
         raise CannotExport(f"{out} exists and is no export of ours: choose another --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("writing", "old"))
-    shutil.rmtree(folder, ignore_errors=True)
+    clear_leftovers(out)
+    folder, old = (beside(out, kind) for kind in ("writing", "old"))
     folder.mkdir()
     try:
         yield folder

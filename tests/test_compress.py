@@ -1,0 +1,81 @@
+"""The search for the best model within a budget, among real exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from finished import finished
+
+from shoestring.trainer.export import compress, low_rank
+from shoestring.trainer.export.candidates import Candidate
+from shoestring.trainer.export.compress import Limits, NothingFits, Tried, search
+from shoestring.trainer.export.measurement import Wish, measure
+from shoestring.trainer.export.trained import open_run
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+QUICK = Wish(memory=False, rounds=1)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("finished")
+
+
+FEW = (
+    Candidate(name="float32"), Candidate(name="int8", quantize="int8"), Candidate(name="int4", quantize="int4"),
+    Candidate(name="thin", quantize="int8", change=lambda model: low_rank.factorized(model, 0.5)),
+    Candidate(name="never", to="hf"),
+)  # fmt: skip
+
+
+def test_the_best_model_within_the_budget_is_kept(runs: Path, tmp_path: Path) -> None:
+    trained = open_run(finished("digits", runs))
+    sizes = {t.name: t for t in search(trained, Limits(bytes=1e9), out=tmp_path / "all", candidates=FEW).tried}
+    assert sizes["int4"].problem is None and "MLP" in str(sizes["never"].problem)
+    limit = int(sizes["int8"].bytes or 0)
+    assert limit < int(sizes["float32"].bytes or 0)
+    found = search(trained, Limits(bytes=limit), out=tmp_path / "out", candidates=FEW)
+    fitting = {t.name: t.accuracy for t in found.tried if t.fits}
+    assert "float32" not in fitting and "int8" in fitting
+    assert fitting[str(found.chosen)] == max(fitting.values())
+    told = measure(str(tmp_path / "out"), QUICK)
+    chosen = next(t for t in found.tried if t.name == found.chosen)
+    assert (told["accuracy"], told["bytes"]) == (pytest.approx(chosen.accuracy), chosen.bytes)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["all", "out"]
+
+
+def test_nothing_fits_and_the_smallest_is_named(runs: Path, tmp_path: Path) -> None:
+    found = search(open_run(finished("digits", runs)), Limits(bytes=10), out=tmp_path / "out", candidates=FEW)
+    smallest = min((t for t in found.tried if t.bytes), key=lambda t: t.bytes or 0)
+    with pytest.raises(NothingFits, match=rf"smallest is {smallest.name} with {smallest.bytes:,} bytes"):
+        found.require_fit()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_low_rank_candidate_is_read_back_in_its_own_shape(runs: Path, tmp_path: Path) -> None:
+    trained = open_run(finished("bert", runs))
+    thin = Candidate(name="thin", change=lambda model: low_rank.factorized(model, 0.3))
+    found = search(trained, Limits(bytes=1e9), out=tmp_path / "out", candidates=[thin])
+    assert found.chosen == "thin"
+    told = measure(str(tmp_path / "out"), Wish(memory=False, rounds=1, shapes=((1, 8),)))
+    assert told["parameters"] < measure(str(trained.run_dir), Wish(memory=False, rounds=1))["parameters"]
+    assert told["accuracy"] == pytest.approx(found.tried[0].accuracy)
+
+
+def test_the_choice_by_hand() -> None:
+    tried = [
+        Tried(name="big", backend="eager", bytes=100, accuracy=0.9, loss=0.1, fits=True),
+        Tried(name="same", backend="eager", bytes=50, accuracy=0.9, loss=0.1, fits=True),
+        Tried(name="better", backend="eager", bytes=10, accuracy=0.99, loss=0.1, fits=False),
+        Tried(name="broken", backend="eager", problem="no"),
+    ]
+    chosen = compress.best(tried)
+    assert chosen is not None and chosen.name == "same"
+    assert compress.best(tried[2:]) is None
+
+
+def test_limits_are_read_in_units() -> None:
+    assert Limits.parse("25MB", "5ms") == Limits(bytes=25e6, milliseconds=5.0)
+    assert Limits.parse("1.5 KiB", None) == Limits(bytes=1536.0)
+    assert Limits.parse(None, "250us") == Limits(milliseconds=0.25)
