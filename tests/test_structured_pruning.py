@@ -100,11 +100,7 @@ def test_shrink_tensor_by_hand():
 
 # -- models ----------------------------------------------------------------------------------------------------------
 def test_mlp_by_hand():
-<<<<<<< HEAD
-    """Neuron j has the squares of row j, of its bias and of column j: 9+0+1, 0+1+0, 0+0+16, 2+0+1."""
-=======
     """Squares of row, bias and column of each neuron: 9+0+1, 0+1+0, 0+0+16, 2+0+1."""
->>>>>>> structured
     net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
     net[0].weight.data = torch.tensor([[3.0, 0], [0, 0], [0, 0], [1, 1]])
     net[0].bias.data = torch.tensor([0.0, 1, 0, 0])
@@ -482,11 +478,7 @@ def test_killed_around_the_cut_ends_bit_for_bit(step, strategy, world, tmp_path)
     assert fingerprint(final(tmp_path / "broken")) == fingerprint(final(tmp_path / "whole")), last_words(tmp_path)
 
 
-<<<<<<< HEAD
-# -- what cannot be ----------------------------------------------------------------------------------------------------
-=======
 # -- what cannot be --------------------------------------------------------------------------------------------------
->>>>>>> structured
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("ratio", 1.0), ("ratio", -0.1), ("importance", "size"), ("round_to", 0), ("at", []), ("at", ["50%", "20%"]),

@@ -52,7 +52,8 @@ class StructuredPruning(Technique, pl.Callback):
     where they have as many. `skip`: patterns of parameter names that keep their shapes.
 
     Weights, optimizer states, averages and masks are cut by the same indices, and training goes on: nothing is masked,
-    so the saving is realised. Left whole are outputs, the residual stream of transformers, and attention of unknown make.
+    so the saving is realised. Left whole are outputs, the residual stream of transformers, and attention of an unknown
+    make.
     Configurations of Hugging Face models keep describing the whole model and carry the cuts as `structured_cut`, for
     `rebuild_model`.
     """
