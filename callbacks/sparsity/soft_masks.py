@@ -54,7 +54,9 @@ class SoftMasking(Technique, pl.Callback):
     def seen(self, name: str, weight: Tensor) -> Tensor:
         """What the layer computes with."""
         mask = self._whole.get(name)
-        return weight if mask is None else StraightThrough.apply(weight, mask)  # type: ignore[no-untyped-call]
+        if mask is None or mask.shape != weight.shape:  # somebody tries the model that has just been cut
+            return weight
+        return StraightThrough.apply(weight, mask)  # type: ignore[no-untyped-call]
 
     # -- hooks ------------------------------------------------------------------------------------------------------
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -55,10 +55,12 @@ class Trace(pl.Callback):
             return loss
 
         pl_module.training_step = measured
-        self.head = pl_module.head.register_forward_hook(self.computed_with)
+        self.head, self.bits = None, 32
 
     def computed_with(self, head, inputs, output):
         """How many bits are enough for the weights a layer really uses: 32 but for those on a grid."""
+        if not isinstance(head, torch.nn.Linear):  # cut into factors
+            return
         rows = head.weight.detach() / head.weight.detach().abs().amax(1, keepdim=True).clamp(min=1e-9)
         levels = [rows * (2 ** (bits - 1) - 1) for bits in range(2, 9)]
         on_grid = [bits for bits, at in enumerate(levels, 2) if (at - at.round()).abs().max() < 1e-3]
@@ -66,9 +68,11 @@ class Trace(pl.Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.training = True
+        self.head = pl_module.head.register_forward_hook(self.computed_with, prepend=True)
 
     def teardown(self, trainer, pl_module, stage):
-        self.head.remove()
+        if self.head is not None:
+            self.head.remove()
         del pl_module.training_step
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
