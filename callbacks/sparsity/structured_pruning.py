@@ -52,8 +52,7 @@ class StructuredPruning(Technique, pl.Callback):
     where they have as many. `skip`: patterns of parameter names that keep their shapes.
 
     Weights, optimizer states, averages and masks are cut by the same indices, and training goes on: nothing is masked,
-    so the saving is realised. Left whole are outputs, the residual stream of transformers, and attention of an unknown
-    make.
+    so the saving is realised. Outputs, the residual stream of transformers and attention of unknown make stay whole.
     Configurations of Hugging Face models keep describing the whole model and carry the cuts as `structured_cut`, for
     `rebuild_model`.
     """
@@ -132,7 +131,8 @@ class StructuredPruning(Technique, pl.Callback):
         self._waiting = pl_module.register_load_state_dict_pre_hook(before_loading)
 
     def rebuild(self, pl_module: nn.Module, state: Mapping[str, Any]) -> None:
-        rebuild_model(pl_module, state.get("cuts", ()))
+        if cuts := state.get("cuts"):
+            tell_configurations(rebuild_model(pl_module, cuts), cuts)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop_waiting()
