@@ -78,20 +78,23 @@ SHAPES = {"one": (4, 4), "two": (4, 4), "wide": (8, 4)}
 
 
 @pytest.mark.parametrize(
-    ("budget", "ranks"),
+    ("parameters", "ranks"),
     [
-        # 64 parameters; rank 1 everywhere takes 8 + 8 + 12 = 28. Energy per parameter of what may come next:
-        # wide 9/12 = 0.75, two 4/8 = 0.5, wide 4/12 = 0.33 (then dense: 8 more instead of 12), one 1/8
-        (28 / 64, {"one": 1, "two": 1, "wide": 1}),
-        (39 / 64, {"one": 1, "wide": 1}),  # wide's 12 do not fit, two's 8 do: it is dense
-        (40 / 64, {"one": 1, "two": 1, "wide": 2}),
-        (48 / 64, {"one": 1, "wide": 2}),
-        (56 / 64, {"one": 1}),
-        (1.0, {}),
+        # 64 in all; rank 1 everywhere takes 8 + 8 + 12 = 28. Share of energy per parameter of what may come next:
+        # two 4/13/8 = 0.038, wide 9/39/12 = 0.019, one 1/10/8 = 0.0125, wide's third 4/39/12 = 0.009 (8 to be dense)
+        (28, {"one": 1, "two": 1, "wide": 1}),
+        (35, {"one": 1, "two": 1, "wide": 1}),
+        (36, {"one": 1, "wide": 1}),
+        (47, {"wide": 1}),  # wide's 12 do not fit after two's 8, one's 8 do
+        (48, {"one": 1, "wide": 2}),
+        (56, {"wide": 2}),
+        (64, {}),
     ],
 )
-def test_ranks_by_budget(budget, ranks):
-    assert ranks_for_budget(SINGULAR, SHAPES, budget) == ranks
+def test_ranks_by_budget(parameters, ranks):
+    assert ranks_for_budget(SINGULAR, SHAPES, parameters / 64) == ranks
+    larger = {name: values * (100 if name == "one" else 1) for name, values in SINGULAR.items()}
+    assert ranks_for_budget(larger, SHAPES, parameters / 64) == ranks, "what counts is a weight's own energy"
 
 
 def test_a_budget_below_rank_one_is_refused():

@@ -45,6 +45,11 @@ def rank_for_energy(singular: Tensor, energy: float) -> int:
     return min(int((kept < energy * kept[-1]).sum()) + 1, len(singular))
 
 
+def _shares(singular: Tensor) -> Tensor:
+    squares = singular.double().square()
+    return squares / squares.sum().clamp(min=torch.finfo(squares.dtype).tiny)
+
+
 def saves(shape: Sequence[int], rank: int) -> bool:
     """Whether factors of `rank` have fewer parameters than a weight of `shape` [out, in]."""
     rows, columns = shape
@@ -56,9 +61,10 @@ def ranks_for_budget(
 ) -> dict[str, int]:
     """Ranks that keep at most the share `budget` of all parameters, by weight name; who is not named stays dense.
 
-    Greedy: every weight gets rank 1, then the component with the most energy (squared singular value) per parameter
-    comes next. A weight whose factors would no longer save anything is dense from there on. Raises `NoSuchFactors` if
-    rank 1 is too much already.
+    Greedy: every weight gets rank 1, then the component with the most energy per parameter comes next. Energy is the
+    share of a weight's own squared singular values, or weights with many inputs, which are small, would be left with
+    rank 1. A weight whose factors would no longer save anything is dense from there on. Raises `NoSuchFactors` if rank
+    1 is too much already.
     """
     step = {name: rows + columns for name, (rows, columns) in shapes.items()}
     dense = {name: rows * columns for name, (rows, columns) in shapes.items()}
@@ -67,7 +73,7 @@ def ranks_for_budget(
     spent = sum(min(step[name], dense[name]) for name in singular)
     if spent > budget * total:
         raise NoSuchFactors(f"budget={budget}: rank 1 everywhere takes {spent / total:.3g} of the parameters already")
-    energy = {name: (values.double().square() / step[name]).tolist() for name, values in singular.items()}
+    energy = {name: (_shares(values) / step[name]).tolist() for name, values in singular.items()}
     queue = [(-energy[name][1], name) for name in sorted(singular) if step[name] < dense[name]]
     heapify(queue)
     while queue:
