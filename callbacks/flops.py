@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -42,19 +43,22 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
     **flop_registry,
 }
-_CASTS = {torch.ops.aten._to_copy}
+# a copy of a masked weight made by these has its zeros: casts, soft masks, fake quantization
+_COPIES = {getattr(torch.ops.aten, name) for name in ("_to_copy", "mul", "div", "round", "clamp")}
 
 
 class FlopCounter(TorchDispatchMode):
     """`with FlopCounter() as counter: step()` -> `counter.flops`.
 
-    `densities` maps a parameter's storage pointer to the share of its elements that are not masked; copies made by
-    autocast inherit it. Under ZeRO-3 gathered weights have other pointers, so there masked weights count as dense.
+    `densities` maps a parameter's storage pointer to the share of its elements that are not masked; copies of its shape
+    inherit it for as long as they live. Under ZeRO-3 gathered weights have other pointers, so there masked weights
+    count as dense.
     """
 
     def __init__(self, densities: Mapping[int, float] | None = None) -> None:
         super().__init__()
         self._densities = dict(densities or {})
+        self._copies: dict[int, tuple[float, StorageWeakRef]] = {}
         self._counted = self._realised = 0.0
 
     @property
@@ -67,9 +71,14 @@ class FlopCounter(TorchDispatchMode):
         packet = func._overloadpacket
         if (formula := _FORMULAS.get(packet)) is not None:
             self._add(formula(*args, **kwargs, out_val=out), args)
-        elif self._densities and packet in _CASTS and (density := self._density(args[:1])) != 1.0:
-            self._densities[out.untyped_storage().data_ptr()] = density
+        elif self._densities and packet in _COPIES and (density := self._density(args[:1])) != 1.0:
+            self._copied(out, args[0], density)
         return out
+
+    def _copied(self, out: torch.Tensor, source: torch.Tensor, density: float) -> None:
+        if out.shape == source.shape:
+            storage = out.untyped_storage()
+            self._copies[storage.data_ptr()] = density, StorageWeakRef(storage)
 
     def _add(self, amount: float, args: Any) -> None:
         self._realised += amount
@@ -81,9 +90,12 @@ class FlopCounter(TorchDispatchMode):
     def _density(self, args: Any) -> float:
         for arg in args:
             if isinstance(arg, torch.Tensor):
-                density = self._densities.get(arg.untyped_storage().data_ptr())
-                if density is not None:
+                pointer = arg.untyped_storage().data_ptr()
+                if (density := self._densities.get(pointer)) is not None:
                     return density
+                copied, storage = self._copies.get(pointer, (1.0, None))
+                if storage is not None and not storage.expired():  # else the memory is somebody else's by now
+                    return copied
         return 1.0
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from shoestring.callbacks import Accountant, GradientCheckpointing, GradualPruning, SequenceLengthWarmup
+from shoestring.callbacks import Accountant, GradientCheckpointing, GradualPruning, SequenceLengthWarmup, TopKAST
 from shoestring.callbacks.flops import FlopCounter
 from shoestring.trainer import Budget
 
@@ -77,6 +77,25 @@ def test_products_with_a_masked_weight_count_by_its_density():
             layer(x).sum().backward()
 
     assert count(autocast, density) == (forward_and_input + weight, 3 * ONE)
+
+
+def test_a_copy_of_a_masked_weight_has_its_density_for_as_long_as_it_lives():
+    weight, mask = torch.randn(OUT, IN, requires_grad=True), torch.ones(OUT, IN)
+    x = torch.randn(B, IN)
+    density = {weight.untyped_storage().data_ptr(): 0.25}
+
+    def soft():
+        seen = ((weight * mask) / 2).round().clamp(-9, 9) * 2  # masked, and on a grid
+        return nn.functional.linear(x, seen)
+
+    assert count(soft, density) == (0.25 * ONE, ONE)
+
+    with FlopCounter(density) as counter, torch.no_grad():
+        seen = weight * mask
+        assert counter._density([seen]) == 0.25
+        place = seen.untyped_storage().data_ptr()
+        del seen
+    assert counter._copies[place][1].expired(), "whoever gets the memory next is no copy"
 
 
 # -- in runs ---------------------------------------------------------------------------------------------------------
@@ -167,6 +186,14 @@ def test_masks_in_a_run(tmp_path):
     assert technique.densities() == {"last.weight": 0.5}
     assert summary["flops_realised"] == 8 * dense
     assert summary["flops_counted"] == 2 * dense + 6 * halved
+
+
+def test_soft_masks_in_a_run(tmp_path):
+    technique = TopKAST(sparsity=0.5, backward_sparsity=0.5, every=100)
+    summary = train(tmp_path, Budget(steps=8), module=Words(), data=lines(), techniques=[technique]).summary
+    tokens = 4 * 16
+    assert summary["flops_realised"] == 8 * 3 * Words.TOKEN * tokens
+    assert summary["flops_counted"] == 8 * 2 * Words.TOKEN * tokens
 
 
 class Orthogonal(torch.optim.SGD):
