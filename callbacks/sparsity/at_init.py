@@ -69,6 +69,10 @@ class PruneAtInit(Masking):
     def active(self) -> bool:
         return self.sparsity > 0
 
+    def wanted(self) -> int:
+        """How many samples are looked at."""
+        return self.samples
+
     def scores(self, module: pl.LightningModule, weights: Weights, batches: Sequence[Any]) -> dict[str, Tensor]:
         """How much each weight matters, by name, in its shape; larger means kept."""
         raise NotImplementedError
@@ -100,10 +104,10 @@ class PruneAtInit(Masking):
             raise ValueError(f"{self.card.name} needs one DataLoader to draw samples from, not {type(loader).__name__}")
         dataset: Any = loader.dataset
         if isinstance(dataset, IterableDataset):
-            samples = list(islice(iter(dataset), self.samples))
+            samples = list(islice(iter(dataset), self.wanted()))
         else:
             order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-            samples = [dataset[i] for i in order[: self.samples].tolist()]
+            samples = [dataset[i] for i in order[: self.wanted()].tolist()]
         size = loader.batch_size or len(samples)
         return [loader.collate_fn(samples[i : i + size]) for i in range(0, len(samples), size)]
 
@@ -169,3 +173,9 @@ def loss_of(module: pl.LightningModule, batch: Any) -> Tensor:
     """The loss that training would see."""
     found = module.training_step(batch, 0)
     return found["loss"] if isinstance(found, Mapping) else found  # type: ignore[return-value]
+
+
+def gradients_of(loss: Tensor, weights: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
+    """dloss/dw in the weights' shapes; 0 for a weight that has no part in the loss."""
+    found = torch.autograd.grad(loss, weights, create_graph=create_graph, allow_unused=True)
+    return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]

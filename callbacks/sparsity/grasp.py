@@ -11,15 +11,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..contract import Card
-from .at_init import PruneAtInit, Weights, loss_of
+from .at_init import PruneAtInit, Weights, gradients_of, loss_of
 
 
-def hessian_times_gradient(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """H g of `loss` with respect to `weights`, in their shapes: by a second pass through the first one's gradients."""
-    gradients = torch.autograd.grad(loss, weights, create_graph=True)
-    product = sum((g * g.detach()).sum() for g in gradients)
-    found = torch.autograd.grad(product, weights, allow_unused=True)  # type: ignore[arg-type]
-    return [torch.zeros_like(w) if h is None else h for w, h in zip(weights, found, strict=True)]
+def hessian_times(loss: Tensor, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+    """H v of `loss` with respect to `weights`, in their shapes: by a second pass through the first one's gradients."""
+    gradients = gradients_of(loss, weights, create_graph=True)
+    product = sum((g * v).sum() for g, v in zip(gradients, vectors, strict=True))
+    return gradients_of(product, weights)  # type: ignore[arg-type]
 
 
 class GraSP(PruneAtInit):
@@ -39,10 +38,16 @@ class GraSP(PruneAtInit):
     )
 
     def scores(self, module: pl.LightningModule, weights: Weights, batches: Sequence[Any]) -> dict[str, Tensor]:
-        sums = {name: torch.zeros_like(p) for name, p in weights.items()}
+        """Gradient and Hessian are those of all samples together, however they are cut into batches."""
+        tensors, share = list(weights.values()), 1 / len(batches)
+        gradient = [torch.zeros_like(p) for p in tensors]
+        for batch in batches:
+            for total, part in zip(gradient, gradients_of(loss_of(module, batch), tensors), strict=True):
+                total.add_(part, alpha=share)
+        product = [torch.zeros_like(p) for p in tensors]
         for batch in batches:
             with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-                found = hessian_times_gradient(loss_of(module, batch), list(weights.values()))
-            for name, product in zip(weights, found, strict=True):
-                sums[name] += product
-        return {name: weights[name].detach() * sums[name] for name in weights}
+                found = hessian_times(loss_of(module, batch), tensors, gradient)
+            for total, part in zip(product, found, strict=True):
+                total.add_(part, alpha=share)
+        return {name: p.detach() * h for (name, p), h in zip(weights.items(), product, strict=True)}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..contract import Card
 from . import saliency
-from .at_init import PruneAtInit, Weights, loss_of
+from .at_init import PruneAtInit, Weights, gradients_of, loss_of
 
 
 class SNIP(PruneAtInit):
@@ -32,8 +32,7 @@ class SNIP(PruneAtInit):
     def scores(self, module: pl.LightningModule, weights: Weights, batches: Sequence[Any]) -> dict[str, Tensor]:
         sums = {name: torch.zeros_like(p) for name, p in weights.items()}
         for batch in batches:
-            found = torch.autograd.grad(loss_of(module, batch), list(weights.values()), allow_unused=True)
+            found = gradients_of(loss_of(module, batch), list(weights.values()))
             for name, gradient in zip(weights, found, strict=True):
-                if gradient is not None:
-                    sums[name] += gradient
+                sums[name] += gradient
         return {name: saliency.taylor(weights[name].detach(), sums[name]) for name in weights}

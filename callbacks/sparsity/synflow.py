@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..contract import Card
-from . import schedules
-from .at_init import PruneAtInit, Weights, loss_of
+from . import saliency, schedules
+from .at_init import PruneAtInit, Weights, gradients_of, loss_of
 
 ROUNDS = 100  # of the paper
 
@@ -23,7 +23,8 @@ class SynFlow(PruneAtInit):
     """Before training, keep the weights that carry most of the flow from input to output, in a hundred rounds.
 
     The flow is the sum of the last pruned layer's outputs when all parameters are positive and inputs are 1 (token ids
-    stay as they are); a weight's share is |w dR/dw|. One sample is enough. Settings: see `PruneAtInit`.
+    stay as they are); a weight's share is |w dR/dw|. One sample is looked at, whatever `samples` says.
+    Settings: see `PruneAtInit`.
     """
 
     card = Card(
@@ -34,6 +35,9 @@ class SynFlow(PruneAtInit):
         writes=frozenset({"weights", "gradients", "optimizer"}),
         refuses=frozenset({"muon"}),
     )
+
+    def wanted(self) -> int:
+        return 1  # more would be the same ones again, but for token ids
 
     def scores(self, module: pl.LightningModule, weights: Weights, batches: Sequence[Any]) -> dict[str, Tensor]:
         ones = tree_map(lambda x: torch.ones_like(x) if torch.is_tensor(x) and x.is_floating_point() else x, batches[0])
@@ -73,8 +77,5 @@ def _flow(module: pl.LightningModule, weights: Weights, batch: Any) -> dict[str,
         loss_of(module, batch)
     if not last:
         raise ValueError("synflow: none of the layers to prune runs in training_step")
-    gradients = torch.autograd.grad(last[-1].sum(), list(weights.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(p) if g is None else (p * g).detach().abs()
-        for (name, p), g in zip(weights.items(), gradients, strict=True)
-    }
+    gradients = gradients_of(last[-1].sum(), list(weights.values()))
+    return {name: saliency.taylor(p, g).detach() for (name, p), g in zip(weights.items(), gradients, strict=True)}
