@@ -21,8 +21,7 @@ from toy import ACCUMULATE, STEPS, Explode, Exploded, fingerprint, held_out, loa
 
 from shoestring.callbacks import StructuredPruning, WeightAveraging
 from shoestring.callbacks.contract import BadSetting, Unfit
-from shoestring.callbacks.reshape import CannotReshape
-from shoestring.callbacks.sparsity.structured_cut import (
+from shoestring.callbacks.cut import (
     Cut,
     WrongShape,
     is_shrunk,
@@ -31,6 +30,7 @@ from shoestring.callbacks.sparsity.structured_cut import (
     shrink_tensor,
     tell_configurations,
 )
+from shoestring.callbacks.reshape import CannotReshape
 from shoestring.callbacks.sparsity.structured_groups import (
     CannotTrace,
     Member,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..aside import loss_of
 from ..contract import Card
-from .at_init import PruneAtInit, Weights, loss_of
+from .at_init import PruneAtInit, Weights
 
 
 def hessian_times_gradient(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:

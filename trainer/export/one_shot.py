@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ShoestringError
-from ...callbacks.compression.quantizable import quantizable
+from ...callbacks.layers import quantizable
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 BLOCK = 128  # columns that SparseGPT corrects at once, and among which it compares
