@@ -20,11 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK = Wish(memory=False, rounds=1)
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("finished")
-
-
 FEW = (
     Candidate(name="float32"), Candidate(name="int8", quantize="int8"), Candidate(name="int4", quantize="int4"),
     Candidate(name="thin", quantize="int8", change=lambda run: low_rank.factorized(run.model, 0.5)),
@@ -75,10 +70,10 @@ def test_half_the_weights_go_by_what_they_do_to_training_samples(runs: Path, tmp
     pruned = wanted[1].change(trained)  # type: ignore[misc]
     linear = {f"{n}.weight": m.weight for n, m in pruned.named_modules() if isinstance(m, nn.Linear)}
     assert all(abs(float((w == 0).float().mean()) - 0.5) < 0.02 for w in linear.values())
-    # a bit for the mask and a byte for every second weight; quantizing may make further zeros
+    # a bit for the mask and a byte for every second weight; the header names each weight's parts
     saved = sum(w.numel() for w in linear.values()) * (1 - 0.5 - 1 / 8)
-    assert sizes["int8"] - sizes["sparsegpt 50% int8"] == pytest.approx(saved, rel=0.1)
-    assert sizes["int8"] - sizes["wanda 50% int8"] == pytest.approx(saved, rel=0.1)
+    for name in ("sparsegpt 50% int8", "wanda 50% int8"):
+        assert saved - 150 * len(linear) < int(sizes["int8"] or 0) - int(sizes[name] or 0) < 1.05 * saved
     assert not any((w == 0).any() for n, w in trained.model.named_parameters() if n in linear), "a copy was pruned"
 
 
