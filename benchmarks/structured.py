@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shoestring.callbacks.cut import shrink
 from shoestring.callbacks.flops import FlopCounter
-from shoestring.callbacks.sparsity.structured_cut import shrink
 from shoestring.callbacks.sparsity.structured_groups import choose
 
 BATCH, LENGTH, WIDTH, HEADS, FFN, LAYERS = 8, 128, 384, 6, 1536, 6

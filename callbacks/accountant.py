@@ -8,7 +8,6 @@ with the journal, checkpoints and signals; in anybody's trainer it stands alone:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -20,7 +19,7 @@ from .clock import Clock, Spend
 from .contract import Technique, silence
 from .energy import EnergyMeter, SteadyEnergy
 from .flops import StepFlops
-from .meter import EvaluationTimer, Windows, batch_size
+from .meter import EvaluationTimer, Windows, batch_size, whole_batches
 
 # what each rank adds to the exchanged vector
 SIGNAL, HORIZON, SAVE, SAMPLES, TOKENS, COUNTED, REALISED, JOULES = range(8)
@@ -235,7 +234,7 @@ class Accountant(pl.Callback):
         if trainer.state.fn != "fit":
             return
         now = self.windows.enter("startup" if trainer.sanity_checking else "train")
-        self.evaluation.end(now, _whole(trainer.num_val_batches))
+        self.evaluation.end(now, whole_batches(trainer.num_val_batches))
         if not trainer.sanity_checking:
             self.pause_ended(trainer)
 
@@ -253,7 +252,7 @@ class Accountant(pl.Callback):
         seconds = self.evaluation.seconds
         if not seconds:  # none has run yet: a batch costs at most what training on one costs
             micro = self.guard.step_seconds() / trainer.accumulate_grad_batches
-            seconds = micro * _whole(trainer.num_val_batches)
+            seconds = micro * whole_batches(trainer.num_val_batches)
         self.guard.reserve_seconds = seconds
         self.guard.pauses["evaluation"] = (self.evaluation_interval(trainer), seconds)
 
@@ -298,8 +297,3 @@ class Accountant(pl.Callback):
         self.clock.load_state_dict(state_dict["clock"])
         self.evaluation.seconds = state_dict["evaluation_seconds"]
         self._guard_state = state_dict["guard"]
-
-
-def _whole(batches: Sequence[float]) -> int:
-    """Batches of one evaluation; 0 where nobody knows."""
-    return int(sum(n for n in batches if n != float("inf")))

@@ -1,8 +1,8 @@
 """What layers compute with instead of their weights: masked, quantized or clustered copies, made anew in each forward.
 
 The parameter itself stays where it is and what it is, so optimizers, DDP, ZeRO and checkpoints see nothing of it. For
-the length of a layer's `forward` the attribute `weight` shows `function(name, weight)`; a straight-through function
-lets the gradient reach the parameter. Several of them on one layer apply in the order in which they were installed.
+the length of a layer's `forward` the attribute `weight` shows `function(name, weight)`; `straight_through` lets
+the gradient reach the parameter. Several of them on one layer apply in the order in which they were installed.
 
 Under ZeRO-3 the whole weight is there during `forward`, gathered by the engine; the copy lives as long as autograd
 needs it, so combine with `gradient_checkpointing` where memory counts: backward then makes the copy again.
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import ShoestringError
@@ -20,6 +21,21 @@ from .. import ShoestringError
 
 class NeverUsed(ShoestringError):
     """A layer's weight was never used through the layer's own `forward`, so it cannot be replaced there."""
+
+
+def straight_through(weight: Tensor, shown: Tensor) -> Tensor:
+    """`shown` in forward, bit for bit, with the gradient going to `weight` unchanged (arXiv 1308.3432)."""
+    return _StraightThrough.apply(weight, shown)  # type: ignore[no-untyped-call]
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, shown: Tensor) -> Tensor:
+        return shown.view_as(shown)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
 
 
 class ForwardWeights:

@@ -97,6 +97,11 @@ class EvaluationTimer:
         self.seconds = (seconds + (self.seconds or seconds)) / 2  # one alone may be a freak
 
 
+def whole_batches(loaders: Sequence[float]) -> int:
+    """Batches of one evaluation over all `loaders`; 0 where nobody knows."""
+    return int(sum(n for n in loaders if n != float("inf")))
+
+
 def batch_size(batch: Any) -> tuple[int, int, tuple[int, ...]]:
     """(samples, tokens, shape) of a batch: tokens are the elements of `input_ids`, padding included, else 0.
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from .. import ShoestringError
 from .contract import Technique
+from .cut import Cut, renew, shrink, shrink_tensor
 from .shards import Shards, shards_of
-from .sparsity.structured_cut import Cut, renew, shrink, shrink_tensor
 
 # what DeepSpeed leaves on modules, besides names that begin with ds_
 _MARKS = ("_external_params", "all_parameters", "pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")

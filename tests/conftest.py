@@ -26,6 +26,12 @@ def home(tmp_path_factory):
         os.environ["SHOESTRING_HOME"] = before
 
 
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Where `finished` keeps its runs: trained once a session, to be read by all tests and changed by none."""
+    return tmp_path_factory.mktemp("finished")
+
+
 def pytest_collection_modifyitems(items):
     """`make test-gpu` on a machine without one says so instead of failing."""
     import torch

@@ -5,26 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from finished import finished
+from torch import nn
 
 from shoestring.trainer.export import compress, low_rank
-from shoestring.trainer.export.candidates import Candidate
+from shoestring.trainer.export.candidates import Candidate, all_candidates
 from shoestring.trainer.export.compress import Limits, NothingFits, Tried, search
 from shoestring.trainer.export.measurement import Wish, measure
+from shoestring.trainer.export.runtimes import calibration
 from shoestring.trainer.export.trained import open_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK = Wish(memory=False, rounds=1)
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("finished")
-
-
 FEW = (
     Candidate(name="float32"), Candidate(name="int8", quantize="int8"), Candidate(name="int4", quantize="int4"),
-    Candidate(name="thin", quantize="int8", change=lambda model: low_rank.factorized(model, 0.5)),
+    Candidate(name="thin", quantize="int8", change=lambda run: low_rank.factorized(run.model, 0.5)),
     Candidate(name="never", to="hf"),
 )  # fmt: skip
 
@@ -55,12 +53,40 @@ def test_nothing_fits_and_the_smallest_is_named(runs: Path, tmp_path: Path) -> N
 
 def test_a_low_rank_candidate_is_read_back_in_its_own_shape(runs: Path, tmp_path: Path) -> None:
     trained = open_run(finished("bert", runs))
-    thin = Candidate(name="thin", change=lambda model: low_rank.factorized(model, 0.3))
+    thin = Candidate(name="thin", change=lambda run: low_rank.factorized(run.model, 0.3))
     found = search(trained, Limits(bytes=1e9), out=tmp_path / "out", candidates=[thin])
     assert found.chosen == "thin"
     told = measure(str(tmp_path / "out"), Wish(memory=False, rounds=1, shapes=((1, 8),)))
     assert told["parameters"] < measure(str(trained.run_dir), Wish(memory=False, rounds=1))["parameters"]
     assert told["accuracy"] == pytest.approx(found.tried[0].accuracy)
+
+
+def test_half_the_weights_go_by_what_they_do_to_training_samples(runs: Path, tmp_path: Path) -> None:
+    trained = open_run(finished("bert", runs))
+    wanted = [c for c in all_candidates() if c.name in ("int8", "sparsegpt 50% int8", "wanda 50% int8")]
+    found = search(trained, Limits(bytes=1e9), out=tmp_path / "out", candidates=wanted)
+    sizes = {tried.name: tried.bytes for tried in found.tried}
+    assert len(sizes) == 3 and not any(tried.problem for tried in found.tried)
+    pruned = wanted[1].change(trained)  # type: ignore[misc]
+    linear = {f"{n}.weight": m.weight for n, m in pruned.named_modules() if isinstance(m, nn.Linear)}
+    assert all(abs(float((w == 0).float().mean()) - 0.5) < 0.02 for w in linear.values())
+    # a bit for the mask and a byte for every second weight; the header names each weight's parts
+    saved = sum(w.numel() for w in linear.values()) * (1 - 0.5 - 1 / 8)
+    for name in ("sparsegpt 50% int8", "wanda 50% int8"):
+        assert saved - 150 * len(linear) < int(sizes["int8"] or 0) - int(sizes[name] or 0) < 1.05 * saved
+    assert not any((w == 0).any() for n, w in trained.model.named_parameters() if n in linear), "a copy was pruned"
+
+
+def test_calibration_samples_are_drawn_from_the_training_data(runs: Path) -> None:
+    trained = open_run(finished("digits", runs))
+    batches, again = calibration(trained, samples=20, rows=8), calibration(trained, samples=20, rows=8)
+    assert [[*b] for b in batches] == [["pixel_values"]] * 3
+    drawn = torch.cat([b["pixel_values"] for b in batches])
+    assert len(drawn) == 20 and torch.equal(drawn, torch.cat([b["pixel_values"] for b in again]))
+    data = trained.task.train
+    known = {tuple(data[i]["pixel_values"].flatten().tolist()) for i in range(len(data))}  # type: ignore[index, arg-type]
+    assert {tuple(row.flatten().tolist()) for row in drawn} <= known
+    assert not torch.equal(drawn[:8], torch.stack([data[i]["pixel_values"] for i in range(8)])), "not just the first"  # type: ignore[index]
 
 
 def test_the_choice_by_hand() -> None:

@@ -5,26 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import command
 from finished import LANGUAGE, finished
 
-from shoestring.trainer.cli import main
 from shoestring.trainer.export import encodings, hf, onnx_file, torch_file, write
 from shoestring.trainer.export.runtimes import eager, relative_error, sample
 from shoestring.trainer.export.trained import CannotExport, Trained, open_run
 from shoestring.trainer.export.write import export
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("finished")
 
 
 @pytest.fixture
@@ -189,15 +183,6 @@ def test_eight_bit_activations_by_hand() -> None:
 
 
 # -- the command line ------------------------------------------------------------------------------------------------
-def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["shoestring", *words])
-    try:
-        main()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
-
-
 def test_export_by_name_and_its_errors(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ import importlib
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,18 +20,79 @@ LIGHT = ("recipes", "cluster", "trainer", "trainer.cli", "trainer.ledger", "call
          "callbacks.compose", "callbacks.clock", "callbacks.budget", "callbacks.registry")  # fmt: skip
 
 
-def imports(path: Path) -> set[str]:
-    """The rooms that a module reaches into by relative imports, its own aside."""
-    found = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+FILES = {p.with_suffix("").parts: p for p in MODULES}  # a package's own is (…, "__init__")
+
+
+@cache
+def imported(path: Path) -> set[Path]:
+    """The modules of ours that a module imports, at once or when asked for; what is for type checkers aside."""
+    found: set[Path] = set()
+    nodes: list[ast.AST] = [ast.parse((ROOT / path).read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes += node.orelse
+            continue
+        nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.ImportFrom) and node.level:
             base = path.parent.parts[: len(path.parent.parts) - node.level + 1]
-            target = (*base, *(node.module or "").split("."))
-            found.add(target[0] or "root")
+            target = (*base, *(node.module.split(".") if node.module else ()))
+            for name in node.names:
+                places = ((*target, name.name), (*target, name.name, "__init__"), target, (*target, "__init__"))
+                found |= {FILES[place] for place in places if place in FILES} if target else set()
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
             assert not any((n or "").split(".")[0] == "shoestring" for n in names), f"{path} imports itself absolutely"
-    return {room for room in found if room in ROOMS} - {path.parts[0]}
+    return found - {path}
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms that a module reaches into, its own aside."""
+    return {target.parts[0] for target in imported(path)} - {path.parts[0]}
+
+
+def circle(arrows: dict[str, set[str]]) -> set[str]:
+    """Who is left when all that import nobody who is left have gone, and then all whom nobody imports."""
+    left = dict(arrows)
+    for forward in (True, False):
+        while True:
+            pointed = set().union(*(arrows[one] & left.keys() for one in left))
+            gone = [one for one in left if not (arrows[one] & left.keys() if forward else one in pointed)]
+            if not gone:
+                break
+            for one in gone:
+                del left[one]
+    return set(left)
+
+
+def test_circles_are_found() -> None:
+    line = {"a": {"b"}, "b": {"c"}, "c": set(), "d": {"c"}}
+    assert circle(line) == set()
+    assert circle({**line, "c": {"b"}}) == {"b", "c"}, "and neither a nor d, which only lead there"
+
+
+def test_no_circles_between_packages() -> None:
+    arrows: dict[str, set[str]] = {str(path.parent): set() for path in MODULES}
+    for path in MODULES:
+        inner = len(path.parts) > 2  # a room's own modules and the packages in it are told apart below
+        arrows[str(path.parent)] |= {str(t.parent) for t in imported(path) if inner and len(t.parts) > 2}
+        arrows[str(path.parent)].discard(str(path.parent))
+    assert {"callbacks/compression", "callbacks/sparsity", "trainer/export", "trainer/tasks"} < arrows.keys()
+    assert not circle(arrows)
+
+
+def test_no_circles_between_modules() -> None:
+    arrows = {str(path): {str(target) for target in imported(path)} for path in MODULES if path.name != "__init__.py"}
+    found = circle(arrows)
+    # a rank asks the door for its engine's kind, and each kind is a door
+    assert found == {"callbacks/shards.py", "callbacks/zero_shards.py"}
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.parts[0] == "callbacks"], ids=str)
+def test_perspectives_do_not_know_one_another(path: Path) -> None:
+    """Packages of techniques import what is neutral beside them, never each other, and nothing neutral imports them."""
+    inside = {t.parts[1] for t in imported(path) if t.parts[0] == "callbacks" and len(t.parts) > 2}
+    assert inside <= ({path.parts[1]} if len(path.parts) > 2 else set())
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)

@@ -12,7 +12,6 @@ from torch import nn
 
 from shoestring.callbacks import GradualPruning
 from shoestring.callbacks.contract import Misconfigured
-from shoestring.callbacks.sparsity.masks import prunable
 from shoestring.callbacks.sparsity.schedules import cubic
 from shoestring.trainer import Budget
 
@@ -35,31 +34,6 @@ def test_the_cubic_schedule_at_ten_points():
 def test_it_never_falls_and_never_exceeds_its_end(one, two, final):
     early, late = sorted((one, two))
     assert 0 <= cubic(early, final) <= cubic(late, final) <= final
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(9, 4)
-        self.norm = nn.LayerNorm(4)
-        self.conv = nn.Conv1d(4, 4, 3)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
-        self.twin = nn.Linear(4, 4)
-        self.twin.weight = self.blocks[0][0].weight  # one weight under two names
-        self.frozen = nn.Linear(4, 4).requires_grad_(False)
-        self.head = nn.Linear(4, 9)
-        self.head.weight = self.embed.weight  # tied
-
-
-def test_only_weights_of_layers_are_pruned_each_once_and_never_an_embedding():
-    blocks = ["blocks.0.0.weight", "blocks.0.1.weight", "blocks.1.0.weight", "blocks.1.1.weight"]
-    found = prunable(Model(), ())
-    assert found == ["conv.weight", *blocks]
-    assert set(found) <= {name for name, _ in Model().named_parameters()}, "a name that the door does not know"
-    assert prunable(Model(), ["twin.*"]) == ["conv.weight", *blocks[1:]]  # by any of its names
-    assert prunable(Model(), ["blocks.*", "conv.*"]) == []
-    assert prunable(Model(), ["blocks.1.*", "conv.weight", "*.0.weight"]) == ["blocks.0.1.weight"]
-    assert prunable(nn.Linear(3, 3), ()) == ["weight"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from shoestring.callbacks import GradualPruning, QuantizationAware, Unfit
 from shoestring.callbacks.compression.fake_quantization import BadGroups, fake_quantize_tokens, quantized
-from shoestring.callbacks.compression.quantizable import quantizable
 from shoestring.callbacks.contract import BadSetting
 from shoestring.callbacks.forward_weights import NeverUsed
 
@@ -136,25 +135,6 @@ def test_pruned_zeros_stay_zero_in_what_layers_see():
     assert (zeros.parameter == 0).float().mean() == 0.75
     assert (zeros.shown[zeros.parameter == 0] == 0).all()
     assert not torch.equal(zeros.shown, zeros.parameter)
-
-
-# -- which layers ------------------------------------------------------------------------------------------------------
-def test_quantizable_layers_by_name():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = nn.Embedding(9, 4)
-            self.conv = nn.Conv1d(4, 4, 3)
-            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
-            self.two.weight = self.one.weight
-            self.frozen = nn.Linear(4, 4).requires_grad_(False)
-            self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 9, bias=False)
-            self.head.weight = self.embed.weight
-
-    found = quantizable(Tied())
-    assert list(found) == ["conv.weight", "one.weight", "frozen.weight"]
-    assert len(found["one.weight"]) == 2, "both layers that share it"
-    assert list(quantizable(Tied(), skip=["two.*"])) == ["conv.weight", "frozen.weight"], "under any of its names"
 
 
 def test_errors_name_what_is_wrong():

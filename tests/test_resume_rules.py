@@ -15,8 +15,8 @@ from shoestring.recipes import recipe_from
 from shoestring.trainer import Budget, Trainer
 from shoestring.trainer.checkpoint import DamagedCheckpoint, steps
 from shoestring.trainer.ledger import Journal, RunBusy, RunIdentity, journal, lock, read
-from shoestring.trainer.observer import CannotResume
 from shoestring.trainer.records import UNSEEN_SECONDS, AnotherRun, Records
+from shoestring.trainer.saving import CannotResume
 from shoestring.trainer.state import AnotherModel
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]

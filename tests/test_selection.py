@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoestring.callbacks.sparsity.selection import keep_largest, peaks
+from shoestring.callbacks.selection import keep_largest, peaks
 
 SCORE = st.one_of(
     st.floats(-(2.0**126), 2.0**126, width=32),

@@ -22,9 +22,8 @@ from shoestring.callbacks.compression.codebooks import (
     lloyd,
     nearest,
 )
-from shoestring.callbacks.compression.weight_clustering import _StraightThrough, clusterable
 from shoestring.callbacks.contract import Misconfigured
-from shoestring.callbacks.forward_weights import NeverUsed
+from shoestring.callbacks.forward_weights import NeverUsed, straight_through
 from shoestring.trainer import Budget
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
@@ -147,23 +146,6 @@ def test_what_is_not_in_the_codebook_is_refused():
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
-        self.head.weight = self.embed.weight  # tied
-        self.conv, self.norm = nn.Conv1d(4, 4, 3), nn.LayerNorm(4)
-        self.one, self.twin = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.twin.weight = self.one.weight
-        self.frozen = nn.Linear(4, 4).requires_grad_(False)
-
-
-def test_what_may_be_clustered():
-    assert clusterable(Model(), ()) == ["conv.weight", "one.weight"]
-    assert clusterable(Model(), ["twin.*"]) == ["conv.weight"]  # by any of its names
-    assert clusterable(nn.Linear(3, 3), ()) == ["weight"]
-
-
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
@@ -225,7 +207,7 @@ def test_forward_uses_codebooks_from_the_start_on(tmp_path):
 def test_the_gradient_goes_straight_through():
     """Of a sum of products it is the other factor, whichever centroid the weight is shown as."""
     weight = torch.tensor([0.4, 0.6, 2.0], requires_grad=True)
-    shown = _StraightThrough.apply(weight, torch.tensor([0.0, 1.0]))
+    shown = straight_through(weight, clustered(weight.detach(), torch.tensor([0.0, 1.0])))
     (shown * torch.tensor([3.0, 5.0, 7.0])).sum().backward()
     assert shown.tolist() == [0.0, 1.0, 1.0] and weight.grad.tolist() == [3.0, 5.0, 7.0]
 

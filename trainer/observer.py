@@ -14,7 +14,6 @@ import pytorch_lightning as pl
 from pytorch_lightning.trainer.connectors.data_connector import _parse_num_batches
 from pytorch_lightning.trainer.states import RunningStage
 
-from .. import ShoestringError
 from ..callbacks.accountant import SAVE, Accountant
 from ..callbacks.budget import Budget
 from ..callbacks.clock import MEASURED, Duration
@@ -25,16 +24,12 @@ from . import accounts, checkpoint, state
 from .intervals import interval, passed, steps_in
 from .ledger import read_summary
 from .records import Records
-from .saving import CannotSave, Saver, save_final_weights
+from .saving import CannotResume, CannotSave, Saver, same_samples, save_final_weights
 from .signals import Preempted, StopRequest, preempted
 
 log = logging.getLogger("shoestring")
 
 NEVER = 2**60  # a validation interval, in batches
-
-
-class CannotResume(ShoestringError):
-    """This run directory cannot be continued as asked."""
 
 
 class Observer(Accountant):
@@ -103,20 +98,12 @@ class Observer(Accountant):
                 raise CannotResume(f"{self.records.run_dir} has no checkpoint to resume from")
             return
         manifest, self._rng = found
-        self._same_samples(manifest)
+        same_samples(manifest, self.seed, self._global_batch(), self.records.run_dir)
         self.resumed_from = manifest["step"]
         self.clock.spend = self.records.spent(self.clock.spend)
 
-    def _same_samples(self, manifest: Mapping[str, Any]) -> None:
-        """The samples of every step depend on the seed and the global batch: neither may change within a run."""
-        where, seed, batch = f"the run in {self.records.run_dir}", manifest["seed"], manifest["global_batch"]
-        if seed != self.seed:
-            raise CannotResume(f"{where} has seed={seed}, and this one {self.seed}. Choose another run directory.")
-        if self.order is not None and batch not in (None, self.order.global_batch):
-            raise CannotResume(
-                f"{where} has {batch} samples a step, and this loader makes {self.order.global_batch}. "
-                "Choose batch size x ranks x accumulation to match."
-            )
+    def _global_batch(self) -> int | None:
+        return None if self.order is None else self.order.global_batch
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -210,8 +197,8 @@ class Observer(Accountant):
         self._hear(self.agreement.settle())  # the sums of this very step belong to it
         self._saved_step, self.save_due, self._local[SAVE] = self.clock.step, False, 0.0
         self.records.sync()
-        batch, accumulate = self.order and self.order.global_batch, trainer.accumulate_grad_batches
-        about = {"seed": self.seed, "global_batch": batch, "accumulate": accumulate}
+        accumulate = trainer.accumulate_grad_batches
+        about = {"seed": self.seed, "global_batch": self._global_batch(), "accumulate": accumulate}
         self.saver.save(trainer, module, self.clock.step, about)
         self._next_save = passed(self.clock, self.every) if self.every else 0
         self.windows.enter("train")

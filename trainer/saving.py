@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any
@@ -21,6 +21,22 @@ log = logging.getLogger("shoestring")
 
 class CannotSave(ShoestringError):
     """The state of this run would not survive a checkpoint."""
+
+
+class CannotResume(ShoestringError):
+    """This run directory cannot be continued as asked."""
+
+
+def same_samples(manifest: Mapping[str, Any], seed: int, global_batch: int | None, run_dir: Path) -> None:
+    """The samples of every step depend on the seed and the global batch: neither may change within a run."""
+    where, before = f"the run in {run_dir}", manifest["global_batch"]
+    if manifest["seed"] != seed:
+        raise CannotResume(f"{where} has seed={manifest['seed']}, and this one {seed}. Choose another run directory.")
+    if global_batch is not None and before not in (None, global_batch):
+        raise CannotResume(
+            f"{where} has {before} samples a step, and this loader makes {global_batch}. "
+            "Choose batch size x ranks x accumulation to match."
+        )
 
 
 class Saver:

@@ -38,8 +38,9 @@ from ..cluster.hardware import hardware
 from . import checkpoint
 from .machine import facts as machine_facts
 from .machine import peak
-from .observer import CannotResume, Observer
+from .observer import Observer
 from .records import Records
+from .saving import CannotResume
 from .signals import die_with_parent, launched_here, will_launch
 from .zero import NAMES, make_strategy
 

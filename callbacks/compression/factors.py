@@ -7,7 +7,6 @@ values (Eckart and Young 1936); its error is the root of the sum of the squares 
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heappush
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ShoestringError
+from ..layers import matches
 
 FIRST, SECOND = ".first.weight", ".second.weight"
 
@@ -54,6 +54,17 @@ def saves(shape: Sequence[int], rank: int) -> bool:
     """Whether factors of `rank` have fewer parameters than a weight of `shape` [out, in]."""
     rows, columns = shape
     return rank * (rows + columns) < rows * columns
+
+
+def ranks_for_energy(layers: Mapping[str, nn.Linear], energy: float) -> dict[str, int]:
+    """The ranks that keep `energy` of each of `layers`, by name, where factors of that rank are smaller."""
+    ranks = {name: rank_for_energy(singular_values(layer), energy) for name, layer in layers.items()}
+    return {name: rank for name, rank in ranks.items() if saves(layers[name].weight.shape, rank)}
+
+
+def singular_values(layer: nn.Linear) -> Tensor:
+    """Of its weight, descending, [min(in, out)]."""
+    return torch.linalg.svdvals(layer.weight.detach().float())
 
 
 def ranks_for_budget(
@@ -117,11 +128,11 @@ class LowRankLinear(nn.Module):
         return self.second(self.first(x))
 
 
-def factorable(module: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Linear]:
+def factorable(module: nn.Module, skip: Sequence[str] = (), *, frozen: bool = False) -> dict[str, nn.Linear]:
     """The linear layers of `module` by name that factors can replace, but for those that match a pattern in `skip`.
 
-    Left as they are: subclasses (their forward is their own), weights that are frozen or used in several places, layers
-    with hooks, and the two halves of a layer that is factored already.
+    Left as they are: subclasses (their forward is their own), weights that are frozen (unless `frozen`) or used in
+    several places, layers with hooks, and the two halves of a layer that is factored already.
     """
     uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     halves = {id(half) for m in module.modules() if isinstance(m, LowRankLinear) for half in m.children()}
@@ -132,10 +143,10 @@ def factorable(module: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Line
         and type(layer) is nn.Linear
         and id(layer) not in halves
         and (weight := layer._parameters.get("weight")) is not None
-        and weight.requires_grad
+        and (frozen or weight.requires_grad)
         and uses[id(weight)] == 1
         and not any(getattr(layer, hooks) for hooks in vars(layer) if hooks.endswith("_hooks"))
-        and not any(fnmatch.fnmatch(given, pattern) for given in (name, f"{name}.weight") for pattern in skip)
+        and not matches((name, f"{name}.weight"), skip)
     }
 
 

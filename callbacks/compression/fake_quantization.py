@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import ShoestringError
+from ..forward_weights import straight_through
 
 SCALES = ("absmax", "mse")
 _SHRINK = 20  # candidates that `mse` tries, from the whole range down to 15 % of it
@@ -87,11 +88,6 @@ def quantized(weight: Tensor, bits: int, group_size: int | None = None, rule: st
     return values(codes(weight, steps, bits), steps, weight.dtype)
 
 
-def straight_through(weight: Tensor, shown: Tensor) -> Tensor:
-    """`shown` in forward, bit for bit, with the gradient going to `weight` unchanged."""
-    return _StraightThrough.apply(weight, shown)  # type: ignore[no-untyped-call]
-
-
 def fake_quantize_weight(weight: Tensor, bits: int, group_size: int | None = None, rule: str = "absmax") -> Tensor:
     """`quantized` with the straight-through gradient; weights that "mse" clips get theirs too."""
     return straight_through(weight, quantized(weight, bits, group_size, rule))
@@ -122,16 +118,6 @@ def first_steps(weight: Tensor, bits: int, group_size: int | None = None) -> Ten
     """Where LSQ starts: 2 mean(|w|) / sqrt(Q) of each group, [out, groups, 1] (arXiv 1902.08153 §2.1)."""
     mean = grouped(weight.detach().float(), group_size).abs().mean(-1, keepdim=True)
     return torch.where(mean > 0, 2 * mean / highest(bits) ** 0.5, torch.ones_like(mean))
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, shown: Tensor) -> Tensor:
-        return shown.view_as(shown)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient, None
 
 
 class _LearnedStep(torch.autograd.Function):

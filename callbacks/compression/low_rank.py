@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import pytorch_lightning as pl
-import torch
 from torch import nn
 
 from ... import ShoestringError
 from ..contract import Card, Effect, Technique, Workload, require
-from .factors import apply_low_rank, factorable, merge_, rank_for_energy, ranks_for_budget, saves
+from .factors import apply_low_rank, factorable, merge_, ranks_for_budget, ranks_for_energy, singular_values
 
 log = logging.getLogger("shoestring")
 
@@ -94,12 +93,10 @@ class LowRank(Technique, pl.Callback):
                 f"low_rank finds no linear layer of {type(module).__name__} that is trained, not shared and not among "
                 f"skip={list(self.skip)}"
             )
+        if self.budget is None:
+            return ranks_for_energy(layers, self.energy)
         shapes = {name: layer.weight.shape for name, layer in layers.items()}
-        singular = {name: torch.linalg.svdvals(layer.weight.detach().float()) for name, layer in layers.items()}
-        if self.budget is not None:
-            return ranks_for_budget(singular, shapes, self.budget)
-        ranks = {name: rank_for_energy(values, self.energy) for name, values in singular.items()}
-        return {name: rank for name, rank in ranks.items() if saves(shapes[name], rank)}
+        return ranks_for_budget({n: singular_values(layer) for n, layer in layers.items()}, shapes, self.budget)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A module that chose its parameters when it was made would train none of the factors."""

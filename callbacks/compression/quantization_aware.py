@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..clock import Duration, clock_of
 from ..contract import Card, Technique, Unfit, require
-from ..forward_weights import ForwardWeights
-from .fake_quantization import SCALES, check_groups, fake_quantize_tokens, fake_quantize_weight, straight_through
-from .quantizable import Layer, quantizable
+from ..forward_weights import ForwardWeights, straight_through
+from ..layers import Layer, quantizable
+from .fake_quantization import SCALES, check_groups, fake_quantize_tokens, fake_quantize_weight
 
 OFF = (None, 16)
 

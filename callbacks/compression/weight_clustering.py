@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..clock import Duration, clock_of
 from ..contract import Card, Technique, require
-from ..forward_weights import ForwardWeights
+from ..forward_weights import ForwardWeights, straight_through
+from ..layers import trained_weights
 from ..shards import Shards, shards_of
 from .codebooks import INITS, LARGEST, clustered, first_codebooks, lloyd
 
 PORTION = 2**24  # weights, with some 30 bytes each while they are sorted
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The nearest centroids forward, the identity backward."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, codebook: Tensor) -> Tensor:
-        return clustered(weight, codebook)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-def clusterable(module: nn.Module, skip: Sequence[str]) -> list[str]:
-    """Names of the trained weights of linear and convolution layers that match no pattern in `skip`.
-
-    A weight that an embedding has too is left alone; one that several layers share is named once.
-    """
-    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    wanted = {id(m.weight) for m in module.modules() if isinstance(m, layers)}
-    wanted -= {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    everywhere = module.named_parameters(remove_duplicate=False)
-    wanted -= {id(p) for name, p in everywhere if any(fnmatch.fnmatch(name, pattern) for pattern in skip)}
-    return [name for name, p in module.named_parameters() if p.requires_grad and id(p) in wanted]
 
 
 def _portions(names: Sequence[str], shards: Shards) -> list[list[str]]:
@@ -123,7 +98,7 @@ class WeightClustering(Technique, pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.clusters:
             return
-        self._names = clusterable(pl_module, self.skip)
+        self._names = trained_weights(pl_module, self.skip)
         if not self._names:
             raise ValueError(f"weight_clustering finds no layers but what skip={list(self.skip)} leaves out")
         self._device = pl_module.device
@@ -132,7 +107,7 @@ class WeightClustering(Technique, pl.Callback):
 
     def _show(self, name: str, weight: Tensor) -> Tensor:
         codebook = self._codebooks.get(name)
-        return weight if codebook is None else _StraightThrough.apply(weight, codebook)  # type: ignore[no-any-return]
+        return weight if codebook is None else straight_through(weight, clustered(weight.detach(), codebook))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

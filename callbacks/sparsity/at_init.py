@@ -6,8 +6,7 @@ nothing but that moment. All ranks read the same samples and take rank 0's decis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, Self
 
@@ -16,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..aside import set_apart
 from ..contract import Effect, Workload, derive_seed, require
 from ..seeding import seeded
+from ..selection import keep_largest
 from ..shards import Shards, shards_of
 from . import distributions
 from .masks import Masking, must_find, require_distribution
-from .selection import keep_largest
 
 Weights = Mapping[str, nn.Parameter]
 
@@ -88,7 +88,8 @@ class PruneAtInit(Masking):
             raise ValueError(f"{self.card.name} looks at the whole model, and this one is sharded from the start")
         pl_module.to(trainer.strategy.root_device)
         seed = derive_seed(getattr(trainer, "seed", 0), self.card.name)
-        with seeded(seed), _undisturbed(pl_module):
+        with seeded(seed), set_apart(pl_module):
+            pl_module.train()
             batches = [pl_module.transfer_batch_to_device(b, pl_module.device, 0) for b in self._batches(trainer, seed)]
             scores = self.scores(pl_module, weights, batches)
         masks = trainer.strategy.broadcast(self._choose(scores))
@@ -149,30 +150,6 @@ class PruneAtInit(Masking):
 
 def _all_here(values: Tensor) -> Tensor:
     return values
-
-
-@contextmanager
-def _undisturbed(module: pl.LightningModule) -> Iterator[None]:
-    """Run the module's steps without their logs, and leave buffers, gradients and modes as they were."""
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    training, before = module.training, set(vars(module))
-    module.__dict__["log"] = module.__dict__["log_dict"] = lambda *args, **kwargs: None
-    module.train()
-    try:
-        yield
-    finally:
-        del module.__dict__["log"], module.__dict__["log_dict"]
-        for left in set(vars(module)) - before:
-            delattr(module, left)
-        for name, buffer in module.named_buffers():
-            buffer.copy_(buffers[name])
-        module.train(training)
-
-
-def loss_of(module: pl.LightningModule, batch: Any) -> Tensor:
-    """The loss that training would see."""
-    found = module.training_step(batch, 0)
-    return found["loss"] if isinstance(found, Mapping) else found  # type: ignore[return-value]
 
 
 def gradients_of(loss: Tensor, weights: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:

@@ -67,9 +67,7 @@ class GradualPruning(Masking):
     def check(self) -> None:
         require(0 <= self.sparsity < 1, self, "sparsity", "a share in [0, 1)")
         require(self.every > 0, self, "every", "a positive number of steps")
-        start, end = Duration.parse(self.start), Duration.parse(self.end)
-        legal = start.counts == end.counts and start.amount < end.amount
-        require(legal, self, "end", f"a later moment than start={self.start!r}, in the same unit")
+        schedules.require_ramp(self, self.start, self.end)
         require(self.ramp in RAMPS, self, "ramp", " | ".join(RAMPS))
         require(self.criterion in CRITERIA, self, "criterion", " | ".join(CRITERIA))
         try:
@@ -109,12 +107,8 @@ class GradualPruning(Masking):
         return select_blocks(shards, scores, block, shares)
 
     def _target(self, trainer: pl.Trainer) -> float:
-        clock = clock_of(trainer)
-        begun, ended = clock.toward(self._start), clock.toward(self._end)
-        if begun < 1.0:
-            return 0.0
-        first = self._start.amount / self._end.amount
-        return RAMPS[self.ramp]((ended - first) / (1.0 - first), self.sparsity)
+        done = schedules.between(clock_of(trainer), self._start, self._end)
+        return 0.0 if done is None else RAMPS[self.ramp](done, self.sparsity)
 
     def _score(self, shards: Shards, name: str) -> Tensor:
         """Scores of this rank's slice, [length]; what is pruned already comes last."""

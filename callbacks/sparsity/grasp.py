@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..aside import loss_of
 from ..contract import Card
-from .at_init import PruneAtInit, Weights, gradients_of, loss_of
+from .at_init import PruneAtInit, Weights, gradients_of
 
 
 def hessian_times(loss: Tensor, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:

@@ -7,7 +7,6 @@ device, DDP and ZeRO-1/2/3, and keeping them so costs no communication. A rank k
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,35 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Technique, require
+from ..layers import trained_weights
+from ..selection import keep_largest
 from ..shards import Shards, shards_of
 from . import distributions, patterns
-from .selection import keep_largest
-
-
-def prunable(module: nn.Module, skip: Sequence[str]) -> list[str]:
-    """Names of the weights of linear and convolution layers, but for those that match a pattern in `skip`.
-
-    Embeddings, norms and biases are never pruned; a weight tied to an embedding is an embedding. A weight shared by
-    layers is named as `named_parameters` does, and left out if it matches under any of its names.
-    """
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    aliases: dict[int, list[str]] = {}
-    for prefix, layer in module.named_modules():
-        weight: Any = getattr(layer, "weight", None)
-        if isinstance(layer, kinds) and weight.requires_grad and id(weight) not in embeddings:
-            aliases.setdefault(id(weight), []).append(f"{prefix}.weight" if prefix else "weight")
-    kept = {
-        weight
-        for weight, names in aliases.items()
-        if not any(fnmatch.fnmatch(name, pattern) for name in names for pattern in skip)
-    }
-    return [name for name, p in module.named_parameters() if id(p) in kept]
 
 
 def must_find(module: nn.Module, skip: Sequence[str], technique: str) -> list[str]:
-    """`prunable`, or a `ValueError` if there is nothing."""
-    if not (names := prunable(module, skip)):
+    """`trained_weights`, or a `ValueError` if there are none."""
+    if not (names := trained_weights(module, skip)):
         raise ValueError(f"{technique} finds nothing to prune but what skip={list(skip)} leaves out")
     return names
 

@@ -14,7 +14,7 @@ from ..contract import Card, Effect, Workload, require
 from ..shards import Shards
 from . import saliency
 from .masks import require_distribution, select
-from .schedules import cubic
+from .schedules import between, cubic, require_ramp
 from .soft_masks import SoftMasking
 
 
@@ -54,9 +54,7 @@ class MovementPruning(SoftMasking):
     def check(self) -> None:
         require(0 <= self.sparsity < 1, self, "sparsity", "a share in [0, 1)")
         require(self.every > 0, self, "every", "a positive number of steps")
-        start, end = Duration.parse(self.start), Duration.parse(self.end)
-        legal = start.counts == end.counts and start.amount < end.amount
-        require(legal, self, "end", f"a later moment than start={self.start!r}, in the same unit")
+        require_ramp(self, self.start, self.end)
         require_distribution(self, self.distribution, ("uniform", "erk", "global"))
 
     def predict(self, workload: Workload) -> Effect:
@@ -79,12 +77,10 @@ class MovementPruning(SoftMasking):
 
     def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
         self._score(shards)
-        clock = clock_of(trainer)
-        begun, ended = clock.toward(self._start), clock.toward(self._end)
-        if begun < 1.0 or trainer.global_step % self.every:
+        done = between(clock_of(trainer), self._start, self._end)
+        if done is None or trainer.global_step % self.every:
             return None
-        first = self._start.amount / self._end.amount
-        target = cubic((ended - first) / (1.0 - first), self.sparsity)
+        target = cubic(done, self.sparsity)
         return select(shards, self._local["score"], self.distribution, target) if target > 0 else None
 
     def _score(self, shards: Shards) -> None:

@@ -9,9 +9,10 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from ..contract import Card, Effect, Workload, require
+from ..forward_weights import straight_through
 from ..shards import Shards, shards_of
 from . import patterns
-from .soft_masks import SoftMasking, StraightThrough
+from .soft_masks import SoftMasking
 
 
 class NM(SoftMasking):
@@ -56,7 +57,7 @@ class NM(SoftMasking):
 
     def seen(self, name: str, weight: Tensor) -> Tensor:
         self._whole[name] = mask = patterns.n_m(weight.detach().abs(), self.n, self.m)
-        return StraightThrough.apply(weight, mask)  # type: ignore[no-untyped-call]
+        return straight_through(weight, weight.detach() * mask)
 
     def revise(self, trainer: pl.Trainer, shards: Shards) -> None:
         return None

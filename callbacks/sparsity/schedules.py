@@ -1,8 +1,26 @@
-"""When to prune: sparsity and drop fractions as functions of progress. Pure functions."""
+"""When to prune: sparsity and drop fractions as functions of progress."""
 
 from __future__ import annotations
 
 import math
+
+from ..clock import Clock, Duration
+from ..contract import Technique, require
+
+
+def require_ramp(technique: Technique, start: str, end: str) -> None:
+    """Settings `start` and `end` that `between` can work with."""
+    first, last = Duration.parse(start), Duration.parse(end)
+    legal = first.counts == last.counts and first.amount < last.amount
+    require(legal, technique, "end", f"a later moment than start={start!r}, in the same unit")
+
+
+def between(clock: Clock, start: Duration, end: Duration) -> float | None:
+    """The share of the way from `start` to `end`, in one unit, that is behind; 1 after it, None before it."""
+    if clock.toward(start) < 1.0:
+        return None
+    first = start.amount / end.amount
+    return (clock.toward(end) - first) / (1.0 - first)
 
 
 def cubic(ramp: float, final: float, initial: float = 0.0) -> float:

@@ -9,9 +9,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from ..aside import loss_of
 from ..contract import Card
 from . import saliency
-from .at_init import PruneAtInit, Weights, gradients_of, loss_of
+from .at_init import PruneAtInit, Weights, gradients_of
 
 
 class SNIP(PruneAtInit):

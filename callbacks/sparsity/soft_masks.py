@@ -15,21 +15,9 @@ import torch
 from torch import Tensor
 
 from ..contract import Technique
-from ..forward_weights import ForwardWeights
+from ..forward_weights import ForwardWeights, straight_through
 from ..shards import Shards, shards_of
 from .masks import complete, must_find
-
-
-class StraightThrough(torch.autograd.Function):
-    """weight * mask; the gradient passes as if there were no mask (arXiv 1308.3432)."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        return weight * mask
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
 
 
 class SoftMasking(Technique, pl.Callback):
@@ -56,7 +44,7 @@ class SoftMasking(Technique, pl.Callback):
         mask = self._whole.get(name)
         if mask is None or mask.shape != weight.shape:  # somebody tries the model that has just been cut
             return weight
-        return StraightThrough.apply(weight, mask)  # type: ignore[no-untyped-call]
+        return straight_through(weight, weight.detach() * mask)
 
     # -- hooks ------------------------------------------------------------------------------------------------------
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -10,13 +10,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from ..aside import loss_of, set_apart
 from ..clock import Duration, clock_of
 from ..contract import Card, Effect, Technique, Unfit, Workload, require
+from ..cut import rebuild_model, tell_configurations
 from ..reshape import reshape
 from ..shards import Shards, shards_of
-from .structured_cut import rebuild_model, tell_configurations
-from .structured_groups import choose, torch_pruning
-from .structured_trace import loss_of, set_apart, try_out
+from .structured_groups import CannotTrace, choose, torch_pruning
 
 IMPORTANCES = ("magnitude", "taylor", "lasso")
 MEMORY = 0.9  # share of the Taylor saliency that a step keeps of the ones before it
@@ -40,6 +40,18 @@ def _rows(shards: Shards, name: str, device: torch.device) -> Tensor:
     where = shards.slices[name]
     each = where.numel // where.shape[0]
     return torch.arange(where.offset, where.offset + where.length, device=device) // each
+
+
+def try_out(module: pl.LightningModule, batch: Any) -> None:
+    """Raise `CannotTrace` if the module that has been cut does not run."""
+    with set_apart(module), torch.no_grad():
+        try:
+            loss_of(module, batch)
+        except Exception as error:
+            raise CannotTrace(
+                f"the model does not run with fewer channels: {type(error).__name__}: {error}. "
+                "Some layer's width is written into its forward: name its parameters in structured_pruning's `skip`."
+            ) from error
 
 
 class StructuredPruning(Technique, pl.Callback):
@@ -220,7 +232,7 @@ class StructuredPruning(Technique, pl.Callback):
                              round_to=self.round_to, skip=self.skip)  # fmt: skip
             return cut.state()
 
-        state = reshape(trainer, pl_module, chosen, lambda: try_out(pl_module, lambda: loss_of(pl_module, batch)))
+        state = reshape(trainer, pl_module, chosen, lambda: try_out(pl_module, batch))
         assert state is not None
         self._cuts = [*self._cuts, dict(state)]
         self._norms = {}

@@ -12,9 +12,10 @@ from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..aside import loss_of
 from ..contract import Card
 from . import saliency, schedules
-from .at_init import PruneAtInit, Weights, gradients_of, loss_of
+from .at_init import PruneAtInit, Weights, gradients_of
 
 ROUNDS = 100  # of the paper
 

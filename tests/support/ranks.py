@@ -135,13 +135,13 @@ class Group:
         rows = [row.fields["loss"] for row in read(run_dir / "events", rank=0) if "loss" in row.fields]
         return {**watch.report(), "rows": rows, "final": final, **spent}
 
-    def resume(self, case: str, make_technique) -> dict:
+    def resume(self, case: str, make_technique, **options: object) -> dict:
         """The same run uninterrupted, and crashed and resumed in a new trainer."""
-        whole = self.train(f"{case}-whole", *make_technique(), every=CHECKPOINT)
+        whole = self.train(f"{case}-whole", *make_technique(), every=CHECKPOINT, **options)
         run = f"{case}-broken"
         with suppress(Exploded):
-            self.train(run, *make_technique(), every=CHECKPOINT, callbacks=(Explode(CRASH),))
-        resumed = self.train(f"{case}-resumed", *make_technique(), every=CHECKPOINT, run=run)
+            self.train(run, *make_technique(), every=CHECKPOINT, callbacks=(Explode(CRASH),), **options)
+        resumed = self.train(f"{case}-resumed", *make_technique(), every=CHECKPOINT, run=run, **options)
         return {"whole": whole, "resumed": resumed}
 
     def technique(self, name: str) -> dict:
@@ -182,15 +182,8 @@ class Group:
         return {
             "still": self.train("offload-still", dropout=0.0, offload=offload),
             "clipped": self.train("offload-clipped", pruning, dropout=0.0, gradient_clip_val=0.05, offload=offload),
-            **self.resume_offloaded(offload),
+            **self.resume("offload", list, offload=offload),
         }
-
-    def resume_offloaded(self, offload: str) -> dict:
-        whole = self.train("offload-whole", every=CHECKPOINT, offload=offload)
-        with suppress(Exploded):
-            self.train("offload-broken", every=CHECKPOINT, offload=offload, callbacks=(Explode(CRASH),))
-        resumed = self.train("offload-resumed", every=CHECKPOINT, offload=offload, run="offload-broken")
-        return {"whole": whole, "resumed": resumed}
 
     def tokens(self) -> dict:
         """A schedule that waits for tokens, which the ranks must first sum; saving must not make them known earlier."""

@@ -6,6 +6,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+import train_script
 from ranks import Group
 
 from shoestring.callbacks import GradualPruning, StructuredPruning, WeightAveraging
@@ -20,13 +21,25 @@ CASES = {
 
 
 def main(strategy: str, folder: Path) -> None:
+    """All cases without dropout, so that the uninterrupted runs are those of one device too."""
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     group, found = Group(strategy, folder), {}
     for case, techniques in CASES.items():
         try:
-            found[case] = group.resume(case, techniques)
-            found[case]["still"] = group.train(f"{case}-still", *techniques(), dropout=0.0)
+            found[case] = group.resume(case, techniques, dropout=0.0)
         except Exception:
             found[case] = {"error": traceback.format_exc()}
         (folder / f"rank-{group.rank}.json").write_text(json.dumps(found))
+
+
+def attempt(folder: Path, strategy: str, devices: int, mishap: dict | None = None) -> None:
+    """The example's run, or what is left of it."""
+    techniques, mishaps = (StructuredPruning.example(),), (mishap,) if mishap else ()
+    train_script.train(folder, strategy=strategy, devices=devices, techniques=techniques, mishaps=mishaps, workers=0)
+
+
+def go_on(folders: list[Path], strategy: str, devices: int) -> None:
+    """One run after another in one process group."""
+    for folder in folders:
+        attempt(folder, strategy, devices)

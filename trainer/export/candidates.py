@@ -10,32 +10,55 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from .trained import Trained
+
+    Change = Callable[[Trained], nn.Module]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """name: as in the table. to, quantize: the export. change: a changed copy of the model; None: as it is."""
+    """name: as in the table. to, quantize: the export. change: a changed copy of a run's model; None: as it is."""
 
     name: str
     to: str = "torch"
     quantize: str | None = None
-    change: Callable[[nn.Module], nn.Module] | None = None
+    change: Change | None = None
 
     @property
     def backend(self) -> str:
         return "onnxruntime" if self.to == "onnx" else "eager"
 
 
-def low_rank(energy: float) -> Callable[[nn.Module], nn.Module]:
+def low_rank(energy: float) -> Change:
     """Linear layers cut to the rank that keeps this share of their squared singular values."""
-    from .low_rank import factorized
 
-    return partial(factorized, energy=energy)
+    def change(trained: Trained) -> nn.Module:
+        from .low_rank import factorized
+
+        return factorized(trained.model, energy)
+
+    return change
+
+
+def one_shot(method: str, sparsity: float) -> Change:
+    """Linear layers pruned by what they do to training samples of the run (see `one_shot.py`)."""
+
+    def change(trained: Trained) -> nn.Module:
+        import copy
+
+        from .one_shot import prune_one_shot
+        from .runtimes import calibration
+
+        model = copy.deepcopy(trained.model)
+        prune_one_shot(model, calibration(trained), method, sparsity)
+        return model
+
+    return change
 
 
 def all_candidates() -> tuple[Candidate, ...]:
@@ -47,5 +70,9 @@ def all_candidates() -> tuple[Candidate, ...]:
         for energy in (0.99, 0.95, 0.9)
         for quantize in ("float16", "int8")
     ]
+    pruned = [
+        Candidate(name=f"{method} 50% int8", quantize="int8", change=one_shot(method, 0.5))
+        for method in ("sparsegpt", "wanda")
+    ]
     fast = [Candidate(name="onnx", to="onnx"), Candidate(name="onnx int8", to="onnx", quantize="int8")]
-    return (*plain, *small, *thin, *fast)
+    return (*plain, *small, *thin, *pruned, *fast)

@@ -142,7 +142,7 @@ def _rank(tried: Tried) -> tuple[float, float, float]:
 
 
 def _changed(trained: Trained, candidate: Candidate) -> Trained:
-    return trained if candidate.change is None else trained.with_model(candidate.change(trained.model))
+    return trained if candidate.change is None else trained.with_model(candidate.change(trained))
 
 
 def _try(trained: Trained, candidate: Candidate, folder: Path) -> tuple[Tried, Outputs | None]:

@@ -1,7 +1,7 @@
 """Smaller spellings of weights: int8 and int4 values with scales, and the kept values of a sparse tensor with a mask.
 
 Pure functions, tensor in, tensor out. Each encoding has its exact inverse: unpacking gives back what was packed, bit
-for bit, and quantizing what was dequantized gives the same integers.
+for bit, and quantizing what was dequantized gives the same integers. The grids are those of training for few bits.
 
     int8    one scale per row of `axis`: 1 byte a weight, error at most half a scale
     int4    one float16 scale per 32 neighbours of a row: 4.5 bits a weight
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ... import ShoestringError
+from ...callbacks.compression.fake_quantization import codes, highest, scales
 
-INT8, INT4 = 127, 7  # the largest magnitudes: symmetric, so that 0 stays 0 and pruned weights stay pruned
 GROUP = 32  # neighbours that share an int4 scale
 
 
@@ -31,11 +31,10 @@ def quantize_int8(weight: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
     Symmetric, round to nearest even: `scale = max|w| / 127`. `axis` is the output channel: 0 of linear, convolution and
     embedding weights, 1 of transformers' Conv1D. A row of zeros has scale 1.
     """
-    found = _finite(weight)
-    others = [dim for dim in range(found.ndim) if dim != axis]
-    scale = found.abs().amax(others, keepdim=True) / INT8 if others else found.abs() / INT8
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (found / scale).round_().clamp_(-INT8, INT8).to(torch.int8), scale
+    found = _finite(weight).movedim(axis, 0)
+    steps = scales(found, 8)
+    shape = [-1 if dim == axis else 1 for dim in range(found.ndim)]
+    return codes(found, steps, 8).movedim(0, axis), steps.view(shape)
 
 
 def dequantize_int8(values: Tensor, scale: Tensor) -> Tensor:
@@ -52,12 +51,11 @@ def quantize_int4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
     """
     flat = _finite(weight).flatten()
     rows = torch.nn.functional.pad(flat, (0, -flat.numel() % group)).view(-1, group)
-    scale = (rows.abs().amax(1, keepdim=True) / INT4).half()
+    scale = (rows.abs().amax(1, keepdim=True) / highest(4)).half()
     if not torch.isfinite(scale).all():
         raise CannotEncode(f"int4: magnitudes up to {flat.abs().max():.3g} have no float16 scale. Use int8.")
     divisor = torch.where(scale > 0, scale.float(), torch.ones_like(rows[:, :1]))
-    values = (rows / divisor).round_().clamp_(-INT4, INT4) * (scale > 0)
-    return values.to(torch.int8), scale
+    return codes(rows, divisor[:, None], 4) * (scale > 0), scale
 
 
 def dequantize_int4(values: Tensor, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -75,7 +73,7 @@ def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
     """The first `count` integers (int8, flat) that `pack_nibbles` packed."""
     wide = packed.to(torch.int16)
     flat = torch.stack([wide & 0xF, wide >> 4], 1).flatten()[:count]
-    return torch.where(flat > INT4, flat - 16, flat).to(torch.int8)
+    return torch.where(flat > highest(4), flat - 16, flat).to(torch.int8)
 
 
 # -- masks -----------------------------------------------------------------------------------------------------------

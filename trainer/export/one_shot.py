@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ShoestringError
-from ...callbacks.compression.quantizable import quantizable
+from ...callbacks.layers import quantizable
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 BLOCK = 128  # columns that SparseGPT corrects at once, and among which it compares
@@ -145,6 +145,8 @@ def prune_one_shot(
     named = dict(model.named_parameters())
     owners = {name: used[0].module for name, used in quantizable(model, skip).items()}
     layers = {name: layer for name, layer in owners.items() if isinstance(layer, nn.Linear)}
+    if not layers:
+        raise CannotPrune(f"no linear layer to prune but what skip={list(skip)} leaves")
     found: dict[str, float] = {}
     model.eval()
     try:

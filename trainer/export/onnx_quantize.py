@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...callbacks.compression.quantizable import quantizable
+from ...callbacks.layers import quantizable
 from .quantize import CannotQuantize, bake, quantize_embeddings
 
 INSTALL = "pip install 'shoestring[compress]'"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ... import ShoestringError
 from ...callbacks.compression.fake_quantization import SCALES, check_groups, codes, quantized, scales
-from ...callbacks.compression.quantizable import quantizable
+from ...callbacks.layers import quantizable
 
 INSTALL = "pip install 'torchao>=0.18'"
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...callbacks.seeding import seeded
 from .trained import CannotExport, Trained
 
 Batch = dict[str, Tensor]
@@ -19,18 +20,43 @@ NOT_INPUTS = ("labels", "loss_weight")
 
 def sample(trained: Trained, rows: int = 4) -> Batch:
     """The inputs of the first `rows` held-out samples (training samples where none are held out)."""
+    data = trained.task.validation if trained.task.validation is not None else trained.task.train
+    batch = next(_batches(trained, data, range(rows), rows))
+    return {name: value[:rows] for name, value in batch.items()}
+
+
+def calibration(trained: Trained, samples: int = 128, rows: int = 16) -> list[Batch]:
+    """The inputs of so many training samples, drawn by the recipe's seed, in batches of `rows`.
+
+    A user's datamodule gives the first ones of its loader, in its own batches.
+    """
+    seed, data = trained.recipe.seed, trained.task.train
+    size = len(data) if data is not None else 0  # type: ignore[arg-type]
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+    found: list[Batch] = []
+    with seeded(seed):  # samples and loaders may be random
+        for batch in _batches(trained, data, order, rows):
+            found.append(batch)
+            if sum(len(next(iter(b.values()))) for b in found) >= samples:
+                break
+    return found
+
+
+def _batches(trained: Trained, data: Any, order: Sequence[int], rows: int) -> Iterator[Batch]:
+    """What a model is called with: the samples `order` of `data`, or where that is None the run's own batches."""
     task = trained.task
-    data: Any = task.validation if task.validation is not None else task.train
-    if data is None:
-        if task.datamodule is None:
-            raise CannotExport(f"{trained.run_dir}: its recipe has no data to check an export with.")
-        batch = next(iter(task.datamodule.train_dataloader()))
-    else:
+    if data is not None:
         collate: Any = task.collate
-        batch = collate([data[index] for index in range(min(rows, len(data)))])
-    if not isinstance(batch, Mapping):
-        raise CannotExport(f"the data's batches are {type(batch).__name__}s; an export takes mappings of tensors.")
-    return inputs({name: value[:rows] for name, value in batch.items()})
+        order = [index for index in order if index < len(data)]
+        batches = (collate([data[i] for i in order[at : at + rows]]) for at in range(0, len(order), rows))
+    elif task.datamodule is not None:
+        batches = iter(task.datamodule.train_dataloader())
+    else:
+        raise CannotExport(f"{trained.run_dir}: its recipe has no data to run the model on.")
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise CannotExport(f"the data's batches are {type(batch).__name__}s; an export takes mappings of tensors.")
+        yield inputs(batch)
 
 
 def inputs(batch: Mapping[str, Tensor]) -> Batch:

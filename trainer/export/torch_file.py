@@ -25,7 +25,7 @@ int8 values where it is both). This reads it with torch, NumPy and safetensors a
         return out
 
 Tied weights are stored once: `model.load_state_dict(load(path), strict=False)` fills both. Where the header has
-"ranks", each linear layer named there is two, `name.down` without a bias and `name.up` (see `low_rank.py`).
+"ranks", each linear layer named there is two, `name.first` without a bias and `name.second`.
 "float16" and "bfloat16" store plain tensors in that dtype, to be widened again on loading.
 """
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import ShoestringError
+from .. import ShoestringError
 
 Sizes = Mapping[str, Any]
 
