@@ -16,7 +16,7 @@ from shoestring.callbacks import QuantizationAware, StructuredPruning, Unfit
 from shoestring.callbacks.compression.fake_quantization import OffGrid, codes, first_steps, quantized, scales, values
 from shoestring.callbacks.compression.learned_steps import LearnedSteps
 from shoestring.callbacks.contract import BadSetting
-from shoestring.trainer.export.quantize import bake, quantize
+from shoestring.trainer.export.quantize import CannotQuantize, bake, quantize
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -214,6 +214,8 @@ def test_errors_name_what_is_wrong():
     module.net[0].weight.requires_grad_(False)
     with pytest.raises(Unfit, match=r"net\.0\.weight are frozen"):
         train(QuantizationAware(scale="lsq"), module=module)
+    with pytest.raises(CannotQuantize, match=r"0\.weight: 32 of 32 groups of weights lie on no grid of 15 levels"):
+        quantize(Regression().net, 4, None, scale="lsq")
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------------
