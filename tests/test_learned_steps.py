@@ -4,12 +4,13 @@ import json
 import math
 import traceback
 import warnings
+from collections import Counter
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from processes import succeed
-from ranks import ACCUMULATE, CHECKPOINT, Group
+from ranks import ACCUMULATE, CHECKPOINT, Group, counted
 from torch import nn
 
 from shoestring.callbacks import QuantizationAware, StructuredPruning, Unfit
@@ -246,7 +247,22 @@ def rank(strategy, folder):
             found[case]["steps"] = steps.found
         except Exception:
             found[case] = {"error": traceback.format_exc()}
+    if strategy == "ddp":
+        found["collectives"] = {"per_step": collectives(group)}
     (folder / f"rank-{group.rank}.json").write_text(json.dumps(found))
+
+
+def collectives(group):
+    """What Python asks of torch.distributed per step in the middle of a run."""
+    counts: Counter = Counter()
+
+    class Middle(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            counts["on"] = int(4 <= trainer.global_step < 8)
+
+    with counted(counts):
+        group.train("collectives", *CASES["lsq"](), callbacks=(Middle(),), limit_val_batches=0)
+    return {name: n / 4 for name, n in counts.items() if name != "on"}
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +299,12 @@ def test_resumes_bit_for_bit_and_alike_on_all_ranks(strategy, case, ran):
             assert resumed[kept] == (whole[kept] if kept != "validations" else [v for v in whole[kept] if v[0] > 5])
     assert all(report["steps"] == reports[0]["steps"] for report in reports)
     assert len({report["whole"]["masters"] for report in reports}) == 1
+
+
+def test_one_sum_a_step_is_all_that_is_added(ran):
+    """Besides the asynchronous one of signals, budget and counters."""
+    for report in ran("ddp"):
+        assert report["collectives"]["per_step"] == {"all_reduce": 1.0, "all_reduce blocking": 1.0}
 
 
 @pytest.mark.parametrize("case", CASES)

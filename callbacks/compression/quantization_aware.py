@@ -29,7 +29,7 @@ class QuantizationAware(Technique, pl.Callback):
 
     torchao's `QATConfig` is not used: as of 0.18 it has no fake quantization for the int8 product that is fast on CPUs
     (it refuses Int8DynamicActivationInt8WeightConfig), and it puts layers of its own in the place of the model's, which
-    ZeRO-3's hooks do not follow. So the grid is ours, and export puts it into torchao's tensors.
+    ZeRO-3's hooks do not follow in mid-run. So the grid is ours, and export puts it into torchao's tensors.
 
     weight_bits: 2 to 8, or 16 (or None) for off. One symmetric scale per output channel, or per `group_size` inputs.
     activation_bits: 8 quantizes what enters linear layers too, per token; None leaves it.
