@@ -220,6 +220,8 @@ def accuracy(seeds: int) -> dict[str, Any]:
             for other in ("PTQ", "PTQ after the same extra epochs"):
                 pairs = zip(told[f"{grid}: QAT"], told[f"{grid}: {other}"], strict=True)
                 lines.append(f"| {grid}: QAT minus {other} | {interval([a - b for a, b in pairs])} |")
+            pairs = zip(told[f"W{bits} lsq: QAT"], told[f"{grid}: QAT"], strict=True)
+            lines.append(f"| W{bits} lsq: QAT minus {scale}: QAT | {interval([a - b for a, b in pairs])} |")
     print("\n".join(lines))
     return told
 
@@ -249,6 +251,9 @@ def one_seed(seed: int) -> dict[str, float]:
             found[f"W{bits} {scale}: PTQ"] = score(base, bits, scale)
             found[f"W{bits} {scale}: PTQ after the same extra epochs"] = score(longer, bits, scale)
             found[f"W{bits} {scale}: QAT"] = score(aware, bits, scale)
+        technique = QuantizationAware(weight_bits=bits, activation_bits=8, scale="lsq")
+        learned = train(copy.deepcopy(base), data, 10, 1e-3, seed + 100, technique)
+        found[f"W{bits} lsq: QAT"] = score(learned, bits, "lsq")
     return found
 
 

@@ -111,6 +111,11 @@ INTERACTIONS: tuple[Rule, ...] = (
     _order("mixed_precision", "quantization_aware",
            "weights are put on their grid first and cast to 16 bits as they enter the matrix product",
            "torch.amp: autocast casts the inputs of each product"),
+    *(
+        _order("distillation", smaller, "teacher='initial' is the model as it is before it is made smaller",
+               "arXiv 1503.02531")
+        for smaller in ("low_rank", "structured_pruning", "quantization_aware")
+    ),
     _order("distillation", "early_exit",
            "each adds a term of its own to the loss of one forward; exits learn from labels, the last layer from both",
            "arXiv 1503.02531 §2, 2404.16710 §4.1"),

@@ -77,7 +77,8 @@ def reshape(
     Call it where an accumulation window begins. `choose(masters)` sees the module unwrapped and whole, with the whole
     fp32 masters by name, and returns the state of a `Cut`, or None; rank 0's is used. `check()` sees it cut, before
     anything is made of it. Returns what was chosen.
-    Callbacks with a method `on_reshape(trainer, module)` hear of it afterwards. Collective.
+    Callbacks with a method `on_reshape(trainer, module)` hear of it afterwards; those with `on_cut(trainer, module,
+    cut)` are told before that what was cut. Collective.
     """
     generators = _collect_rng_states()
     sharded = getattr(trainer.strategy, "deepspeed_engine", None) is not None
@@ -98,6 +99,8 @@ def reshape(
     _open(trainer, module, groups, sharded)
     _restore(trainer, shards_of(trainer, module), kept)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if chosen is not None and hasattr(callback, "on_cut"):
+            callback.on_cut(trainer, module, Cut.of(chosen))
         if hasattr(callback, "on_reshape"):
             callback.on_reshape(trainer, module)
     _set_rng_states(generators)

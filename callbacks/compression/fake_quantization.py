@@ -16,12 +16,16 @@ from torch import Tensor
 from ... import ShoestringError
 from ..forward_weights import straight_through
 
-SCALES = ("absmax", "mse")
+SCALES = ("absmax", "mse", "lsq")
 _SHRINK = 20  # candidates that `mse` tries, from the whole range down to 15 % of it
 
 
 class BadGroups(ShoestringError):
     """Rows that cannot be cut into groups of the size asked for."""
+
+
+class OffGrid(ShoestringError):
+    """Weights that should lie on a grid and do not."""
 
 
 def highest(bits: int) -> int:
@@ -51,12 +55,35 @@ def scales(weight: Tensor, bits: int, group_size: int | None = None, rule: str =
 
     "absmax": the largest weight is the highest level, nothing is clipped. "mse": the step of least squared error among
     20 that clip more and more, then refined by least squares given the codes; it matters at 4 bits and fewer, and costs
-    some 40 more passes over the weight. A group of zeros has the step 1.
+    some 40 more passes over the weight. "lsq": the step of the grid on which training with learned steps has left the
+    weights, found again from them alone; `OffGrid` where they lie on none. A group of zeros has the step 1.
     """
     groups = grouped(weight.detach().float(), group_size)
     full = groups.abs().amax(-1, keepdim=True) / highest(bits)
     full = torch.where(full > 0, full, torch.ones_like(full))
+    if rule == "lsq":
+        return _found_steps(groups, full * highest(bits), highest(bits))
     return full if rule == "absmax" else _least_squares(groups, full, highest(bits))
+
+
+def _found_steps(groups: Tensor, largest: Tensor, top: int) -> Tensor:
+    """The largest step of which every weight of a group is a multiple from -top to top.
+
+    The step is largest / k for the code k of the largest weight. A wrong k misses some whole number by 1/top or more,
+    since codes c and K give c k / K; the float32 of weights that were rounded to a grid misses by 2e-5 at most.
+    """
+    found = torch.zeros_like(largest)
+    for k in range(1, top + 1):
+        code = groups / largest * k
+        fits = (code - code.round()).abs().amax(-1, keepdim=True) < 0.25 / top
+        found = torch.where((found == 0) & fits, largest / k, found)
+        if found.all():
+            return torch.where(groups.any(-1, keepdim=True), found, torch.ones_like(found))
+    raise OffGrid(
+        f"{int((found == 0).sum())} of {found.numel()} groups of weights lie on no grid of {2 * top + 1} levels: they "
+        "were not trained with scale='lsq', bits and group_size as here, or were changed or rounded since. "
+        "Use scale='mse'."
+    )
 
 
 def _least_squares(groups: Tensor, full: Tensor, top: int) -> Tensor:

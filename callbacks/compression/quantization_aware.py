@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import pytorch_lightning as pl
@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from ..clock import Duration, clock_of
 from ..contract import Card, Technique, Unfit, require
+from ..cut import Cut
 from ..forward_weights import ForwardWeights, straight_through
 from ..layers import Layer, quantizable
+from ..shards import shards_of
 from .fake_quantization import SCALES, check_groups, fake_quantize_tokens, fake_quantize_weight
+from .learned_steps import LearnedSteps
 
 OFF = (None, 16)
 
@@ -24,9 +27,16 @@ class QuantizationAware(Technique, pl.Callback):
     The trained weights stay what they are, and what is saved; `trainer.export` puts them on the same grid for serving.
     Validation during the fit sees the quantized model too.
 
+    torchao's `QATConfig` is not used: as of 0.18 it has no fake quantization for the int8 product that is fast on CPUs
+    (it refuses Int8DynamicActivationInt8WeightConfig), and it puts layers of its own in the place of the model's, which
+    ZeRO-3's hooks do not follow in mid-run. So the grid is ours, and export puts it into torchao's tensors.
+
     weight_bits: 2 to 8, or 16 (or None) for off. One symmetric scale per output channel, or per `group_size` inputs.
     activation_bits: 8 quantizes what enters linear layers too, per token; None leaves it.
-    scale: "absmax", or "mse", which clips and is better at 4 bits and fewer (see `fake_quantization.scales`).
+    scale: "absmax", or "mse", which clips and is better at 4 bits and fewer (see `fake_quantization.scales`), or "lsq":
+    steps are trained with the weights (arXiv 1902.08153), at `scale_lr` times the optimizer's learning rate of the
+    moment relative to their size (`learned_steps`). At the end the weights are put on the grid so learned, where export
+    with scale="lsq" finds it again. Not for frozen layers or 16-bit floats with loss scaling.
     adapters: with PEFT LoRA, "apart" quantizes the frozen base and leaves the adapters in full precision beside it;
     "merged" trains the adapters so that base + adapter, quantized as one, is good: x Q(W + BA) in place of
     x Q(W) + x BA. Adapter dropout is then noise on the difference. "merged" does not work under ZeRO-3, which never has
@@ -34,7 +44,8 @@ class QuantizationAware(Technique, pl.Callback):
     skip: patterns of parameter names to leave in full precision.
 
     It costs one more pass over the weights a forward, no communication and no state; zeros stay zero. Under ZeRO with
-    16-bit weights the levels are rounded to that type.
+    16-bit weights the levels are rounded to that type. "lsq" keeps the steps on every rank, and sums their gradients
+    over ranks in every step: one blocking collective of a float per step size, which gradient clipping does not see.
     """
 
     card = Card(
@@ -53,6 +64,7 @@ class QuantizationAware(Technique, pl.Callback):
         activation_bits: int | None = None,
         group_size: int | None = None,
         scale: str = "absmax",
+        scale_lr: float = 1.0,
         adapters: str = "apart",
         start: str = "0%",
         skip: Sequence[str] = (),
@@ -61,6 +73,7 @@ class QuantizationAware(Technique, pl.Callback):
         self.activation_bits = activation_bits
         self.group_size = group_size
         self.scale = scale
+        self.scale_lr = scale_lr
         self.adapters = adapters
         self.start = start
         self.skip = skip
@@ -71,7 +84,9 @@ class QuantizationAware(Technique, pl.Callback):
         legal = self.group_size is None or (isinstance(self.group_size, int) and self.group_size > 0)
         require(legal, self, "group_size", "a positive number of inputs, or None for one scale per output channel")
         require(self.scale in SCALES, self, "scale", " | ".join(SCALES))
+        require(self.scale_lr >= 0, self, "scale_lr", "a number >= 0")
         require(self.adapters in ("apart", "merged"), self, "adapters", "apart | merged")
+        require(self.adapters == "apart" or self.scale != "lsq", self, "scale", "absmax | mse with adapters='merged'")
         require(not isinstance(self.skip, str), self, "skip", "a list of patterns")
         Duration.parse(self.start)
 
@@ -84,6 +99,10 @@ class QuantizationAware(Technique, pl.Callback):
         return cls(weight_bits=16)
 
     # -- hooks ------------------------------------------------------------------------------------------------------
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._learned: LearnedSteps | None = None
+        self._saved: Mapping[str, Any] = {}
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After the strategy has set up the model: ZeRO-3's own hooks gather a weight before ours look at it."""
         self._start = Duration.parse(self.start)
@@ -96,14 +115,26 @@ class QuantizationAware(Technique, pl.Callback):
             raise Unfit(f"quantization_aware finds no linear or convolution layer but what skip={self.skip} leaves out")
         self._fits(pl_module, layers)
         self._adapter = {name: used[0].adapter for name, used in layers.items()}
-        self._acting = clock_of(trainer).toward(self._start) >= 1.0
+        if self.scale == "lsq" and self.weight_bits not in OFF:
+            self._prepare_steps(trainer, pl_module, layers)
+        self._install(pl_module, layers)
+        self._look_at_clock(trainer, pl_module)
+
+    def _install(self, module: pl.LightningModule, layers: dict[str, list[Layer]]) -> None:
         if self.weight_bits not in OFF:
-            self._shown = ForwardWeights(pl_module, layers, self._show)
+            self._shown = ForwardWeights(module, layers, self._show)
         if self.activation_bits is not None:
             self._inputs = [
                 layer.register_forward_pre_hook(self._quantize_input, with_kwargs=True)
                 for layer in self._linear(layers)
             ]
+
+    def _look_at_clock(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._acting = clock_of(trainer).toward(self._start) >= 1.0
+        if self._acting and self._learned is not None and not self._learned.steps:
+            shards = shards_of(trainer, pl_module)
+            for name in self._adapter:
+                self._learned.begin(name, shards.whole(name).to(pl_module.device))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -113,7 +144,7 @@ class QuantizationAware(Technique, pl.Callback):
             if self._batches == 2 and (shown := getattr(self, "_shown", None)):
                 shown.check_used("quantization_aware")
         if not self._acting:
-            self._acting = clock_of(trainer).toward(self._start) >= 1.0
+            self._look_at_clock(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if shown := self.__dict__.pop("_shown", None):
@@ -121,11 +152,70 @@ class QuantizationAware(Technique, pl.Callback):
         for handle in self.__dict__.pop("_inputs", []):
             handle.remove()
 
+    # -- learned steps ----------------------------------------------------------------------------------------------
+    def _prepare_steps(self, trainer: pl.Trainer, module: pl.LightningModule, layers: dict[str, list[Layer]]) -> None:
+        frozen = [name for name, used in layers.items() if not used[0].module.weight.requires_grad]
+        if frozen:
+            raise Unfit(
+                f"quantization_aware: scale='lsq' moves weights onto the grid it learns, and {', '.join(frozen)} are "
+                "frozen. Use scale='mse', or add them to skip."
+            )
+        if str(trainer.precision).startswith("16"):
+            raise Unfit(
+                f"quantization_aware: scale='lsq' trains beside the optimizer, whose loss scaling of "
+                f"precision={trainer.precision!r} does not reach it. Use bfloat16, or scale='mse'."
+            )
+        self._learned = LearnedSteps(int(self.weight_bits), self.group_size)  # type: ignore[arg-type]
+        if self._saved:
+            self._learned.load_state_dict(self._saved, module.device)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self._learned is not None and self._acting and shards_of(trainer, pl_module).at_boundary():
+            self._learned.descend(self.scale_lr * optimizer.param_groups[0]["lr"])
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What layers have seen becomes what is there: no later look at the weights alone would find these steps."""
+        if self._learned is None or not self._learned.steps:
+            return
+        shards = shards_of(trainer, pl_module)
+        for name in self._learned.steps:
+            where = shards.slices[name]
+            self._learned.put_on_grid(name, shards.master(name), where.offset, where.numel)
+        shards.publish()
+
+    def on_cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
+        """Somebody has cut the model: steps go with their channels, and groups that lost inputs begin anew."""
+        if self._learned is None:
+            return
+        self._learned.forget_gradients()  # of the passes that chose the cut
+        shards = shards_of(trainer, pl_module)
+        for name in list(self._learned.steps):
+            if not self._learned.cut(name, cut.kept.get(name, ())):
+                self._learned.begin(name, shards.whole(name).to(pl_module.device))
+
+    def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """ZeRO-3's new engine has new hooks that gather weights, and ours must come after them."""
+        if "_shown" in vars(self) or "_inputs" in vars(self):
+            self.teardown(trainer, pl_module, "fit")
+            self._install(pl_module, quantizable(pl_module, self.skip))
+
+    def state_dict(self) -> dict[str, Any]:
+        learned = getattr(self, "_learned", None)
+        return learned.state_dict() if learned is not None and learned.steps else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict
+
     # -- what layers see --------------------------------------------------------------------------------------------
     def _show(self, name: str, weight: Tensor) -> Tensor:
         if not self._acting:
             return weight
         bits = int(self.weight_bits)  # type: ignore[arg-type]
+        if self._learned is not None:
+            return self._learned.quantize(name, weight)
         adapter = self._adapter[name] if self.adapters == "merged" else None
         if adapter is None:
             return fake_quantize_weight(weight, bits, self.group_size, self.scale)

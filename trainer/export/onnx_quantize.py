@@ -2,7 +2,7 @@
 
 ONNX Runtime quantizes what enters a product per tensor, to unsigned 8 bits with a zero point, where training by
 `quantization_aware(activation_bits=8)` does it per token and symmetrically: outputs agree to about one percent, not to
-the bit. Weights of 8 bits have the same codes; of fewer bits, within half an 8-bit step.
+the bit. Weights of 8 bits by absmax have the same codes; others are within half an 8-bit step.
 Unsigned weights (QUInt8) would run at two thirds of the speed, so they are not offered.
 """
 

@@ -12,14 +12,22 @@ The grids are those of `callbacks.compression.fake_quantization`, so a model tha
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ... import ShoestringError
-from ...callbacks.compression.fake_quantization import SCALES, check_groups, codes, quantized, scales
+from ...callbacks.compression.fake_quantization import (
+    SCALES,
+    OffGrid,
+    check_groups,
+    codes,
+    quantized,
+    scales,
+)
 from ...callbacks.layers import quantizable
 
 INSTALL = "pip install 'torchao>=0.18'"
@@ -44,8 +52,9 @@ def quantize(
 
     activation_bits: 8 quantizes what enters linear layers, one scale per token at run time; None leaves it.
     group_size, scale, skip: as in the technique `quantization_aware`; the int8 product has one scale per output
-    channel. embeddings: their tables too, 8 bits with one scale per row. compiled: wrap in `torch.compile` where the
-    int8 kernel needs it to be fast; each new input shape compiles anew.
+    channel. "lsq" finds the grid on which that technique has left the weights, which must still be in float32.
+    embeddings: their tables too, 8 bits with one scale per row. compiled: wrap in `torch.compile` where the int8 kernel
+    needs it to be fast; each new input shape compiles anew.
     Raises `CannotQuantize` for what no kernel computes.
     """
     _check(weight_bits, activation_bits, group_size, scale)
@@ -56,10 +65,11 @@ def quantize(
     for name, used in layers.items():
         weight = used[0].module.weight
         assert isinstance(weight, Tensor)
-        if any(isinstance(each.module, nn.Linear) for each in used) and activation_bits == 8:
-            stored = _int8(weight, weight_bits, scale)
-        else:
-            stored = _weight_only(name, weight, weight_bits, group_size, scale)
+        with _named(name):
+            if any(isinstance(each.module, nn.Linear) for each in used) and activation_bits == 8:
+                stored = _int8(weight, weight_bits, scale)
+            else:
+                stored = _weight_only(name, weight, weight_bits, group_size, scale)
         shared = nn.Parameter(stored, requires_grad=False)
         for each in used:
             each.module.weight = shared
@@ -89,8 +99,18 @@ def bake(
     with torch.no_grad():
         for name in layers:
             check_groups(parameters[name].shape, group_size, name)
-            parameters[name].copy_(quantized(parameters[name], weight_bits, group_size, scale))
+            with _named(name):
+                parameters[name].copy_(quantized(parameters[name], weight_bits, group_size, scale))
     return list(layers)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say of which layer the weights are on no grid."""
+    try:
+        yield
+    except OffGrid as error:
+        raise CannotQuantize(f"{name}: {error}") from None
 
 
 class Int8Embedding(nn.Module):
