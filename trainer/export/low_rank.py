@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .trained import CannotExport
+
 
 class LowRankLinear(nn.Module):
     """`up @ (down @ x) + bias`, in place of a linear layer: rank * (in + out) weights for in * out."""
@@ -31,9 +33,39 @@ def factorized(model: nn.Module, energy: float) -> nn.Module:
 
     Layers whose weight another layer shares (a tied embedding) stay whole.
     """
+    return _cut(model, spectra(model), energy)
+
+
+class Truncation:
+    """`factorized` at several energies of one model, whose singular values are computed but once.
+
+    Raises `CannotExport` where no layer would be smaller.
+    """
+
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None
+
+    def __call__(self, model: nn.Module, *, energy: float) -> nn.Module:
+        if self._model is not model:
+            self._model, self._spectra = model, spectra(model)
+        thin = _cut(model, self._spectra, energy)
+        if not ranks(thin):
+            raise CannotExport(f"no layer is smaller at the rank that keeps {energy:.6g} of its energy")
+        return thin
+
+
+def spectra(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """The singular value decomposition of every linear layer that shares its weight with none, by name."""
+    return {
+        name: torch.linalg.svd(layer.weight.detach().float(), full_matrices=False)
+        for name, layer in _linears(model).items()
+    }
+
+
+def _cut(model: nn.Module, found: Mapping[str, tuple[Tensor, Tensor, Tensor]], energy: float) -> nn.Module:
     model = copy.deepcopy(model)
-    for name, layer in _linears(model).items():
-        left, singular, right = torch.linalg.svd(layer.weight.detach().float(), full_matrices=False)
+    for name, (left, singular, right) in found.items():
+        layer: nn.Linear = model.get_submodule(name)  # type: ignore[assignment]
         rank = rank_for(singular, energy)
         if rank * (layer.in_features + layer.out_features) >= layer.weight.numel():
             continue
