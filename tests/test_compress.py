@@ -89,7 +89,7 @@ def test_the_table_begins_with_the_model_before(runs: Path, tmp_path: Path) -> N
     assert (before.name, before.bytes) == ("before", (trained.run_dir / "final.safetensors").stat().st_size)
     same = next(t for t in found.tried if t.name == "float32")
     assert (before.accuracy, before.loss) == (same.accuracy, same.loss)
-    assert before.latency_ms is not None and not before.fits
+    assert before.latency_ms is not None
 
 
 def test_bytes_are_known_before_anything_is_written(runs: Path, tmp_path: Path) -> None:
@@ -108,9 +108,9 @@ def test_bytes_are_known_before_anything_is_written(runs: Path, tmp_path: Path) 
 
 def test_what_is_far_too_large_is_not_written(runs: Path, tmp_path: Path) -> None:
     trained = open_run(finished("digits", runs))
-    limit = 1.2 * least_bytes(trained.model, Candidate(name="", quantize="int4"))
+    limit = least_bytes(trained.model, FEW[0]) / 1.15
     tried = {t.name: t for t in search(trained, Limits(bytes=limit), out=tmp_path / "out", candidates=FEW).tried}
-    assert tried["float32"].skipped and tried["float32"].accuracy is None and not tried["int4"].skipped
+    assert tried["float32"].skipped and tried["float32"].accuracy is None and not tried["int8"].skipped
     assert tried["float32"].bytes == least_bytes(trained.model, FEW[0])
 
 
