@@ -10,11 +10,12 @@ from finished import finished
 from torch import nn
 
 from shoestring.trainer.export import compress, low_rank
-from shoestring.trainer.export.candidates import Candidate, all_candidates
+from shoestring.trainer.export.candidates import Candidate, all_candidates, int8_tables, least_bytes
+from shoestring.trainer.export.candidates import low_rank as low_rank_of
 from shoestring.trainer.export.compress import Limits, NothingFits, Tried, search
 from shoestring.trainer.export.measurement import Wish, measure
 from shoestring.trainer.export.runtimes import calibration
-from shoestring.trainer.export.trained import open_run
+from shoestring.trainer.export.trained import CannotExport, Trained, open_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK = Wish(memory=False, rounds=1)
@@ -105,3 +106,60 @@ def test_limits_are_read_in_units() -> None:
     assert Limits.parse("25MB", "5ms") == Limits(bytes=25e6, milliseconds=5.0)
     assert Limits.parse("1.5 KiB", None) == Limits(bytes=1536.0)
     assert Limits.parse(None, "250us") == Limits(milliseconds=0.25)
+
+
+def test_the_table_begins_with_the_model_before(runs: Path, tmp_path: Path) -> None:
+    trained = open_run(finished("digits", runs))
+    found = search(trained, Limits(bytes=1e9), out=tmp_path / "out", candidates=FEW)
+    (before,) = found.before
+    assert (before.name, before.bytes) == ("before", (trained.run_dir / "final.safetensors").stat().st_size)
+    same = next(t for t in found.tried if t.name == "float32")
+    assert (before.accuracy, before.loss) == (same.accuracy, same.loss)
+    assert before.latency_ms is not None
+
+
+def test_bytes_are_known_before_anything_is_written(runs: Path, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))  # 6 weights and 2 biases, none of them 0
+    assert least_bytes(model, Candidate(name="", quantize=None)) == 8 * 4
+    assert least_bytes(model, Candidate(name="", quantize="float16")) == 8 * 2
+    assert least_bytes(model, Candidate(name="", quantize="int8")) == 6 + 2 * 4 + 2 * 4  # values, scales, biases
+    assert least_bytes(model, Candidate(name="", to="onnx")) == 8 * 4
+    assert least_bytes(model, Candidate(name="", to="onnx", quantize="int8")) == 6 + 2 * 4
+    trained = open_run(finished("digits", runs))
+    found = search(trained, Limits(bytes=1e9), out=tmp_path / "out", candidates=FEW[:3])
+    for candidate, tried in zip(FEW, found.tried, strict=False):
+        assert tried.bytes is not None
+        assert 0 < tried.bytes - least_bytes(trained.model, candidate) < 4000, tried  # the header
+
+
+def test_what_is_far_too_large_is_not_written(runs: Path, tmp_path: Path) -> None:
+    trained = open_run(finished("digits", runs))
+    limit = least_bytes(trained.model, FEW[0]) / 1.15
+    tried = {t.name: t for t in search(trained, Limits(bytes=limit), out=tmp_path / "out", candidates=FEW).tried}
+    assert tried["float32"].skipped and tried["float32"].accuracy is None and not tried["int8"].skipped
+    assert tried["float32"].bytes == least_bytes(trained.model, FEW[0])
+
+
+def run_of(model: nn.Module) -> Trained:
+    """A run that has trained `model`: all that a candidate's change asks of it."""
+    return Trained(Path(), "", None, None).with_model(model)  # type: ignore[arg-type]
+
+
+def test_a_model_of_full_rank_has_no_smaller_form_of_the_same_rank() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.Linear(12, 12))
+    with pytest.raises(CannotExport, match=r"no layer is smaller at the rank that keeps 0\.999999"):
+        low_rank_of(0.999999)(run_of(model))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(12, 2) @ torch.randn(2, 12))
+    assert low_rank.ranks(low_rank_of(0.999999)(run_of(model))) == {"1": 2}
+
+
+def test_embeddings_are_stored_in_bytes_where_no_other_layer_needs_them() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(50, 8), torch.nn.Linear(8, 2))
+    small = int8_tables(run_of(model))
+    ids = torch.arange(50)[None]
+    assert float((small(ids) - model(ids)).abs().max()) < 0.05
+    assert least_bytes(small, Candidate(name="", to="onnx", quantize="int8")) == 50 * 8 + 50 * 4 + 2 * 8 + 2 * 4
+    with pytest.raises(CannotExport, match="no embedding"):
+        int8_tables(run_of(model[1]))

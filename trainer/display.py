@@ -278,15 +278,16 @@ def show_findings(findings: Iterable[Finding]) -> None:
 
 
 def show_compression(found: Compression) -> None:
-    """Every candidate tried, the smallest first, and the one that was kept."""
+    """The model before, every candidate tried, the smallest first, and the one that was kept."""
     table = Table(box=None, pad_edge=False)
     for column in ("candidate", "backend", "bytes", "ms", "accuracy", "loss", ""):
         table.add_column(column, overflow="fold")
-    for tried in sorted(found.tried, key=lambda t: t.bytes or float("inf")):
+    for tried in (*found.before, *sorted(found.tried, key=lambda t: t.bytes or float("inf"))):
         figures = [
             f"{value:.4g}" if value is not None else "-" for value in (tried.latency_ms, tried.accuracy, tried.loss)
         ]
-        verdict = tried.problem or ("chosen" if tried.name == found.chosen else "fits" if tried.fits else "")
+        verdict = tried.problem or "too large" * tried.skipped or "fits" * tried.fits
+        verdict = "chosen" if tried.name == found.chosen else verdict
         table.add_row(tried.name, tried.backend, "-" if tried.bytes is None else f"{tried.bytes:,}", *figures, verdict)
     console.print(table)
     if found.path:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import AllowCode, AsJson, print_json
+
+if TYPE_CHECKING:
+    from .export.compress import Tried
+    from .export.trained import Trained
 
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, id or name.")]
 
@@ -89,26 +95,39 @@ def pareto(
 
 def compress(
     run: RunName,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Of --with.")] = None,
     budget_bytes: Annotated[str | None, typer.Option("--budget-bytes", help="The weights' size, like 25MB.")] = None,
     max_latency: Annotated[str | None, typer.Option("--max-latency", help="Median of one call, like 5ms.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--with", metavar="RECIPE", help="Train the model on first, by this recipe.")
+    ] = None,
     batch: Annotated[str | None, typer.Option("--batch", help="What a call is: rows x tokens, like 1x128.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="A folder; default RUN/export/compressed.")] = None,
     as_json: AsJson = False,
     allow_code: AllowCode = False,
 ) -> None:
-    """Try every way to make a finished run's model smaller, measure each, keep the best one that fits."""
+    """Try every way to make a finished run's model smaller, measure each, keep the best one that fits.
+
+    --with RECIPE trains it on before, in RUN/compress/RECIPE, by the techniques, the optimizer and the budget of
+    RECIPE: the model starts from what RUN has learnt, and has it as its teacher. The same command resumes.
+    """
     from .export.compress import Limits, search
     from .export.measurement import parse_shape
-    from .export.trained import open_run
+    from .export.trained import CannotExport, open_run
     from .run import quiet
 
     quiet()
     limits = Limits.parse(budget_bytes, max_latency)
     shape = parse_shape(batch) if batch else None
-    found = search(
-        open_run(run, allow_code=allow_code), limits, out=out, shape=shape,
-        report=lambda tried: typer.echo(f"tried {tried.name}: {tried.problem or f'{tried.bytes:,} bytes'}", err=True),
-    )  # fmt: skip
+    if overrides and recipe is None:
+        raise CannotExport(f"{overrides[0]} changes a recipe, and there is none: name it by --with.")
+    before = trained = open_run(run, allow_code=allow_code)
+    if recipe is not None:
+        home = _retrained(trained, recipe, overrides or (), shown=not as_json, allow_code=allow_code)
+        if home is None:  # one of several ranks, whose part is done
+            return
+        trained = open_run(home, allow_code=allow_code)
+    found = search(trained, limits, before=before, out=out, shape=shape, report=_tell)
     if as_json:
         print_json(found.as_dict())
     else:
@@ -116,3 +135,30 @@ def compress(
 
         show_compression(found)
     found.require_fit()
+
+
+def _retrained(
+    trained: Trained, recipe: str, overrides: Sequence[str], *, shown: bool, allow_code: bool
+) -> Path | None:
+    from ..recipes import load_recipe
+    from .display import Bar
+    from .export.retrain import retrained
+    from .run import is_first
+
+    over = load_recipe(recipe, overrides, allow_code)
+    say = partial(typer.echo, err=True) if is_first() else lambda text: None
+    bar = Bar({}) if shown and is_first() else None
+    try:
+        return retrained(trained, over, say=say, display=bar, allow_code=allow_code)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _tell(tried: Tried) -> None:
+    """One line of progress on the error output."""
+    size = "" if tried.bytes is None else f"{tried.bytes:,} bytes"
+    if tried.accuracy is not None:
+        size += f", accuracy {tried.accuracy:.4f}"
+    more = tried.problem or ("too many, not written" if tried.skipped else "")
+    typer.echo(f"tried {tried.name}: {', '.join(filter(None, [size, more]))}", err=True)

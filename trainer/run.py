@@ -51,9 +51,12 @@ def fit(
     run_dir: Path | str | None = None,
     display: Display | None = None,
     startup_seconds: float = 0.0,
+    weights: Mapping[str, Any] | None = None,
     **lightning: Any,
 ) -> Report | None:
     """Run a plan to the end of its budget; resumes what `run_dir` (default: runs/<recipe name>) holds.
+
+    weights: the module's state dict to begin with, where the recipe's own model is not to begin from scratch.
 
     Returns the report on rank 0 and None on the others. Exits with 85 when asked to stop: everything is saved, and the
     same call goes on.
@@ -67,6 +70,8 @@ def fit(
     run_dir = Path(run_dir or Path("runs") / recipe.name)
     run_dir.mkdir(parents=True, exist_ok=True)
     task = build_task(recipe, workdir=run_dir)
+    if weights is not None:
+        task.module.load_state_dict(weights)
     records = Records(
         run_dir,
         name=recipe.name,

@@ -8,9 +8,12 @@ products from ONNX Runtime.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from .trained import CannotExport
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """name: as in the table. to, quantize: the export. change: a changed copy of a run's model; None: as it is."""
+    """name: as in the table. to, quantize: the export. change: a changed copy of a run's model; None: as it is.
+
+    Candidates with one and the same `change` share the copy, and the trace of it for ONNX.
+    """
 
     name: str
     to: str = "torch"
@@ -38,9 +44,12 @@ def low_rank(energy: float) -> Change:
     """Linear layers cut to the rank that keeps this share of their squared singular values."""
 
     def change(trained: Trained) -> nn.Module:
-        from .low_rank import factorized
+        from .low_rank import factorized, ranks
 
-        return factorized(trained.model, energy)
+        thin = factorized(trained.model, energy)
+        if not ranks(thin):
+            raise CannotExport(f"no layer is smaller at the rank that keeps {energy:.6g} of its energy")
+        return thin
 
     return change
 
@@ -49,8 +58,6 @@ def one_shot(method: str, sparsity: float) -> Change:
     """Linear layers pruned by what they do to training samples of the run (see `one_shot.py`)."""
 
     def change(trained: Trained) -> nn.Module:
-        import copy
-
         from .one_shot import prune_one_shot
         from .runtimes import calibration
 
@@ -65,14 +72,57 @@ def all_candidates() -> tuple[Candidate, ...]:
     """Every candidate, in the order of the table."""
     plain = [Candidate(name="float32"), Candidate(name="float16", quantize="float16")]
     small = [Candidate(name=name, quantize=name) for name in ("int8", "int4")]
+    changes = {energy: low_rank(energy) for energy in (0.999999, 0.99, 0.95, 0.9)}
     thin = [
-        Candidate(name=f"rank {energy:.0%} {quantize}", quantize=quantize, change=low_rank(energy))
-        for energy in (0.99, 0.95, 0.9)
+        Candidate(name=f"rank {energy:.0%} {quantize}", quantize=quantize, change=change)
+        for energy, change in changes.items()
         for quantize in ("float16", "int8")
     ]
     pruned = [
         Candidate(name=f"{method} 50% int8", quantize="int8", change=one_shot(method, 0.5))
         for method in ("sparsegpt", "wanda")
     ]
-    fast = [Candidate(name="onnx", to="onnx"), Candidate(name="onnx int8", to="onnx", quantize="int8")]
+    fast = [
+        Candidate(name="onnx", to="onnx"), Candidate(name="onnx int8", to="onnx", quantize="int8"),
+        Candidate(name="onnx int8 tables", to="onnx", quantize="int8", change=int8_tables),
+    ]  # fmt: skip
     return (*plain, *small, *thin, *pruned, *fast)
+
+
+def int8_tables(trained: Trained) -> nn.Module:
+    """A copy whose embeddings are stored in int8, which ONNX Runtime's own quantization leaves in float32."""
+    from .quantize import Int8Embedding, quantize_embeddings
+
+    model = copy.deepcopy(trained.model)
+    quantize_embeddings(model)
+    if not any(isinstance(layer, Int8Embedding) for layer in model.modules()):
+        raise CannotExport("it has no embedding that no other layer shares")
+    return model
+
+
+def least_bytes(model: nn.Module, candidate: Candidate) -> int:
+    """Bytes of the tensors that `candidate` stores of `model` (already changed); a header or a graph comes on top.
+
+    Of the torch forms they are counted by encoding them, which takes less time than one batch of validation.
+    """
+    from . import torch_file
+
+    if candidate.to == "torch":
+        axes, found = torch_file.channel_axes(model), 0
+        for name, tensor in torch_file.stored(model):
+            way = candidate.quantize if name in axes or candidate.quantize in torch_file.HALVES else None
+            found += sum(part.nbytes for part in torch_file.encode(tensor, way, axes.get(name, 0), True)[1].values())
+        return found
+    products = _products(model) if candidate.quantize == "int8" else set()
+    return sum(t.numel() if id(t) in products else t.nbytes for _, t in torch_file.stored(model))
+
+
+def _products(model: nn.Module) -> set[int]:
+    """The weights that become int8 products, by identity, but for those that an embedding needs in float32."""
+    from torch import nn
+
+    kinds = {True: set[int](), False: set[int]()}
+    for layer in model.modules():
+        if (weight := layer._parameters.get("weight")) is not None:
+            kinds[isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"].add(id(weight))
+    return kinds[True] - kinds[False]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,16 +17,18 @@ from typing import Any
 
 from ... import ShoestringError
 from . import onnx_file, torch_file
-from .candidates import Candidate, all_candidates
+from .candidates import Candidate, all_candidates, least_bytes
 from .footprint import weight_bytes
 from .quality import quality
-from .runtimes import Outputs, eager, onnxruntime
+from .runtimes import Outputs, eager, onnxruntime, sample
 from .speed import timings
 from .subject import Subject
-from .trained import CannotExport, Trained
+from .trained import WEIGHTS, CannotExport, Trained
 from .write import beside, clear_leftovers, export, whole
 
 SIZES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+MARGIN = 1.1  # tensors may take this much more than the limit before a candidate is given up unwritten
+SAMPLES = 1000  # held-out samples that candidates are judged by, at most
 TIMES = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 
@@ -54,7 +56,10 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """One candidate: what it takes and is worth, or why it cannot be had. quality is accuracy, or minus the loss."""
+    """One candidate: what it takes and is worth, or why it cannot be had. quality is accuracy, or minus the loss.
+
+    skipped: it was not written; bytes are those of its tensors, which are too many.
+    """
 
     name: str
     backend: str
@@ -63,14 +68,19 @@ class Tried:
     loss: float | None = None
     accuracy: float | None = None
     fits: bool = False
+    skipped: bool = False
     problem: str | None = None
+
+
+Row = tuple[Tried, Outputs | None]  # a line of the table, and what computes it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compression:
-    """Every candidate tried, the best that fits, and where it lies."""
+    """The model before, every candidate tried, the best that fits, and where it lies."""
 
     limits: Limits
+    before: tuple[Tried, ...] = ()
     tried: tuple[Tried, ...]
     chosen: str | None
     path: str | None
@@ -90,40 +100,50 @@ class Compression:
         small = min(found, key=lambda t: t.bytes or math.inf)
         said = f"nothing fits; the smallest is {small.name} with {small.bytes:,} bytes"
         if self.limits.milliseconds is not None:
-            fast = min(found, key=lambda t: t.latency_ms or math.inf)
-            said += f", the fastest {fast.name} with {fast.latency_ms:.3g} ms"
+            timed = [t for t in found if t.latency_ms is not None]
+            fast = min(timed, key=lambda t: t.latency_ms or math.inf, default=None)
+            said += f", the fastest {fast.name} with {fast.latency_ms:.3g} ms" if fast else ""
         raise NothingFits(f"{said}. Allow more, or train a smaller model.")
 
 
 def search(
-    trained: Trained, limits: Limits, *, out: Path | None = None, shape: Sequence[int] | None = None,
-    candidates: Sequence[Candidate] | None = None, report: Callable[[Tried], None] = lambda tried: None,
+    trained: Trained, limits: Limits, *, before: Trained | None = None, out: Path | None = None,
+    shape: Sequence[int] | None = None, candidates: Sequence[Candidate] | None = None,
+    report: Callable[[Tried], None] = lambda tried: None,
 ) -> Compression:  # fmt: skip
     """Try all candidates (default: `all_candidates`) and keep the best that fits in `out` (RUN/export/compressed).
 
-    shape: the batch whose latency counts. report: hears of each candidate once it is judged, before it is timed.
-    Nothing is kept where nothing fits.
+    before: the run that the table begins with, in float32; by default `trained` itself. shape: the batch whose latency
+    counts. report: hears of each candidate once it is judged, before it is timed. Nothing is kept where nothing fits.
+
+    A candidate whose tensors alone take more than the limit, by a clear margin, is not written; one whose file takes
+    more is not judged. Quality is that of at most `SAMPLES` held-out samples.
     """
     if trained.task.validation is None:
         raise CannotExport(f"{trained.run_dir} held out no validation data: nothing says which candidate is best.")
     out = out or trained.run_dir / "export" / "compressed"
     clear_leftovers(out)
     work = beside(out, "candidates")
+    trials = Trials(trained, limits, work)
+    candidates = candidates or all_candidates()
+    onnx = any(candidate.to == "onnx" for candidate in candidates)
     try:
-        made = {}
-        for number, candidate in enumerate(candidates or all_candidates()):
-            made[candidate] = _try(trained, candidate, work / str(number))
-            report(made[candidate][0])
-        tried = _timed(trained, made, limits, shape)
+        first = {tried.name: (tried, run) for tried, run in trials.before(before or trained, onnx)}
+        for tried, _ in first.values():
+            report(tried)
+        for candidate in candidates:
+            report(trials.attempt(candidate))
+        table = _timed(trained, {**first, **trials.made}, limits, shape)
+        tried = [found for found in table if found.name not in first]
         chosen = best(tried)
         if chosen is not None:
-            number = next(n for n, candidate in enumerate(made) if candidate.name == chosen.name)
             with whole(out) as folder:
-                shutil.copytree(work / str(number), folder, dirs_exist_ok=True)
+                shutil.copytree(trials.folder(chosen.name), folder, dirs_exist_ok=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Compression(
         limits=limits,
+        before=tuple(found for found in table if found.name in first),
         tried=tuple(tried),
         chosen=chosen.name if chosen else None,
         path=None if chosen is None else str(out),
@@ -141,45 +161,105 @@ def _rank(tried: Tried) -> tuple[float, float, float]:
     return -(tried.accuracy or 0.0), loss, tried.bytes or math.inf
 
 
-def _changed(trained: Trained, candidate: Candidate) -> Trained:
-    return trained if candidate.change is None else trained.with_model(candidate.change(trained))
+class Trials:
+    """The candidates of one model, each in a folder of its own under `work`; copies and traces are shared.
 
+    made: what became of every candidate, by name, and its runtime for the timing that follows.
+    """
 
-def _try(trained: Trained, candidate: Candidate, folder: Path) -> tuple[Tried, Outputs | None]:
-    """Export and judge one candidate; its runtime, for the timing that follows."""
-    try:
-        changed = _changed(trained, candidate)
+    def __init__(self, trained: Trained, limits: Limits, work: Path) -> None:
+        self.trained, self.limits, self.work = trained, limits, work
+        self.made: dict[str, Row] = {}
+        self._changed: tuple[Any, Trained] = (None, trained)
+        self._traced: dict[Any, Path] = {}
+
+    def folder(self, name: str) -> Path:
+        """Where the candidate of that name lies."""
+        return self.work / str(list(self.made).index(name))
+
+    def before(self, trained: Trained, onnx: bool) -> Iterator[Row]:
+        """A run as it is: in torch and, where `onnx`, in ONNX Runtime, which is faster at the same precision."""
+        run = eager(trained.model)
+        size = weight_bytes(trained.run_dir / WEIGHTS)
+        plain = _worth(Tried(name="before", backend="eager", bytes=size), run, trained)
+        yield plain, run
+        try:
+            path = _trace(trained, self.work) if onnx else None
+        except ShoestringError:
+            path = None  # nothing to compare with, where there is no such form of the model
+        if path is not None:
+            if trained is self.trained:
+                self._traced[None] = path
+            plain = replace(plain, name="before, onnx", backend="onnxruntime", bytes=weight_bytes(path))
+            yield plain, onnxruntime(path)
+
+    def attempt(self, candidate: Candidate) -> Tried:
+        """Export and judge one candidate, as far as it may fit."""
+        blank = Tried(name=candidate.name, backend=candidate.backend)
+        self.made[candidate.name] = blank, None
+        limit = self.limits.bytes or math.inf
+        try:
+            changed = self._model(candidate)
+            least = least_bytes(changed.model, candidate)
+            if least > MARGIN * limit:
+                found: Row = replace(blank, bytes=least, skipped=True), None
+            else:
+                found = self._exported(changed, candidate, blank)
+        except ShoestringError as error:
+            found = replace(blank, problem=str(error)), None
+        self.made[candidate.name] = found
+        return found[0]
+
+    def _exported(self, changed: Trained, candidate: Candidate, blank: Tried) -> Row:
+        folder, limit = self.folder(candidate.name), self.limits.bytes or math.inf
+        if candidate.to == "onnx" and candidate.change not in self._traced:
+            self._traced[candidate.change] = _trace(changed, self.work)
+        traced = self._traced[candidate.change] if candidate.to == "onnx" else None
         sparse = candidate.to == "torch"
-        export(changed, candidate.to, out=folder, quantize=candidate.quantize, sparse=sparse)
-    except ShoestringError as error:
-        return Tried(name=candidate.name, backend=candidate.backend, problem=str(error)), None
-    if candidate.to == "onnx":
-        run = onnxruntime(folder / onnx_file.NAME)
-    else:
-        run = eager(torch_file.filled(changed.model, folder / torch_file.NAME))
-    worth = quality(run, trained)
-    return Tried(
-        name=candidate.name, backend=candidate.backend, bytes=weight_bytes(folder), loss=worth.get("loss"),
-        accuracy=worth.get("accuracy"),
-    ), run  # fmt: skip
+        export(changed, candidate.to, out=folder, quantize=candidate.quantize, sparse=sparse, traced=traced)
+        tried = replace(blank, bytes=weight_bytes(folder))
+        if weight_bytes(folder) > limit:
+            return tried, None
+        if candidate.to == "onnx":
+            run = onnxruntime(folder / onnx_file.NAME)
+        else:
+            run = eager(torch_file.filled(changed.model, folder / torch_file.NAME))
+        return _worth(tried, run, self.trained), run
+
+    def _model(self, candidate: Candidate) -> Trained:
+        if candidate.change is None:
+            return self.trained
+        if self._changed[0] is not candidate.change:
+            self._changed = candidate.change, self.trained.with_model(candidate.change(self.trained))
+        return self._changed[1]
 
 
-def _timed(
-    trained: Trained, made: dict[Candidate, tuple[Tried, Outputs | None]], limits: Limits, shape: Sequence[int] | None
-) -> list[Tried]:
+def _trace(trained: Trained, work: Path) -> Path:
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / f"traced-{len(list(work.glob('traced-*.onnx')))}.onnx"
+    onnx_file.trace(trained.model, onnx_file.model_inputs(sample(trained, rows=2)), path)
+    return path
+
+
+def _worth(tried: Tried, run: Outputs, trained: Trained) -> Tried:
+    worth = quality(run, trained, SAMPLES)
+    return replace(tried, loss=worth.get("loss"), accuracy=worth.get("accuracy"))
+
+
+def _timed(trained: Trained, made: Mapping[str, Row], limits: Limits, shape: Sequence[int] | None) -> list[Tried]:
     subject = Subject("", trained.run_dir, "run", trained, trained.model)
     batch = subject.batch(shape or subject.shape)
     rows = len(next(iter(batch.values())))
-    cases = {tried.name: (partial(run, batch), rows) for tried, run in made.values() if run is not None}
+    cases = {name: (partial(run, batch), rows) for name, (_, run) in made.items() if run is not None}
     found = timings(cases, rounds=5) if cases else {}
     return [
-        _judged(replace(tried, latency_ms=found[tried.name].p50_ms) if tried.name in found else tried, limits)
-        for tried, _ in made.values()
+        _judged(replace(tried, latency_ms=found[name].p50_ms) if name in found else tried, limits)
+        for name, (tried, _) in made.items()
     ]
 
 
 def _judged(tried: Tried, limits: Limits) -> Tried:
-    if tried.problem is not None or tried.bytes is None or tried.latency_ms is None:
+    if tried.bytes is None or tried.latency_ms is None:
         return tried
     fits = tried.bytes <= (limits.bytes or math.inf) and tried.latency_ms <= (limits.milliseconds or math.inf)
     return replace(tried, fits=fits)

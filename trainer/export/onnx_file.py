@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,10 +51,15 @@ def model_inputs(batch: Batch) -> Batch:
     return kept
 
 
-def write(trained: Trained, folder: Path, quantize: str | None) -> list[str]:
-    """Trace the model on two samples and write it to `folder/model.onnx`; the tokenizer goes beside it."""
-    batch = model_inputs(sample(trained, rows=2))
-    trace(trained.model, batch, folder / NAME)
+def write(trained: Trained, folder: Path, quantize: str | None, traced: Path | None = None) -> list[str]:
+    """Trace the model on two samples and write it to `folder/model.onnx`; the tokenizer goes beside it.
+
+    traced: a file that `trace` wrote of this very model, taken instead.
+    """
+    if traced is not None:
+        shutil.copyfile(traced, folder / NAME)
+    else:
+        trace(trained.model, model_inputs(sample(trained, rows=2)), folder / NAME)
     if quantize is not None:
         quantize_file(folder / NAME)
     if trained.task.tokenizer is not None:

@@ -62,16 +62,19 @@ class Way:
 
 
 def export(
-    trained: Trained, to: str, *, out: Path | None = None, quantize: str | None = None, sparse: bool = False
-) -> Exported:
+    trained: Trained, to: str, *, out: Path | None = None, quantize: str | None = None, sparse: bool = False,
+    traced: Path | None = None,
+) -> Exported:  # fmt: skip
     """Write `trained` in one of `FORMATS` to the folder `out` (default: run_dir/export/<format>).
+
+    traced: for onnx, an ONNX file of this very model in float32, which spares tracing it again.
 
     The folder appears whole and verified or not at all; an older export there is replaced. `CannotExport` where format
     and model do not go together, where `out` holds something else, or where what was written computes something else.
     """
     check_format(to, quantize, sparse)
     out = out or trained.run_dir / "export" / "-".join(filter(None, [to, quantize, "sparse" if sparse else None]))
-    way = _way(trained, to, quantize, sparse)
+    way = _way(trained, to, quantize, sparse, traced)
     with whole(out) as folder:
         notes = way.write(folder)
         batch = sample(trained)
@@ -113,7 +116,7 @@ def check_format(to: str, quantize: str | None, sparse: bool) -> None:
         raise CannotExport(f"--sparse: {to} has no place for masks; torch does.")
 
 
-def _way(trained: Trained, to: str, quantize: str | None, sparse: bool) -> Way:
+def _way(trained: Trained, to: str, quantize: str | None, sparse: bool, traced: Path | None) -> Way:
     if to == "hf":
         return Way(lambda f: hf.write(trained, f), lambda f: hf.reload(trained, f), lambda: hf.expected(trained), 0.0)
     if to == "gguf-ready-safetensors":
@@ -127,7 +130,7 @@ def _way(trained: Trained, to: str, quantize: str | None, sparse: bool) -> Way:
             lambda: torch_file.expected(trained, quantize), 0.0,
         )  # fmt: skip
     return Way(
-        lambda f: onnx_file.write(trained, f, quantize), onnx_file.reload,
+        lambda f: onnx_file.write(trained, f, quantize, traced), onnx_file.reload,
         lambda: onnx_file.expected(trained, quantize), 1e-4 if quantize is None else 2e-2,
     )  # fmt: skip
 
