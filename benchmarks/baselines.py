@@ -21,12 +21,18 @@ def written(model: nn.Module, quantize: str | None = None, sparse: bool = False)
         return path.stat().st_size, torch_file.filled(model, path)
 
 
-def widest(build: Callable[[int], nn.Module], limit: int, quantize: str | None = None) -> int:
-    """The largest width whose dense model takes at most `limit` bytes on disk."""
-    width = 1
-    while written(build(width + 1), quantize)[0] <= limit:
-        width += 1
-    return width
+def widest(fits: Callable[[int], bool], most: int = 4096) -> int:
+    """The largest width below `most` that fits, where every smaller one does too; at least 1."""
+    low, high = 1, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def width_for(build: Callable[[int], nn.Module], limit: int) -> int:
+    """The largest width, below 512, whose dense model takes at most `limit` bytes on disk."""
+    return widest(lambda width: written(build(width))[0] <= limit, 512)
 
 
 def sparsity_for(model: nn.Module, limit: int) -> float:

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from baselines import written
+from baselines import widest, written
 from report import RESULTS, Runs, about_equal, measured, page, paired, quiet, shown, table, verdict, wrapped
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -68,10 +68,8 @@ class MLP(pl.LightningModule):
 
 def small_dense(fits: Callable[[tuple[int, int]], bool]) -> tuple[int, int]:
     """The widest hidden layers, about 3:1, that fit."""
-    widths = (3, 1)
-    while fits(wider := (widths[0] + 1, max(1, (widths[0] + 1) // 3))):
-        widths = wider
-    return widths
+    first = widest(lambda width: fits((width, max(1, width // 3))), 512)
+    return first, max(1, first // 3)
 
 
 def same_weights(sparsity: float) -> tuple[int, int]:
