@@ -185,22 +185,24 @@ def report(runs: list[dict[str, dict[str, float]]]) -> str:
         first = first or told(gaps)
         cost = statistics.median(columns["seconds distilled"]) / statistics.median(columns["seconds alone"])
         wins = f"{sum(gap > 0 for gap in gaps)}/{len(runs)}"
-        rows.append([name, *(shown(columns[key]) for key in MODELS), shown(gaps, sign=True), wins, f"{cost:.2f}x",
-                     told(gaps)])  # fmt: skip
+        models = [shown(columns[key]) for key in MODELS]
+        rows.append(
+            [f"{name}: distilled above alone", *models, shown(gaps, sign=True), wins, f"{cost:.2f}x", told(gaps)]
+        )
         for other in ("teacher in int8", "teacher pruned"):
             gaps = paired(columns["distilled"], columns[other])
-            beside.append([name, other, shown(gaps, sign=True), told(gaps)])
+            beside.append([f"{name}: distilled above {other}", shown(gaps, sign=True), told(gaps)])
     sizes = ", ".join(
         f"{key} {statistics.mean(run['few labels'][f'{key}, bytes'] for run in runs):,.0f}" for key in MODELS
     )
     return page(
         "Distilled student against the student alone", measured("distillation.py"),
         wrapped(f"{len(runs)} seeds, {TEST} test images. Accuracy in percent, mean ± 95 % interval. Bytes: {sizes}."),
-        table(["setting", *MODELS, "distilled minus alone", "wins", "CPU time", "verdict"], rows),
+        table(["setting", *MODELS, "difference, points", "wins", "CPU time", "on these data"], rows),
         wrapped(f'The ordering "distilled above alone" {"appears" if "better" in first else "does NOT appear"} where '
                 "the teacher knows what the student cannot (few labels). The other rows are controls and stand as they "
                 "came out. CPU time is that of training distilled over alone, the teacher's own training not counted."),
-        "## Against the other baselines", table(["setting", "distilled minus", "points", "verdict"], beside),
+        "## Against the other baselines", table(["claim", "difference, points", "on these data"], beside),
         "## What each row is", *_settings(),
     )  # fmt: skip
 
