@@ -22,7 +22,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from baselines import sparsity_for, width_for, written
-from report import Runs, paired, shown, table, verdict
+from report import Runs, measured, paired, shown, table, verdict, wrapped
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -62,6 +62,7 @@ def train(module: Digits, data: TensorDataset, epochs: int, rate: float, seed: i
     return module.eval()
 
 
+TITLE = "## Accuracy at 2 and 3 bits"
 TEN, FORTY = "gradual pruning, ten more epochs", "gradual pruning, all epochs"
 CLAIMS = [
     (f"W{bits} {scale}: QAT", other)
@@ -73,19 +74,31 @@ CLAIMS = [
 ]  # fmt: skip
 
 
-def accuracy(seeds: int, runs: Runs) -> dict[str, Any]:
+def accuracy(seeds: int, runs: Runs) -> tuple[dict[str, Any], str]:
+    """(accuracies by seed and bytes; the section of the page)."""
     found = [runs(f"accuracy {seed}", lambda seed=seed: one_seed(seed)) for seed in range(seeds)]
     points = {name: [run[name][0] for run in found] for name in found[0]}
     sizes = {name: statistics.mean(run[name][1] for run in found) for name in found[0]}
     rows = [[name, f"{sizes[name]:,.0f}", shown(each), ", ".join(f"{x:.2f}" for x in each)]
             for name, each in points.items()]  # fmt: skip
-    print("\n".join(["", *table(["served as", "bytes", "accuracy, %", "each seed"], rows), ""]))
     judged = []
     for better, worse in CLAIMS:
         gaps = paired(points[better], points[worse])
         judged.append([f"{better} above {worse}", shown(gaps, sign=True), verdict(gaps)])
-    print("\n".join(table(["claim", "difference, points", "on these data"], judged)))
-    return {"points": points, "bytes": sizes}
+    tables = (table(["served as", "bytes", "accuracy, %", "each seed"], rows),
+              table(["claim", "difference, points", "on these data"], judged))  # fmt: skip
+    about = [wrapped(part) for part in (__doc__ or "").split("\n\n")[1:]]
+    return {"points": points, "bytes": sizes}, "\n\n".join([
+        f"{TITLE}, {seeds} seeds", measured("quantization.py accuracy"), *about, *("\n".join(each) for each in tables),
+        wrapped("Learning rate and epochs are one choice, made once and tuned for no side. Intervals are 95 % of "
+                "Student's t; differences are paired by seed."), "",
+    ])  # fmt: skip
+
+
+def into(page: str, section: str) -> str:
+    """The page with its section of this title replaced by `section`."""
+    before, _, after = page.partition(TITLE)
+    return before + section + "\n" + (after[after.index("\n## ") + 1 :] if "\n## " in after else "")
 
 
 def packed_bytes(net: nn.Module, bits: int, scale: str) -> int:

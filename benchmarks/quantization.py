@@ -1,7 +1,7 @@
 """What quantization buys on a CPU, and what training for it buys: two tables.
 
     python benchmarks/quantization.py [speed|accuracy] [--rounds 15] [--patience 0] [--seeds 5] [--json FILE]
-                                      [--record FILE]
+                                      [--record FILE] [--write]
 
 speed: an encoder of BertConfig (6 layers, d=384, feed-forward 1536, vocabulary 30522, random weights), batches of
 8 x 128 and 1 x 128 tokens. CPU time of the process, one thread, variants in turns A B C … A B C …, the median. Other
@@ -26,8 +26,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
-from few_bits import accuracy
-from report import Runs, quiet
+from few_bits import accuracy, into
+from report import RESULTS, Runs, quiet
 from torch import Tensor, nn
 
 from shoestring.trainer.export.onnx_quantize import OnnxModel, export_onnx, quantize_onnx
@@ -176,13 +176,18 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=5)
     options.add_argument("--json", default=None)
     options.add_argument("--record", type=Path, help="accuracy of seeds made before is taken from here, new ones added")
+    options.add_argument("--write", action="store_true", help="put the part on accuracy into results/quantization.md")
     chosen = options.parse_args()
     quiet()
     told: dict[str, Any] = {}
     if chosen.part in ("speed", "all"):
         told["speed"] = speed(chosen.rounds, chosen.patience)
     if chosen.part in ("accuracy", "all"):
-        told["accuracy"] = accuracy(chosen.seeds, Runs(chosen.record))
+        told["accuracy"], section = accuracy(chosen.seeds, Runs(chosen.record))
+        print(section)
+        if chosen.write:
+            path = RESULTS / "quantization.md"
+            path.write_text(into(path.read_text(), section))
     if chosen.json:
         Path(chosen.json).write_text(json.dumps(told, indent=1))
 
