@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SLOW_BENCHMARKS := sparsity.py large_then_compressed.py quantization.py low_rank.py distillation.py structured.py
 
 .PHONY: quickstart test test-gpu lint bench clean
 
@@ -30,8 +31,12 @@ lint: $(READY)
 	ln -sfn "$(CURDIR)" $(VENV)/shoestring  # the package's name, whatever the clone is called
 	$(BIN)/mypy $(VENV)/shoestring
 
+# what is quick; the others train many models each, and say how in their first lines
 bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py
+	@echo
+	@echo "Not run, each 3 to 20 minutes on two cores; what they found is in benchmarks/results:"
+	@for name in $(SLOW_BENCHMARKS); do echo "  $(BIN)/python benchmarks/$$name"; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,6 +1,6 @@
 """What low rank really saves in CPU time, and what clustered weights cost in accuracy and take in bytes.
 
-    python benchmarks/low_rank.py [--rounds 25] [--steps 600] [--write FILE]
+    python benchmarks/low_rank.py [--rounds 25] [--steps 600] [--record FILE] [--write FILE]
 
 Time: a pre-norm encoder (6 layers, d=384, 6 heads, ff=1536) with separate q, k, v, o, dense and with factors of ranks
 192, 96 and 48 in every layer that shrinks by it. CPU time of the process, one thread, the median over rounds of A B C D
@@ -9,34 +9,36 @@ A B C D … in one process, so that a machine's drift hits all alike.
 Size and accuracy: an MLP 64-128-128-10 on scikit-learn's digits (1,297 train, 500 test), 5 seeds of initial weights and
 sample order, each trained three times for the same steps with a fully decayed rate: dense, and clustered from half-way
 on with 16 and with 4 clusters. One-shot is k-means of the dense run's final weights, without training. Bytes are those
-of the safetensors files written: packed indices, codebooks and float32 biases. Differences are within seeds.
+of the safetensors files written: packed indices, codebooks and float32 biases. Differences are within seeds. Baselines:
+int8 PTQ of the dense run; gradual pruning (erk) to the bytes of either clustered file, stored as bit mask and values; a
+small dense model 64-a-a-10 of those bytes; both with the same steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytorch_lightning as pl
 import torch
+from baselines import sparsity_for, width_for, written
+from report import Runs, measured, page, paired, quiet, shown, table, verdict, wrapped
 from safetensors.torch import save_file
-from scipy.stats import t as student
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from shoestring.callbacks import WeightClustering
+from shoestring.callbacks import GradualPruning, WeightClustering
 from shoestring.callbacks.compression.codebooks import clustered, encode, kmeans_1d
 from shoestring.callbacks.compression.factors import apply_low_rank, factorable, saves
+from shoestring.callbacks.contract import Technique
 from shoestring.trainer import Budget, Trainer
 
 RANKS = (192, 96, 48)
@@ -111,10 +113,10 @@ def time_table(rounds: int) -> list[str]:
 
 # -- size and accuracy -------------------------------------------------------------------------------------------------
 class Digits(pl.LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 128) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+            nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
         )  # fmt: skip
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -133,22 +135,21 @@ def digits() -> tuple[TensorDataset, Tensor, Tensor]:
     return TensorDataset(x[train], y[train]), x[test], y[test]
 
 
-def trained(seed: int, steps: int, clusters: int = 0) -> tuple[Digits, dict[str, Tensor]]:
-    """The module after its run, and its codebooks."""
+def trained(seed: int, steps: int, *techniques: Technique, width: int = 128) -> Digits:
     torch.manual_seed(seed)
-    module, technique = Digits(), WeightClustering(clusters=clusters, start="50%", every=50)
+    module = Digits(width)
     with tempfile.TemporaryDirectory() as home:
         Trainer(
-            Budget(steps=steps), techniques=[technique], seed=seed, run_dir=home, ledger=False, accelerator="cpu",
+            Budget(steps=steps), techniques=techniques, seed=seed, run_dir=home, ledger=False, accelerator="cpu",
             usd_per_device_hour=0.0, checkpoint_every=None,
         ).fit(module, DataLoader(digits()[0], batch_size=64, shuffle=True))  # fmt: skip
-    return module, technique.codebooks()
+    return module
 
 
-def accuracy(module: Digits) -> float:
+def accuracy(net: nn.Module) -> float:
     _, x, y = digits()
     with torch.no_grad():
-        return 100 * (module.net(x).argmax(1) == y).float().mean().item()
+        return 100 * (net(x).argmax(1) == y).float().mean().item()
 
 
 def file_bytes(module: Digits, books: dict[str, Tensor]) -> int:
@@ -173,63 +174,75 @@ def one_shot(dense: Digits, clusters: int, keep_zero: bool) -> Digits:
     return module
 
 
-def interval(values: list[float]) -> str:
-    """Mean and half-width of its 95 % interval (Student's t)."""
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.2f} ± {half:.2f}"
-
-
-def accuracy_table(steps: int) -> list[str]:
-    points: dict[str, list[float]] = {}
-    sizes: dict[str, int] = {}
-    for seed in SEEDS:
-        dense, _ = trained(seed, steps)
-        points.setdefault("dense", []).append(accuracy(dense))
-        sizes["dense"] = file_bytes(dense, {})
-        for clusters in CLUSTERS:
-            module, books = trained(seed, steps, clusters)
-            name = f"{clusters} clusters, trained"
-            points.setdefault(name, []).append(accuracy(module))
-            sizes[name] = file_bytes(module, books)
-            for keep_zero, said in ((True, "zero kept"), (False, "zero not kept")):
-                plain = f"{clusters} clusters, one-shot, {said}"
-                points.setdefault(plain, []).append(accuracy(one_shot(dense, clusters, keep_zero)))
-                sizes[plain] = sizes[name]
-    rows = ["| | bytes | of dense | test accuracy, % | minus dense, points |", "|---|---|---|---|---|"]
-    for name, each in points.items():
-        less = "" if name == "dense" else interval([a - b for a, b in zip(each, points["dense"], strict=True)])
-        rows.append(f"| {name} | {sizes[name]:,} | {sizes[name] / sizes['dense']:.3f} | {interval(each)} | {less} |")
+def one_seed(seed: int, steps: int) -> dict[str, tuple[float, int]]:
+    """(test accuracy in percent, bytes), by how the model was made."""
+    dense = trained(seed, steps)
+    size, served = written(dense.net, "int8")
+    found = {"dense": (accuracy(dense.net), file_bytes(dense, {})), "int8 PTQ": (accuracy(served), size)}
     for clusters in CLUSTERS:
-        best = [
-            max(points[f"{clusters} clusters, one-shot, {z}"][s] for z in ("zero kept", "zero not kept")) for s in SEEDS
-        ]
-        gain = interval([a - b for a, b in zip(points[f"{clusters} clusters, trained"], best, strict=True)])
-        told = "trained minus the better one-shot of each seed (by test accuracy, so in its favour)"
-        rows += ["", f"{clusters} clusters, {told}: {gain} points."]
-    return rows
+        technique = WeightClustering(clusters=clusters, start="50%", every=50)
+        module = trained(seed, steps, technique)
+        limit = file_bytes(module, technique.codebooks())
+        found[f"{clusters} clusters, trained"] = (accuracy(module.net), limit)
+        for keep_zero, said in ((True, "zero kept"), (False, "zero not kept")):
+            plain = one_shot(dense, clusters, keep_zero)
+            found[f"{clusters} clusters, one-shot, {said}"] = (accuracy(plain.net), limit)
+        thinned = trained(seed, steps, GradualPruning(sparsity=sparsity_for(dense.net, limit), distribution="erk"))
+        little = trained(seed, steps, width=width_for(lambda width: Digits(width).net, limit))
+        for name, made in (("gradual pruning", thinned), ("small dense", little)):
+            size, served = written(made.net, sparse=True)
+            found[f"{name}, bytes of {clusters} clusters"] = (accuracy(served), size)
+    return found
+
+
+def accuracy_tables(steps: int, runs: Runs) -> list[str | list[str]]:
+    found = [runs(f"{steps} steps, seed {seed}", lambda seed=seed: one_seed(seed, steps)) for seed in SEEDS]
+    points = {name: [run[name][0] for run in found] for name in found[0]}
+    rows = []
+    for name, each in points.items():
+        less = "" if name == "dense" else shown(paired(each, points["dense"]), sign=True)
+        size, whole = (statistics.mean(run[key][1] for run in found) for key in (name, "dense"))
+        rows.append([name, f"{size:,.0f}", f"{size / whole:.3f}", shown(each), less])
+    judged = []
+    for clusters in CLUSTERS:
+        one_shots = [points[f"{clusters} clusters, one-shot, {said}"] for said in ("zero kept", "zero not kept")]
+        best = [max(pair) for pair in zip(*one_shots, strict=True)]
+        others = {
+            "the better one-shot of each seed (by test accuracy, so in its favour)": best,
+            "int8 PTQ": points["int8 PTQ"],
+        }
+        for name in ("gradual pruning", "small dense"):
+            others[f"{name} of as many bytes"] = points[f"{name}, bytes of {clusters} clusters"]
+        for name, each in others.items():
+            gaps = paired(points[f"{clusters} clusters, trained"], each)
+            judged.append([f"{clusters} clusters, trained, above {name}", shown(gaps, sign=True), verdict(gaps)])
+    return [
+        table(["", "bytes", "of dense", "test accuracy, %", "minus dense, points"], rows),
+        table(["claim", "difference, points", "on these data"], judged),
+    ]
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=25)
     options.add_argument("--steps", type=int, default=600)
+    options.add_argument("--record", type=Path, help="accuracy of seeds made before is taken from here, new ones added")
     options.add_argument("--write", default=None)
     chosen = options.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    where = f"{time.strftime('%Y-%m-%d')}, 2-core AMD EPYC CPU, torch {torch.__version__}, one thread."
-    text = "\n".join([
-        "# Low rank and weight clustering", "", f"Measured on {where} Made by `python benchmarks/low_rank.py`.", "",
-        "## CPU time of an encoder with factored layers", "",
-        f"6 layers, d=384, 6 heads, ff=1536, float32, eager. Medians of {chosen.rounds} interleaved rounds of process "
-        "CPU time. At rank 192 the square layers (384 x 384) stay dense, because factors would save nothing.", "",
-        *time_table(chosen.rounds), "",
-        "## Clustered weights on digits", "",
-        f"MLP 64-128-128-10, {chosen.steps} steps of 64, 5 seeds, mean and 95 % interval. Clustering from half-way on, "
-        "codebooks fitted again every 50 steps.", "",
-        *accuracy_table(chosen.steps), "",
-    ])  # fmt: skip
+    quiet()
+    tables = accuracy_tables(chosen.steps, Runs(chosen.record))
+    text = page(
+        "Low rank and weight clustering", measured("low_rank.py"), "## CPU time of an encoder with factored layers",
+        wrapped(f"6 layers, d=384, 6 heads, ff=1536, float32, eager. Medians of {chosen.rounds} interleaved rounds of "
+                "process CPU time. At rank 192 the square layers (384 x 384) stay dense, because factors would save "
+                "nothing."),
+        time_table(chosen.rounds), "## Clustered weights on digits",
+        wrapped(f"MLP 64-128-128-10, {chosen.steps} steps of 64, {len(SEEDS)} seeds, mean and 95 % interval. "
+                "Clustering from half-way on, codebooks fitted again every 50 steps. Gradual pruning (erk) and small "
+                "dense models have the same steps and at most the bytes of the clustered file; int8 PTQ rounds the "
+                "dense run. Bytes are those of the files."),
+        *tables,
+    )  # fmt: skip
     print(text)
     if chosen.write:
         Path(chosen.write).write_text(text)

@@ -1,15 +1,14 @@
 """What quantization buys on a CPU, and what training for it buys: two tables.
 
     python benchmarks/quantization.py [speed|accuracy] [--rounds 15] [--patience 0] [--seeds 5] [--json FILE]
+                                      [--record FILE] [--write]
 
 speed: an encoder of BertConfig (6 layers, d=384, feed-forward 1536, vocabulary 30522, random weights), batches of
 8 x 128 and 1 x 128 tokens. CPU time of the process, one thread, variants in turns A B C … A B C …, the median. Other
 processes disturb caches and clocks, so a second column counts only the turns during which everything else on the
 machine took less than a tenth of one CPU, however they came out; it says how many there were.
 Bytes are those of files written to disk.
-accuracy: digits of scikit-learn, MLP 64-128-128-10, weights of 2 and 3 bits and activations of 8. Training for few bits
-(QAT) takes ten epochs more than rounding afterwards (PTQ), so PTQ is also shown after the same ten epochs. Intervals
-are 95 % of Student's t; differences are paired by seed. Every model is scored as it is served.
+accuracy: what few_bits.py tells, which has the rules of that part.
 """
 
 from __future__ import annotations
@@ -17,23 +16,20 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import logging
 import os
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-import pytorch_lightning as pl
 import torch
+from few_bits import accuracy, into
+from report import RESULTS, Runs, quiet
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from shoestring.callbacks import QuantizationAware
 from shoestring.trainer.export.onnx_quantize import OnnxModel, export_onnx, quantize_onnx
 from shoestring.trainer.export.quantize import quantize
 
@@ -41,7 +37,6 @@ SHAPES = ((8, 128), (1, 128))
 QUIET = 0.1  # CPUs that others keep busy
 
 
-# -- speed and size ----------------------------------------------------------------------------------------------------
 class Encoder(nn.Module):
     """Token ids [B, T] -> last hidden states [B, T, 384]."""
 
@@ -173,98 +168,6 @@ def size_table(found: dict[str, int]) -> str:
     return "\n".join(lines)
 
 
-# -- accuracy ----------------------------------------------------------------------------------------------------------
-class Digits(pl.LightningModule):
-    """MLP 64-128-128-10, Adam with its rate decayed to zero."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.net = nn.Sequential(
-            nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
-        )  # fmt: skip
-        self.rate = 0.0
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.rate)
-        steps = self.trainer.estimated_stepping_batches
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def train(module: Digits, data: TensorDataset, epochs: int, rate: float, seed: int, *techniques: Any) -> Digits:
-    module.rate = rate
-    draw = torch.Generator().manual_seed(seed)
-    pl.Trainer(
-        accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=list(techniques),
-    ).fit(module, DataLoader(data, batch_size=64, shuffle=True, generator=draw))  # fmt: skip
-    return module.eval()
-
-
-def accuracy(seeds: int) -> dict[str, Any]:
-    told: dict[str, list[float]] = {}
-    for seed in range(seeds):
-        for name, share in one_seed(seed).items():
-            told.setdefault(name, []).append(share)
-    lines = ["\n| served as | accuracy % | 95 % interval | each seed |", "|---|---|---|---|"]
-    for name, found in told.items():
-        lines.append(f"| {name} | {interval(found)} | {', '.join(f'{x:.2f}' for x in found)} |")
-    lines += ["\n| paired by seed, points | mean | 95 % interval |", "|---|---|---|"]
-    for bits in (2, 3):
-        for scale in ("absmax", "mse"):
-            grid = f"W{bits} {scale}"
-            for other in ("PTQ", "PTQ after the same extra epochs"):
-                pairs = zip(told[f"{grid}: QAT"], told[f"{grid}: {other}"], strict=True)
-                lines.append(f"| {grid}: QAT minus {other} | {interval([a - b for a, b in pairs])} |")
-            pairs = zip(told[f"W{bits} lsq: QAT"], told[f"{grid}: QAT"], strict=True)
-            lines.append(f"| W{bits} lsq: QAT minus {scale}: QAT | {interval([a - b for a, b in pairs])} |")
-    print("\n".join(lines))
-    return told
-
-
-def one_seed(seed: int) -> dict[str, float]:
-    """Accuracy in percent on a quarter of the digits that is never trained on, by how the model was made."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    x, y = load_digits(return_X_y=True)
-    x, held, y, labels = train_test_split(x / 16.0, y, test_size=0.25, stratify=y, random_state=seed)
-    data = TensorDataset(torch.tensor(x, dtype=torch.float32), torch.tensor(y))
-    held, labels = torch.tensor(held, dtype=torch.float32), torch.tensor(labels)
-
-    def score(module: Digits, bits: int | None = None, scale: str = "absmax") -> float:
-        served = module.net if bits is None else quantize(module.net, bits, 8, scale=scale, compiled=False)
-        with torch.no_grad():
-            return 100 * float((served(held).argmax(1) == labels).float().mean())
-
-    base = train(Digits(seed), data, 30, 2e-3, seed)
-    longer = train(copy.deepcopy(base), data, 10, 1e-3, seed + 100)
-    found = {"fp32": score(base), "fp32 after ten more epochs": score(longer)}
-    for bits in (2, 3):
-        for scale in ("absmax", "mse"):
-            technique = QuantizationAware(weight_bits=bits, activation_bits=8, scale=scale)
-            aware = train(copy.deepcopy(base), data, 10, 1e-3, seed + 100, technique)
-            found[f"W{bits} {scale}: PTQ"] = score(base, bits, scale)
-            found[f"W{bits} {scale}: PTQ after the same extra epochs"] = score(longer, bits, scale)
-            found[f"W{bits} {scale}: QAT"] = score(aware, bits, scale)
-        technique = QuantizationAware(weight_bits=bits, activation_bits=8, scale="lsq")
-        learned = train(copy.deepcopy(base), data, 10, 1e-3, seed + 100, technique)
-        found[f"W{bits} lsq: QAT"] = score(learned, bits, "lsq")
-    return found
-
-
-def interval(found: list[float]) -> str:
-    """Mean | and half the width of its 95 % interval by Student's t."""
-    from scipy.stats import t
-
-    half = t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
-    return f"{statistics.mean(found):.2f} | ± {half:.2f}"
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("part", nargs="?", choices=("speed", "accuracy", "all"), default="all")
@@ -272,16 +175,19 @@ def main() -> None:
     options.add_argument("--patience", type=float, default=0.0, help="seconds to wait for quiet turns, per shape")
     options.add_argument("--seeds", type=int, default=5)
     options.add_argument("--json", default=None)
+    options.add_argument("--record", type=Path, help="accuracy of seeds made before is taken from here, new ones added")
+    options.add_argument("--write", action="store_true", help="put the part on accuracy into results/quantization.md")
     chosen = options.parse_args()
-    warnings.filterwarnings("ignore")
-    for name in ("pytorch_lightning", "torch.onnx", "root"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    quiet()
     told: dict[str, Any] = {}
     if chosen.part in ("speed", "all"):
         told["speed"] = speed(chosen.rounds, chosen.patience)
     if chosen.part in ("accuracy", "all"):
-        told["accuracy"] = accuracy(chosen.seeds)
+        told["accuracy"], section = accuracy(chosen.seeds, Runs(chosen.record))
+        print(section)
+        if chosen.write:
+            path = RESULTS / "quantization.md"
+            path.write_text(into(path.read_text(), section))
     if chosen.json:
         Path(chosen.json).write_text(json.dumps(told, indent=1))
 

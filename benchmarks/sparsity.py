@@ -1,42 +1,52 @@
 """Which sparse training works best, at settings where the papers' orderings are known to separate on small data.
 
-    python benchmarks/sparsity.py [--seeds 5] [--write benchmarks/results/sparsity.md]
+    python benchmarks/sparsity.py [--seeds 5] [--more 10] [--record FILE] [--write]
 
 scikit-learn's digits, an MLP 64-300-100-10, 720 steps of 100 samples, SGD with Nesterov momentum 0.1 / 0.9, cosine to
-zero: the same epochs for every row, and, as masked-dense training runs at full cost, the same executed FLOPs. Rows
-are means over seeds with a 95 % interval (Student's t); an ordering is judged on the differences seed by seed. Settings
-are the papers' (update interval 20, drop fraction 0.3, until 75 %); nothing was tuned.
+zero: the same epochs for every row. Every row is over seeds, with a 95 % interval (Student's t); an ordering is judged
+on the differences seed by seed. Settings are the papers' (update interval 20, drop fraction 0.3, until 75 %); nothing
+was tuned. "Small dense" has hidden layers of about 3:1, as wide as give no more weights than the sparse model keeps
+(same weights), or no more bytes than the gradually pruned one's file (same bytes). int8 PTQ is the dense run with its
+weights rounded to int8, one scale per output channel. Bytes are those of the file that trainer/export/torch_file.py
+writes, sparse where that is smaller; the accuracy is that of the model read back from it.
+
+FLOPs are of the whole training run, forward and backward, over those of the dense run. Counted (callbacks/flops.py):
+products with a masked weight times its density, gradients with respect to a masked weight in full, since the dense
+gradient is computed. Realised: what the CPU executed. Masks lie in dense tensors here, so that realised FLOPs of
+masked-dense training are 1.00x whatever was counted: no row but small dense saves time in training. What SNIP and
+SynFlow look at before the first step is not in the figures, a lottery ticket's rounds share the steps, and Top-KAST
+counts as dense, because the masked weights that its layers see are tensors of their own, unknown to the counter.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import statistics
-import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from math import sqrt
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+from pathlib import Path
+
 import pytorch_lightning as pl
 import torch
+from baselines import widest, written
+from report import RESULTS, Runs, about_equal, measured, page, paired, quiet, shown, table, verdict, wrapped
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from shoestring.callbacks import SET, SNIP, GradualPruning, LotteryTicket, LRSchedule, RigL, SynFlow, TopKAST
 from shoestring.callbacks.contract import Technique
-from shoestring.trainer import Trainer
+from shoestring.callbacks.flops import StepFlops
 
 STEPS, BATCH = 720, 100
-STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+SPARSITIES = (0.8, 0.9, 0.98)
+MORE_AT, MORE = 0.98, ("static, erk", "set, erk", "rigl, erk")  # rows with more seeds
 MOVES = {"every": 20, "drop_fraction": 0.3, "stop": "75%"}
+INT8, SAME_BYTES = "int8 PTQ of dense", "small dense, same bytes"
 
 
 class MLP(pl.LightningModule):
@@ -57,11 +67,19 @@ class MLP(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, nesterov=True)
 
 
-def small_dense(sparsity: float) -> tuple[int, int]:
-    """Hidden widths in the ratio 3:1 with as many weights as the sparse model keeps."""
+def small_dense(fits: Callable[[tuple[int, int]], bool]) -> tuple[int, int]:
+    """The widest hidden layers, about 3:1, that fit."""
+    first = widest(lambda width: fits((width, max(1, width // 3))), 512)
+    return first, max(1, first // 3)
+
+
+def same_weights(sparsity: float) -> tuple[int, int]:
     kept = (1 - sparsity) * (64 * 300 + 300 * 100 + 100 * 10)
-    width = next(w for w in range(1, 200) if 64 * 3 * w + 3 * w * w + 10 * w > kept) - 1
-    return 3 * width, width
+    return small_dense(lambda w: 64 * w[0] + w[0] * w[1] + 10 * w[1] <= kept)
+
+
+def same_bytes(limit: int) -> tuple[int, int]:
+    return small_dense(lambda w: written(MLP(w).net)[0] <= limit)
 
 
 def techniques(sparsity: float) -> dict[str, Callable[[], tuple[Sequence[int], list[Technique]]]]:
@@ -69,7 +87,7 @@ def techniques(sparsity: float) -> dict[str, Callable[[], tuple[Sequence[int], l
     wide = (300, 100)
     return {
         "dense": lambda: (wide, []),
-        "small dense": lambda: (small_dense(sparsity), []),
+        "small dense, same weights": lambda: (same_weights(sparsity), []),
         "gradual": lambda: (wide, [GradualPruning(sparsity=sparsity, distribution="erk")]),
         "one-shot at 70 %": lambda: (wide, [GradualPruning(sparsity=sparsity, distribution="erk", ramp="one_shot")]),
         "lottery ticket": lambda: (wide, [LotteryTicket(sparsity=sparsity, rounds=3)]),
@@ -84,48 +102,86 @@ def techniques(sparsity: float) -> dict[str, Callable[[], tuple[Sequence[int], l
     }
 
 
+class Rows(TensorDataset):
+    """Samples that are also taken by the batch, which spares putting a hundred single ones together."""
+
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor[indices] for tensor in self.tensors)
+
+
 def data(seed: int) -> tuple[DataLoader, torch.Tensor, torch.Tensor]:
     x, y = load_digits(return_X_y=True)
     x = torch.tensor((x - x.mean()) / x.std(), dtype=torch.float32)
     parts = train_test_split(x.numpy(), y, test_size=0.2, random_state=seed, stratify=y)
     train_x, test_x, train_y, test_y = (torch.tensor(part) for part in parts)
     order = torch.Generator().manual_seed(seed)
-    loader = DataLoader(TensorDataset(train_x, train_y), BATCH, shuffle=True, drop_last=True, generator=order)
+    together = lambda batch: batch if isinstance(batch, tuple) else default_collate(batch)  # noqa: E731
+    samples = Rows(train_x, train_y)
+    loader = DataLoader(samples, BATCH, shuffle=True, drop_last=True, generator=order, collate_fn=together)
     return loader, test_x, test_y
 
 
-def accuracy(name: str, sparsity: float, seed: int) -> tuple[float, int]:
-    """(test accuracy in percent, weights that are not 0)."""
-    widths, chosen = techniques(sparsity)[name]()
-    cycles = 4 if name == "lottery ticket" else 1
-    torch.manual_seed(seed)
-    module = MLP(widths)
-    loader, test_x, test_y = data(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            techniques=[*chosen, LRSchedule(shape="cosine", cycles=cycles)], run_dir=folder, ledger=False, seed=seed,
-            strategy="single", accelerator="cpu", max_steps=STEPS, max_epochs=-1, checkpoint_every=None,
-            usd_per_device_hour=0.0,
-        )  # fmt: skip
-        trainer.observer.peak_flops = 1e9  # not asked for
-        trainer.fit(module, loader)
-    module.eval()
-    with torch.no_grad():
-        right = (module.net(test_x).argmax(1) == test_y).float().mean().item()
-    return 100 * right, sum(int(m.weight.count_nonzero()) for m in module.net if isinstance(m, nn.Linear))
+class Counted(pl.Callback):
+    """FLOPs of all steps, as shoestring's trainer counts them."""
+
+    def __init__(self, techniques: Sequence[Technique]) -> None:
+        self.masked = [each for each in techniques if hasattr(each, "densities")]
+        self.counted = self.realised = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.steps = StepFlops(pl_module, self.masked)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.begin(tuple(batch[0].shape), True)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        flops = self.steps.end()
+        self.counted, self.realised = self.counted + flops.counted, self.realised + flops.realised
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval."""
-    return statistics.mean(values), STUDENT_95[len(values)] * statistics.stdev(values) / sqrt(len(values))
+def run(widths: Sequence[int], chosen: Sequence[Technique], seed: int, steps: int = STEPS) -> tuple[nn.Module, Counted]:
+    """(the trained network, the FLOPs it took)."""
+    cycles = 4 if any(isinstance(each, LotteryTicket) for each in chosen) else 1
+    pl.seed_everything(seed, verbose=False)
+    module, counted = MLP(widths), Counted(chosen)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[counted, *chosen, LRSchedule(shape="cosine", cycles=cycles)],
+    )  # fmt: skip
+    trainer.seed = seed  # type: ignore[attr-defined]  # what techniques draw their own generators from
+    trainer.fit(module, data(seed)[0])
+    return module.net.eval(), counted
 
 
-def shown(values: Sequence[float]) -> str:
-    mean, half = interval(values)
-    return f"{mean:.2f} ± {half:.2f}"
+@torch.no_grad()
+def score(net: nn.Module, seed: int) -> float:
+    """Test accuracy in percent."""
+    _, x, y = data(seed)
+    return 100 * (net(x).argmax(1) == y).float().mean().item()
 
 
-# what papers say: (better, worse, sparsity, by at least (None: within) so many points, source)
+def figures(net: nn.Module, seed: int, flops: Counted, quantize: str | None = None) -> dict[str, float]:
+    size, served = written(net, quantize, sparse=True)
+    weights = sum(int(m.weight.count_nonzero()) for m in served.modules() if isinstance(m, nn.Linear))
+    return {
+        "accuracy": score(served, seed), "weights": weights, "bytes": size,
+        "counted": flops.counted, "realised": flops.realised,
+    }  # fmt: skip
+
+
+def dense(seed: int) -> dict[str, dict[str, float]]:
+    net, flops = run((300, 100), [], seed)
+    return {"dense": figures(net, seed, flops), INT8: figures(net, seed, flops, "int8")}
+
+
+def row(name: str, sparsity: float, seed: int, limit: int = 0) -> dict[str, float]:
+    widths, chosen = (same_bytes(limit), []) if name == SAME_BYTES else techniques(sparsity)[name]()
+    net, flops = run(widths, chosen, seed)
+    return figures(net, seed, flops)
+
+
+# what papers say: (better, worse, sparsity, by at least (None: within 1) so many points, source)
 CLAIMS: tuple[tuple[str, str, float, float | None, str], ...] = (
     ("set, erk", "static, erk", 0.98, 2.0, "1707.04780"),
     ("rigl, erk", "set, erk", 0.98, 2.0, "1911.11134"),
@@ -135,65 +191,85 @@ CLAIMS: tuple[tuple[str, str, float, float | None, str], ...] = (
     ("set, erk", "set, uniform", 0.98, 0.0, "1911.11134"),
     ("gradual", "one-shot at 70 %", 0.9, 0.0, "1710.01878"),
     ("gradual", "one-shot at 70 %", 0.98, 0.0, "1710.01878"),
+    ("gradual", "small dense, same weights", 0.98, 0.0, "1710.01878"),
+    ("gradual", SAME_BYTES, 0.9, 0.0, "1710.01878, here by bytes"),
+    ("gradual", SAME_BYTES, 0.98, 0.0, "as above"),
+    ("gradual", INT8, 0.98, 0.0, "the baseline of every table, at about 5 times the bytes"),
 )
 
 
-def verdict(found: dict[tuple[str, float], list[float]], claim: tuple[str, str, float, float | None, str]) -> str:
+class Found(dict[tuple[str, float], list[dict[str, float]]]):
+    """(row, sparsity) -> figures by seed."""
+
+
+def judge(found: Found, claim: tuple[str, str, float, float | None, str]) -> list[str]:
     better, worse, sparsity, margin, source = claim
-    gaps = [a - b for a, b in zip(found[better, sparsity], found[worse, sparsity], strict=True)]
-    mean, half = interval(gaps)
-    if margin is None:
-        holds, said = abs(mean) <= 1.0, "about equal to"
-    else:
-        holds, said = mean >= margin, f"at least {margin:g} points over" if margin else "not below"
-    sure = "" if margin is None or abs(mean) > half else "; the interval holds 0"
-    return (
-        f"| {better} {said} {worse} at {sparsity:.0%} | {mean:+.2f} ± {half:.2f} | "
-        f"{'appears' if holds else 'does NOT appear'}{sure} | {source} |"
-    )
+    both = [[each["accuracy"] for each in found[name, sparsity]] for name in (better, worse)]
+    seeds = min(len(each) for each in both)
+    gaps = paired(both[0][:seeds], both[1][:seeds])
+    said = "about equal to" if margin is None else f"at least {margin:g} points over" if margin else "above"
+    told = about_equal(gaps, 1.0) if margin is None else verdict(gaps, margin)
+    return [f"{better} {said} {worse} at {sparsity:.0%}", str(seeds), shown(gaps, sign=True), told, source]
 
 
-def page(found: dict[tuple[str, float], list[float]], kept: dict[tuple[str, float], int], seeds: int) -> str:
-    sparsities = sorted({sparsity for _, sparsity in found})
-    rows = [f"| {'accuracy, %':18} | " + " | ".join(f"{s:.0%} sparse (weights left)" for s in sparsities) + " |"]
-    rows.append("|---" * (len(sparsities) + 1) + "|")
-    for name in techniques(0.9):
-        cells = [f"{shown(found[name, s])} ({kept[name, s]:,})" for s in sparsities]
-        rows.append(f"| {name:18} | " + " | ".join(cells) + " |")
-    judged = ["| claim | difference, points | on these data | source (arXiv) |", "|---|---|---|---|"]
-    judged += [verdict(found, claim) for claim in CLAIMS]
-    return "\n".join(
-        ["# Sparse training on digits", "", f"{seeds} seeds, mean ± 95 % interval.", "",
-         (__doc__ or "").split("\n\n")[2], "", *rows, "", "## Do the papers' orderings appear?", "", *judged, ""]
-    )  # fmt: skip
+def rows(found: Found, sparsity: float) -> list[list[str]]:
+    lines = []
+    for name in [name for name, s in found if s == sparsity]:
+        each, base = found[name, sparsity], found["dense", sparsity]
+        share = [sum(e[key] for e in each[: len(base)]) / sum(e[key] for e in base) for key in ("counted", "realised")]
+        weights, size = (sum(e[key] for e in each) / len(each) for key in ("weights", "bytes"))
+        lines.append([
+            name, shown([e["accuracy"] for e in each]), str(len(each)), f"{weights:,.0f}", f"{size:,.0f}",
+            f"{share[0]:.2f}x", f"{share[1]:.2f}x",
+        ])  # fmt: skip
+    return lines
+
+
+def written_page(found: Found) -> str:
+    head = ["", "accuracy, %", "seeds", "weights left", "file, bytes", "FLOPs counted", "FLOPs realised"]
+    parts: list[Any] = [measured("sparsity.py"), *map(wrapped, (__doc__ or "").split("\n\n")[2:])]
+    for sparsity in SPARSITIES:
+        parts += [f"## {sparsity:.0%} sparse", table(head, rows(found, sparsity))]
+    judged = table(["claim", "seeds", "difference, points", "on these data", "source (arXiv)"],
+                   [judge(found, claim) for claim in CLAIMS])  # fmt: skip
+    return page("Sparse training on digits", *parts, "## Do the papers' orderings appear?", judged)
+
+
+def collect(runs: Runs, seed: int, sparsity: float, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Row -> figures."""
+    found: dict[str, dict[str, float]] = {}
+    for name in names:
+        if name == "dense":
+            found |= runs(f"{seed} dense", lambda: dense(seed))
+            continue
+        found[name] = runs(f"{seed} {sparsity} {name}", lambda name=name: row(name, sparsity, seed))
+        if name == "gradual":
+            limit = int(found[name]["bytes"])
+            found[SAME_BYTES] = runs(f"{seed} {sparsity} {SAME_BYTES}", lambda: row(SAME_BYTES, sparsity, seed, limit))  # noqa: B023
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--sparsities", type=float, nargs="*", default=[0.8, 0.9, 0.98])
-    parser.add_argument("--write", type=Path)
+    parser.add_argument("--more", type=int, default=10, help=f"seeds of {', '.join(MORE)} at {MORE_AT:.0%}")
+    parser.add_argument("--record", type=Path, help="runs made before are taken from here, new ones added")
+    parser.add_argument("--only", type=int, nargs="*", help="add these seeds' runs to --record and write no page")
+    parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.INFO)
-    torch.set_num_threads(1)
-    found: dict[tuple[str, float], list[float]] = {}
-    kept: dict[tuple[str, float], int] = {}
-    for seed in range(given.seeds):
-        for sparsity in given.sparsities:
-            for name in techniques(sparsity):
-                if name == "dense" and sparsity != given.sparsities[0]:
-                    found.setdefault((name, sparsity), []).append(found[name, given.sparsities[0]][seed])
-                    kept[name, sparsity] = kept[name, given.sparsities[0]]
-                    continue
-                reached, left = accuracy(name, sparsity, seed)
-                found.setdefault((name, sparsity), []).append(reached)
-                kept[name, sparsity] = left
-                print(f"seed {seed} {sparsity:.0%} {name:18} {reached:6.2f} % {left:6} weights", flush=True)
-    text = page(found, kept, given.seeds)
+    quiet()
+    runs, found = Runs(given.record), Found()
+    for seed in given.only or range(max(given.seeds, given.more)):
+        for sparsity in SPARSITIES:
+            names = techniques(sparsity) if seed < given.seeds else MORE if sparsity == MORE_AT else ()
+            for name, told in collect(runs, seed, sparsity, list(names)).items():
+                found.setdefault((name, sparsity), []).append(told)
+    if given.only:
+        return
+    text = written_page(found)
     print(text)
     if given.write:
-        given.write.write_text(text)
+        (RESULTS / "sparsity.md").write_text(text)
 
 
 if __name__ == "__main__":

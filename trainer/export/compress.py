@@ -128,9 +128,9 @@ def search(
     candidates = candidates or all_candidates()
     onnx = any(candidate.to == "onnx" for candidate in candidates)
     try:
-        first = {tried.name: (tried, run) for tried, run in trials.before(before or trained, onnx)}
-        for tried, _ in first.values():
-            report(tried)
+        first = {row.name: (row, run) for row, run in trials.before(before or trained, onnx)}
+        for row, _ in first.values():
+            report(row)
         for candidate in candidates:
             report(trials.attempt(candidate))
         table = _timed(trained, {**first, **trials.made}, limits, shape)

@@ -1,0 +1,122 @@
+"""From figures by seed to a page: intervals, verdicts, tables, where and when it was measured; shared by the scripts.
+
+A verdict on "a above b" looks at the differences seed by seed. Where their 95 % interval (Student's t) holds 0, it says
+so and nothing else; otherwise the ordering appears, or does NOT.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import statistics
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+WIDTH = 120
+HOLDS_0 = "interval holds 0"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (Student's t). At least two values."""
+    from scipy.stats import t as student
+
+    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), float(half)
+
+
+def shown(values: Sequence[float], sign: bool = False, digits: int = 2) -> str:
+    """`97.12 ± 0.45`, with a + in front where `sign` asks for it."""
+    mean, half = interval(values)
+    return f"{mean:{'+' if sign else ''}.{digits}f} ± {half:.{digits}f}"
+
+
+def paired(these: Sequence[float], those: Sequence[float]) -> list[float]:
+    """Differences seed by seed."""
+    return [a - b for a, b in zip(these, those, strict=True)]
+
+
+def verdict(gaps: Sequence[float], at_least: float = 0.0) -> str:
+    """Whether "above, by at least so much" appears, given the differences by seed."""
+    mean, half = interval(gaps)
+    if abs(mean) <= half:
+        return HOLDS_0
+    if mean < max(at_least, 0.0):
+        return f"does NOT appear (above, by less than {at_least:g})" if mean > 0 else "does NOT appear"
+    below = mean - half < at_least
+    return f"appears in the mean, the interval reaches below {at_least:g}" if below else "appears"
+
+
+def about_equal(gaps: Sequence[float], within: float) -> str:
+    """Whether "equal, give or take `within`" appears: the mean, and the interval too."""
+    mean, half = interval(gaps)
+    if abs(mean) > within:
+        return "does NOT appear"
+    beyond = abs(mean) + half > within
+    return f"appears in the mean, the interval reaches beyond {within:g}" if beyond else "appears"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    head = list(head)
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def wrapped(text: str) -> str:
+    """Every paragraph filled to one width, however it was broken before."""
+    return "\n\n".join(textwrap.fill(" ".join(part.split()), WIDTH) for part in text.split("\n\n"))
+
+
+def measured(script: str, threads: int = 1) -> str:
+    """Date, machine and versions of what runs now, and the command that does."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if (
+        info.exists()) else [platform.processor()]  # fmt: skip
+    return wrapped(
+        f"{time.strftime('%Y-%m-%d')}; {os.cpu_count()} cores {names[0]}, CPU only, {threads} thread; torch "
+        f"{torch.__version__}, Python {platform.python_version()}. Made by `python benchmarks/{script}`."
+    )
+
+
+def page(title: str, *parts: str | Sequence[str]) -> str:
+    """A page of paragraphs (str) and tables (lines)."""
+    return "\n\n".join([f"# {title}", *(part if isinstance(part, str) else "\n".join(part) for part in parts), ""])[:-1]
+
+
+def quiet() -> None:
+    """One thread, no warnings, no log lines of Lightning."""
+    import torch
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+
+
+class Runs:
+    """Figures by name of the run, kept in a file of JSON lines where one is given: a stopped benchmark goes on there.
+
+    Several processes may add to one file. It belongs to one version of the script: a changed one needs a new file.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path and path.exists() else []
+        self._known: dict[str, Any] = dict(json.loads(line) for line in lines)
+
+    def __call__(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, or returned when this run was made before."""
+        if name not in self._known:
+            self._known[name] = make()
+            print(f"{name}: {self._known[name]}", flush=True)
+            if self.path:
+                with self.path.open("a") as file:
+                    file.write(json.dumps([name, self._known[name]]) + "\n")
+        return self._known[name]
