@@ -54,8 +54,10 @@ def test_every_format_is_written_whole_and_computes_the_same(
 
 @pytest.mark.parametrize("trained", ["digits", "cnn"], indirect=True)
 def test_image_models_go_to_torch_and_onnx_only(trained: Trained, tmp_path: Path) -> None:
-    for to, quantize in (("torch", "int8"), ("onnx", None), ("onnx", "int8")):
-        assert export(trained, to, out=tmp_path / f"{to}-{quantize}", quantize=quantize).error < 2e-2
+    forms = (("torch", "int8"), ("onnx", None), ("onnx", "int8"))
+    made = {form: export(trained, form[0], out=tmp_path / "-".join(map(str, form)), quantize=form[1]) for form in forms}
+    assert all(one.error < 2e-2 for one in made.values())
+    assert made["onnx", "int8"].files["model.onnx"] < made["onnx", None].files["model.onnx"]
     for to in ("hf", "gguf-ready-safetensors"):
         with pytest.raises(CannotExport, match=r"MLP|CNN"):
             export(trained, to, out=tmp_path / to)
@@ -112,12 +114,10 @@ def test_a_half_precision_folder_has_one_dtype_and_its_architecture(trained: Tra
 
 
 @pytest.mark.parametrize("trained", ["bert"], indirect=True)
-def test_onnx_takes_any_batch_and_length_and_int8_is_smaller(trained: Trained, tmp_path: Path) -> None:
+def test_onnx_takes_any_batch_and_length(trained: Trained, tmp_path: Path) -> None:
     from shoestring.trainer.export.runtimes import onnxruntime
 
-    plain = export(trained, "onnx", out=tmp_path / "plain")
-    small = export(trained, "onnx", out=tmp_path / "small", quantize="int8")
-    assert small.files["model.onnx"] < plain.files["model.onnx"]
+    export(trained, "onnx", out=tmp_path / "plain")
     run = onnxruntime(tmp_path / "plain" / onnx_file.NAME)
     draw = torch.Generator().manual_seed(0)
     for rows, length in ((1, 2), (3, 17), (7, 64)):
