@@ -198,8 +198,9 @@ CLAIMS: tuple[tuple[str, str, float, float | None, str], ...] = (
 )
 
 
-EARLIER = """RigL over SET at 98 % was asked for by 2 points. Runs of 5 seeds on the same day, with other batches (those of
-shoestring's own trainer), gave +1.67 ± 0.81, which is less; the row of 10 seeds below is a second look, not a sum."""
+EARLIER = """RigL over SET at 98 % was asked for by 2 points. Runs of 5 seeds on the same day, with other batches
+(those of shoestring's own trainer), gave +1.67 ± 0.81, which is less; the row of 10 seeds is a second look, not a sum.
+"""
 
 
 class Found(dict[tuple[str, float], list[dict[str, float]]]):
