@@ -48,6 +48,7 @@ def targets(path: Path) -> list[str]:
 def main() -> None:
     pages = sorted(path for path in RESULTS.glob("*.md") if path.name != "README.md")
     rows = [row for path in pages for row in judged(path)]
+    silent = [f"[{path.stem}]({path.name})" for path in pages if not judged(path)]
     text = page(
         "What the benchmarks found",
         wrapped("Every claim of a page here: the difference that was seen, its 95 % interval, and whether the ordering "
@@ -56,6 +57,7 @@ def main() -> None:
                 "benchmarks/claims.py` from the pages, which say date, machine and settings; whoever makes a page anew "
                 "runs it again."),
         "## Orderings", table(["page", "section", "claim", DIFFERENCE, VERDICT], rows),
+        f"Pages whose claims are in their own words: {', '.join(silent) or 'none'}.",
         "## Gains asked for", [line for path in pages for line in targets(path)],
     )  # fmt: skip
     (RESULTS / "README.md").write_text(text)
