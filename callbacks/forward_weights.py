@@ -49,10 +49,18 @@ class ForwardWeights:
         self._unused = set(wanted.values())
         self._function = function
         self._handles: list[Any] = []
+        self._layers: list[tuple[nn.Module, str]] = []
         for layer in module.modules():
             weight = layer._parameters.get("weight")
             if weight is not None and id(weight) in wanted:
-                self._install(layer, wanted[id(weight)])
+                self._layers.append((layer, wanted[id(weight)]))
+        self.reinstall()
+
+    def reinstall(self) -> None:
+        """Act after all other hooks again: a new ZeRO-3 engine gathers weights in hooks that are younger than ours."""
+        self.remove()
+        for layer, name in self._layers:
+            self._install(layer, name)
 
     def _install(self, layer: nn.Module, name: str) -> None:
         def show(layer: nn.Module, inputs: Any) -> None:

@@ -105,6 +105,11 @@ class WeightClustering(Technique, pl.Callback):
         self._codebooks = {name: book.to(self._device) for name, book in self._codebooks.items()}
         self._shown = ForwardWeights(pl_module, self._names, self._show)
 
+    def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Somebody has cut the model: codebooks fit what is left of a layer until they are made anew."""
+        if self._shown is not None:
+            self._shown.reinstall()
+
     def _show(self, name: str, weight: Tensor) -> Tensor:
         codebook = self._codebooks.get(name)
         return weight if codebook is None else straight_through(weight, clustered(weight.detach(), codebook))

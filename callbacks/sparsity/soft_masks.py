@@ -99,6 +99,8 @@ class SoftMasking(Technique, pl.Callback):
 
     def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Somebody has cut the model, and the masks with it."""
+        if self._shown is not None:
+            self._shown.reinstall()
         if "forward" in self._local:
             self._spread(shards_of(trainer, pl_module))
 
