@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import AllowCode, AsJson, print_json
+from .options import AllowCode, AsJson, chatter_aside, print_json
 
 if TYPE_CHECKING:
     from .export.compress import Tried
@@ -35,7 +35,8 @@ def export(
 
     quiet()
     check_format(to, quantize, sparse)
-    made = write(open_run(run, allow_code=allow_code), to, out=out, quantize=quantize, sparse=sparse)
+    with chatter_aside(as_json):
+        made = write(open_run(run, allow_code=allow_code), to, out=out, quantize=quantize, sparse=sparse)
     if as_json:
         print_json(made.as_dict())
     else:
@@ -63,7 +64,8 @@ def measure(
     quiet()
     shapes = tuple(parse_shape(text) for text in batch or ())
     wish = Wish(backends=tuple(backend or ()), shapes=shapes, memory=memory, data=data, allow_code=allow_code)
-    told = measured(model, wish, baseline=baseline)
+    with chatter_aside(as_json):
+        told = measured(model, wish, baseline=baseline)
     told["recorded"] = record(told, home_of(model, data))
     if as_json:
         print_json(told)
@@ -121,13 +123,14 @@ def compress(
     shape = parse_shape(batch) if batch else None
     if overrides and recipe is None:
         raise CannotExport(f"{overrides[0]} changes a recipe, and there is none: name it by --with.")
-    before = trained = open_run(run, allow_code=allow_code)
-    if recipe is not None:
-        home = _retrained(trained, recipe, overrides or (), shown=not as_json, allow_code=allow_code)
-        if home is None:  # one of several ranks, whose part is done
-            return
-        trained = open_run(home, allow_code=allow_code)
-    found = search(trained, limits, before=before, out=out, shape=shape, report=_tell)
+    with chatter_aside(as_json):
+        before = trained = open_run(run, allow_code=allow_code)
+        if recipe is not None:
+            home = _retrained(trained, recipe, overrides or (), shown=not as_json, allow_code=allow_code)
+            if home is None:  # one of several ranks, whose part is done
+                return
+            trained = open_run(home, allow_code=allow_code)
+        found = search(trained, limits, before=before, out=out, shape=shape, report=_tell)
     if as_json:
         print_json(found.as_dict())
     else:

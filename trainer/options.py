@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any
 
 import typer
 
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let the recipe name your own module:attr.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@contextmanager
+def chatter_aside(as_json: bool) -> Iterator[None]:
+    """What libraries print on the way goes to the error output where JSON is to come: DeepSpeed logs to stdout."""
+    if not as_json:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def print_json(value: Any) -> None:

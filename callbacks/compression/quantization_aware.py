@@ -124,10 +124,14 @@ class QuantizationAware(Technique, pl.Callback):
         if self.weight_bits not in OFF:
             self._shown = ForwardWeights(module, layers, self._show)
         if self.activation_bits is not None:
-            self._inputs = [
-                layer.register_forward_pre_hook(self._quantize_input, with_kwargs=True)
-                for layer in self._linear(layers)
-            ]
+            self._hook_inputs(layers)
+
+    def _hook_inputs(self, layers: dict[str, list[Layer]]) -> None:
+        for handle in self.__dict__.get("_inputs", []):
+            handle.remove()
+        self._inputs = [
+            layer.register_forward_pre_hook(self._quantize_input, with_kwargs=True) for layer in self._linear(layers)
+        ]
 
     def _look_at_clock(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._acting = clock_of(trainer).toward(self._start) >= 1.0
@@ -198,9 +202,10 @@ class QuantizationAware(Technique, pl.Callback):
 
     def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """ZeRO-3's new engine has new hooks that gather weights, and ours must come after them."""
-        if "_shown" in vars(self) or "_inputs" in vars(self):
-            self.teardown(trainer, pl_module, "fit")
-            self._install(pl_module, quantizable(pl_module, self.skip))
+        if shown := vars(self).get("_shown"):
+            shown.reinstall()
+        if "_inputs" in vars(self):
+            self._hook_inputs(quantizable(pl_module, self.skip))
 
     def state_dict(self) -> dict[str, Any]:
         learned = getattr(self, "_learned", None)

@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from processes import last_words, run, succeed
 from safetensors.torch import load_file
 from toy import ACCUMULATE, GLOBAL_BATCH, STEPS, Explode, Exploded, fingerprint, held_out, loader, toy
 
+from shoestring.callbacks.compose import compose
+from shoestring.callbacks.contract import Unfit
 from shoestring.callbacks.registry import names, technique_class
 from shoestring.trainer import Budget, Trainer
 from shoestring.trainer.checkpoint import DamagedCheckpoint
@@ -45,14 +48,31 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 
 # -- kill -9 -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["absent", *names()])
-@pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("ddp", 2), ("zero2", 2)])
-def test_killed_and_given_again_ends_bit_for_bit(strategy, world, name, tmp_path):
-    draw = random.Random(f"{strategy} {name}")
+def together() -> list[tuple[str, ...]]:
+    """All techniques, each once, in groups that go together: at most four, so that a failure says enough."""
+    groups: list[list[str]] = []
+    for name in names():
+        for group in [group for group in groups if len(group) < 4]:
+            with suppress(Unfit):
+                compose([technique_class(one).example() for one in (*group, name)], {"cpu", "bf16", "adamw"})
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return [tuple(group) for group in groups]
+
+
+ALONE = [("single", 1, group) for group in [(), *((name,) for name in names())]]
+TOGETHER = [(strategy, 2, group) for strategy in ("ddp", "zero2") for group in [(), *together()]]
+
+
+@pytest.mark.parametrize(("strategy", "world", "group"), ALONE + TOGETHER, ids=lambda part: str(part).strip("()"))
+def test_killed_and_given_again_ends_bit_for_bit(strategy, world, group, tmp_path):
+    draw = random.Random(f"{strategy} {group}")
     mishap = {"step": draw.randrange(2, STEPS), "part": draw.randrange(2), "ranks": [draw.randrange(world)]}
     mishap["signal"] = "SIGKILL"
     print("killed:", mishap)
-    command = (train_script.kill_and_compare, tmp_path, strategy, world, name, mishap)
+    command = (train_script.kill_and_compare, tmp_path, strategy, world, group, mishap)
     codes = run(*command, world=world, folder=tmp_path)
     said = last_words(tmp_path)
     assert codes[mishap["ranks"][0]] == -9, said

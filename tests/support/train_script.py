@@ -79,10 +79,10 @@ def train(
     return trainer
 
 
-def kill_and_compare(folder: Path, strategy: str, devices: int, name: str, mishap: dict) -> None:
+def kill_and_compare(folder: Path, strategy: str, devices: int, names: tuple[str, ...], mishap: dict) -> None:
     """The run that is killed the first time, and then the same run without a mishap."""
     for run, mishaps in (("broken", (mishap,)), ("whole", ())):
-        techniques = () if name == "absent" else (technique_class(name).example(),)
+        techniques = tuple(technique_class(name).example() for name in names)
         train(folder / run, strategy=strategy, devices=devices, techniques=techniques, mishaps=mishaps)
 
 
