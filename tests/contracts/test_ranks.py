@@ -200,6 +200,9 @@ def test_masks_are_the_same_on_all_ranks_after_fifty_steps_with_three_updates(st
     reports = ran(strategy, "topology", name)
     assert len({report["fragments"] for report in reports}) == len({report["masters"] for report in reports}) == 1
     assert all(report["updates"] == {name: 4} for report in reports), "the first masks, and three that moved"
+    ran("single", "topology")
+    alone, found = (tensors(ran, each, f"topology-{name}", "mask/") for each in ("single", strategy))
+    assert alone and all(torch.equal(mask, found[n]) for n, mask in alone.items()), "the connections one process grows"
 
 
 @pytest.mark.parametrize("strategy", SEVERAL)
