@@ -14,8 +14,7 @@ FLOPs are of the whole training run, forward and backward, over those of the den
 products with a masked weight times its density, gradients with respect to a masked weight in full, since the dense
 gradient is computed. Realised: what the CPU executed. Masks lie in dense tensors here, so that realised FLOPs of
 masked-dense training are 1.00x whatever was counted: no row but small dense saves time in training. What SNIP and
-SynFlow look at before the first step is not in the figures, a lottery ticket's rounds share the steps, and Top-KAST
-counts as dense, because the masked weights that its layers see are tensors of their own, unknown to the counter.
+SynFlow look at before the first step is not in the figures, and a lottery ticket's rounds share the steps.
 """
 
 from __future__ import annotations

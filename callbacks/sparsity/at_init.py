@@ -51,7 +51,7 @@ class PruneAtInit(Masking):
         self.skip = skip
 
     def check(self) -> None:
-        require(0 <= self.sparsity < 1, self, "sparsity", "a share in [0, 1)")
+        super().check()
         require(self.samples > 0, self, "samples", "a positive number")
         require_distribution(self, self.distribution, distributions.NAMES)
 
@@ -61,13 +61,6 @@ class PruneAtInit(Masking):
     @classmethod
     def example(cls) -> Self:
         return cls(sparsity=0.6, samples=8)
-
-    @classmethod
-    def inert(cls) -> Self:
-        return cls(sparsity=0.0)
-
-    def active(self) -> bool:
-        return self.sparsity > 0
 
     def wanted(self) -> int:
         """How many samples are looked at."""

@@ -57,7 +57,7 @@ class DynamicSparse(Masking):
         self.skip = skip
 
     def check(self) -> None:
-        require(0 <= self.sparsity < 1, self, "sparsity", "a share in [0, 1)")
+        super().check()
         require_distribution(self, self.distribution, ("uniform", "erk"))
         require(0 <= self.drop_fraction <= 1, self, "drop_fraction", "a share in [0, 1]")
         require(self.every > 0, self, "every", "a positive number of steps")
@@ -70,13 +70,6 @@ class DynamicSparse(Masking):
     @classmethod
     def example(cls) -> Self:
         return cls(sparsity=0.6, drop_fraction=0.5, every=3)
-
-    @classmethod
-    def inert(cls) -> Self:
-        return cls(sparsity=0.0)
-
-    def active(self) -> bool:
-        return self.sparsity > 0
 
     def growth(self, shards: Shards, name: str, step: int) -> Tensor:
         """Scores of connections that may grow, [length]."""
@@ -129,7 +122,7 @@ class DynamicSparse(Masking):
         sizes = {name: shards.slices[name].numel for name in self._names}
         active = {name: round(self._kept[name] * sizes[name]) for name in self._names}
         moved = {name: min(int(fraction * active[name]), sizes[name] - active[name]) for name in self._names}
-        magnitudes = {name: saliency.among(self._masks[name], shards.master(name)) for name in self._names}
+        magnitudes = {name: self.among_kept(name, shards.master(name)) for name in self._names}
         kept = select_counts(shards, magnitudes, {name: active[name] - moved[name] for name in self._names})
         scores = {name: saliency.among(~kept[name], self.growth(shards, name, step)) for name in self._names}
         grown = select_counts(shards, scores, moved)

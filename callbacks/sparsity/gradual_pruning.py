@@ -65,7 +65,7 @@ class GradualPruning(Masking):
         self.skip = skip
 
     def check(self) -> None:
-        require(0 <= self.sparsity < 1, self, "sparsity", "a share in [0, 1)")
+        super().check()
         require(self.every > 0, self, "every", "a positive number of steps")
         schedules.require_ramp(self, self.start, self.end)
         require(self.ramp in RAMPS, self, "ramp", " | ".join(RAMPS))
@@ -84,13 +84,6 @@ class GradualPruning(Masking):
     @classmethod
     def example(cls) -> Self:
         return cls(sparsity=0.6, start="0%", end="70%", every=2)
-
-    @classmethod
-    def inert(cls) -> Self:
-        return cls(sparsity=0.0)
-
-    def active(self) -> bool:
-        return self.sparsity > 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -111,12 +104,9 @@ class GradualPruning(Masking):
         return 0.0 if done is None else RAMPS[self.ramp](done, self.sparsity)
 
     def _score(self, shards: Shards, name: str) -> Tensor:
-        """Scores of this rank's slice, [length]; what is pruned already comes last."""
         weight, gradient = shards.master(name), shards.gradient(name)
-        mask = self._masks.get(name)
-        mask = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
         if self.criterion == "magnitude":
-            return saliency.among(mask, weight)
+            return self.among_kept(name, weight)
         gradient = torch.zeros_like(weight) if gradient is None else gradient.to(weight.dtype)
         scored = saliency.taylor(weight, gradient) if self.criterion == "taylor" else saliency.gradient(gradient)
-        return saliency.among(mask, scored)
+        return self.among_kept(name, scored)

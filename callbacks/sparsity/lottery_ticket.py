@@ -12,7 +12,7 @@ from torch import Tensor
 from ..clock import Duration, clock_of
 from ..contract import Card, Effect, Workload, require
 from ..shards import Shards
-from . import distributions, saliency, schedules
+from . import distributions, schedules
 from .masks import Masking, require_distribution, select
 
 
@@ -51,7 +51,7 @@ class LotteryTicket(Masking):
         self.skip = skip
 
     def check(self) -> None:
-        require(0 <= self.sparsity < 1, self, "sparsity", "a share in [0, 1)")
+        super().check()
         require(self.rounds > 0, self, "rounds", "a positive number")
         require_distribution(self, self.distribution, distributions.NAMES)
         early = Duration.parse(self.rewind)
@@ -64,13 +64,6 @@ class LotteryTicket(Masking):
     @classmethod
     def example(cls) -> Self:
         return cls(sparsity=0.6, rounds=2, rewind="1 steps")
-
-    @classmethod
-    def inert(cls) -> Self:
-        return cls(sparsity=0.0)
-
-    def active(self) -> bool:
-        return self.sparsity > 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -86,15 +79,10 @@ class LotteryTicket(Masking):
             return None
         self._done += 1
         target = schedules.rounds(self._done, self.rounds, self.sparsity)
-        scores = {name: self._score(shards, name) for name in self._names}
+        scores = {name: self.among_kept(name, shards.master(name)) for name in self._names}
         masks = select(shards, scores, self.distribution, target)
         self._return(shards)
         return masks
-
-    def _score(self, shards: Shards, name: str) -> Tensor:
-        weight = shards.master(name)
-        mask = self._masks.get(name, torch.ones_like(weight, dtype=torch.bool))
-        return saliency.among(mask, weight)
 
     def _return(self, shards: Shards) -> None:
         """Parameters as they were, the optimizer as new, and no step on gradients of weights that are gone."""

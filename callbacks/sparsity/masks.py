@@ -1,14 +1,15 @@
-"""What techniques share that prune weights in place: which weights, and how masks hold under every sharding.
+"""What techniques share that mask weights: which ones, when, and how masks in place hold under every sharding.
 
-A mask acts on gradients at every step, and on master weights and optimizer states when it changes; both before the
-step, which carries the zeros to every copy. So a masked weight, its gradient and its moments are exactly 0 under one
-device, DDP and ZeRO-1/2/3, and keeping them so costs no communication. A rank keeps the masks of its own slices only.
+A mask in place acts on gradients at every step, and on master weights and optimizer states when it changes; both
+before the step, which carries the zeros to every copy. So a masked weight, its gradient and its moments are exactly 0
+under one device, DDP and ZeRO-1/2/3, and keeping them so costs no communication. A rank keeps the masks of its own
+slices only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
@@ -18,7 +19,7 @@ from ..contract import Technique, require
 from ..layers import trained_weights
 from ..selection import keep_largest
 from ..shards import Shards, shards_of
-from . import distributions, patterns
+from . import distributions, patterns, saliency
 
 
 def must_find(module: nn.Module, skip: Sequence[str], technique: str) -> list[str]:
@@ -90,31 +91,44 @@ def complete(shards: Shards, names: Sequence[str], restored: Mapping[str, Tensor
     return found
 
 
-class Masking(Technique, pl.Callback):
-    """Base of the techniques above. `revise` says which masks are new before a step."""
+def mask_gradients(shards: Shards, masks: Mapping[str, Tensor]) -> None:
+    """Take what is masked out of this rank's gradients. Local."""
+    for name, mask in masks.items():
+        if mask.numel() and (gradient := shards.gradient(name)) is not None:
+            shards.set_gradient(name, gradient * mask.to(gradient.device))
 
+
+class Pruning(Technique, pl.Callback):
+    """Whatever masks weights, in place or in the forward pass alone: its strength, its moment, what is told of it."""
+
+    sparsity: float
     skip: Sequence[str]
+
+    def check(self) -> None:
+        require(0 <= self.sparsity < 1, self, "sparsity", "a share in [0, 1)")
+
+    @classmethod
+    def inert(cls) -> Self:
+        return cls(sparsity=0.0)  # type: ignore[call-arg]
 
     def active(self) -> bool:
         """False at strength 0."""
-        raise NotImplementedError
+        return self.sparsity > 0
 
     def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
-        """Masks to hold from this step on, by name; None leaves them as they are. At the boundary only."""
+        """New masks of this rank's slices, by name; None leaves them as they are. At the boundary only."""
         raise NotImplementedError
 
-    # -- hooks ------------------------------------------------------------------------------------------------------
+    def hold(self, shards: Shards, masks: Mapping[str, Tensor]) -> None:
+        """Make these the masks. Collective where sharded."""
+        raise NotImplementedError
+
+    def shape_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
+        """Change the dense gradients before the step."""
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._masks: dict[str, Tensor] = {}  # this rank's slices, bool
         self._kept: dict[str, float] = {}
         self.mask_version = 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.active():
-            return
-        self._names = must_find(pl_module, self.skip, self.card.name)
-        if self.mask_version:
-            self._masks = complete(shards_of(trainer, pl_module), self._names, self._masks, self.card.name)
 
     @torch.no_grad()
     def on_before_optimizer_step(
@@ -127,9 +141,42 @@ class Masking(Technique, pl.Callback):
             return
         if (revised := self.revise(trainer, shards)) is not None:
             self.hold(shards, revised)
-        for name, mask in self._masks.items():
-            if mask.numel() and (gradient := shards.gradient(name)) is not None:
-                shards.set_gradient(name, gradient * mask.to(gradient.device))
+        self.shape_gradients(trainer, shards)
+
+    def densities(self) -> dict[str, float]:
+        """Share of weights that layers compute with, by parameter name."""
+        return dict(getattr(self, "_kept", {}))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self.densities(), "mask_version": getattr(self, "mask_version", 0)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._kept = dict(state_dict["kept"])
+        self.mask_version = state_dict["mask_version"]
+
+
+class Masking(Pruning):
+    """Base of the techniques that prune in place. `revise` says which masks are new before a step."""
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._masks: dict[str, Tensor] = {}  # this rank's slices, bool
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.active():
+            return
+        self._names = must_find(pl_module, self.skip, self.card.name)
+        if self.mask_version:
+            self._masks = complete(shards_of(trainer, pl_module), self._names, self._masks, self.card.name)
+
+    def shape_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
+        mask_gradients(shards, self._masks)
+
+    def among_kept(self, name: str, score: Tensor) -> Tensor:
+        """Scores of this rank's slice, [length], in which what is pruned already comes last."""
+        mask = self._masks.get(name)
+        return saliency.among(torch.ones_like(score, dtype=torch.bool) if mask is None else mask, score)
 
     def hold(self, shards: Shards, masks: Mapping[str, Tensor]) -> None:
         """Make these the masks, of weights and optimizer states too. Collective where sharded."""
@@ -151,19 +198,7 @@ class Masking(Technique, pl.Callback):
         if self._masks:
             self._count(shards_of(trainer, pl_module))
 
-    # -- what others may ask ----------------------------------------------------------------------------------------
-    def densities(self) -> dict[str, float]:
-        """Share of weights kept, by parameter name."""
-        return dict(getattr(self, "_kept", {}))
-
     # -- state ------------------------------------------------------------------------------------------------------
-    def state_dict(self) -> dict[str, Any]:
-        return {"kept": self.densities(), "mask_version": getattr(self, "mask_version", 0)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._kept = dict(state_dict["kept"])
-        self.mask_version = state_dict["mask_version"]
-
     def fragments(self) -> dict[str, dict[str, Tensor]]:
         return {"mask": dict(self._masks)} if getattr(self, "_masks", None) else {}
 

@@ -13,7 +13,7 @@ from ..clock import Duration, clock_of
 from ..contract import Card, Effect, Workload, require
 from ..shards import Shards
 from . import saliency
-from .masks import require_distribution, select
+from .masks import mask_gradients, require_distribution, select
 from .schedules import between, cubic, require_ramp
 from .soft_masks import SoftMasking
 
@@ -52,7 +52,7 @@ class MovementPruning(SoftMasking):
         self.skip = skip
 
     def check(self) -> None:
-        require(0 <= self.sparsity < 1, self, "sparsity", "a share in [0, 1)")
+        super().check()
         require(self.every > 0, self, "every", "a positive number of steps")
         require_ramp(self, self.start, self.end)
         require_distribution(self, self.distribution, ("uniform", "erk", "global"))
@@ -63,13 +63,6 @@ class MovementPruning(SoftMasking):
     @classmethod
     def example(cls) -> Self:
         return cls(sparsity=0.6, start="10%", end="70%", every=2)
-
-    @classmethod
-    def inert(cls) -> Self:
-        return cls(sparsity=0.0)
-
-    def active(self) -> bool:
-        return self.sparsity > 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -87,12 +80,10 @@ class MovementPruning(SoftMasking):
         scores = self._local.setdefault("score", {})
         for name in self._names:
             weight, gradient = shards.master(name), shards.gradient(name)
-            before = scores.get(name)
-            before = torch.zeros_like(weight) if before is None else before.to(weight.dtype)
-            step = weight if gradient is None else gradient.to(weight.device, weight.dtype)
-            scores[name] = before if gradient is None else saliency.movement(before, weight, step)
+            before = scores[name].to(weight.dtype) if name in scores else torch.zeros_like(weight)
+            if gradient is not None:
+                before = saliency.movement(before, weight, gradient.to(weight.device, weight.dtype))
+            scores[name] = before
 
     def shape_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
-        for name, mask in self._local.get("forward", {}).items():
-            if mask.numel() and (gradient := shards.gradient(name)) is not None:
-                shards.set_gradient(name, gradient * mask.to(gradient.device))
+        mask_gradients(shards, self._local.get("forward", {}))

@@ -7,37 +7,23 @@ When the run has ended, the masked weights become the weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ..contract import Technique
 from ..forward_weights import ForwardWeights, straight_through
 from ..shards import Shards, shards_of
-from .masks import complete, must_find
+from .masks import Pruning, complete, must_find
 
 
-class SoftMasking(Technique, pl.Callback):
+class SoftMasking(Pruning):
     """Base of the techniques above. `revise` says which masks are new before a step, `shape_gradients` what is learned.
 
     Local state is in `_local`: state name -> parameter name -> this rank's slice; "forward" holds the masks.
     """
-
-    skip: Sequence[str]
-
-    def active(self) -> bool:
-        """False at strength 0."""
-        raise NotImplementedError
-
-    def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
-        """New masks of this rank's slices, from dense gradients and weights; None leaves them. At the boundary only."""
-        raise NotImplementedError
-
-    def shape_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
-        """Change the dense gradients before the step."""
 
     def seen(self, name: str, weight: Tensor) -> Tensor:
         """What the layer computes with."""
@@ -48,12 +34,11 @@ class SoftMasking(Technique, pl.Callback):
 
     # -- hooks ------------------------------------------------------------------------------------------------------
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._local: dict[str, dict[str, Tensor]] = {}
         self._whole: dict[str, Tensor] = {}
         self._shown: ForwardWeights | None = None
-        self._kept: dict[str, float] = {}
         self._states: list[str] = []  # what was in `_local` when it was saved, on whichever rank
-        self.mask_version = 0
 
     @torch.no_grad()
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -71,20 +56,12 @@ class SoftMasking(Technique, pl.Callback):
     def begin(self, shards: Shards) -> None:
         """Before the first step of a run that is not resumed."""
 
-    @torch.no_grad()
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if not self.active():
-            return
-        shards = shards_of(trainer, pl_module)
-        if not shards.at_boundary():
-            return
-        assert self._shown is not None
-        self._shown.check_used(self.card.name)
-        if (revised := self.revise(trainer, shards)) is not None:
-            self.hold(shards, revised)
-        self.shape_gradients(trainer, shards)
+        if self._shown is not None:
+            self._shown.check_used(self.card.name)
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def hold(self, shards: Shards, masks: Mapping[str, Tensor]) -> None:
         """Let the layers compute with these from the next forward on. Collective where sharded."""
@@ -122,18 +99,12 @@ class SoftMasking(Technique, pl.Callback):
             self._shown.remove()  # type: ignore[union-attr]
             self._shown = None
 
-    # -- what others may ask, and state ------------------------------------------------------------------------------
-    def densities(self) -> dict[str, float]:
-        """Share of weights that layers compute with, by parameter name."""
-        return dict(getattr(self, "_kept", {}))
-
+    # -- state ------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        version = getattr(self, "mask_version", 0)
-        return {"kept": self.densities(), "mask_version": version, "states": sorted(getattr(self, "_local", {}))}
+        return {**super().state_dict(), "states": sorted(getattr(self, "_local", {}))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._kept = dict(state_dict["kept"])
-        self.mask_version = state_dict["mask_version"]
+        super().load_state_dict(state_dict)
         self._states = list(state_dict["states"])
 
     def fragments(self) -> dict[str, dict[str, Tensor]]:

@@ -52,7 +52,7 @@ class TopKAST(SoftMasking):
         self.skip = skip
 
     def check(self) -> None:
-        require(0 <= self.sparsity < 1, self, "sparsity", "a share in [0, 1)")
+        super().check()
         legal = self.sparsity == 0 or 0 <= self.backward_sparsity <= self.sparsity
         require(legal, self, "backward_sparsity", f"a share in [0, sparsity={self.sparsity:g}]")
         require(self.penalty >= 0, self, "penalty", "a number that is not negative")
@@ -65,13 +65,6 @@ class TopKAST(SoftMasking):
     @classmethod
     def example(cls) -> Self:
         return cls(sparsity=0.6, backward_sparsity=0.3, every=3)
-
-    @classmethod
-    def inert(cls) -> Self:
-        return cls(sparsity=0.0)
-
-    def active(self) -> bool:
-        return self.sparsity > 0
 
     def begin(self, shards: Shards) -> None:
         self.hold(shards, self._choose(shards))

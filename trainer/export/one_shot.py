@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ... import ShoestringError
 from ...callbacks.layers import quantizable
+from ...callbacks.sparsity.saliency import wanda
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 BLOCK = 128  # columns that SparseGPT corrects at once, and among which it compares
@@ -53,7 +54,7 @@ def wanda_scores(weight: Tensor, hessian: Tensor) -> Tensor:
 
     hessian: X^T X, [in, in], whose diagonal holds the squared norms.
     """
-    return weight.abs() * hessian.diagonal().clamp(min=0).sqrt().to(weight.dtype)
+    return wanda(weight, hessian.diagonal().clamp(min=0).sqrt().to(weight.dtype))
 
 
 def sparsegpt(
