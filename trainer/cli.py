@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from .. import ShoestringError, __version__
-from . import model_commands
+from . import job_commands, model_commands
+from .launched import as_task
 from .options import AllowCode, AsJson, print_json
 
 app = typer.Typer(
@@ -172,6 +173,10 @@ app.command()(model_commands.export)
 app.command()(model_commands.measure)
 app.command()(model_commands.compress)
 runs_app.command("pareto")(model_commands.pareto)
+app.command()(job_commands.launch)
+app.command()(job_commands.jobs)
+app.command()(job_commands.logs)
+app.command()(job_commands.cancel)
 
 
 @app.command()
@@ -215,16 +220,17 @@ def options(
 
 def main() -> None:
     """Entry point: our own errors are one message and exit code 2, without a traceback."""
-    try:
-        app()
-    except ShoestringError as error:
-        if os.environ.get("SHOESTRING_DEBUG"):
-            raise
-        from .run import is_first
+    with as_task():
+        try:
+            app()
+        except ShoestringError as error:
+            if os.environ.get("SHOESTRING_DEBUG"):
+                raise
+            from .run import is_first
 
-        if is_first():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+            if is_first():
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 def _already_finished(home: Path, recipe: Any, report_file: Path | None) -> bool:

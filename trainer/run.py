@@ -82,6 +82,11 @@ def fit(
         hardware=plan.hardware,
     )
     records.display = display
+    if "SHOESTRING_JOB_DIR" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        from pytorch_lightning.plugins.environments import LightningEnvironment
+
+        # RANK and its like are set; Lightning would look at Slurm's own and ask them to agree with its arguments
+        lightning.setdefault("plugins", []).append(LightningEnvironment())
     trainer = Trainer(
         plan.budget or Budget(),
         plan.techniques,

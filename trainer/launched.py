@@ -1,0 +1,55 @@
+"""A process that is a task of a job (`cluster/`): it says who it is, hears signals from its first moment on, and leaves
+a record of how it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .. import ShoestringError
+from ..cluster import ranks
+from . import signals
+
+
+@contextmanager
+def as_task() -> Iterator[None]:
+    """Around everything a task does. Outside of a job it does nothing."""
+    here = ranks.place()
+    if here is None:
+        yield
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signals.die_with_parent()
+    signals.listen_early()  # a task may be asked to stop before it has a trainer
+    job_dir, attempt = here
+    record = ranks.begun()
+    ranks.write(job_dir, attempt, record)
+    try:
+        yield
+    except BaseException as error:
+        code, said = _outcome(error)
+        _ignore_signals()  # this end is the one to be told
+        where = "" if code in (signals.SAVED, signals.BAD_NODE, 0) else "".join(traceback.format_exception(error))
+        ranks.write(job_dir, attempt, ranks.ended(record, code, said, where))
+        raise
+    _ignore_signals()
+    ranks.write(job_dir, attempt, ranks.ended(record, signals.FINISHED))
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """Exit code and what to say of it in one line."""
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        cause = error.__context__ if isinstance(error.__context__, ShoestringError) else None
+        return code, str(cause or "")
+    return signals.FAILURE, f"{type(error).__name__}: {error}"
+
+
+def _ignore_signals() -> None:
+    for number in signals.ASKS_TO_STOP:
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdout.flush()
