@@ -159,7 +159,7 @@ def _verdict(told: Sequence[RankRecord], tasks: int, code: int, lost: Sequence[s
         who = ", ".join(f"{r.rank} on {r.host}" for r in silent[:4]) + (" and others" if len(silent) > 4 else "")
         return (
             FAILURE,
-            f"rank {who} was killed without a word (out of memory, or its time was over before it had saved)",
+            f"rank {who} was killed without a word (out of memory, or out of time before it had saved)",
         )
     return FAILURE, f"{len(told)} of {tasks} tasks came to start; the launcher returned {code}"
 

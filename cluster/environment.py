@@ -20,7 +20,7 @@ SECRET_NAMES = "SHOESTRING_SECRETS"  # names, comma separated; their values are 
 
 
 def quoted(value: str) -> str:
-    """`value` as one word of a POSIX shell, whatever it holds; ClusterError for a NUL, which no process can be given."""
+    """`value` as one word of a POSIX shell, whatever it holds; ClusterError for a NUL."""
     if "\0" in value:
         raise ClusterError("a variable holds a NUL character, which no process can be given")
     return shlex.quote(value)

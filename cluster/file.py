@@ -88,7 +88,8 @@ def _field(
     """The section and field that pydantic's `loc` means, and its path as the file has it (union branches left out)."""
     for part in above:
         values = values.get(part) if isinstance(values, dict) else None
-    section, field, path = model, None, []
+    path: list[Any] = []
+    section, field = model, None
     for part in loc:
         here = isinstance(values, dict) and part in values
         inner = isinstance(values, list) and isinstance(part, int) and part < len(values)

@@ -51,9 +51,8 @@ def place(environ: Mapping[str, str] = os.environ) -> tuple[Path, int] | None:
 def begun() -> RankRecord:
     """A record of this process, now; from the variables `RANK` and `NODE_RANK` (torchrun: `GROUP_RANK`)."""
     node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
-    return RankRecord(
-        rank=int(os.environ["RANK"]), node_rank=int(node), host=socket.gethostname(), pid=os.getpid(), started=time.time()
-    )  # fmt: skip
+    rank, host = int(os.environ["RANK"]), socket.gethostname()
+    return RankRecord(rank=rank, node_rank=int(node), host=host, pid=os.getpid(), started=time.time())
 
 
 def ended(record: RankRecord, code: int, error: str = "", traceback: str = "") -> RankRecord:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from .hardware import HardwareError, hardware
 
 _HOURS = {"s": 1 / 3600, "sec": 1 / 3600, "min": 1 / 60, "h": 1.0, "hour": 1.0, "d": 24.0, "day": 24.0}
-_BYTES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+_BYTES = {"": 1} | {f"{p}{b}": k**i for b, k in (("b", 1000), ("ib", 1024)) for i, p in enumerate("kmgt", 1)}
 NAME = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"  # fits a DNS label with something added on both sides
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 

@@ -29,7 +29,8 @@ def show_job(job: Mapping[str, Any]) -> None:
     """One job and each of its attempts."""
     show_fields({
         "job": job["id"], "state": f"{job['state']}  {job['detail']}".rstrip(), "run": job["run_dir"],
-        "engine": f"{job['engine']} {job['engine_id']}", "size": f"{job['nodes']} nodes x {job['devices_per_node']} devices",
+        "engine": f"{job['engine']} {job['engine_id']}",
+        "size": f"{job['nodes']} nodes x {job['devices_per_node']} devices",
         "on": ", ".join(job["on"]) or "-", "spent": f"{seconds(job['seconds'])}, {dollars(job['usd'])}",
     })  # fmt: skip
     if job["start"]:
