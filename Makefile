@@ -19,8 +19,9 @@ quickstart: $(READY)
 	$(BIN)/shoestring train quickstart
 	$(BIN)/shoestring runs list
 
+# files go whole to one process each: many share a training among their tests
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 test-gpu: $(READY)
 	SHOESTRING_TEST_DEVICE=cuda $(BIN)/python -m pytest -rs tests/contracts/test_ranks.py

@@ -111,7 +111,8 @@ def test_strength_zero_equals_absence(strategy, name, ran):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("strategy", SEVERAL)
 def test_losses_are_those_of_one_device(strategy, case, ran):
-    alone, together = losses(ran("single", case, "still")), losses(ran(strategy, case, "still"))
+    run = "still" if case == "absent" else "whole"  # dropout draws other numbers on other ranks
+    alone, together = losses(ran("single", case, run)), losses(ran(strategy, case, run))
     assert drift(alone, together) < tolerance(case)
 
 
@@ -161,7 +162,7 @@ def test_nothing_is_whole_where_it_should_be_cut(strategy, ran):
 PRUNED = [name for name in names() if issubclass(technique_class(name), Masking)]  # weights, moments and gradients
 MASKED = [(name, run) for name in PRUNED for run in ("whole", "resumed")]
 MASKED += [("masks", "clipped"), ("masks", "bf16"), ("topology", "set"), ("topology", "rigl")]
-STILL = [f"{name}-still" for name in PRUNED]
+WHOLE = [f"{name}-whole" for name in PRUNED]
 
 
 @pytest.mark.parametrize("run", MASKED, ids="-".join)
@@ -180,7 +181,7 @@ def tensors(ran, strategy, case, prefix):
     return {name: tensor for name, tensor in found.items() if name.startswith(prefix)}
 
 
-@pytest.mark.parametrize("case", [*STILL, "masks-clipped", "topology-set", "topology-rigl"])
+@pytest.mark.parametrize("case", [*WHOLE, "masks-clipped", "topology-set", "topology-rigl"])
 @pytest.mark.parametrize("strategy", SEVERAL)
 def test_masks_are_those_of_one_device(strategy, case, ran):
     ran(strategy, case.split("-")[0]), ran("single", case.split("-")[0])
@@ -209,7 +210,7 @@ def test_masks_are_the_same_on_all_ranks_after_fifty_steps_with_three_updates(st
 def test_averages_are_those_of_one_device(strategy, ran):
     ran(strategy, "weight_averaging"), ran("single", "weight_averaging")
     for prefix in ("ema/", "master/"):
-        alone, together = (tensors(ran, s, "weight_averaging-still", prefix) for s in ("single", strategy))
+        alone, together = (tensors(ran, s, "weight_averaging-whole", prefix) for s in ("single", strategy))
         assert alone.keys() == together.keys() and alone
         for name, average in alone.items():
             assert (average - together[name]).abs().max() < 1e-3, name  # Adam enlarges rounding where gradients vanish

@@ -146,10 +146,10 @@ class Group:
 
     def technique(self, name: str) -> dict:
         cls = technique_class(name)
+        # without dropout, so that one training is compared both with its resumption and with one device
         return {
-            **self.resume(name, lambda: [cls.example()]),
+            **self.resume(name, lambda: [cls.example()], dropout=0.0),
             "inert": self.train(f"{name}-inert", cls.inert(), steps=FEW),
-            "still": self.train(f"{name}-still", cls.example(), dropout=0.0),
         }
 
     def absent(self) -> dict:
