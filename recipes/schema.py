@@ -172,7 +172,9 @@ class OptimizerSpec(Section):
 
     name: Literal["adamw", "adam", "sgd", "adafactor", "muon"] = "adamw"
     lr: Positive = Field(3e-4, description="a number above 0")
-    weight_decay: float = Field(0.1, ge=0, description="a number from 0")
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="null (0.1; 0 for sgd and adam), or a number from 0"
+    )
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
         (0.9, 0.95), description="two numbers from 0 to below 1, like [0.9, 0.95]"
     )

@@ -122,7 +122,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("torchao", "torch.utils._pytree"):  # kernels for other GPUs, deprecations of other packages
         logging.getLogger(name).setLevel(logging.ERROR)
-    for module in ("pytorch_lightning", "torch.distributed", "deepspeed"):
+    for module in ("pytorch_lightning", "lightning_", "torch.distributed", "deepspeed"):
         warnings.filterwarnings("ignore", module=module)
 
 

@@ -131,6 +131,16 @@ def test_lora_trains_adapters_alone_in_the_dtype_asked(tiny: Any, dtype: str, ex
     assert any(p.abs().max() > 0 for name, p in trained.items() if "lora_B" in name), "the adapters did not move"
 
 
+def test_decay_is_not_put_into_gradients_unasked() -> None:
+    def decay(name: str, asked: float | None) -> float:
+        settings = SimpleNamespace(name=name, lr=0.05, weight_decay=asked, betas=(0.9, 0.95), eps=1e-8, momentum=0.9)
+        return build_optimizer(torch.nn.Linear(4, 4).named_parameters(), settings).param_groups[0]["weight_decay"]
+
+    usual = {name: decay(name, None) for name in OPTIMIZERS}
+    assert usual == {"adamw": 0.1, "adam": 0.0, "sgd": 0.0, "adafactor": 0.1, "muon": 0.1}
+    assert decay("sgd", 1e-4) == decay("adamw", 1e-4) == 1e-4
+
+
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_every_optimizer_learns_and_restores(name: str) -> None:
     settings = SimpleNamespace(name=name, lr=0.05, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, momentum=0.9)

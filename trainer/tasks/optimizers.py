@@ -29,6 +29,14 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: An
     return OPTIMIZERS[settings.name](trained, settings)
 
 
+def decay_of(settings: Any) -> float:
+    """What the recipe says, else 0.1 where decay acts beside the gradient (arXiv 1711.05101). Within the gradient, as
+    in SGD and Adam, so much would undo the training: 0."""
+    if settings.weight_decay is not None:
+        return float(settings.weight_decay)
+    return 0.0 if settings.name in ("sgd", "adam") else 0.1
+
+
 def shape_of(parameter: nn.Parameter) -> torch.Size:
     """A parameter's whole shape: under ZeRO-3 its own is that of an empty placeholder."""
     return getattr(parameter, "ds_shape", parameter.shape)
@@ -43,20 +51,20 @@ def decay_groups(parameters: Named, weight_decay: float) -> list[dict[str, Any]]
 
 
 def _adamw(parameters: Named, s: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(decay_groups(parameters, s.weight_decay), lr=s.lr, betas=tuple(s.betas), eps=s.eps)
+    return torch.optim.AdamW(decay_groups(parameters, decay_of(s)), lr=s.lr, betas=tuple(s.betas), eps=s.eps)
 
 
 def _adam(parameters: Named, s: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(decay_groups(parameters, s.weight_decay), lr=s.lr, betas=tuple(s.betas), eps=s.eps)
+    return torch.optim.Adam(decay_groups(parameters, decay_of(s)), lr=s.lr, betas=tuple(s.betas), eps=s.eps)
 
 
 def _sgd(parameters: Named, s: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(decay_groups(parameters, s.weight_decay), lr=s.lr, momentum=s.momentum)
+    return torch.optim.SGD(decay_groups(parameters, decay_of(s)), lr=s.lr, momentum=s.momentum)
 
 
 def _adafactor(parameters: Named, s: Any) -> torch.optim.Optimizer:
     # its eps is a pair with another meaning: keep its own
-    return torch.optim.Adafactor(decay_groups(parameters, s.weight_decay), lr=s.lr)
+    return torch.optim.Adafactor(decay_groups(parameters, decay_of(s)), lr=s.lr)
 
 
 def _muon(parameters: Named, s: Any) -> torch.optim.Optimizer:
@@ -85,7 +93,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         others = [(n, p) for n, p in parameters if not _is_hidden_matrix(n, p)]
         self._parts: list[torch.optim.Optimizer] = []
         if matrices:
-            momentum, decay = settings.momentum or 0.95, settings.weight_decay
+            momentum, decay = settings.momentum or 0.95, decay_of(settings)
             muon = torch.optim.Muon(
                 [p for _, p in matrices],
                 lr=settings.lr,
