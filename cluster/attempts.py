@@ -107,6 +107,11 @@ def begin(job_dir: Path, number: int, nodes: Sequence[str] = (), engine_id: str 
     return allowed
 
 
+def note(job_dir: Path, number: int, **row: Any) -> None:
+    """Say more about an attempt that has begun."""
+    _append(job_dir, attempt=number, **row)
+
+
 def end(job_dir: Path, number: int, code: int, *, cancelled: bool = False, warned: bool = False,
         lost: Sequence[str] = ()) -> tuple[str, int]:  # fmt: skip
     """Note that an attempt has ended and decide what comes next: (next, exit code).
@@ -141,13 +146,15 @@ def _verdict(told: Sequence[RankRecord], tasks: int, code: int, lost: Sequence[s
     codes = {record.code for record in told}
     if BAD_NODE in codes:
         return BAD_NODE, "a node has failed its checks"
+    if lost:  # before what the others met with: they failed because somebody was gone
+        return BAD_NODE, f"lost {', '.join(lost)}"
+    if not told and code == SAVED:
+        return SAVED, "asked to stop before any task began"
     wrong = [r for r in told if r.code not in (None, FINISHED, SAVED)]
     if wrong:
         first = min(wrong, key=lambda record: record.ended or 0.0)
         assert first.code is not None
         return first.code if 0 < first.code < 128 else FAILURE, f"rank {first.rank} on {first.host}: {first.error}"
-    if lost:
-        return BAD_NODE, f"lost {', '.join(lost)}"
     silent = [r for r in told if r.code is None]
     if len(told) == tasks and not silent:
         if SAVED in codes:
