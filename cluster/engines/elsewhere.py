@@ -1,4 +1,4 @@
-"""For engines whose nodes do not see the launching machine's files: the job as its nodes know it, and what comes back."""
+"""For engines whose nodes do not see the launching machine's files: the job as nodes know it, and what comes back."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class SkyPilotOptions(Section):
     @model_validator(mode="after")
     def _one(self) -> SkyPilotOptions:
         if (self.volume is None) == (self.bucket is None):
-            raise ValueError("one of volume and bucket, which the run is kept on")
+            raise ValueError("exactly one of volume and bucket, to keep the run on")
         return self
 
 

@@ -80,7 +80,12 @@ def test_the_protocol_is_in_the_job_set(tmp_path) -> None:
     made = yaml.safe_load(Kubernetes().render(job)["jobset.yaml"])
     [nodes] = made["spec"]["replicatedJobs"]
     spec, pod = nodes["template"]["spec"], nodes["template"]["spec"]["template"]["spec"]
-    assert (spec["completions"], spec["parallelism"], spec["completionMode"], spec["backoffLimit"]) == (2, 2, "Indexed", 0)
+    assert (spec["completions"], spec["parallelism"], spec["completionMode"], spec["backoffLimit"]) == (
+        2,
+        2,
+        "Indexed",
+        0,
+    )
     evicted, saved = spec["podFailurePolicy"]["rules"]
     assert evicted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     [container] = pod["containers"]
