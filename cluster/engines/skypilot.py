@@ -197,7 +197,8 @@ def _run(job: Job) -> str:
         lines.append(f". {quoted(environment.venv.rstrip('/') + '/bin/activate')} || exit 2")
     place = '--node="$SKYPILOT_NODE_RANK" --master="$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"'
     own, train = (" ".join(map(shlex.quote, words(job, FILES))) for words in (node_words, train_words))
-    lines.append(f"exec {quoted(job.python)} {own} {place} \\\n  {train}")
+    python = environment.python or "python3"  # not the launching machine's
+    lines.append(f"exec {quoted(python)} {own} {place} \\\n  {train}")
     return "\n".join(lines) + "\n"
 
 

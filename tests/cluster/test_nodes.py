@@ -67,7 +67,7 @@ class Nodes:
         return max((r.started for r in ranks.read(self.job_dir, attempt)), default=time.time())
 
     def ended(self, pair: list[subprocess.Popen]) -> list[int]:
-        codes = [process.wait(120) for process in pair]
+        codes = [process.wait(200) for process in pair]
         print(self.log.read_text()[-3000:])
         return codes
 
@@ -86,7 +86,7 @@ def nodes(tmp_path: Path):
 
 
 def test_saved_then_lost_then_finished(nodes: Nodes) -> None:
-    pair = nodes.start(steps=3000)
+    pair = nodes.start(steps=700)
     nodes.trains(0)
     pair[1].send_signal(signal.SIGTERM)  # a pod is evicted
     assert nodes.ended(pair) == [85, 85]
@@ -94,7 +94,7 @@ def test_saved_then_lost_then_finished(nodes: Nodes) -> None:
     assert (first.next, first.code, first.nodes) == ("requeue", 85, ("pod-0", "pod-1"))
     assert {record.code for record in ranks.read(nodes.job_dir, 0)} == {85}
 
-    pair = nodes.start(steps=3000)
+    pair = nodes.start(steps=700)
     nodes.trains(1)
     os.killpg(pair[1].pid, signal.SIGKILL)  # a machine is gone
     gone = time.monotonic()
@@ -102,12 +102,12 @@ def test_saved_then_lost_then_finished(nodes: Nodes) -> None:
     assert time.monotonic() - gone < 40
     assert "lost pod-1" in attempts.history(nodes.job_dir)[1].reason
 
-    pair = nodes.start(steps=3000)
+    pair = nodes.start(steps=700)
     assert nodes.ended(pair) == [0, 0]
     last = attempts.history(nodes.job_dir)
     assert [attempt.next for attempt in last] == ["requeue", "requeue", "finished"]
     summary = json.loads((nodes.run_dir / "summary.json").read_text())
-    assert summary["steps"] == 3000
+    assert summary["steps"] == 700
     said = (nodes.files / "message-0").read_text().splitlines()
     assert json.loads(said[-1]) == {"excluded": ["pod-1"]} and '"finished"' in said[-2]
 
