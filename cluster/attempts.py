@@ -95,7 +95,10 @@ def spent_seconds(attempts: Iterable[Attempt]) -> float:
 def begin(job_dir: Path, number: int, nodes: Sequence[str] = (), engine_id: str = "") -> int:
     """Note that an attempt begins; the seconds it may take. 0: the job has used up its hours, which ends it."""
     facts = job_facts(job_dir)
-    left = facts["hours"] * 3600 - spent_seconds(a for a in history(job_dir) if a.number != number)
+    before = [a for a in history(job_dir) if a.number != number]
+    # one that never ended is over now, and was when it was last seen
+    before = [closed(job_dir, a) if a.ended is None else a for a in before]
+    left = facts["hours"] * 3600 - spent_seconds(before)
     allowed = int(min(left, facts["attempt_hours"] * 3600))
     started = time.time()
     if allowed <= facts["lead_seconds"]:

@@ -112,7 +112,7 @@ def test_a_cap_needs_a_price(tmp_path) -> None:
         ({"nodes": 9}, "9 nodes; allowed on lab: at most 4 (limits.nodes)"),
         ({"devices_per_node": 3}, "3 devices; allowed on lab: at most 2 a node"),
         ({"hours": 5.0}, "5 h; allowed on lab: at most 4 h (limits.hours)"),
-        ({"hours": 0.02}, "nothing would be trained"),
+        ({"hours": 0.016}, "nothing would be trained"),
         ({"hours": 1.0, "lead_seconds": 1800}, "the last 1800 s are for saving"),
     ],
 )
@@ -260,12 +260,18 @@ def test_a_torn_line_is_passed_over(tmp_path, clock) -> None:
     assert [attempt.ended for attempt in attempts.history(job_dir)] == [None]
 
 
-@settings(max_examples=60)
+def spent(job_dir: Path) -> float:
+    """Seconds of all attempts, none of which still runs."""
+    history = attempts.history(job_dir)
+    return attempts.spent_seconds(attempts.closed(job_dir, a) if a.ended is None else a for a in history)
+
+
+@settings(max_examples=25)
 @given(
     hours=st.floats(0.05, 5),
     share=st.floats(0.05, 1.0),
     lead=st.integers(30, 120),
-    story=st.lists(st.tuples(st.floats(0, 1), st.sampled_from([85, 86, 1, None]), st.floats(0, 1e5)), max_size=12),
+    story=st.lists(st.tuples(st.floats(0, 1), st.sampled_from([85, 86, 1, None]), st.floats(0, 1e5)), max_size=6),
 )
 def test_attempts_never_take_more_than_the_job_has(tmp_path_factory, hours, share, lead, story) -> None:
     """Whatever happens, as long as every attempt keeps to what `begin` gives it."""
@@ -276,7 +282,7 @@ def test_attempts_never_take_more_than_the_job_has(tmp_path_factory, hours, shar
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock(patch)
         for number, (used, code, queued) in enumerate(story):
-            left = hours * HOUR - attempts.spent_seconds(attempts.history(job_dir))
+            left = hours * HOUR - spent(job_dir)
             allowed = attempts.begin(job_dir, number)
             assert allowed <= left and allowed <= attempt_hours * HOUR
             if not allowed:
@@ -289,10 +295,7 @@ def test_attempts_never_take_more_than_the_job_has(tmp_path_factory, hours, shar
             else:
                 ended(job_dir, code, code, number=number)
             clock.now += queued
-        history = attempts.history(job_dir)
-        if history and history[-1].ended is None:
-            history[-1] = attempts.closed(job_dir, history[-1])
-        assert attempts.spent_seconds(history) <= hours * HOUR + 1e-3
+        assert spent(job_dir) <= hours * HOUR + 1e-3
 
 
 def test_the_script_is_told_in_two_words(tmp_path, capsys) -> None:
