@@ -67,7 +67,8 @@ def test_bash_can_read_every_script(engine, tmp_path) -> None:
 
 def launch(folder: Path, engine: str, nodes: int, **more) -> subprocess.CompletedProcess[str]:
     """`shoestring launch --dry-run` where neither engines nor a home are."""
-    values = cluster_values(engine, devices_per_node=8, hardware="h100", limits={"hours": 4}, secrets={}, **more)
+    settings = {"devices_per_node": 8, "hardware": "h100", "limits": {"hours": 4}, "secrets": {}, **more}
+    values = cluster_values(engine, **settings)
     if engine == "ssh":
         values["options"] = {"hosts": [f"n{number}" for number in range(nodes)]}
     (folder / "c.yaml").write_text(yaml.safe_dump(values))
@@ -87,6 +88,15 @@ def launch(folder: Path, engine: str, nodes: int, **more) -> subprocess.Complete
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMMAND, *words], cwd=folder, env=env, capture_output=True, text=True
     )
+
+
+def test_a_refusal_is_as_light(tmp_path) -> None:
+    done = launch(tmp_path, "kubernetes", 1000, price={"usd_per_device_hour": 100})
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "empty").rmdir()
+    done = launch(tmp_path, "kubernetes", 1000, limits={"hours": 4, "usd": 10})
+    assert done.returncode == 2 and "too dear for lab" in done.stderr and "HEAVY []" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "empty"]
 
 
 @pytest.mark.parametrize("engine", engines())
