@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SLOW_BENCHMARKS := sparsity.py large_then_compressed.py quantization.py low_rank.py distillation.py structured.py
 
-.PHONY: quickstart test test-gpu lint bench clean
+.PHONY: quickstart test test-cluster test-gpu lint bench clean
 
 # torch first: where pip has a CPU build of its own, the rest then keeps it
 $(READY): pyproject.toml
@@ -21,6 +21,10 @@ quickstart: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# starts real schedulers and daemons on this machine
+test-cluster: $(READY)
+	SHOESTRING_CLUSTER_TESTS=1 $(BIN)/python -m pytest -rs tests/cluster
 
 test-gpu: $(READY)
 	SHOESTRING_TEST_DEVICE=cuda $(BIN)/python -m pytest -rs tests/contracts/test_ranks.py

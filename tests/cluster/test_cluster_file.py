@@ -6,12 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
+from jobs import engines
 
-from shoestring.cluster import ClusterError
+from shoestring.cluster import ClusterError, registry
 from shoestring.cluster.file import load_cluster
+from shoestring.cluster.job import make_job
+from shoestring.cluster.launch import rendered
 from shoestring.cluster.reading import MAX_BYTES
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "malformed_clusters.txt"
+EXAMPLES = Path(__file__).parents[2] / "cluster" / "examples"
 WRITE = os.environ.get("SHOESTRING_GOLDEN") == "write"
 GOOD = "name: lab\nengine: local\ndevices_per_node: 2\nhardware: cpu\n"
 
@@ -114,3 +119,25 @@ def test_a_bomb_is_counted_and_depth_is_bounded() -> None:
 def test_messages_carry_no_terminal_codes() -> None:
     said = answer("", 'price: {kind: "\\e[31mred"}\n')
     assert "\\x1b[31mred" in said and said.isprintable()
+
+
+@pytest.mark.parametrize("engine", engines())
+def test_every_engine_has_an_example(engine) -> None:
+    """One that loads, and from which a job can be made."""
+    cluster = load_cluster(EXAMPLES / f"{engine}.yaml")
+    assert cluster.engine == engine
+    job = make_job(cluster, name="digits", recipe="name: digits\n", run_dir="/runs/digits", workdir="/work", hours=1.0)
+    assert rendered(job)
+
+
+def test_there_is_no_other_example() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*")} == set(registry.ENGINES)
+
+
+def test_the_readmes_is_a_valid_one() -> None:
+    text = (EXAMPLES.parents[1] / "README.md").read_text().split("## Launch\n")[1]
+    values = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    values.update(engine="local", options={})  # the others have tests of their own
+    Path("c.yaml").write_text(yaml.safe_dump(values))
+    assert load_cluster("c.yaml").limits.attempt_hours == 12
+    assert all(f"| `{name}` |" in text for name in registry.names())
