@@ -28,6 +28,10 @@ test-cluster: $(READY)
 	sh tests/cluster/install.sh $(BIN)/python
 	SHOESTRING_CLUSTER_TESTS=1 $(BIN)/python -m pytest -rs -m cluster tests/cluster
 
+# starts real schedulers and daemons on this machine
+test-cluster: $(READY)
+	SHOESTRING_CLUSTER_TESTS=1 $(BIN)/python -m pytest -rs tests/cluster
+
 test-gpu: $(READY)
 	SHOESTRING_TEST_DEVICE=cuda $(BIN)/python -m pytest -rs tests/contracts/test_ranks.py
 

@@ -95,7 +95,10 @@ def spent_seconds(attempts: Iterable[Attempt]) -> float:
 def begin(job_dir: Path, number: int, nodes: Sequence[str] = (), engine_id: str = "") -> int:
     """Note that an attempt begins; the seconds it may take. 0: the job has used up its hours, which ends it."""
     facts = job_facts(job_dir)
-    left = facts["hours"] * 3600 - spent_seconds(a for a in history(job_dir) if a.number != number)
+    before = [a for a in history(job_dir) if a.number != number]
+    # one that never ended is over now, and was when it was last seen
+    before = [closed(job_dir, a) if a.ended is None else a for a in before]
+    left = facts["hours"] * 3600 - spent_seconds(before)
     allowed = int(min(left, facts["attempt_hours"] * 3600))
     started = time.time()
     if allowed <= facts["lead_seconds"]:
@@ -105,6 +108,11 @@ def begin(job_dir: Path, number: int, nodes: Sequence[str] = (), engine_id: str 
         return 0
     _append(job_dir, attempt=number, started=started, nodes=list(nodes), engine_id=engine_id)
     return allowed
+
+
+def note(job_dir: Path, number: int, **row: Any) -> None:
+    """Say more about an attempt that has begun."""
+    _append(job_dir, attempt=number, **row)
 
 
 def end(job_dir: Path, number: int, code: int, *, cancelled: bool = False, warned: bool = False,
@@ -141,13 +149,15 @@ def _verdict(told: Sequence[RankRecord], tasks: int, code: int, lost: Sequence[s
     codes = {record.code for record in told}
     if BAD_NODE in codes:
         return BAD_NODE, "a node has failed its checks"
+    if lost:  # before what the others met with: they failed because somebody was gone
+        return BAD_NODE, f"lost {', '.join(lost)}"
+    if not told and code == SAVED:
+        return SAVED, "asked to stop before any task began"
     wrong = [r for r in told if r.code not in (None, FINISHED, SAVED)]
     if wrong:
         first = min(wrong, key=lambda record: record.ended or 0.0)
         assert first.code is not None
         return first.code if 0 < first.code < 128 else FAILURE, f"rank {first.rank} on {first.host}: {first.error}"
-    if lost:
-        return BAD_NODE, f"lost {', '.join(lost)}"
     silent = [r for r in told if r.code is None]
     if len(told) == tasks and not silent:
         if SAVED in codes:

@@ -54,7 +54,8 @@ class JobRecord:
 
 
 class Engine(Protocol):
-    """One instance serves all jobs; it keeps nothing."""
+    """One instance serves all jobs; it keeps nothing. One whose nodes see none of this machine's files says
+    `elsewhere = True`, and hands over recipe, variables and secrets by itself."""
 
     name: str
     Options: type[Section]

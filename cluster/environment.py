@@ -109,10 +109,9 @@ def resolve(secrets: Mapping[str, SecretSpec], environ: Mapping[str, str] = os.e
 
 def redacted(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """`text` without the values of this process's secrets; for whatever is written down on a node."""
-    for name in filter(None, environ.get(SECRET_NAMES, "").split(",")):
-        value = environ.get(name, "")
-        if value:
-            text = text.replace(value, HIDDEN)
+    values = {environ.get(name, "") for name in environ.get(SECRET_NAMES, "").split(",") if name} - {""}
+    for value in sorted(values, key=len, reverse=True):  # one may hold another
+        text = text.replace(value, HIDDEN)
     return text
 
 

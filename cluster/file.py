@@ -7,10 +7,12 @@ cluster.engine, cluster.devices_per_node, cluster.usd_per_device_hour
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -30,8 +32,10 @@ def load_cluster(path: str | Path) -> Cluster:
     nearest match.
     """
     document = read(Path(path))
-    if not isinstance(document.values, dict):
-        raise ClusterError(document.complain((), shown(document.values), "a mapping with at least name and engine"))
+    if not isinstance(document.values, dict) or not document.values:
+        found = shown(document.values) if document.values else "an empty file"
+        least = "a mapping with at least name, engine, devices_per_node and hardware"
+        raise ClusterError(document.complain((), found, least))
     _keep_spelling(document)
     problems: list[str] = []
     cluster: Cluster | None = None
@@ -75,83 +79,117 @@ def _engine_problems(document: Document, name: str) -> list[str]:
 def _problems(document: Document, error: ValidationError, model: type[BaseModel], above: Where) -> list[str]:
     found: dict[Where, str] = {}
     for detail in error.errors(include_url=False):
-        section, field, path = _field(model, detail["loc"], document.values, above)
-        at = (*above, *path)
-        if at not in found:
-            found[at] = _complaint(document, dict(detail), section, field, at)
-    return list(found.values())
+        spot = _spot(model, detail["loc"], document.values, above)
+        if spot.at not in found:
+            found[spot.at] = _complaint(document, dict(detail), spot)
+    deepest = [at for at in found if not any(other[: len(at)] == at and other != at for other in found)]
+    return [found[at] for at in deepest]
 
 
-def _field(
-    model: type[BaseModel], loc: tuple[Any, ...], values: Any, above: Where
-) -> tuple[type[BaseModel], FieldInfo | None, Where]:
-    """The section and field that pydantic's `loc` means, and its path as the file has it (union branches left out)."""
+@dataclass(frozen=True)
+class Spot:
+    """What pydantic's `loc` means: the innermost section and field, the type that is asked for, and the file's path
+    (branches of unions left out). `key`: it is a mapping's key that is wrong."""
+
+    section: type[BaseModel]
+    field: FieldInfo | None
+    kind: Any
+    at: Where
+    key: bool = False
+
+
+def _spot(model: type[BaseModel], loc: tuple[Any, ...], values: Any, above: Where) -> Spot:
     for part in above:
         values = values.get(part) if isinstance(values, dict) else None
-    path: list[Any] = []
-    section, field = model, None
+    section, field, kind, path = model, None, model, list(above)
     for part in loc:
-        here = isinstance(values, dict) and part in values
-        inner = isinstance(values, list) and isinstance(part, int) and part < len(values)
-        if field is None or _section(field) is None:
-            known = section.model_fields.get(str(part)) if not path or field is None else None
-            if known is None and not (here or inner):
-                if not path:
-                    return section, None, (part,)
-                continue
-            field = known or field
+        inner, element = _held(kind)
+        there = isinstance(values, dict) and part in values
+        there = there or (isinstance(values, list) and isinstance(part, int) and part < len(values))
+        known = inner.model_fields.get(str(part)) if inner is not None else None
+        if part == "[key]":
+            return Spot(section, field, kind, tuple(path), key=True)
+        if inner is not None and (known is not None or there):
+            section, field, kind = inner, known, known.annotation if known is not None else None
+        elif there:
+            kind = element
         else:
-            section = _section(field) or section
-            field = section.model_fields.get(str(part))
+            continue
         path.append(part)
-        values = values[part] if here or inner else None
-        if field is None:
-            break
-    return section, field, tuple(path)
+        values = values[part] if there else None
+    return Spot(section, field, kind, tuple(path))
 
 
-def _section(field: FieldInfo | None) -> type[BaseModel] | None:
-    """The section that a field holds, also where it may be null, or in a mapping or a list of them."""
-    kinds: list[Any] = [field.annotation] if field is not None else []
+def _held(kind: Any) -> tuple[type[BaseModel] | None, Any]:
+    """The section that a type stands for, also where it may be null; else what its mappings or lists hold."""
+    kinds = [kind]
     while kinds:
         kind = kinds.pop()
+        origin, inside = get_origin(kind), get_args(kind)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-        if get_origin(kind) in (Union, UnionType):
-            kinds += get_args(kind)
-    return None
+            return kind, None
+        if origin is Annotated:
+            kinds.append(inside[0])
+        elif origin in (Union, UnionType):
+            kinds += inside
+        elif origin is dict:
+            return None, inside[1]
+        elif origin in (tuple, list):
+            return None, inside[0]
+    return None, None
 
 
-def _complaint(
-    document: Document, detail: dict[str, Any], section: type[BaseModel], field: FieldInfo | None, at: Where
-) -> str:
+def _complaint(document: Document, detail: dict[str, Any], spot: Spot) -> str:
     if detail["type"] == "extra_forbidden":
-        keys = list(section.model_fields)
-        return document.complain(at, "an unknown key", f"the keys {', '.join(keys)}", nearest(str(at[-1]), keys))
-    value = document.values
-    for part in at:
-        held: Any = part if isinstance(value, dict) and part in value or isinstance(value, list) else None
-        value = None if held is None else value[held]
+        keys = list(spot.section.model_fields)
+        return document.complain(spot.at, "an unknown key", _keys(spot.section), nearest(str(spot.at[-1]), keys))
+    if spot.key:
+        return document.complain(spot.at, str(spot.at[-1]), "names of letters, digits and underscores")
     if detail["type"] == "missing":
-        return document.complain(at, "nothing", _rule(field, detail), "")
-    said = document.spelled.get(at, shown(value))
+        return document.complain(spot.at, "nothing", _rule(spot, detail), "")
+    value = document.values
+    for part in spot.at:
+        value = value[part]
+    said = _quoted(document.spelled.get(spot.at), value)
+    if spot.at[0] == "secrets" and isinstance(value, str) and _held(spot.kind)[0] is not None:
+        said = "a text, which is not repeated here"  # it may be the secret itself
     hint = ""
-    if at == ("hardware",):
+    if spot.at == ("hardware",):
         hint = nearest(said, [spelling for e in known_hardware().values() for spelling in (e.name, *e.aliases)])
     elif isinstance(value, str):
-        hint = nearest(value, _choices(field))
-    return document.complain(at, said if said else "an empty text", _rule(field, detail), hint)
+        hint = nearest(value, _choices(spot.field))
+    return document.complain(spot.at, said, _rule(spot, detail), hint)
 
 
-def _rule(field: FieldInfo | None, detail: Mapping[str, Any]) -> str:
-    if field is not None and field.description:
-        return field.description
-    choices = _choices(field)
+def _quoted(spelled: str | None, value: Any) -> str:
+    """A value as the file has it; in quotes where it would be something else without them."""
+    if spelled is None:
+        return shown(value)
+    if isinstance(value, str) and not isinstance(
+        yaml.safe_load(f"- {spelled}" if spelled.isalnum() else "- a")[0], str
+    ):
+        return f'"{spelled}"'
+    return shown(spelled) if spelled else "an empty text"
+
+
+def _keys(section: type[BaseModel]) -> str:
+    return f"the keys {', '.join(section.model_fields)}" if section.model_fields else "no keys at all"
+
+
+def _rule(spot: Spot, detail: Mapping[str, Any]) -> str:
+    inner, _ = _held(spot.kind)
+    if inner is not None and detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    element = (
+        spot.field is not None and bool(spot.at) and spot.field is not spot.section.model_fields.get(str(spot.at[-1]))
+    )
+    if spot.field is not None and spot.field.description and not (element and inner is not None):
+        return spot.field.description
+    choices = _choices(spot.field)
     if choices:
         return " | ".join(choices)
-    section = _section(field)
-    if section is not None:
-        return f"a mapping with the keys {', '.join(section.model_fields)}"
+    if inner is not None:
+        return f"a mapping with {_keys(inner)}"
     return str(detail["msg"])
 
 

@@ -28,6 +28,7 @@ class Job:
     spent_usd       what earlier jobs of the same run have cost
     python          the interpreter the processes start with
     home            `SHOESTRING_HOME` of the tasks; empty: their own default
+    exclude         nodes that earlier jobs of the run have found bad
     """
 
     id: str
@@ -45,6 +46,7 @@ class Job:
     arguments: tuple[str, ...] = ()  # more of them for `shoestring train`
     recipe_hash: str = ""
     home: str = ""
+    exclude: tuple[str, ...] = ()
     attempt_hours: float = field(default=0.0)
 
     def __post_init__(self) -> None:
@@ -114,6 +116,7 @@ def make_job(
     arguments: tuple[str, ...] = (),
     recipe_hash: str = "",
     home: str = "",
+    exclude: tuple[str, ...] = (),
     id: str | None = None,
 ) -> Job:
     """A job within the cluster's limits; ClusterError where what is asked for exceeds them, or cannot be known."""
@@ -147,7 +150,7 @@ def make_job(
         id=id or new_id(name), name=name, cluster=cluster, recipe=recipe, run_dir=run_dir,
         workdir=cluster.workdir or workdir, nodes=nodes, devices_per_node=devices, hours=hours, lead_seconds=lead,
         python=python, spent_usd=spent_usd, arguments=arguments, recipe_hash=recipe_hash,
-        home=home,
+        home=home, exclude=exclude,
     )  # fmt: skip
 
 

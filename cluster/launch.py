@@ -40,13 +40,15 @@ class Status:
 def rendered(job: Job) -> dict[str, str]:
     """Every file of the job; the first one is what the engine is given. No secrets, no torch, nothing asked."""
     found = registry.engine(job.cluster.engine).render(job)
+    if registry.elsewhere(job.cluster.engine):
+        return found
     return {**found, **{name: text for name, text in environment.files(job).items() if name not in found}}
 
 
 def dry_run(job: Job) -> str:
     """All that would be submitted, as text that can be read and, file by file, used."""
     parts = rendered(job)
-    if job.cluster.secrets:
+    if job.cluster.secrets and not registry.elsewhere(job.cluster.engine):
         parts["secrets.sh (mode 600, removed when the job has ended)"] = environment.withheld(job)
     return "\n".join(f"# ---- {name}\n{text.rstrip()}\n" for name, text in parts.items())
 
@@ -67,7 +69,7 @@ def submit(job: Job) -> JobRecord:
     record = JobRecord(job.id, engine.name, "", job.run_dir, job.job_dir, time.time(), job.facts())
     try:
         environment.write_files(folder, files)
-        if secrets:
+        if secrets and not registry.elsewhere(engine.name):
             environment.write_private(folder / "secrets.sh", environment.exports(secrets))
         _write(record)
         record = JobRecord(**{**record.__dict__, "engine_id": engine.submit(job, files, secrets)})
@@ -142,6 +144,12 @@ def spent(run_dir: str | Path) -> float:
         tasks = record.facts["nodes"] * record.facts["devices_per_node"]
         total += attempts.spent_seconds(attempts.history(record.job_dir)) / 3600 * tasks * price
     return total
+
+
+def excluded(run_dir: str | Path) -> tuple[str, ...]:
+    """The nodes that jobs of this run have found bad."""
+    found = [node for record in records(run_dir) for node in attempts.excluded(record.job_dir)]
+    return tuple(dict.fromkeys(found))
 
 
 def find(wanted: str, known: list[JobRecord]) -> JobRecord:

@@ -13,6 +13,7 @@ import yaml
 from .. import ShoestringError
 
 MAX_BYTES = 256 * 1024
+MAX_NODES = 20_000  # aliases counted as often as they are used
 Where = tuple[str | int, ...]
 
 
@@ -28,6 +29,7 @@ class Document:
     values: Any
     lines: dict[Where, int] = field(default_factory=dict)
     spelled: dict[Where, str] = field(default_factory=dict)
+    nodes: int = 0
 
     def place(self, key: Where) -> str:
         """`file:line` of `key`, or of what stands nearest above it."""
@@ -36,7 +38,7 @@ class Document:
         return f"{self.path}:{self.lines.get(key, 1)}"
 
     def complain(self, key: Where, found: str, allowed: str, hint: str = "") -> str:
-        name = ".".join(map(str, key))
+        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
         text = f"{self.place(key)}: {name + ': ' if name else ''}found {found}; allowed: {allowed}"
         text += f"; {hint}" if hint else ""
         return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
@@ -55,17 +57,36 @@ def read(path: Path) -> Document:
         line = content.count(b"\n", 0, error.start) + 1
         raise ClusterError(f"{path}:{line}: found a byte that is not UTF-8; allowed: text in UTF-8") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        said = getattr(error, "problem", None) or str(error)
-        raise ClusterError(f"{path}:{mark.line + 1 if mark else 1}: this is not YAML: {said}") from None
+        raise ClusterError(_syntax(path, content.decode("utf-8-sig"), error)) from None
+    except RecursionError:
+        raise ClusterError(f"{path}:1: found too many brackets in one another; allowed: a cluster file") from None
     document = Document(path, None)
     document.values = _value(node, (), document, set()) if node is not None else {}
     return document
 
 
+def _syntax(path: Path, content: str, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    said = getattr(error, "problem", None) or str(error)
+    lines = content.splitlines()
+    number = min(mark.line if mark else 0, len(lines) - 1)  # an open bracket is noticed behind the last line
+    hint = next((hint for sign, hint in _HINTS if sign in said), "")
+    return Document(path, None, {(): number + 1}).complain((), shown(lines[number].strip(" ")), f"YAML ({said})", hint)
+
+
+_HINTS = (
+    ("\\t", "indent with spaces, not with tabs"),
+    ("another document", "one document a file: remove the line ---"),
+    ("mapping values are not allowed", "put quotes around a value that contains a colon"),
+)
+
+
 def _value(node: Any, at: Where, document: Document, above: set[int]) -> Any:
     line = node.start_mark.line + 1
     document.lines.setdefault(at, line)
+    document.nodes += 1
+    if document.nodes > MAX_NODES:
+        raise ClusterError(document.complain(at, f"more than {MAX_NODES} values", "a cluster file"))
     if id(node) in above:
         raise ClusterError(document.complain(at, "an alias inside of what it stands for", "an alias outside of it"))
     above = above | {id(node)}
@@ -77,6 +98,8 @@ def _value(node: Any, at: Where, document: Document, above: set[int]) -> Any:
             return yaml.SafeLoader("").construct_object(node)
         except yaml.YAMLError:
             raise ClusterError(document.complain(at, f"the tag {node.tag}", "values without a tag")) from None
+    if node.tag not in ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
+        raise ClusterError(document.complain(at, f"the tag {node.tag}", "values without a tag"))
     if isinstance(node, yaml.SequenceNode):
         return [_value(child, (*at, i), document, above) for i, child in enumerate(node.value)]
     found: dict[str, Any] = {}

@@ -36,3 +36,8 @@ def engine(name: str) -> Engine:
             loaded: Engine = point.load()()
             return loaded
     raise KeyError(name)
+
+
+def elsewhere(name: str) -> bool:
+    """Whether that engine's nodes see none of this machine's files, so that it hands over all they need by itself."""
+    return bool(getattr(engine(name), "elsewhere", False))

@@ -95,7 +95,7 @@ class SecretSpec(Section):
     @model_validator(mode="after")
     def _one(self) -> SecretSpec:
         if (self.env is None) == (self.file is None):
-            raise ValueError("one source")
+            raise ValueError("exactly one of env and file")
         return self
 
 

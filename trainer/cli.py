@@ -14,6 +14,7 @@ from .. import ShoestringError, __version__
 from . import job_commands, model_commands
 from .launched import as_task
 from .options import AllowCode, AsJson, print_json
+from .signals import is_first
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,7 +46,6 @@ def train(
     Exit codes: 0 finished, 1 failure, 2 bad input, 85 saved - run me again, 86 this node is bad.
     """
     from ..recipes import load_recipe
-    from .run import is_first
 
     loaded = load_recipe(recipe, overrides or (), allow_code)
     home = run_dir or Path("runs") / loaded.name
@@ -226,8 +226,6 @@ def main() -> None:
         except ShoestringError as error:
             if os.environ.get("SHOESTRING_DEBUG"):
                 raise
-            from .run import is_first
-
             if is_first():
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -235,7 +233,7 @@ def main() -> None:
 
 def _already_finished(home: Path, recipe: Any, report_file: Path | None) -> bool:
     """A run that has reached its end is shown again, not run again."""
-    from .run import finished_report, is_first
+    from .run import finished_report
 
     report = finished_report(home, recipe)
     if report is None:

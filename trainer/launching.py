@@ -14,13 +14,13 @@ from ..cluster import ClusterError
 from ..cluster import launch as launching
 from ..cluster.engine import JobRecord
 from ..cluster.job import Job, make_job
+from ..cluster.registry import elsewhere
 from ..cluster.sections import Cluster
 from ..recipes import dump_recipe, load_recipe
 from .ledger import Ledger, RunIdentity
 
 # from the first import to the first step, and from the last step to the exit; once a job
 OVERHEAD_HOURS = 1 / 6
-ELSEWHERE = ("kubernetes", "skypilot")  # their nodes do not see this machine's files
 UNMEASURED_CHECKPOINT_SECONDS = 30.0
 
 
@@ -75,7 +75,8 @@ def job_for(
         spent_usd=launching.spent(home),
         arguments=("--allow-code",) if allow_code else (),
         recipe_hash=loaded.hash,
-        home="" if cluster.engine in ELSEWHERE else os.environ.get("SHOESTRING_HOME", ""),
+        home="" if elsewhere(cluster.engine) else os.environ.get("SHOESTRING_HOME", ""),
+        exclude=launching.excluded(home),
         id=id,
     )
 

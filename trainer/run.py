@@ -40,11 +40,6 @@ class Report:
         }
 
 
-def is_first() -> bool:
-    """Whether this process is rank 0, also before any process group exists."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
-
-
 def fit(
     plan: Plan,
     *,

@@ -86,3 +86,19 @@ def lines(path: Path, follow: bool, over: Callable[[], bool]) -> Iterator[str]:
             time.sleep(POLL)
         if rest:
             yield rest
+
+
+def streamed(command: list[str]) -> Iterator[str]:
+    """The lines that an engine's own command prints, as it prints them; it ends when nobody reads on."""
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace")
+    except FileNotFoundError:
+        raise ClusterError(f"{command[0]} is not installed here: ask where this engine's commands are") from None
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            yield line.rstrip("\n")
+    finally:
+        process.terminate()
+        process.stdout.close()
+        process.wait()
