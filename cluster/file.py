@@ -130,7 +130,7 @@ def _complaint(
         return document.complain(at, "an unknown key", f"the keys {', '.join(keys)}", nearest(str(at[-1]), keys))
     value = document.values
     for part in at:
-        held: Any = part if isinstance(value, dict) and part in value or isinstance(value, list) else None
+        held: Any = part if (isinstance(value, dict) and part in value) or isinstance(value, list) else None
         value = None if held is None else value[held]
     if detail["type"] == "missing":
         return document.complain(at, "nothing", _rule(field, detail), "")

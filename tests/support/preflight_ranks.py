@@ -1,0 +1,55 @@
+"""What a task of a job does before it trains, as a node of its own: for tests of the pre-flight."""
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shoestring.cluster.sections import PreflightSpec
+from shoestring.trainer.launched import as_task, preflight
+
+
+def make_job(folder: Path, nodes: int, devices: int = 1, **limits: object) -> Path:
+    """A job's folder below a run's, as `launch.submit` leaves it, as far as a task reads it."""
+    job_dir = folder / "run" / "jobs" / "job-1"
+    job_dir.mkdir(parents=True)
+    spec = PreflightSpec.model_validate(limits).model_dump(mode="json")
+    facts = {"nodes": nodes, "devices_per_node": devices, "hardware": "cpu", "run_dir": str(folder / "run")}
+    (job_dir / "job.json").write_text(json.dumps({**facts, "preflight": spec}))
+    names = [f"n{i + 1}" for i in range(nodes)]
+    (job_dir / "attempts.jsonl").write_text(json.dumps({"attempt": 0, "started": time.time(), "nodes": names}) + "\n")
+    return job_dir
+
+
+def state() -> list[object]:
+    """What pre-flight must leave as it was."""
+    return [
+        torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), torch.get_num_threads(),
+        str(torch.get_default_dtype()), torch.distributed.is_initialized(), torch.is_grad_enabled(),
+    ]  # fmt: skip
+
+
+def node(job_dir: Path, *, devices: int = 1, missing: tuple = (), ahead: dict | None = None, **drill: str) -> None:
+    """One task; it leaves what it saw in `seen-RANK.json`. missing: ranks that never come; ahead: seconds by rank."""
+    rank = int(os.environ["RANK"])
+    if rank in missing:
+        return
+    number = rank // devices
+    os.environ.update(drill, NODE_RANK=str(number), LOCAL_RANK=str(rank % devices), SHOESTRING_NODE=f"n{number + 1}")
+    os.environ.update(SHOESTRING_JOB="job-1", SHOESTRING_JOB_DIR=str(job_dir), SHOESTRING_ATTEMPT="0")
+    os.environ.pop("TORCHELASTIC_RUN_ID", None)
+    if (ahead or {}).get(rank):
+        right = time.time
+        time.time = lambda: right() + ahead[rank]  # type: ignore[index]
+    random.seed(1)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    before, began = state(), time.perf_counter()
+    with as_task():
+        rows = preflight()
+        seen = {"rows": rows, "same": state() == before, "seconds": time.perf_counter() - began}
+        (job_dir / f"seen-{rank}.json").write_text(json.dumps(seen))
