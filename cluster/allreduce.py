@@ -33,6 +33,7 @@ def _measure(store: Any, where: str, place: int, size: int, device: str, timeout
 
     amount, times, _, _ = ON_CPUS if device == "cpu" else ON_GPUS
     prefixed = dist.PrefixStore(where, store)
+    group: Any
     if device == "cpu":
         group = dist.ProcessGroupGloo(prefixed, place, size, timedelta(seconds=timeout))
     else:

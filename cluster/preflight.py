@@ -1,7 +1,7 @@
 """Pre-flight: before any training, the nodes of a job are checked together, and a bad one is found by name.
 
-Node 0 directs through a small store next to the job's port (MASTER_PORT + 1, or the next free one); the first task of each other node does
-what it is asked, and all other tasks only wait for the verdict:
+Node 0 directs through a small store next to the job's port (MASTER_PORT + 1, or the next free one); the first task of
+each other node does what it is asked, and all other tasks only wait for the verdict:
 
     every node   names resolve, disk, memory, devices, a timed product -> its report; who sends none in time is bad
     node 0       asks each for its clock; judges; asks again who computed slowly

@@ -113,6 +113,7 @@ def fit(
     )
     trainer.observer.evaluate_every(recipe.evaluation.every, at_end=recipe.evaluation.at_end)
     trainer.observer.goal = recipe.goal
+    trainer.batches_planned = task.train is not None
     data = task.datamodule if task.train is None else TaskData(task, plan.micro_batch, recipe.data.workers)
     trainer.fit(task.module, datamodule=data, startup_seconds=startup_seconds)
     if not trainer.is_global_zero:

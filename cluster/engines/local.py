@@ -34,8 +34,8 @@ class Local:
             f'seconds=$({ATTEMPTS} begin "$JOB" --attempt "$SHOESTRING_ATTEMPT" --nodes "$(hostname)") || exit 1\n'
             f"{torchrun(job, '1', '0', '127.0.0.1', '$((20000 + $$ % 20000))')}"
             f"{WAIT}"
-            f'read -r next code < <({ATTEMPTS} end "$JOB" --attempt "$SHOESTRING_ATTEMPT" --code "$code" --nowhere-else \\\n'
-            '  ${ending:+--cancelled} $([ "$code" = 124 ] && echo --warned))\n'
+            f'read -r next code < <({ATTEMPTS} end "$JOB" --attempt "$SHOESTRING_ATTEMPT" --code "$code" \\\n'
+            '  --nowhere-else ${ending:+--cancelled} $([ "$code" = 124 ] && echo --warned))\n'
             '[ "$next" = requeue ] || exit "$code"\n'
             "done\n"
         )

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import train_script
 
+from shoestring.cluster import preflight as cluster_preflight
 from shoestring.cluster.sections import PreflightSpec
 from shoestring.trainer.launched import as_task, preflight
 
@@ -33,23 +35,46 @@ def state() -> list[object]:
     ]  # fmt: skip
 
 
-def node(job_dir: Path, *, devices: int = 1, missing: tuple = (), ahead: dict | None = None, **drill: str) -> None:
-    """One task; it leaves what it saw in `seen-RANK.json`. missing: ranks that never come; ahead: seconds by rank."""
+def node(
+    job_dir: Path, *, devices: int = 1, missing: tuple = (), dies: int = -1, ahead: dict | None = None,
+    train: Path | None = None, **variables: str,
+) -> None:  # fmt: skip
+    """One task; it leaves what it saw in `seen-RANK.json`.
+
+    missing: ranks that never come; dies: one that is gone when it is asked to reduce; ahead: seconds by rank that a
+    node's clock is; train: a folder for a training afterwards.
+    """
     rank = int(os.environ["RANK"])
     if rank in missing:
         return
-    number = rank // devices
-    os.environ.update(drill, NODE_RANK=str(number), LOCAL_RANK=str(rank % devices), SHOESTRING_NODE=f"n{number + 1}")
+    number, before = rank // devices, dict(os.environ)
+    os.environ.update(
+        variables, NODE_RANK=str(number), LOCAL_RANK=str(rank % devices), SHOESTRING_NODE=f"n{number + 1}"
+    )
     os.environ.update(SHOESTRING_JOB="job-1", SHOESTRING_JOB_DIR=str(job_dir), SHOESTRING_ATTEMPT="0")
-    os.environ.pop("TORCHELASTIC_RUN_ID", None)
+    os.environ.pop("TORCHELASTIC_RUN_ID", None)  # as_task would have it die with the fork server
     if (ahead or {}).get(rank):
         right = time.time
         time.time = lambda: right() + ahead[rank]  # type: ignore[index]
+    if dies == rank:
+        plain = cluster_preflight.answer
+        cluster_preflight.answer = lambda task, store, asked: (
+            os._exit(9) if asked["what"] == "allreduce" else plain(task, store, asked)
+        )
     random.seed(1)
     torch.manual_seed(1)
     np.random.seed(1)
-    before, began = state(), time.perf_counter()
+    found, began = state(), time.perf_counter()
     with as_task():
         rows = preflight()
-        seen = {"rows": rows, "same": state() == before, "seconds": time.perf_counter() - began}
+        seen = {"rows": rows, "same": state() == found, "seconds": time.perf_counter() - began}
         (job_dir / f"seen-{rank}.json").write_text(json.dumps(seen))
+    if train is not None:
+        os.environ.update({key: before[key] for key in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID")})
+        del os.environ["NODE_RANK"], os.environ["SHOESTRING_JOB_DIR"]
+        plain_training(train)
+
+
+def plain_training(folder: Path) -> None:
+    """Two ranks, dropout, random samples."""
+    train_script.train(folder, strategy="ddp", devices=2, workers=0)
