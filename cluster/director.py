@@ -19,6 +19,7 @@ from .verdict import Pair, Report
 if TYPE_CHECKING:
     from .preflight import Task, Verdict
 
+RETRIES = 3  # of suspects, with other nodes
 ROUND = 30.0  # seconds an all-reduce of a few megabytes may take before it counts as hung
 
 
@@ -135,9 +136,13 @@ class Director:
             if self._bad():  # a node has fallen silent: its neighbours cannot be judged by it
                 return
         suspects = verdict.slow_nodes(self.pairs, self.limits.allreduce)
-        if suspects:
-            self._reduce(verdict.rematch(suspects, set(self.reports) - suspects))
+        for turn in range(RETRIES if suspects else 0):  # what else uses a machine or a link comes and goes
+            self._reduce(verdict.rematch(suspects, set(self.reports) - suspects, turn), times=4 * allreduce.TIMES)
             suspects = verdict.slow_nodes(self.pairs, self.limits.allreduce)
+            if self._bad():
+                return
+            if not suspects:
+                break
         best = verdict.better(self.pairs)
         for node in suspects:
             self._blame(node, f"all-reduce: {best[node] / 1e6:.3g} MB/s with every other node it was tried with, "
@@ -149,7 +154,7 @@ class Director:
 
     def _lone_pair(self, value: float) -> None:
         """Nothing to compare with: only what no training could use condemns, and then both, since neither is known."""
-        _, _, floor, remarkable = allreduce.ON_GPUS if self.task.on_gpus else allreduce.ON_CPUS
+        _, floor, remarkable = allreduce.ON_GPUS if self.task.on_gpus else allreduce.ON_CPUS
         if value < floor and self.limits.allreduce:
             for node in (0, 1):
                 self._blame(node, f"all-reduce: {value / 1e6:.3g} MB/s between the two nodes, wanted {floor / 1e6:g}")
@@ -163,13 +168,13 @@ class Director:
             raise ClusterError("every pair of nodes can reduce, but not all of them together")
         self.found.bandwidth = min(values)
 
-    def _reduce(self, groups: Sequence[Sequence[int]]) -> list[float]:
+    def _reduce(self, groups: Sequence[Sequence[int]], times: int = allreduce.TIMES) -> list[float]:
         """Let groups of nodes reduce at the same time; the bandwidth of each, as its slowest member saw it."""
         seconds = min(ROUND, self.task.timeout)
         self._rounds += 1
         messages = {
             node: {"what": "allreduce", "where": f"{self._rounds}/{group[0]}", "place": place, "size": len(group),
-                   "timeout": seconds}
+                   "times": times, "timeout": seconds}
             for group in groups for place, node in enumerate(group)
         }  # fmt: skip
         told = self._ask(messages, 2 * seconds + 5)

@@ -286,7 +286,8 @@ def answer(task: Task, store: Any, asked: Mapping[str, Any]) -> Any:
     from .allreduce import bandwidth
 
     try:
-        return bandwidth(store, asked["where"], asked["place"], asked["size"], task.device, asked["timeout"])
+        group = asked["where"], asked["place"], asked["size"]
+        return bandwidth(store, *group, task.device, asked["times"], asked["timeout"])
     except Exception as error:
         print(f"[shoestring] pre-flight, {task.name}: all-reduce {asked['where']}: {error}", flush=True)
         return 0.0

@@ -112,9 +112,12 @@ def slow_nodes(pairs: Mapping[Pair, float], share: float) -> set[int]:
     return {node for node, bandwidth in best.items() if bandwidth <= 0 or bandwidth < share * usual}
 
 
-def rematch(suspects: Iterable[int], others: Iterable[int]) -> list[Pair]:
-    """Each suspect with a node that is none, as far as there are any: a node between two bad ones is cleared so."""
-    return list(zip(sorted(suspects), sorted(others), strict=False))
+def rematch(suspects: Iterable[int], others: Iterable[int], turn: int = 0) -> list[Pair]:
+    """Each suspect with a node that is none, as far as there are any, every `turn` with another: so a node is cleared
+    that only stood between two bad ones."""
+    free = sorted(others)
+    start = turn % max(1, len(free))
+    return list(zip(sorted(suspects), free[start:] + free[:start], strict=False))
 
 
 def slow_links(pairs: Mapping[Pair, float], share: float, suspects: Collection[int]) -> list[Pair]:
