@@ -26,7 +26,7 @@ class Points(Dataset):
         return SAMPLES
 
     def __getitem__(self, index: int) -> dict:
-        return {"x": self.x[index], "y": self.y[index], "index": index}
+        return {"x": self.x[index], "y": self.y[index], "index": torch.tensor(index)}
 
 
 def data() -> tuple:
