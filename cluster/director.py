@@ -177,7 +177,7 @@ class Director:
                    "times": times, "timeout": seconds}
             for group in groups for place, node in enumerate(group)
         }  # fmt: skip
-        told = self._ask(messages, 2 * seconds + 5)
+        told = self._ask(messages, 2 * seconds + 2)  # to try, and to let go of the group
         values = [min(told[node] or 0.0 for node in group) for group in groups]
         for group, value in zip(groups, values, strict=True):
             if len(group) == 2:

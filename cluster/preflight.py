@@ -176,14 +176,14 @@ def _joined(task: Task, port: int) -> Any:
 def _without_node_0(task: Task, error: Exception) -> Verdict:
     """Node 0 cannot be reached: do what it has written down, or else it is the bad one."""
     path = task.folder / "preflight.json"
-    end = time.monotonic() + OBEY
+    end = time.monotonic() + min(OBEY, 3 * task.timeout)
     while not path.exists() and task.rank and time.monotonic() < end:
         time.sleep(0.1)
     name = task.listed[0] if len(task.listed) == task.nodes else task.name if task.rank == 0 else task.master
     ports = f"{task.ports[0]}-{task.ports[-1]}"
     fault = f"cannot be reached at {task.master}:{ports} ({str(error).splitlines()[0]})"
     found = Verdict([name], [{"node": 0, "name": name, "faults": [fault]}])
-    with suppress(FileExistsError), path.open("x") as file:
+    with suppress(OSError), path.open("x") as file:  # another node may have said so first
         json.dump(found.__dict__, file)
     with suppress(OSError, ValueError):
         return Verdict(**json.loads(path.read_text()))

@@ -4,11 +4,14 @@ import json
 import os
 import random
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import train_script
+from processes import last_words, run
 
 from shoestring.cluster import preflight as cluster_preflight
 from shoestring.cluster.sections import PreflightSpec
@@ -73,6 +76,18 @@ def node(
         os.environ.update({key: before[key] for key in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID")})
         del os.environ["NODE_RANK"], os.environ["SHOESTRING_JOB_DIR"]
         plain_training(train)
+
+
+def fly(folder: Path, nodes: int, devices: int = 1, limits: dict | None = None, **told: Any) -> tuple[list, Path, str]:
+    """Processes that are nodes: (exit codes, the job's folder, what they said)."""
+    job_dir = make_job(folder, nodes, devices, **(limits or {}))
+    target = partial(node, job_dir, devices=devices, **told)
+    codes = run(target, world=nodes * devices, folder=folder)
+    return codes, job_dir, last_words(folder)
+
+
+def verdict(job_dir: Path) -> dict[str, Any]:
+    return json.loads((job_dir / "attempts" / "0" / "preflight.json").read_text())
 
 
 def plain_training(folder: Path) -> None:
