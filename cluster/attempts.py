@@ -116,17 +116,20 @@ def note(job_dir: Path, number: int, **row: Any) -> None:
 
 
 def end(job_dir: Path, number: int, code: int, *, cancelled: bool = False, warned: bool = False,
-        lost: Sequence[str] = ()) -> tuple[str, int]:  # fmt: skip
+        lost: Sequence[str] = (), elsewhere: bool = True) -> tuple[str, int]:  # fmt: skip
     """Note that an attempt has ended and decide what comes next: (next, exit code).
 
     `code` is what the engine's own launcher returned; the tasks' records say more and come first. `cancelled`:
-    somebody has ended the job. `warned`: its time was over. `lost`: nodes that no longer answer.
+    somebody has ended the job. `warned`: its time was over. `lost`: nodes that no longer answer. `elsewhere`:
+    there are other nodes to run on.
     """
     facts, told = job_facts(job_dir), ranks.read(job_dir, number)
     verdict, reason = _verdict(told, facts["nodes"] * facts["devices_per_node"], code, lost)
     if verdict == SAVED and not lost:
         reason = "the job was cancelled" if cancelled else "its time was over" if warned else reason
     after = _next(verdict, cancelled)
+    if verdict == BAD_NODE and after == "requeue" and not elsewhere:
+        after, reason = "failed", f"{reason}, and there is no other"
     if verdict == BAD_NODE and after == "requeue":
         exclude(job_dir, [*bad_nodes(job_dir, number), *lost])
     if after == "requeue":
@@ -242,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--code", type=int, default=0)
     parser.add_argument("--cancelled", action="store_true")
     parser.add_argument("--warned", action="store_true")
+    parser.add_argument("--nowhere-else", action="store_true", help="a bad node ends the job")
     parser.add_argument("--lost", default="", help="nodes that no longer answer, comma separated")
     given = parser.parse_args(arguments)
     if given.what == "begin":
@@ -253,8 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     lost = [node for node in given.lost.split(",") if node]
     after, code = end(
-        given.job_dir, given.attempt, given.code, cancelled=given.cancelled, warned=given.warned, lost=lost
-    )
+        given.job_dir, given.attempt, given.code, cancelled=given.cancelled, warned=given.warned, lost=lost,
+        elsewhere=not given.nowhere_else,
+    )  # fmt: skip
     print(after, code)
     return 0
 

@@ -91,6 +91,7 @@ class Job:
             "usd_per_device_hour": self.cluster.usd_per_device_hour, "spent_usd": self.spent_usd,
             "recipe_hash": self.recipe_hash, "secrets": sorted(self.cluster.secrets),
             "options": self.cluster.options.model_dump(mode="json"),
+            "preflight": self.cluster.preflight.model_dump(mode="json"),
         }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import typer
 
 from .. import ShoestringError, __version__
 from . import job_commands, model_commands
-from .launched import as_task
+from .launched import as_task, preflight
 from .options import AllowCode, AsJson, print_json
 from .signals import is_first
 
@@ -59,9 +59,10 @@ def train(
     first = is_first()
     if first:
         show_plan(made)
+    checked = preflight()
     bar = Bar(made.budget.given()) if first else None
     try:
-        report = fit(made, run_dir=home, display=bar, startup_seconds=_seconds_alive())
+        report = fit(made, run_dir=home, display=bar, startup_seconds=_seconds_alive(), measurements=checked)
     finally:
         if bar is not None:
             bar.close()

@@ -9,9 +9,10 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from .. import ShoestringError
-from ..cluster import ranks
+from ..cluster import attempts, ranks
 from . import signals
 
 
@@ -38,6 +39,34 @@ def as_task() -> Iterator[None]:
         raise
     _ignore_signals()
     ranks.write(job_dir, attempt, ranks.ended(record, signals.FINISHED))
+
+
+def preflight() -> list[dict[str, Any]]:
+    """Check the nodes together with all other tasks of the job (cluster/preflight.py), where its cluster file asks for
+    it: what rank 0 writes down of it. Exits with 86 where a node is bad. Outside of a job it does nothing.
+    """
+    here = ranks.place()
+    if here is None:
+        return []
+    try:
+        facts = attempts.job_facts(here[0])
+    except OSError:  # not every engine's nodes see what was written where the job was launched
+        return []
+    if not facts.get("preflight", {}).get("enabled"):
+        return []
+    from ..cluster.preflight import BadNodes, check, this_task
+
+    task = this_task(*here, facts)
+    try:
+        found = check(task)
+    except BadNodes as error:
+        if task.local_rank == 0:
+            print(f"[shoestring] {error}", file=sys.stderr, flush=True)
+        raise SystemExit(signals.BAD_NODE) from error
+    if task.rank:
+        return []
+    about = {"window": "preflight", "seconds": found.seconds, "bandwidth": found.bandwidth, "nodes": task.nodes}
+    return [about, *({"window": "preflight", **row} for row in found.nodes)]
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:

@@ -55,11 +55,7 @@ def job_for(
             f"{loaded.where('strategy.name')}: strategy.name: found single; allowed with {nodes} nodes x {devices} "
             "devices: auto | ddp | zero1 | zero2 | zero3"
         )
-    if loaded.data.batch_size % tasks:
-        raise ClusterError(
-            f"{loaded.where('data.batch_size')}: data.batch_size: found {loaded.data.batch_size}; allowed: a multiple "
-            f"of the job's {tasks} tasks ({nodes} nodes x {devices} devices)"
-        )
+    _divides(loaded, nodes, devices)
     home = Path(run_dir or Path("runs") / loaded.name).absolute()
     return make_job(
         cluster,
@@ -78,6 +74,25 @@ def job_for(
         home="" if elsewhere(cluster.engine) else os.environ.get("SHOESTRING_HOME", ""),
         exclude=launching.excluded(home),
         id=id,
+    )
+
+
+def _divides(recipe: Any, nodes: int, devices: int) -> None:
+    """Refuse what the plan on the node would refuse: a global batch, or its micro-batches, that the tasks cannot share.
+    The batch is the same on any number of tasks, so that a run may go on with more of them or fewer."""
+    tasks, batch, micro = nodes * devices, recipe.data.batch_size, recipe.data.micro_batch_size
+    each = micro if isinstance(micro, int) else 1
+    if batch % (tasks * each) == 0:
+        return
+    fitting = [n for n in range(1, batch // (each * devices) + 1) if batch % (n * devices * each) == 0]
+    near = sorted(sorted(fitting, key=lambda n: abs(n - nodes))[:4])
+    fits = (
+        f"{' | '.join(map(str, near))} nodes with {devices} devices each" if near else f"fewer than {devices} devices"
+    )
+    micros = f" in micro-batches of {each}" if each > 1 else ""
+    raise ClusterError(
+        f"{recipe.where('data.batch_size')}: data.batch_size: found {batch}{micros}; allowed: a multiple of "
+        f"{tasks * each}, for the job's {tasks} tasks ({nodes} nodes x {devices} devices); {fits} would fit"
     )
 
 

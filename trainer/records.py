@@ -157,6 +157,10 @@ class Records:
     def event(self, event: str, **fields: Any) -> None:
         self._write("event", event=event, **fields)
 
+    def measurement(self, **fields: Any) -> None:
+        """A window that was measured elsewhere."""
+        self._write("measurement", **fields)
+
     def sync(self) -> None:
         if self._journal is not None:
             self._journal.sync()

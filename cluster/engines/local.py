@@ -35,7 +35,7 @@ class Local:
             f"{torchrun(job, '1', '0', '127.0.0.1', '$((20000 + $$ % 20000))')}"
             f"{WAIT}"
             f'read -r next code < <({ATTEMPTS} end "$JOB" --attempt "$SHOESTRING_ATTEMPT" --code "$code" \\\n'
-            '  ${ending:+--cancelled} $([ "$code" = 124 ] && echo --warned))\n'
+            '  --nowhere-else ${ending:+--cancelled} $([ "$code" = 124 ] && echo --warned))\n'
             '[ "$next" = requeue ] || exit "$code"\n'
             "done\n"
         )
