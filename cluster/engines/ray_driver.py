@@ -1,0 +1,258 @@
+"""The driver of a job on Ray: `python -m shoestring.cluster.engines.ray_driver JOB_DIR`, which `job.sh` becomes.
+
+For each attempt it waits for a placement group of one bundle a node, runs `node.sh` in an actor on each, passes on what
+they say, and asks `attempts` what comes next. SIGTERM (`ray job stop`): everybody saves, and the job ends. SIGUSR1:
+everybody saves, and the next attempt begins.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from .. import attempts
+
+POLL = 1.0  # seconds
+CHUNK = 1 << 20  # bytes of output a node hands over at a time
+GIVES_UP = 60  # seconds after which a node that should have saved and ended is killed
+NOTICES = 30  # seconds in which Ray finds out that a machine is gone
+
+
+def bundle(facts: Mapping[str, Any]) -> dict[str, float]:
+    """What a job reserves on each of its nodes; from `Job.facts`."""
+    tasks, options = facts["devices_per_node"], facts["options"]
+    gpus = {"GPU": tasks} if facts["hardware"] != "cpu" else {}
+    return {"CPU": tasks * options["cpus_per_task"], **gpus, **options["resources"]}
+
+
+class Asked:
+    """What signals have asked of the job: to end after saving (`cancelled`), or to save and run again."""
+
+    def __init__(self) -> None:
+        self.cancelled = self.again = False
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.again = True
+        self.cancelled = self.cancelled or number != signal.SIGUSR1
+
+    @property
+    def signal(self) -> str:
+        """What the nodes are to be told; empty: nothing."""
+        return "SIGTERM" if self.cancelled else "SIGUSR1" if self.again else ""
+
+
+class Tasks:
+    """The actor of one node. Ray's workers need not have this package: nothing of it is used here."""
+
+    def where(self) -> tuple[str, str, int]:
+        """(Ray's id of this node, its address, a port that is free on it)."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), port
+
+    def start(self, command: list[str]) -> None:
+        self.output, self.read = tempfile.TemporaryFile(), 0  # noqa: SIM115 - as long as this actor
+        # its input ends with this process, by which it knows (see node.sh)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=self.output, stderr=self.output, start_new_session=True
+        )
+
+    def poll(self) -> tuple[bytes, int | None]:
+        """(What has been said since, the exit code once it has ended and all has been said)."""
+        code = self.process.poll()
+        said = os.pread(self.output.fileno(), CHUNK, self.read)  # the offset of the file itself is the writer's
+        self.read += len(said)
+        return said, code if len(said) < CHUNK else None
+
+    def tell(self, name: str) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.Signals[name])
+
+
+class Node:
+    """One node of an attempt, seen from the driver. `code` None: it runs; `died`: its actor is gone."""
+
+    def __init__(self, actor: Any, label: str) -> None:
+        self.actor, self.label = actor, label
+        self.id, self.address, self.port = "", "", 0
+        self.code: int | None = None
+        self.died = False
+        self._rest = b""
+        self._answer: Any = None
+
+    def look(self) -> None:
+        """Take what the node has said since, if it has answered; never waits."""
+        import ray
+
+        if self.code is not None:
+            return
+        self._answer = self._answer or self.actor.poll.remote()
+        if not ray.wait([self._answer], timeout=0)[0]:
+            return
+        try:
+            said, self.code = ray.get(self._answer)
+        except ray.exceptions.RayError:
+            said, self.code, self.died = b"", 1, True
+        self._answer = None
+        *lines, self._rest = (self._rest + said).split(b"\n")
+        if self.code is not None and self._rest:
+            lines.append(self._rest)
+        for line in lines:
+            print(f"{self.label}{line.decode(errors='replace')}")
+        sys.stdout.flush()
+
+    def kill(self) -> None:
+        """End the actor, which ends what it runs."""
+        import ray
+
+        ray.kill(self.actor)
+        self.code = 137 if self.code is None else self.code
+
+
+def wait_for_group(facts: Mapping[str, Any], job_dir: Path, asked: Asked) -> Any:
+    """A placement group on nodes that are not excluded; None if the job is cancelled before there is one."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    selector = dict(facts["options"]["labels"])
+    bad = [id for id, name in names().items() if name in attempts.excluded(job_dir)]
+    if bad:
+        selector["ray.io/node-id"] = f"!in({','.join(bad)})"
+    nodes = facts["nodes"]
+    group = placement_group([bundle(facts)] * nodes, "STRICT_SPREAD", bundle_label_selector=[selector] * nodes)
+    while not group.wait(POLL):
+        if asked.cancelled:
+            remove_placement_group(group)
+            return None
+    return group
+
+
+def names() -> dict[str, str]:
+    """Ray's id of each node that is alive -> its name: as `ray start` was given it, else its address."""
+    import ray
+
+    alive = {node["NodeID"]: node["NodeName"] for node in ray.nodes() if node["Alive"]}
+    several = list(alive.values())
+    return {id: name if several.count(name) == 1 else f"{name}-{id[:8]}" for id, name in alive.items()}
+
+
+def start_actors(facts: Mapping[str, Any], group: Any) -> list[Node]:
+    """An actor in each bundle, and who it is."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    wanted = bundle(facts)
+    extra = {name: amount for name, amount in wanted.items() if name not in ("CPU", "GPU")}
+    found = []
+    for rank in range(facts["nodes"]):
+        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+        options = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU", 0), "resources": extra}
+        actor = ray.remote(Tasks).options(scheduling_strategy=place, **options).remote()
+        found.append(Node(actor, f"{rank}: " if facts["nodes"] > 1 else ""))
+    for node, told in zip(found, ray.get([node.actor.where.remote() for node in found]), strict=True):
+        node.id, node.address, node.port = told
+    return found
+
+
+def watch(nodes: Sequence[Node], seconds: int, lead: int, asked: Asked) -> None:
+    """Pass on what the nodes say and what signals ask, until all have ended.
+
+    Where one has failed, the others, which may wait for it for ever, get `lead` seconds and are then told to end; where
+    one has died, at once.
+    """
+    told, latest, failed = "", time.monotonic() + seconds + GIVES_UP, 0.0
+    while any(node.code is None for node in nodes):
+        now = time.monotonic()
+        if any(node.code for node in nodes):
+            failed = failed or now
+        alone = any(node.died for node in nodes) or (failed and now > failed + lead)
+        name = "SIGTERM" if alone else asked.signal
+        if name and told != "SIGTERM" and name != told:
+            told, latest = name, min(latest, now + lead + GIVES_UP)
+            for node in nodes:
+                if node.code is None:
+                    node.actor.tell.remote(name)
+        for node in nodes:
+            node.look()
+            if now > latest:
+                node.kill()
+        time.sleep(POLL)
+
+
+def lost(nodes: Sequence[Node], known: Mapping[str, str]) -> list[str]:
+    """The names of the nodes whose machines are gone, as Ray finds out some time after their actors have died."""
+    died, until = [node for node in nodes if node.died], time.monotonic() + NOTICES
+    while any(node.id in names() for node in died) and time.monotonic() < until:
+        time.sleep(POLL)
+    return [known[node.id] for node in died if node.id not in names()]
+
+
+def attempt(job_dir: Path, number: int, facts: Mapping[str, Any], group: Any, asked: Asked) -> tuple[str, int]:
+    """One attempt on the nodes of `group`: what comes next, and the exit code."""
+    nodes, known = start_actors(facts, group), names()
+    on = [known.get(node.id, node.address) for node in nodes]
+    seconds = attempts.begin(job_dir, number, on)
+    if not seconds:
+        return "exhausted", attempts.SAVED
+    for rank, node in enumerate(nodes):
+        words = [rank, nodes[0].address, nodes[0].port, seconds, number, on[rank]]
+        node.actor.start.remote(["bash", str(job_dir / "node.sh"), *map(str, words)])
+    watch(nodes, seconds, facts["lead_seconds"], asked)
+    code = next((node.code for node in nodes if node.code), 0)
+    warned = any(node.code == 124 for node in nodes)
+    gone = lost(nodes, dict(zip((node.id for node in nodes), on, strict=True)))
+    return attempts.end(job_dir, number, code, cancelled=asked.cancelled, warned=warned, lost=gone)
+
+
+def run(job_dir: Path, asked: Asked) -> int:
+    """Attempt after attempt; the exit code of the last."""
+    from ray.util.placement_group import remove_placement_group
+
+    facts, number = attempts.job_facts(job_dir), len(attempts.history(job_dir))
+    while True:
+        group = wait_for_group(facts, job_dir, asked)
+        if group is None:  # an attempt that nobody saw, so that the record says how the job ended
+            attempts.begin(job_dir, number)
+            return attempts.end(job_dir, number, 0, cancelled=True)[1]
+        after, code = attempt(job_dir, number, facts, group, asked)
+        remove_placement_group(group)
+        if after != "requeue":
+            return code
+        asked.again, number = False, number + 1
+
+
+def main() -> int:
+    asked = Asked()
+    asked.listen()
+    try:
+        import ray
+    except ImportError:
+        print('[shoestring] ray is not installed for this Python: pip install "shoestring[ray]"', file=sys.stderr)
+        return 1
+    job_dir = Path(sys.argv[1])
+    namespace = attempts.job_facts(job_dir)["options"]["namespace"]
+    ray.init(namespace=namespace, log_to_driver=False, logging_level="WARNING")
+    asked.listen()  # Ray has put in its own
+    with suppress(KeyboardInterrupt):
+        return run(job_dir, asked)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
