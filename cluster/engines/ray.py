@@ -129,9 +129,11 @@ def _driver_script(job: Job) -> str:
 def _node_script(job: Job) -> str:
     start = torchrun(job, str(job.nodes), '"$node_rank"', '"$master"', '"$port"')
     return (
-        f"{head(job, f'One node of job {job.id}: {job.devices_per_node} tasks. Its words: see ray_driver.py.')}"
-        "node_rank=$1 master=$2 port=$3 seconds=$4\n"
-        "export SHOESTRING_ATTEMPT=$5 SHOESTRING_NODE=$6\n"
+        f"{head(job, f'One node of job {job.id}: {job.devices_per_node} tasks; ray_driver.py calls it.')}"
+        "export SHOESTRING_ATTEMPT=$1\n"
+        "seconds=$2 node_rank=$4 master=$5 port=$6\n"
+        "IFS=, read -ra nodes <<<$3\n"
+        'export SHOESTRING_NODE="${nodes[node_rank]}"\n'
         "child=\n"
         'trap \'[ -n "$child" ] && kill -USR1 "$child"\' USR1\n'
         'trap \'[ -n "$child" ] && kill -TERM "$child"\' TERM\n'

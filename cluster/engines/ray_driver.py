@@ -7,6 +7,7 @@ everybody saves, and the next attempt begins.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -58,27 +59,26 @@ class Asked:
 class Tasks:
     """The actor of one node. Ray's workers need not have this package: nothing of it is used here."""
 
-    def where(self) -> tuple[str, str, int]:
-        """(Ray's id of this node, its address, a port that is free on it)."""
+    def where(self) -> tuple[str, int]:
+        """(The address of this node, a port that is free on it)."""
         import ray
 
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), port
+        return ray.util.get_node_ip_address(), port
 
     def start(self, command: list[str]) -> None:
-        self.output, self.read = tempfile.TemporaryFile(), 0  # noqa: SIM115 - as long as this actor
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115 - as long as this actor
         # its input ends with this process, by which it knows (see node.sh)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=self.output, stderr=self.output, start_new_session=True
         )
 
-    def poll(self) -> tuple[bytes, int | None]:
-        """(What has been said since, the exit code once it has ended and all has been said)."""
+    def poll(self, offset: int) -> tuple[bytes, int | None]:
+        """(What has been said from `offset` on, the exit code once it has ended and this is the rest)."""
         code = self.process.poll()
-        said = os.pread(self.output.fileno(), CHUNK, self.read)  # the offset of the file itself is the writer's
-        self.read += len(said)
+        said = os.pread(self.output.fileno(), CHUNK, offset)  # the offset of the file itself is the writer's
         return said, code if len(said) < CHUNK else None
 
     def tell(self, name: str) -> None:
@@ -89,12 +89,11 @@ class Tasks:
 class Node:
     """One node of an attempt, seen from the driver. `code` None: it runs; `died`: its actor is gone."""
 
-    def __init__(self, actor: Any, label: str) -> None:
-        self.actor, self.label = actor, label
-        self.id, self.address, self.port = "", "", 0
+    def __init__(self, actor: Any, id: str, label: str) -> None:
+        self.actor, self.id, self.label = actor, id, label
         self.code: int | None = None
         self.died = False
-        self._rest = b""
+        self._read, self._rest = 0, b""
         self._answer: Any = None
 
     def look(self) -> None:
@@ -103,14 +102,20 @@ class Node:
 
         if self.code is not None:
             return
-        self._answer = self._answer or self.actor.poll.remote()
+        self._answer = self._answer or self.actor.poll.remote(self._read)
         if not ray.wait([self._answer], timeout=0)[0]:
             return
+        answer, self._answer = self._answer, None
         try:
-            said, self.code = ray.get(self._answer)
+            said, self.code = ray.get(answer)
+        except ray.exceptions.ActorUnavailableError:
+            return  # for a while, says Ray: it is asked again
         except ray.exceptions.RayError:
             said, self.code, self.died = b"", 1, True
-        self._answer = None
+        self._read += len(said)
+        self._show(said)
+
+    def _show(self, said: bytes) -> None:
         *lines, self._rest = (self._rest + said).split(b"\n")
         if self.code is not None and self._rest:
             lines.append(self._rest)
@@ -136,11 +141,11 @@ def wait_for_group(facts: Mapping[str, Any], job_dir: Path, asked: Asked) -> Any
         selector["ray.io/node-id"] = f"!in({','.join(bad)})"
     nodes = facts["nodes"]
     group = placement_group([bundle(facts)] * nodes, "STRICT_SPREAD", bundle_label_selector=[selector] * nodes)
-    while not group.wait(POLL):
-        if asked.cancelled:
-            remove_placement_group(group)
-            return None
-    return group
+    while not asked.cancelled:
+        if group.wait(POLL):
+            return group
+    remove_placement_group(group)
+    return None
 
 
 def names() -> dict[str, str]:
@@ -152,21 +157,33 @@ def names() -> dict[str, str]:
     return {id: name if several.count(name) == 1 else f"{name}-{id[:8]}" for id, name in alive.items()}
 
 
-def start_actors(facts: Mapping[str, Any], group: Any) -> list[Node]:
-    """An actor in each bundle, and who it is."""
+def ids_of(group: Any) -> list[str]:
+    """Ray's id of the node of each bundle."""
+    from ray.util.placement_group import placement_group_table
+
+    where = placement_group_table(group)["bundles_to_node_id"]
+    return [where[rank] for rank in range(len(where))]
+
+
+def start_nodes(facts: Mapping[str, Any], group: Any, ids: Sequence[str], command: Sequence[str]) -> list[Node]:
+    """An actor in each bundle, which runs `command` with its rank, and the address and a port of the first node."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+    ray.cloudpickle.register_pickle_by_value(sys.modules[Tasks.__module__])
     wanted = bundle(facts)
     extra = {name: amount for name, amount in wanted.items() if name not in ("CPU", "GPU")}
+    options = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU", 0), "resources": extra}
     found = []
-    for rank in range(facts["nodes"]):
+    for rank, id in enumerate(ids):
         place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-        options = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU", 0), "resources": extra}
         actor = ray.remote(Tasks).options(scheduling_strategy=place, **options).remote()
-        found.append(Node(actor, f"{rank}: " if facts["nodes"] > 1 else ""))
-    for node, told in zip(found, ray.get([node.actor.where.remote() for node in found]), strict=True):
-        node.id, node.address, node.port = told
+        found.append(Node(actor, id, f"{rank}: " if len(ids) > 1 else ""))
+    address, port = ray.get(found[0].actor.where.remote())
+    begun = []
+    for rank, node in enumerate(found):
+        begun.append(node.actor.start.remote([*command, str(rank), address, str(port)]))
+    ray.get(begun)
     return found
 
 
@@ -195,29 +212,37 @@ def watch(nodes: Sequence[Node], seconds: int, lead: int, asked: Asked) -> None:
         time.sleep(POLL)
 
 
-def lost(nodes: Sequence[Node], known: Mapping[str, str]) -> list[str]:
-    """The names of the nodes whose machines are gone, as Ray finds out some time after their actors have died."""
-    died, until = [node for node in nodes if node.died], time.monotonic() + NOTICES
-    while any(node.id in names() for node in died) and time.monotonic() < until:
+def lost(suspects: Sequence[str]) -> list[str]:
+    """Which of these nodes (ids) are gone; Ray finds out some time after their actors have died."""
+    until = time.monotonic() + NOTICES
+    while any(id in names() for id in suspects) and time.monotonic() < until:
         time.sleep(POLL)
-    return [known[node.id] for node in died if node.id not in names()]
+    alive = names()
+    return [id for id in suspects if id not in alive]
 
 
 def attempt(job_dir: Path, number: int, facts: Mapping[str, Any], group: Any, asked: Asked) -> tuple[str, int]:
     """One attempt on the nodes of `group`: what comes next, and the exit code."""
-    nodes, known = start_actors(facts, group), names()
-    on = [known.get(node.id, node.address) for node in nodes]
+    import ray
+
+    known, ids = names(), ids_of(group)
+    on = [known.get(id, id) for id in ids]
     seconds = attempts.begin(job_dir, number, on)
     if not seconds:
         return "exhausted", attempts.SAVED
-    for rank, node in enumerate(nodes):
-        words = [rank, nodes[0].address, nodes[0].port, seconds, number, on[rank]]
-        node.actor.start.remote(["bash", str(job_dir / "node.sh"), *map(str, words)])
-    watch(nodes, seconds, facts["lead_seconds"], asked)
-    code = next((node.code for node in nodes if node.code), 0)
+    nodes: list[Node] = []
+    try:
+        command = ["bash", str(job_dir / "node.sh"), str(number), str(seconds), ",".join(on)]
+        nodes = start_nodes(facts, group, ids, command)
+        watch(nodes, seconds, facts["lead_seconds"], asked)
+        code = next((node.code for node in nodes if node.code), 0)
+        gone = lost([node.id for node in nodes if node.died])
+    except ray.exceptions.RayError as error:  # before anything ran
+        print(f"[shoestring] {error}", file=sys.stderr, flush=True)
+        code, gone = 1, lost(ids)
     warned = any(node.code == 124 for node in nodes)
-    gone = lost(nodes, dict(zip((node.id for node in nodes), on, strict=True)))
-    return attempts.end(job_dir, number, code, cancelled=asked.cancelled, warned=warned, lost=gone)
+    names_gone = [on[ids.index(id)] for id in gone]
+    return attempts.end(job_dir, number, code, cancelled=asked.cancelled, warned=warned, lost=names_gone)
 
 
 def run(job_dir: Path, asked: Asked) -> int:
@@ -227,14 +252,15 @@ def run(job_dir: Path, asked: Asked) -> int:
     facts, number = attempts.job_facts(job_dir), len(attempts.history(job_dir))
     while True:
         group = wait_for_group(facts, job_dir, asked)
-        if group is None:  # an attempt that nobody saw, so that the record says how the job ended
+        if group is None:  # an attempt of no time, so that the record says how the job ended
             attempts.begin(job_dir, number)
             return attempts.end(job_dir, number, 0, cancelled=True)[1]
+        asked.again = False
         after, code = attempt(job_dir, number, facts, group, asked)
         remove_placement_group(group)
         if after != "requeue":
             return code
-        asked.again, number = False, number + 1
+        number += 1
 
 
 def main() -> int:
@@ -247,7 +273,7 @@ def main() -> int:
         return 1
     job_dir = Path(sys.argv[1])
     namespace = attempts.job_facts(job_dir)["options"]["namespace"]
-    ray.init(namespace=namespace, log_to_driver=False, logging_level="WARNING")
+    ray.init(namespace=namespace, log_to_driver=False, logging_level=logging.WARNING)
     asked.listen()  # Ray has put in its own
     with suppress(KeyboardInterrupt):
         return run(job_dir, asked)
