@@ -153,7 +153,9 @@ class Jobs:
 
     def launch(self, name: str, *words: str, limits: str = "hours: 1 h", nodes: int = 2) -> tuple[str, Path]:
         """(Id, job's folder) of a job of two tasks a node; its run's folder is `name`."""
-        variables = json.dumps({**VARIABLES, "PYTHONPATH": f"{self.folder}:{os.environ.get('PYTHONPATH', '')}"})
+        variables = json.dumps(
+            {**VARIABLES, "PYTHONPATH": f"{self.folder}:{os.environ.get('PYTHONPATH', '')}"}, ensure_ascii=False
+        )
         (self.folder / "cluster.yaml").write_text(
             f"name: lab\nengine: ray\nnodes: {nodes}\ndevices_per_node: 2\nhardware: cpu\nprice: {{kind: own}}\n"
             f"limits: {{{limits}}}\nsecrets: {{TOKEN: {{env: RAY_TEST_TOKEN}}}}\n"
