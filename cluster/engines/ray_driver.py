@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -275,9 +274,7 @@ def main() -> int:
     namespace = attempts.job_facts(job_dir)["options"]["namespace"]
     ray.init(namespace=namespace, log_to_driver=False, logging_level=logging.WARNING)
     asked.listen()  # Ray has put in its own
-    with suppress(KeyboardInterrupt):
-        return run(job_dir, asked)
-    return 1
+    return run(job_dir, asked)
 
 
 if __name__ == "__main__":
