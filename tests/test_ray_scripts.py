@@ -52,3 +52,10 @@ def test_options_are_checked(tmp_path: Path) -> None:
         job(tmp_path, FILE.replace("{cpus_per_task", "{address: 'head:8265', cpus_per_task"))
     with pytest.raises(ClusterError, match=r"did you mean cpus_per_task\?"):
         job(tmp_path, FILE.replace("cpus_per_task", "cpu_per_task"))
+
+
+def test_nodes_have_their_own_image(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"found team/train:1; allowed with engine ray: null"):
+        launch.rendered(
+            job(tmp_path, FILE.replace("environment: {", "environment: {container: {image: 'team/train:1'}, "))
+        )

@@ -54,6 +54,12 @@ class Ray:
     Options = RayOptions
 
     def render(self, job: Job) -> dict[str, str]:
+        image = job.cluster.environment.container
+        if image:
+            raise ClusterError(
+                f"environment.container: found {image.image}; allowed with engine ray: null. Ray's nodes run in what "
+                "they were started in"
+            )
         return {"job.sh": _driver_script(job), "node.sh": _node_script(job)}
 
     def remarks(self, job: Job) -> list[str]:
