@@ -167,7 +167,7 @@ def test_a_job_runs_to_its_end(nodes: Nodes, jobs: Jobs, workplace: Path) -> Non
 
 def test_a_time_limit_costs_no_bit(jobs: Jobs, workplace: Path) -> None:
     [whole] = attempts.history(next((workplace / "whole" / "jobs").iterdir()))
-    # 30 s before it everybody is told to save: time enough for a whole run, if its steps were not made too long for that
+    # 30 s before it everybody is told to save: time enough for a whole run, if its steps were not too long for that
     limit = max(62, int(2 * whole.seconds) + 30)
     pause = {"PAUSE": f"{max(2, (limit - 30) / 50):.1f}"}
     id, _ = jobs.launch("cut", limits=f"hours: 1 h, attempt_hours: {limit} s", variables=pause)
