@@ -125,7 +125,9 @@ def end(job_dir: Path, number: int, code: int, *, cancelled: bool = False, warne
     """
     facts, told = job_facts(job_dir), ranks.read(job_dir, number)
     verdict, reason = _verdict(told, facts["nodes"] * facts["devices_per_node"], code, lost)
-    if verdict == SAVED and not lost:
+    if cancelled and not told:
+        verdict, reason = SAVED, "the job was cancelled before anything began"
+    elif verdict == SAVED:
         reason = "the job was cancelled" if cancelled else "its time was over" if warned else reason
     after = _next(verdict, cancelled)
     if verdict == BAD_NODE and after == "requeue" and not elsewhere:

@@ -79,10 +79,12 @@ class Engine(Protocol):
         """End the job: it saves and is not run again."""
 
 
-def call(command: Sequence[str], *, stdin: str | None = None, timeout: float = 60) -> str:
+def call(
+    command: Sequence[str], *, stdin: str | None = None, timeout: float = 60, environ: Mapping[str, str] | None = None
+) -> str:
     """Run an engine's own command and return its output; ClusterError says what it said against it."""
     try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, env=environ)
     except FileNotFoundError:
         raise ClusterError(f"{command[0]} is not installed here: launch where this engine's commands are") from None
     except subprocess.TimeoutExpired:

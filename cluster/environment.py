@@ -20,9 +20,9 @@ SECRET_NAMES = "SHOESTRING_SECRETS"  # names, comma separated; their values are 
 
 
 def quoted(value: str) -> str:
-    """`value` as one word of a POSIX shell, whatever it holds; ClusterError for a NUL."""
-    if "\0" in value:
-        raise ClusterError("a variable holds a NUL character, which no process can be given")
+    """`value` as one word of a POSIX shell, whatever it holds; ClusterError for a NUL, or half a character."""
+    if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
+        raise ClusterError("a variable holds a NUL or half a surrogate pair, which no process can be given")
     return shlex.quote(value)
 
 

@@ -90,6 +90,8 @@ def status(record: JobRecord) -> Status:
     except ClusterError as error:
         heard = Heard("gone", detail=str(error)) if _closed(done) else Heard("queued", detail=f"not answering: {error}")
     state = _state(done, heard)
+    if state in attempts.FINAL:  # a job that ended before any attempt could say so
+        attempts.forget_secrets(record.job_dir)
     if done and done[-1].ended is None and heard.state == "gone":
         done = (*done[:-1], attempts.closed(record.job_dir, done[-1]))
     seconds = attempts.spent_seconds(done)

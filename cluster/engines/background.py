@@ -68,10 +68,11 @@ def logs(record: JobRecord, follow: bool) -> Iterator[str]:
     yield from lines(Path(record.job_dir) / LOG, follow, lambda: ask(record).state == "gone")
 
 
-def lines(path: Path, follow: bool, over: Callable[[], bool]) -> Iterator[str]:
-    """The lines of a growing file. `follow`: wait for more until `over()`, and then take what is left."""
+def lines(path: Path, follow: bool, over: Callable[[], bool], every: float = POLL) -> Iterator[str]:
+    """The lines of a growing file. `follow`: wait for more until `over()`, and then take what is left; look again after
+    `every` seconds."""
     while follow and not path.exists() and not over():
-        time.sleep(POLL)
+        time.sleep(every)
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -83,7 +84,7 @@ def lines(path: Path, follow: bool, over: Callable[[], bool]) -> Iterator[str]:
             yield from whole
             if last:
                 break
-            time.sleep(POLL)
+            time.sleep(every)
         if rest:
             yield rest
 
