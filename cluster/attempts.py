@@ -108,17 +108,18 @@ def begin(job_dir: Path, number: int, nodes: Sequence[str] = (), engine_id: str 
 
 
 def end(job_dir: Path, number: int, code: int, *, cancelled: bool = False, warned: bool = False,
-        lost: Sequence[str] = ()) -> tuple[str, int]:  # fmt: skip
+        lost: Sequence[str] = (), again: bool = False) -> tuple[str, int]:  # fmt: skip
     """Note that an attempt has ended and decide what comes next: (next, exit code).
 
     `code` is what the engine's own launcher returned; the tasks' records say more and come first. `cancelled`:
-    somebody has ended the job. `warned`: its time was over. `lost`: nodes that no longer answer.
+    somebody has ended the job. `warned`: its time was over. `lost`: nodes that no longer answer. `again`: the engine
+    has taken the nodes away and runs the job again by itself, so tasks that were killed are no failure.
     """
     facts, told = job_facts(job_dir), ranks.read(job_dir, number)
     verdict, reason = _verdict(told, facts["nodes"] * facts["devices_per_node"], code, lost)
     if verdict == SAVED and not lost:
         reason = "the job was cancelled" if cancelled else "its time was over" if warned else reason
-    after = _next(verdict, cancelled)
+    after = "requeue" if again and verdict != FINISHED else _next(verdict, cancelled)
     if verdict == BAD_NODE and after == "requeue":
         exclude(job_dir, [*bad_nodes(job_dir, number), *lost])
     if after == "requeue":
@@ -137,17 +138,27 @@ def end(job_dir: Path, number: int, code: int, *, cancelled: bool = False, warne
     return after, verdict
 
 
+def withdrawn(job_dir: str | Path) -> None:
+    """Note that a job was cancelled while it waited, for its first attempt or for another."""
+    done, now = history(job_dir), time.time()
+    last = done[-1] if done else Attempt(number=0, started=now, ended=now)
+    ended = last.ended if last.ended is not None else last_seen(job_dir, last)
+    reason = "the job was cancelled while it waited"
+    _append(Path(job_dir), attempt=last.number, started=last.started, ended=ended, next="cancelled", reason=reason)
+    forget_secrets(job_dir)
+
+
 def _verdict(told: Sequence[RankRecord], tasks: int, code: int, lost: Sequence[str]) -> tuple[int, str]:
     codes = {record.code for record in told}
     if BAD_NODE in codes:
         return BAD_NODE, "a node has failed its checks"
+    if lost:  # which makes the tasks of other nodes fail
+        return BAD_NODE, f"lost {', '.join(lost)}"
     wrong = [r for r in told if r.code not in (None, FINISHED, SAVED)]
     if wrong:
         first = min(wrong, key=lambda record: record.ended or 0.0)
         assert first.code is not None
         return first.code if 0 < first.code < 128 else FAILURE, f"rank {first.rank} on {first.host}: {first.error}"
-    if lost:
-        return BAD_NODE, f"lost {', '.join(lost)}"
     silent = [r for r in told if r.code is None]
     if len(told) == tasks and not silent:
         if SAVED in codes:
@@ -233,6 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cancelled", action="store_true")
     parser.add_argument("--warned", action="store_true")
     parser.add_argument("--lost", default="", help="nodes that no longer answer, comma separated")
+    parser.add_argument("--again", action="store_true")
     given = parser.parse_args(arguments)
     if given.what == "begin":
         seconds = begin(given.job_dir, given.attempt, [n for n in given.nodes.split(",") if n], given.engine_id)
@@ -243,8 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     lost = [node for node in given.lost.split(",") if node]
     after, code = end(
-        given.job_dir, given.attempt, given.code, cancelled=given.cancelled, warned=given.warned, lost=lost
-    )
+        given.job_dir, given.attempt, given.code,
+        cancelled=given.cancelled, warned=given.warned, lost=lost, again=given.again,
+    )  # fmt: skip
     print(after, code)
     return 0
 
