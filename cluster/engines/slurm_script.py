@@ -81,7 +81,7 @@ def job_script(job: Job) -> str:
 _BEFORE = r"""
 export SHOESTRING_ATTEMPT=${SLURM_RESTART_COUNT:-0}
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export MASTER_ADDR=${nodes%%$'\n'*} MASTER_PORT=$((20000 + (SLURM_JOB_ID + SHOESTRING_ATTEMPT) % 12000))
+export MASTER_ADDR=${nodes%%$'\n'*} MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + SHOESTRING_ATTEMPT) % 12000))
 export SLURM_EXPORT_ENV=ALL  # to the tasks, also if the job was submitted with less
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take it over
 

@@ -4,7 +4,7 @@
 #   slurm_lab.sh up          start it, and wait until all nodes are idle
 #   slurm_lab.sh env         lines to eval: sbatch, squeue, scontrol, scancel of this cluster on PATH
 #   slurm_lab.sh cut n2      pull a node's network cable
-#   slurm_lab.sh mend n2     plug it in again, and wait until the node is idle
+#   slurm_lab.sh mend n2     plug it in again, switch the node off and on, and wait until it is idle
 #   slurm_lab.sh down        end every process in the namespaces and remove them; may be called at any time
 #
 # Needs root and what install.sh installs. All its files are in $SHOESTRING_LAB (default /var/tmp/shoestring-slurm),
@@ -95,6 +95,11 @@ files() {
   (umask 077 && head -c 1024 /dev/urandom > "$lab/munge.key")
 }
 
+start() { # NODE
+  mkdir -p "$lab/spool/$1"
+  inside "shl-$1" "$1" slurmd -N "$1"
+}
+
 network() { # a switch at the login node, a cable to each node; `ip netns exec` shows each its own /etc/hosts
   local i
   for space in "$login" "${nodes[@]/#/shl-}"; do
@@ -132,10 +137,7 @@ up() {
   inside "$login" login munged --force --key-file="$lab/munge.key" --socket="$lab/munge.socket" \
     --pid-file="$lab/munged.pid" --log-file="$lab/munged.log" --seed-file="$lab/munged.seed"
   inside "$login" login slurmctld -c
-  for node in "${nodes[@]}"; do
-    mkdir -p "$lab/spool/$node"
-    inside "shl-$node" "$node" slurmd -N "$node"
-  done
+  for node in "${nodes[@]}"; do start "$node"; done
   idle "${#nodes[@]}" "$(IFS=,; echo "${nodes[*]}")"
 }
 
@@ -143,20 +145,22 @@ spaces() {
   ip netns list 2> /dev/null | awk '/^shl-/ { print $1 }'
 }
 
-signal() { # SIGNAL: to every process in the namespaces; fails when there is none
+signal() { # SIGNAL NAMESPACE…: to every process there; fails when there is none
   local found
-  found=$(for space in $(spaces); do ip netns pids "$space"; done)
+  found=$(for space in "${@:2}"; do ip netns pids "$space"; done)
   # shellcheck disable=SC2086
   [ -n "$found" ] && { kill "-$1" $found 2> /dev/null || true; }
 }
 
 down() {
-  signal TERM && for _ in $(seq 20); do
+  local all
+  mapfile -t all < <(spaces)
+  signal TERM "${all[@]}" && for _ in $(seq 20); do
     sleep 0.1
-    signal 0 || break
+    signal 0 "${all[@]}" || break
   done
-  while signal KILL; do sleep 0.1; done
-  for space in $(spaces); do
+  while signal KILL "${all[@]}"; do sleep 0.1; done
+  for space in "${all[@]}"; do
     ip netns del "$space"
     rm -rf "/etc/netns/$space"
   done
@@ -169,7 +173,9 @@ case ${1:-} in
   env) echo "export PATH=$lab/bin:\$PATH SLURM_CONF=$SLURM_CONF" ;;
   cut) ip -n "shl-$2" link set shl0 down ;;
   mend)
+    while signal KILL "shl-$2"; do sleep 0.1; done
     ip -n "shl-$2" link set shl0 up
+    start "$2"
     idle 1 "$2"
     ;;
   *)
