@@ -209,7 +209,7 @@ def _start(slurm: Slurm, job: Job) -> list[str]:
     try:
         said = call(["sh", "-c", "exec sbatch --test-only 2>&1"], stdin=slurm.render(job)["job.sh"])
     except ClusterError as error:
-        return [f"Slurm would refuse this job: {str(error).partition(': ')[2]}"]
+        return [f"Slurm does not take this job: {str(error).partition(': ')[2] or error}"]
     match = re.search(r"to start at (\S+) .*?nodes (\S+)", said)
     return [f"Slurm expects to start it at {match[1].replace('T', ' ')} on {match[2]}"] if match else []
 

@@ -174,10 +174,17 @@ def _container(job: Job) -> tuple[str, str]:
         words = _apptainer(job, spec.image, places)
         return words, f"{words} {ATTEMPTS}"
     words = shlex.join([
-        f"--container-image={spec.image}", f"--container-mounts={','.join(f'{p}:{p}' for p in places)}",
+        f"--container-image={_pyxis(spec.image)}", f"--container-mounts={','.join(f'{p}:{p}' for p in places)}",
         f"--container-workdir={job.workdir}",
     ])  # fmt: skip
     return words, f"srun --overlap --nodes=1 --ntasks=1 {words} {ATTEMPTS}"
+
+
+def _pyxis(image: str) -> str:
+    """An image in Pyxis's spelling, which sets the registry apart: ghcr.io#team/train:1."""
+    registry, slash, rest = image.partition("/")
+    named = slash and "#" not in image and re.search(r"[.:]", registry) and not image.startswith(".")
+    return f"{registry}#{rest}" if named else image
 
 
 def _apptainer(job: Job, image: str, places: Sequence[str]) -> str:

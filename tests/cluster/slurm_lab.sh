@@ -13,6 +13,7 @@
 # (one hour at most).
 set -euo pipefail
 lab=${SHOESTRING_LAB:-/var/tmp/shoestring-slurm}
+commands=${SLURM_COMMANDS:-/usr/bin} # where sbatch and its like are installed
 subnet=10.98.0
 nodes=(n1 n2 n3)
 login=shl-login # the namespace of the controller; sbatch and its like run there
@@ -50,11 +51,11 @@ SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-# quick to notice, as slow to kill as a cluster that nobody has tuned would be in half the time
+# quick to notice a lost node; KillWait as it is where nobody has set it
 SlurmdTimeout=10
 SlurmctldTimeout=10
 MessageTimeout=5
-KillWait=15
+KillWait=30
 ReturnToService=2
 # the nodes have more CPUs than the machine
 SlurmdParameters=config_overrides
@@ -76,8 +77,8 @@ client() { # a command as the login node has it; on a node (it has an interface 
   cat << END
 #!/bin/sh
 export SLURM_CONF=$SLURM_CONF
-[ -e /sys/class/net/shl0 ] || exec ip netns exec $login unshare --uts sh -c 'hostname login && exec "\$@"' sh /usr/bin/$1 "\$@"
-exec /usr/bin/$1 "\$@"
+[ -e /sys/class/net/shl0 ] || exec ip netns exec $login unshare --uts sh -c 'hostname login && exec "\$@"' sh $commands/$1 "\$@"
+exec $commands/$1 "\$@"
 END
 }
 

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slurm_cluster import SCRIPT, SlurmCluster
 
+from shoestring.cluster.job import LEAST_LEAD
+
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
 SLOW = {"PAUSE": "0.5"}  # seconds a step, 30 in all
@@ -74,14 +76,15 @@ def test_variables_arrive_as_they_were_written(slurm, undisturbed):
 
 
 def test_at_the_time_limit_it_saves_and_goes_on(slurm, undisturbed):
-    job = slurm.launch("limited", variables=SLOW)
-    slurm.wait(job["id"], lambda job: job["attempts"])
-    slurm.run("scontrol", "update", f"JobId={job['engine_id']}", "TimeLimit=1")
+    job = slurm.launch("limited", variables={"PAUSE": "2"})
+    job = slurm.training(job["id"])
+    minutes = int(job["seconds"] + LEAST_LEAD) // 60 + 1  # Slurm counts in these
+    slurm.run("scontrol", "update", f"JobId={job['engine_id']}", f"TimeLimit={minutes}")
     job = slurm.ended(job["id"])
     first, *_, last = job["attempts"]
     assert (first["code"], first["next"], first["reason"]) == (85, "requeue", "its time was over")
     assert last["next"] == job["state"] == "finished"
-    assert 0 < first["seconds"] < 60
+    assert first["seconds"] < 60 * minutes
     assert slurm.weights("limited") == slurm.weights("undisturbed")
     log = slurm.log(job["id"])
     assert "attempt 0: its time was over (85); requeue" in log and "attempt 1: the run is finished" in log
@@ -176,9 +179,9 @@ def test_what_cannot_work_is_said_before(slurm):
     assert "partition spot kills 20 s after a preemption (GraceTime)" in spot and "KillWait" in spot
     short = remarks("short", "--hours", "3", options={"partition": "short"}, limits={})
     assert "Set limits.attempt_hours: 1" in short
-    assert "Slurm would refuse this job" in remarks("many", nodes=4)
+    assert "Slurm does not take this job" in remarks("many", nodes=4)
     gpus = remarks("gpus", hardware="h200", options={"gpu_type": "h200"})
-    assert "Slurm would refuse this job" in gpus  # the nodes' GPUs have no type
+    assert "Slurm does not take this job" in gpus  # the nodes' GPUs have no type
     assert "Slurm expects to start it at" in remarks("gres", hardware="h200", options={"gpus": "gres"})
     injected = remarks("injected", options={"partition": "batch\n#SBATCH --wrap=id"})
     assert "options.partition: found" in injected and "one word" in injected

@@ -77,7 +77,7 @@ class SlurmCluster:
         assert found["state"] in STATES, found
         return found
 
-    def wait(self, id: str, until: Callable[[dict[str, Any]], Any], seconds: float = 300) -> dict[str, Any]:
+    def wait(self, id: str, until: Callable[[dict[str, Any]], Any], seconds: float = 600) -> dict[str, Any]:
         """Ask after the job until `until` is true of what is said; its log if that takes too long, or it ends first."""
         end = time.monotonic() + seconds
         while True:
