@@ -9,7 +9,7 @@
 #
 # Needs root and what install.sh installs. All its files are in $SHOESTRING_LAB (default /var/tmp/shoestring-slurm),
 # which every node sees, like everything else on this machine. Nodes n1 to n3 have four CPUs and two GPUs each, on
-# paper only. Partitions: `batch`, whose jobs push aside those of `spot` (20 s of grace, then requeued), and `short`
+# paper only. Partitions: `batch`, whose jobs push aside those of `spot` (60 s of grace, then requeued), and `short`
 # (one hour at most).
 set -euo pipefail
 lab=${SHOESTRING_LAB:-/var/tmp/shoestring-slurm}
@@ -62,7 +62,7 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=n[1-${#nodes[@]}] CPUs=4 RealMemory=4000 Gres=gpu:2
 PartitionName=batch Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
-PartitionName=spot Nodes=ALL PriorityTier=1 GraceTime=20 MaxTime=INFINITE
+PartitionName=spot Nodes=ALL PriorityTier=1 GraceTime=60 MaxTime=INFINITE
 PartitionName=short Nodes=ALL PriorityTier=1 PreemptMode=OFF MaxTime=60
 END
 }
