@@ -117,7 +117,9 @@ def end(job_dir: Path, number: int, code: int, *, cancelled: bool = False, warne
     """
     facts, told = job_facts(job_dir), ranks.read(job_dir, number)
     verdict, reason = _verdict(told, facts["nodes"] * facts["devices_per_node"], code, lost)
-    if verdict == SAVED and not lost:
+    if cancelled and not told:
+        verdict, reason = SAVED, "the job was cancelled before anything began"
+    elif verdict == SAVED:
         reason = "the job was cancelled" if cancelled else "its time was over" if warned else reason
     after = "requeue" if again and verdict != FINISHED else _next(verdict, cancelled)
     if verdict == BAD_NODE and after == "requeue":
@@ -152,7 +154,7 @@ def _verdict(told: Sequence[RankRecord], tasks: int, code: int, lost: Sequence[s
     codes = {record.code for record in told}
     if BAD_NODE in codes:
         return BAD_NODE, "a node has failed its checks"
-    if lost:  # which makes the tasks of other nodes fail
+    if lost:  # then whatever else went wrong followed from it
         return BAD_NODE, f"lost {', '.join(lost)}"
     wrong = [r for r in told if r.code not in (None, FINISHED, SAVED)]
     if wrong:

@@ -1,4 +1,4 @@
-"""Tests on real clusters, which take minutes and change the machine's network: only where they are asked for."""
+"""Tests marked `cluster` start real schedulers and daemons on this machine: only where that is asked for."""
 
 import os
 
@@ -8,6 +8,7 @@ import pytest
 def pytest_collection_modifyitems(items):
     if os.environ.get("SHOESTRING_CLUSTER_TESTS") == "1":
         return
+    skip = pytest.mark.skip(reason="needs a real cluster on this machine: make test-cluster")
     for item in items:
         if item.get_closest_marker("cluster"):
-            item.add_marker(pytest.mark.skip(reason="needs a real cluster on this machine: make test-cluster"))
+            item.add_marker(skip)

@@ -4,6 +4,8 @@ set -euo pipefail
 
 packages=(
   iproute2       # network namespaces, one a node
+  openssh-client # ssh, ssh-keygen
+  openssh-server # sshd on each node
   munge          # Slurm's authentication
   slurmctld      # Slurm's controller
   slurmd         # Slurm on each node
