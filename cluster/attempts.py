@@ -116,12 +116,13 @@ def note(job_dir: Path, number: int, **row: Any) -> None:
 
 
 def end(job_dir: Path, number: int, code: int, *, cancelled: bool = False, warned: bool = False,
-        lost: Sequence[str] = (), elsewhere: bool = True) -> tuple[str, int]:  # fmt: skip
+        lost: Sequence[str] = (), pool: Sequence[str] = (), again: bool = False) -> tuple[str, int]:  # fmt: skip
     """Note that an attempt has ended and decide what comes next: (next, exit code).
 
     `code` is what the engine's own launcher returned; the tasks' records say more and come first. `cancelled`:
-    somebody has ended the job. `warned`: its time was over. `lost`: nodes that no longer answer. `elsewhere`:
-    there are other nodes to run on.
+    somebody has ended the job. `warned`: its time was over. `lost`: nodes that no longer answer. `pool`: all the nodes
+    there are, where the engine has no others to give. `again`: the engine has taken the nodes away and runs the job
+    again by itself, so tasks that were killed are no failure.
     """
     facts, told = job_facts(job_dir), ranks.read(job_dir, number)
     verdict, reason = _verdict(told, facts["nodes"] * facts["devices_per_node"], code, lost)
@@ -129,16 +130,17 @@ def end(job_dir: Path, number: int, code: int, *, cancelled: bool = False, warne
         verdict, reason = SAVED, "the job was cancelled before anything began"
     elif verdict == SAVED:
         reason = "the job was cancelled" if cancelled else "its time was over" if warned else reason
-    after = _next(verdict, cancelled)
-    if verdict == BAD_NODE and after == "requeue" and not elsewhere:
-        after, reason = "failed", f"{reason}, and there is no other"
+    after = "requeue" if again and verdict != FINISHED else _next(verdict, cancelled)
     if verdict == BAD_NODE and after == "requeue":
         exclude(job_dir, [*bad_nodes(job_dir, number), *lost])
     if after == "requeue":
         before = [a for a in history(job_dir) if a.number != number]
         this = next((a.seconds for a in history(job_dir) if a.number == number), 0.0)
         left = facts["hours"] * 3600 - spent_seconds(before) - this
-        if number >= facts["requeues"]:
+        nodes = [node for node in pool if node not in excluded(job_dir)]
+        if pool and len(nodes) < facts["nodes"]:
+            after, reason = "failed", f"{reason}; {len(nodes)} of {len(pool)} nodes left, {facts['nodes']} needed"
+        elif number >= facts["requeues"]:
             after, reason = "exhausted", f"{reason}; {facts['requeues']} requeues are used up (limits.requeues)"
         elif left <= 2 * facts["lead_seconds"]:
             after, reason = "exhausted", f"{reason}; the job's {facts['hours']:g} h are used up"
@@ -148,6 +150,16 @@ def end(job_dir: Path, number: int, code: int, *, cancelled: bool = False, warne
     for line in _story(told, verdict, number, after, reason):
         print(line, file=sys.stderr, flush=True)
     return after, verdict
+
+
+def withdrawn(job_dir: str | Path) -> None:
+    """Note that a job was cancelled while it waited, for its first attempt or for another."""
+    done, now = history(job_dir), time.time()
+    last = done[-1] if done else Attempt(number=0, started=now, ended=now)
+    ended = last.ended if last.ended is not None else last_seen(job_dir, last)
+    reason = "the job was cancelled while it waited"
+    _append(Path(job_dir), attempt=last.number, started=last.started, ended=ended, next="cancelled", reason=reason)
+    forget_secrets(job_dir)
 
 
 def _verdict(told: Sequence[RankRecord], tasks: int, code: int, lost: Sequence[str]) -> tuple[int, str]:
@@ -247,8 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--code", type=int, default=0)
     parser.add_argument("--cancelled", action="store_true")
     parser.add_argument("--warned", action="store_true")
-    parser.add_argument("--nowhere-else", action="store_true", help="a bad node ends the job")
+    parser.add_argument("--pool", default="", help="all the nodes there are, comma separated")
     parser.add_argument("--lost", default="", help="nodes that no longer answer, comma separated")
+    parser.add_argument("--again", action="store_true")
     given = parser.parse_args(arguments)
     if given.what == "begin":
         seconds = begin(given.job_dir, given.attempt, [n for n in given.nodes.split(",") if n], given.engine_id)
@@ -257,10 +270,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         print(seconds)
         return 0
-    lost = [node for node in given.lost.split(",") if node]
+    lost, pool = ([node for node in names.split(",") if node] for names in (given.lost, given.pool))
     after, code = end(
         given.job_dir, given.attempt, given.code, cancelled=given.cancelled, warned=given.warned, lost=lost,
-        elsewhere=not given.nowhere_else,
+        pool=pool, again=given.again,
     )  # fmt: skip
     print(after, code)
     return 0

@@ -19,9 +19,9 @@ def head(job: Job, title: str) -> str:
         "#!/bin/bash\n"
         f"# {title}\n"
         "set -o pipefail  # and not -e: exit codes are the protocol (85 saved, run me again; 86 a bad node)\n"
-        f"JOB={quoted(job.job_dir)}\n"
-        f"PYTHON={quoted(job.python)}\n"
         f"{prologue(job)}"
+        f"JOB={quoted(job.job_dir)}\n"  # after the job's own variables, which may have the same names
+        f"PYTHON={quoted(job.python)}\n"
     )
 
 
