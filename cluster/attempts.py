@@ -108,15 +108,18 @@ def begin(job_dir: Path, number: int, nodes: Sequence[str] = (), engine_id: str 
 
 
 def end(job_dir: Path, number: int, code: int, *, cancelled: bool = False, warned: bool = False,
-        lost: Sequence[str] = ()) -> tuple[str, int]:  # fmt: skip
+        lost: Sequence[str] = (), pool: Sequence[str] = ()) -> tuple[str, int]:  # fmt: skip
     """Note that an attempt has ended and decide what comes next: (next, exit code).
 
     `code` is what the engine's own launcher returned; the tasks' records say more and come first. `cancelled`:
-    somebody has ended the job. `warned`: its time was over. `lost`: nodes that no longer answer.
+    somebody has ended the job. `warned`: its time was over. `lost`: nodes that no longer answer. `pool`: all the nodes
+    there are, where the engine has no others to give.
     """
     facts, told = job_facts(job_dir), ranks.read(job_dir, number)
     verdict, reason = _verdict(told, facts["nodes"] * facts["devices_per_node"], code, lost)
-    if verdict == SAVED and not lost:
+    if cancelled and not told:
+        verdict, reason = SAVED, "the job was cancelled before anything began"
+    elif verdict == SAVED:
         reason = "the job was cancelled" if cancelled else "its time was over" if warned else reason
     after = _next(verdict, cancelled)
     if verdict == BAD_NODE and after == "requeue":
@@ -125,7 +128,10 @@ def end(job_dir: Path, number: int, code: int, *, cancelled: bool = False, warne
         before = [a for a in history(job_dir) if a.number != number]
         this = next((a.seconds for a in history(job_dir) if a.number == number), 0.0)
         left = facts["hours"] * 3600 - spent_seconds(before) - this
-        if number >= facts["requeues"]:
+        nodes = [node for node in pool if node not in excluded(job_dir)]
+        if pool and len(nodes) < facts["nodes"]:
+            after, reason = "failed", f"{reason}; {len(nodes)} of {len(pool)} nodes left, {facts['nodes']} needed"
+        elif number >= facts["requeues"]:
             after, reason = "exhausted", f"{reason}; {facts['requeues']} requeues are used up (limits.requeues)"
         elif left <= 2 * facts["lead_seconds"]:
             after, reason = "exhausted", f"{reason}; the job's {facts['hours']:g} h are used up"
@@ -141,13 +147,13 @@ def _verdict(told: Sequence[RankRecord], tasks: int, code: int, lost: Sequence[s
     codes = {record.code for record in told}
     if BAD_NODE in codes:
         return BAD_NODE, "a node has failed its checks"
+    if lost:  # then whatever else went wrong followed from it
+        return BAD_NODE, f"lost {', '.join(lost)}"
     wrong = [r for r in told if r.code not in (None, FINISHED, SAVED)]
     if wrong:
         first = min(wrong, key=lambda record: record.ended or 0.0)
         assert first.code is not None
         return first.code if 0 < first.code < 128 else FAILURE, f"rank {first.rank} on {first.host}: {first.error}"
-    if lost:
-        return BAD_NODE, f"lost {', '.join(lost)}"
     silent = [r for r in told if r.code is None]
     if len(told) == tasks and not silent:
         if SAVED in codes:
@@ -233,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cancelled", action="store_true")
     parser.add_argument("--warned", action="store_true")
     parser.add_argument("--lost", default="", help="nodes that no longer answer, comma separated")
+    parser.add_argument("--pool", default="", help="all the nodes there are, comma separated")
     given = parser.parse_args(arguments)
     if given.what == "begin":
         seconds = begin(given.job_dir, given.attempt, [n for n in given.nodes.split(",") if n], given.engine_id)
@@ -241,9 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         print(seconds)
         return 0
-    lost = [node for node in given.lost.split(",") if node]
+    lost, pool = ([node for node in names.split(",") if node] for names in (given.lost, given.pool))
     after, code = end(
-        given.job_dir, given.attempt, given.code, cancelled=given.cancelled, warned=given.warned, lost=lost
+        given.job_dir, given.attempt, given.code, cancelled=given.cancelled, warned=given.warned, lost=lost, pool=pool
     )
     print(after, code)
     return 0

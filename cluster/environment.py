@@ -6,10 +6,13 @@ commas would split them (`srun --export`) and everybody could read them (`ps`).
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, TextIO
 
 from .job import Job, secret_sources
 from .reading import ClusterError
@@ -110,10 +113,43 @@ def resolve(secrets: Mapping[str, SecretSpec], environ: Mapping[str, str] = os.e
 def redacted(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """`text` without the values of this process's secrets; for whatever is written down on a node."""
     for name in filter(None, environ.get(SECRET_NAMES, "").split(",")):
-        value = environ.get(name, "")
-        if value:
-            text = text.replace(value, HIDDEN)
+        for spelling in _spellings(environ.get(name, "")):
+            text = text.replace(spelling, HIDDEN)
     return text
+
+
+@lru_cache
+def _spellings(value: str) -> tuple[str, ...]:
+    """How a secret may stand in a text: as it is, as `repr` and JSON write it, and each of its lines."""
+    found = {value, repr(value)[1:-1], json.dumps(value)[1:-1], *(part for part in value.split("\n") if len(part) > 7)}
+    return tuple(sorted(filter(None, found), key=len, reverse=True))
+
+
+def redacted_values(value: Any) -> Any:
+    """`redacted` for every text in mappings and lists."""
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, Mapping):
+        return {key: redacted_values(item) for key, item in value.items()}
+    return [redacted_values(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class RedactedStream:
+    """A text stream that everything is `redacted` on the way to."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redacted(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def withheld(job: Job) -> str:
