@@ -98,10 +98,13 @@ class Tasks:
                 ranks.write(self.job_dir, self.attempt, killed)
 
     def kill(self) -> None:
-        """End what is left of them, and what they have started."""
+        """End what is left of them, and what they have started; the next attempt needs their devices."""
         for pid in self.pids.values():
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
+        end = time.monotonic() + AFTERWARDS
+        while any(map(_alive, self.pids.values())) and time.monotonic() < end:
+            time.sleep(POLL / 4)
 
 
 def run(command: Sequence[str], tasks: Tasks, line: LifeLine, lead: float) -> int:
