@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -134,15 +135,20 @@ def redacted_values(value: Any) -> Any:
     return [redacted_values(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-class RedactedStream:
-    """A text stream that everything is `redacted` on the way to."""
+class TaskStream:
+    """A text stream that everything is `redacted` on the way to, and whose reader may go away."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(redacted(text))
+        with suppress(BrokenPipeError):
+            self._stream.write(redacted(text))
         return len(text)
+
+    def flush(self) -> None:
+        with suppress(BrokenPipeError):
+            self._stream.flush()
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from .. import ShoestringError
 from ..cluster import ranks
-from ..cluster.environment import SECRET_NAMES, RedactedStream, redacted
+from ..cluster.environment import TaskStream, redacted
 from . import signals
 
 
@@ -28,8 +28,7 @@ def as_task() -> Iterator[None]:
         return
     if under_torchrun := "TORCHELASTIC_RUN_ID" in os.environ:
         signals.die_with_parent()
-    if os.environ.get(SECRET_NAMES):
-        sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = TaskStream(sys.stdout), TaskStream(sys.stderr)  # type: ignore[assignment]
     signals.listen_early()  # a task may be asked to stop before it has a trainer
     job_dir, attempt = here
     record = ranks.begun()

@@ -19,9 +19,9 @@ def head(job: Job, title: str) -> str:
         "#!/bin/bash\n"
         f"# {title}\n"
         "set -o pipefail  # and not -e: exit codes are the protocol (85 saved, run me again; 86 a bad node)\n"
-        f"JOB={quoted(job.job_dir)}\n"
-        f"PYTHON={quoted(job.python)}\n"
         f"{prologue(job)}"
+        f"JOB={quoted(job.job_dir)}\n"  # after the job's own variables, which may have the same names
+        f"PYTHON={quoted(job.python)}\n"
     )
 
 
@@ -47,15 +47,15 @@ WAIT = 'while :; do wait "$child"; code=$?; kill -0 "$child" 2>/dev/null || brea
 
 
 def node_script(job: Job) -> str:
-    """A script that runs the tasks of one node; what it hears on its standard input is told in `cluster/node.py`."""
+    """A script for the tasks of one node. What it hears on its standard input is told in `cluster/lifeline.py`."""
     command = " ".join(map(shlex.quote, job.train()[1:]))
     return (
         f"{head(job, 'The tasks of one node: bash node.sh NODE_RANK MASTER_ADDRESS MASTER_PORT ATTEMPT')}"
         'command -v "$PYTHON" >/dev/null || { echo "[shoestring] $(hostname): there is no $PYTHON" >&2; exit 3; }\n'
-        '"$PYTHON" -c "import shoestring.cluster.node" ||\n'
+        '"$PYTHON" -c "import shoestring.cluster.lifeline" ||\n'
         '  { echo "[shoestring] $(hostname): $PYTHON cannot import shoestring" >&2; exit 3; }\n'
         f'export SHOESTRING_ATTEMPT="$4" PET_SHUTDOWN_TIMEOUT={job.lead_seconds} PET_SIGNALS_TO_HANDLE={SIGNALS}\n'
-        'exec "$PYTHON" -m shoestring.cluster.node \\\n'
+        'exec "$PYTHON" -m shoestring.cluster.lifeline \\\n'
         f'  --node-rank "$1" --tasks {job.devices_per_node} --lead {job.lead_seconds} --master "$2" -- \\\n'
         f'  "$PYTHON" -m torch.distributed.run --nnodes={job.nodes} --node-rank="$1" \\\n'
         f'  --nproc-per-node={job.devices_per_node} --master-addr="$2" --master-port="$3" --max-restarts=0 \\\n'
@@ -73,7 +73,10 @@ def controller(job: Job, title: str, hosts: str, engine: str) -> str:
     return (
         "#!/bin/bash\n"
         f"# {title}\n"
-        "# USR1: save, and run again. TERM: save, and end.\n"
+        "ending= warned=\n"
+        "trap 'warned=1' USR1      # save, and run again\n"
+        "trap 'ending=1' TERM INT  # save, and end\n"
+        "trap '' PIPE\n"
         f"JOB={quoted(job.job_dir)}\n"
         "PYTHON=${SHOESTRING_PYTHON:-python3}\n"
         f"cd {quoted(job.workdir)} || exit 2\n"
@@ -92,19 +95,19 @@ close() {  # note how the attempt ended, and what comes next
 }
 label() { while IFS= read -r line; do printf '%s%s\n' "$1" "$line"; done; }
 
-ending= warned=
-trap 'warned=1' USR1
-trap 'ending=1' TERM INT
-trap '' PIPE
 pipes=$(mktemp -d) || exit 1
 trap 'rm -rf "$pipes"' EXIT
 export SHOESTRING_ATTEMPT
 for ((SHOESTRING_ATTEMPT = 0; ; SHOESTRING_ATTEMPT++)); do
   mapfile -t nodes < <(printf '%s\n' "${HOSTS[@]}" | grep -vxFf <(cat "$JOB/excluded" 2>/dev/null) | head -n NODES)
   seconds=$(attempts begin --nodes "$(IFS=,; echo "${nodes[*]}")") || exit 1
+  code=0 lost=() pids=() lines=() kill= begun=$SECONDS
   master=$(address "${nodes[0]}")
   port=$((20000 + RANDOM % 12000))
-  warned= code=0 lost=() pids=() lines=() kill= begun=$SECONDS
+  if [ -z "$master" ]; then
+    echo "[shoestring] ${nodes[0]} does not say at which address the others find it" >&2
+    code=255 lost=("${nodes[0]}") nodes=()
+  fi
 
   # each node has a line that it listens to; when this script dies, the lines end, and with them the tasks
   for rank in "${!nodes[@]}"; do
@@ -144,5 +147,6 @@ for ((SHOESTRING_ATTEMPT = 0; ; SHOESTRING_ATTEMPT++)); do
   close
   [ "$next" = requeue ] && [ -n "$ending" ] && close
   [ "$next" = requeue ] || exit "$code"
+  warned=
 done
 """

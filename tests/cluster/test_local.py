@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from jobs import Job, Launcher, wait_for
+from launched_jobs import Job, Launcher, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 

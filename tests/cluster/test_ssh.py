@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +12,9 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import Job, Launcher, wait_for
+from launched_jobs import Job, Launcher, wait_for
+
+from shoestring.cluster import ranks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
@@ -57,7 +58,7 @@ def launcher(lab: Path, folder: Path, **environment: object) -> Launcher:
             "ssh_options": ["ServerAliveInterval=2", "ConnectTimeout=3"],
         },
     }  # fmt: skip
-    text = yaml.safe_dump(cluster, allow_unicode=True)
+    text = yaml.safe_dump(cluster)
     return Launcher(folder, text, [str(LAB), str(lab), "run"], MY_TOKEN=SECRET)
 
 
@@ -81,12 +82,11 @@ def test_two_nodes_of_two_tasks_come_to_the_end_with_every_value_as_it_was_writt
     whole: tuple[Launcher, Job, dict[str, str]],
 ) -> None:
     here, job, variables = whole
-    records = wait_for(lambda: list((job.folder / "attempts/0").glob("*.json")), job.log())
-    wait_for(lambda: len(list((job.folder / "attempts/0").glob("*.json"))) == 4, job.log())
-    records = [json.loads(path.read_text()) for path in sorted((job.folder / "attempts/0").glob("*.json"))]
-    assert [(r["node_rank"], r["host"]) for r in records] == [(0, "n1"), (0, "n1"), (1, "n2"), (1, "n2")]
+    wait_for(lambda: len(ranks.read(job.folder, 0)) == 4, "not all tasks have started")
+    records = ranks.read(job.folder, 0)
+    assert [(r.node_rank, r.host) for r in records] == [(0, "n1"), (0, "n1"), (1, "n2"), (1, "n2")]
     for record in records:
-        around = Path(f"/proc/{record['pid']}/environ").read_bytes().decode().split("\0")
+        around = Path(f"/proc/{record.pid}/environ").read_bytes().decode().split("\0")
         found = dict(line.partition("=")[::2] for line in around)
         assert {name: found.get(name) for name in variables} == variables
         assert found["API_TOKEN"] == SECRET
@@ -125,7 +125,9 @@ def test_tasks_save_and_end_without_their_script_and_when_they_are_cancelled(
     here, _, _ = whole
     job = here.launch("ended", *RECIPE, "budget.steps=1000000")
     job.until_step(5)
-    os.kill(job.pid, signal.SIGKILL)
+    # the script is gone, and so are the connections: nobody reads what the tasks say either
+    for pid in [job.pid, *(pid for pid, words in job.processes().items() if words.startswith("ssh "))]:
+        os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not job.processes(), f"{job.processes()} are left", 60)
     assert job.status()["state"] == "failed" and not (job.folder / "secrets.sh").exists()
     assert job.events(rank=0)[-1]["event"] == "preempted"

@@ -1,6 +1,6 @@
 """The tasks of one node: started by a script of the job, told once when to save, and ended together.
 
-    python -m shoestring.cluster.node --node-rank 1 --tasks 2 --lead 90 --master 10.0.0.1 -- COMMAND…
+    python -m shoestring.cluster.lifeline --node-rank 1 --tasks 2 --lead 90 --master 10.0.0.1 -- COMMAND…
 
 Standard input is the life line. Whoever started the node writes a word in a line every second: `on` while all is well,
 `USR1` or `TERM` when the tasks are to save and end, `KILL` when they are to end at once. If the line ends, or says
@@ -167,7 +167,7 @@ def interface_to(master: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m shoestring.cluster.node", description="For a job's script.")
+    parser = argparse.ArgumentParser(prog="python -m shoestring.cluster.lifeline", description="For a job's script.")
     parser.add_argument("--node-rank", type=int, required=True)
     parser.add_argument("--tasks", type=int, required=True, help="on this node")
     parser.add_argument("--lead", type=float, required=True, help="seconds for saving")

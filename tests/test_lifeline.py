@@ -1,4 +1,4 @@
-"""The tasks of one node (cluster/node.py): what they are told, when, and what is said of those that were killed."""
+"""The tasks of one node (cluster/lifeline.py): what they are told, when, and what is said of those that were killed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.cluster import attempts, ranks
-from shoestring.cluster.node import _alive
+from shoestring.cluster.lifeline import _alive
 
 # stands where torchrun does: starts tasks, passes a signal on to them, and ends when one fails
 LEADER = """
@@ -33,8 +33,8 @@ sys.exit(any(task.wait() for task in tasks))
 TASK = """
 import os, signal, sys, time
 time.sleep(1.0)  # imports: a signal here would be the end
-from shoestring.cluster import node, ranks
-node.die_with_parent()
+from shoestring.cluster import lifeline, ranks
+lifeline.die_with_parent()
 told = []
 signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
 job_dir, attempt = ranks.place()
@@ -60,7 +60,7 @@ class Node:
         facts = {"hours": 1, "attempt_hours": 1, "lead_seconds": 30, "nodes": 1, "devices_per_node": 2, "requeues": 2}
         (folder / "job.json").write_text(json.dumps(facts))
         attempts.begin(folder, 0, ["here"])
-        command = [sys.executable, "-m", "shoestring.cluster.node", "--node-rank", "0", "--tasks", "2",
+        command = [sys.executable, "-m", "shoestring.cluster.lifeline", "--node-rank", "0", "--tasks", "2",
                    "--lead", str(lead), "--", sys.executable, "-c", LEADER, TASK.format(body=body)]  # fmt: skip
         around = {**os.environ, "SHOESTRING_JOB_DIR": str(folder), "SHOESTRING_ATTEMPT": "0"}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=around)
