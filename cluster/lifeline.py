@@ -152,18 +152,25 @@ def _alive(pid: int) -> bool:
 def interface_to(master: str) -> str:
     """The network interface through which this machine reaches `master`; empty if that cannot be told.
 
-    Gloo would take the address of the machine's own name, which many systems say is 127.0.1.1.
+    Gloo would take the address of the machine's own name, which many systems say is 127.0.1.1: the master's own, too,
+    which therefore takes the one that leads outside.
     """
+    for target in (master, "192.0.2.1"):
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))  # sends nothing
+            mine = socket.inet_aton(probe.getsockname()[0])
+            found = [name for _, name in socket.if_nameindex() if _address(probe, name) == mine]
+            if found and mine[0] != 127:
+                return found[0]
+    return ""
+
+
+def _address(probe: socket.socket, interface: str) -> bytes:
     import fcntl
 
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((master, 9))  # sends nothing
-        mine = socket.inet_aton(probe.getsockname()[0])
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):
-                if fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()[:15]))[20:24] == mine:  # SIOCGIFADDR
-                    return name
-    return ""
+    with suppress(OSError):
+        return fcntl.ioctl(probe, 0x8915, struct.pack("256s", interface.encode()[:15]))[20:24]  # SIOCGIFADDR
+    return b""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

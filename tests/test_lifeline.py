@@ -126,7 +126,7 @@ def test_tasks_are_ended_at_once(nodes: list[Node], tmp_path: Path) -> None:
     nodes.append(node := Node(tmp_path, "time.sleep(600)"))
     node.records()
     node.say("KILL")
-    assert node.process.wait(5) == 137
+    assert node.process.wait(30) == 137
     assert node.close() == ("failed", 1)
 
 

@@ -20,12 +20,13 @@ from ..engine import Heard, JobRecord
 from ..environment import exports, quoted, variables
 from ..job import Job
 from ..reading import ClusterError
-from ..sections import Count, Line, Section
+from ..sections import Line, Section
 from . import background
 from .scripts import controller, node_script
 
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:-]*$")]
 PATIENCE = 20  # seconds for a machine to answer what is asked before a launch
+AT_A_TIME = 16  # machines that are asked
 
 # what the user's own options, which come first, can change; nothing may ask questions
 DEFAULTS = (
@@ -51,7 +52,6 @@ class SSHOptions(Section):
     addresses: dict[HostName, HostName] = Field(
         default={}, description="a mapping of hosts to the addresses by which the other nodes find them"
     )
-    connections: Count = Field(16, description="a whole number from 1: how many machines are asked at a time")
 
 
 class SSH:
@@ -71,7 +71,7 @@ class SSH:
     def remarks(self, job: Job) -> list[str]:
         """What each machine lacks: an answer, the working directory, the run's storage, Python, shoestring."""
         options: SSHOptions = job.cluster.options
-        with ThreadPoolExecutor(options.connections) as pool:
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
             found = pool.map(lambda host: _lacks(job, options, host), dict.fromkeys(options.hosts))
         return [remark for remarks in found for remark in remarks]
 
@@ -108,7 +108,9 @@ def _engine(job: Job, options: SSHOptions) -> str:
     """The functions of the shell that `controller` wants."""
     known = "".join(f"    {quoted(host)}) echo {quoted(at)}; return ;;\n" for host, at in options.addresses.items())
     interface = job.cluster.interconnect.interface
-    if interface:
+    if job.nodes == 1:
+        address, known = "  echo 127.0.0.1\n", ""
+    elif interface:
         ask = quoted(f"ip -o -4 address show dev {quoted(interface)}")
         address = f"""  "${{SSH[@]}}" "$1" {ask} </dev/null | awk '{{ sub("/.*", "", $4); print $4; exit }}'\n"""
     else:
@@ -121,10 +123,15 @@ def _engine(job: Job, options: SSHOptions) -> str:
         f"{address}"
         "}\n"
         "node() {\n"
-        '  exec "${SSH[@]}" "$2" "bash ${JOB@Q}/node.sh $1 $3 $4 $SHOESTRING_ATTEMPT" '
+        f'  exec "${{SSH[@]}}" "$2" "{_shell(job)} ${{JOB@Q}}/node.sh $1 $3 $4 $SHOESTRING_ATTEMPT" '
         f"{several}\n"
         "}\n"
     )
+
+
+def _shell(job: Job) -> str:
+    """Only a login shell knows `module`."""
+    return "bash -l" if job.cluster.environment.modules else "bash"
 
 
 def _lacks(job: Job, options: SSHOptions, host: str) -> list[str]:
@@ -140,12 +147,16 @@ def _lacks(job: Job, options: SSHOptions, host: str) -> list[str]:
         f"elif ! {quoted(job.python)} -c 'import shoestring.cluster' 2>/dev/null; then\n"
         f"echo {quoted(f'{job.python} cannot import shoestring')}; fi\n"
     )
-    if environment.modules:  # set up where a shell knows `module`; the start of the job will tell
-        script = "\n".join([f"module load {shlex.join(environment.modules)}", script])
+    if environment.modules:
+        script = f"module load {shlex.join(environment.modules)}\n{script}"
     try:
         # the script through the pipe: on the command line everybody could read the variables
         done = subprocess.run(
-            [*command(options), host, "bash -s"], input=script, capture_output=True, text=True, timeout=PATIENCE
+            [*command(options), host, f"{_shell(job)} -s"],
+            input=script,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
         )
     except FileNotFoundError:
         return [f"{host}: ssh is not installed here"]
