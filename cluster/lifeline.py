@@ -8,8 +8,8 @@ nothing for `SILENCE` seconds, then the one who started the node or the network 
 and end. So nothing has to be left on a machine to look after them, and nothing stays behind there.
 
 COMMAND is torchrun with everything it needs. It dies of signals that come before its tasks are started, and its tasks
-die of those that come before they listen; both would look like a failure. So it gets one signal, and not before every
-task has said that it listens.
+die of those that come before they listen; both would look like a failure. So the tasks get one signal, from here, when
+every one of them has said that it listens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from . import ranks
 
 SILENCE = 30.0  # seconds without a word after which the line counts as broken
 POLL = 0.2
-AFTERWARDS = 15.0  # seconds for torchrun to notice that its tasks have ended
+AFTERWARDS = 15.0  # seconds for tasks that have saved, and for torchrun, to come to their ends
 CONSEQUENCE = 5.0  # tasks that fail within so many seconds of a killed one have failed because of it
 KILLED = 128 + signal.SIGKILL
 ASKS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -97,6 +97,13 @@ class Tasks:
                 killed = replace(record, code=KILLED, ended=ended, error="killed (out of memory, or by somebody)")
                 ranks.write(self.job_dir, self.attempt, killed)
 
+    def tell(self) -> None:
+        """Ask every one of them to save and end."""
+        for record in ranks.read(self.job_dir, self.attempt):
+            with suppress(ProcessLookupError):
+                if record.rank in self.numbers and record.code is None:
+                    os.kill(record.pid, signal.SIGUSR1)
+
     def kill(self) -> None:
         """End what is left of them, and what they have started; the next attempt needs their devices."""
         for pid in self.pids.values():
@@ -119,7 +126,7 @@ def run(command: Sequence[str], tasks: Tasks, line: LifeLine, lead: float) -> in
         if asked is None:
             tasks.note_killed()
         elif told is None and listening:
-            process.send_signal(signal.SIGUSR1)
+            tasks.tell()
             told = now
         if line.kill or now > (told or asked or now) + lead + AFTERWARDS:
             process.kill()

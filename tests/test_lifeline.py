@@ -15,17 +15,13 @@ import pytest
 from shoestring.cluster import attempts, ranks
 from shoestring.cluster.lifeline import _alive
 
-# stands where torchrun does: starts tasks, passes a signal on to them, and ends when one fails
+# stands where torchrun does: starts tasks, and ends when one fails
 LEADER = """
-import os, signal, subprocess, sys, time
-tasks = []
-def tell(number, frame):
-    for task in tasks:
-        task.send_signal(number)
-signal.signal(signal.SIGUSR1, tell)
-for rank in range(2):
-    tasks.append(subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, "RANK": str(rank)},
-                                  start_new_session=True))
+import os, subprocess, sys, time
+tasks = [
+    subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, "RANK": str(rank)}, start_new_session=True)
+    for rank in range(2)
+]
 while any(task.poll() is None for task in tasks) and not any(task.poll() for task in tasks):
     time.sleep(0.05)
 sys.exit(any(task.wait() for task in tasks))

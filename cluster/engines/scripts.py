@@ -6,6 +6,7 @@ import shlex
 
 from ..environment import prologue, quoted
 from ..job import Job
+from ..reading import ClusterError
 
 ATTEMPTS = '"$PYTHON" -m shoestring.cluster.attempts'
 
@@ -48,13 +49,18 @@ WAIT = 'while :; do wait "$child"; code=$?; kill -0 "$child" 2>/dev/null || brea
 
 def node_script(job: Job) -> str:
     """A script for the tasks of one node. What it hears on its standard input is told in `cluster/lifeline.py`."""
+    if job.cluster.environment.container:
+        raise ClusterError(
+            f"environment.container: found {job.cluster.environment.container.image}; allowed with engine "
+            f"{job.cluster.engine}: null. Give environment.venv or environment.python"
+        )
     command = " ".join(map(shlex.quote, job.train()[1:]))
     return (
         f"{head(job, 'The tasks of one node: bash node.sh NODE_RANK MASTER_ADDRESS MASTER_PORT ATTEMPT')}"
         'command -v "$PYTHON" >/dev/null || { echo "[shoestring] $(hostname): there is no $PYTHON" >&2; exit 3; }\n'
         '"$PYTHON" -c "import shoestring.cluster.lifeline" ||\n'
         '  { echo "[shoestring] $(hostname): $PYTHON cannot import shoestring" >&2; exit 3; }\n'
-        f'export SHOESTRING_ATTEMPT="$4" PET_SHUTDOWN_TIMEOUT={job.lead_seconds} PET_SIGNALS_TO_HANDLE={SIGNALS}\n'
+        'export SHOESTRING_ATTEMPT="$4"\n'
         'exec "$PYTHON" -m shoestring.cluster.lifeline \\\n'
         f'  --node-rank "$1" --tasks {job.devices_per_node} --lead {job.lead_seconds} --master "$2" -- \\\n'
         f'  "$PYTHON" -m torch.distributed.run --nnodes={job.nodes} --node-rank="$1" \\\n'
