@@ -75,7 +75,7 @@ def whole(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Launcher
     collect()
     variables = {f"ODD_{number}": value for number, value in enumerate(values)}
     here = launcher(lab, tmp_path_factory.mktemp("ssh"), variables=variables)
-    return here, here.launch("whole", *RECIPE, "budget.steps=300"), variables
+    return here, here.launch("whole", *RECIPE, "budget.steps=800"), variables
 
 
 def test_two_nodes_of_two_tasks_come_to_the_end_with_every_value_as_it_was_written(
@@ -103,7 +103,7 @@ def test_a_node_that_is_cut_off_is_replaced_and_nothing_is_lost(
 ) -> None:
     here, reference, _ = whole
     reference.until("finished")
-    job = here.launch("cut", *RECIPE, "budget.steps=300")
+    job = here.launch("cut", *RECIPE, "budget.steps=800")
     job.until_step(60)
     subprocess.run([LAB, lab, "cut", "n2"], check=True)
     try:
