@@ -6,10 +6,11 @@ import json
 import os
 import signal
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launched_jobs import Job, Launcher, wait_for
+from launched_jobs import Job, Launcher, end_all, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
@@ -23,7 +24,13 @@ price: {{kind: own}}
 {limits}
 secrets: {{API_TOKEN: {{env: MY_TOKEN}}}}
 """
-RECIPE = ("digits", "techniques=[]", "strategy.name=ddp", "checkpoint.every=500 steps")
+RECIPE = ("digits", "techniques=[]", "strategy.name=ddp", "checkpoint.every=250 steps")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left() -> Iterator[None]:
+    yield
+    end_all()
 
 
 def launcher(folder: Path, devices: int, limits: str = "limits: {hours: 1}") -> Launcher:
@@ -43,8 +50,7 @@ def no_secret(job: Job, *places: Path) -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Launcher, Job]:
     """A run of four tasks that nothing interrupts."""
     here = launcher(tmp_path_factory.mktemp("local"), 4)
-    job = here.launch("whole", *RECIPE, "budget.steps=2000", "tracking.wandb=offline")
-    return here, job
+    return here, here.launch("whole", *RECIPE, "budget.steps=1000", "tracking.wandb=offline")
 
 
 def test_four_tasks_come_to_the_end_and_the_secret_is_nowhere(whole: tuple[Launcher, Job]) -> None:
@@ -76,7 +82,7 @@ def test_asked_at_once_and_cancelled_and_launched_again_it_ends_with_the_same_we
 ) -> None:
     here, reference = whole
     reference.until("finished")
-    job = here.launch("again", *RECIPE, "budget.steps=2000")
+    job = here.launch("again", *RECIPE, "budget.steps=1000")
     os.kill(job.pid, signal.SIGUSR1)  # nothing has been imported yet
     wait_for(lambda: job.attempts() == 2, job.log())
     first = job.status()["attempts"][0]
@@ -88,7 +94,7 @@ def test_asked_at_once_and_cancelled_and_launched_again_it_ends_with_the_same_we
     assert not (job.run_dir / "final.safetensors").exists()
     no_secret(job)
 
-    second = here.launch("again", *RECIPE, "budget.steps=2000")
+    second = here.launch("again", *RECIPE, "budget.steps=1000")
     assert len(second.until("finished")["attempts"]) == 1
     assert (job.run_dir / "final.safetensors").read_bytes() == (reference.run_dir / "final.safetensors").read_bytes()
     assert "resume" in [event["event"] for event in job.events(rank=0)]

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launched_jobs import Job, Launcher, wait_for
+from launched_jobs import Job, Launcher, end_all, wait_for
 
 from shoestring.cluster import ranks
 
@@ -44,6 +44,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("lab")
     subprocess.run([LAB, folder, "up", "3"], check=True)
     yield folder
+    end_all()
     subprocess.run([LAB, folder, "down"], check=True)
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from shoestring.trainer.ledger import read
 
-WAIT = 240.0  # seconds for anything on a machine that is busy with other things
+WAIT = 600.0  # seconds for anything on a machine that is busy with other things
 
 
 def wait_for(what: Callable[[], object], why: str, seconds: float = WAIT) -> object:
@@ -105,4 +107,17 @@ class Launcher:
     def launch(self, run: str, *words: object) -> Job:
         """A job of the recipe and overrides `words`, whose run is `run`."""
         told = self("launch", *words, "--cluster", "cluster.yaml", "--run-dir", self.folder / run, "--json")
-        return Job(self, json.loads(told))
+        job = Job(self, json.loads(told))
+        LAUNCHED.append(job)
+        return job
+
+
+LAUNCHED: list[Job] = []
+
+
+def end_all() -> None:
+    """Leave no process of any job behind, whatever became of its test."""
+    while LAUNCHED:
+        for pid in LAUNCHED.pop().processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
