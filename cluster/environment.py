@@ -6,10 +6,14 @@ commas would split them (`srun --export`) and everybody could read them (`ps`).
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, TextIO
 
 from .job import Job, secret_sources
 from .reading import ClusterError
@@ -110,9 +114,48 @@ def resolve(secrets: Mapping[str, SecretSpec], environ: Mapping[str, str] = os.e
 def redacted(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """`text` without the values of this process's secrets; for whatever is written down on a node."""
     values = {environ.get(name, "") for name in environ.get(SECRET_NAMES, "").split(",") if name} - {""}
-    for value in sorted(values, key=len, reverse=True):  # one may hold another
-        text = text.replace(value, HIDDEN)
+    for spelling in sorted({s for value in values for s in _spellings(value)}, key=len, reverse=True):
+        text = text.replace(spelling, HIDDEN)  # the longest first: one may hold another
     return text
+
+
+@lru_cache
+def _spellings(value: str) -> tuple[str, ...]:
+    """How a secret may stand in a text: as it is, as `repr` and JSON write it, and each of its lines."""
+    found = {value, repr(value)[1:-1], json.dumps(value)[1:-1], *(part for part in value.split("\n") if len(part) > 7)}
+    return tuple(sorted(filter(None, found), key=len, reverse=True))
+
+
+def redacted_values(value: Any) -> Any:
+    """`redacted` for every text in mappings and lists."""
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, Mapping):
+        return {key: redacted_values(item) for key, item in value.items()}
+    return [redacted_values(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class TaskStream:
+    """A text stream that everything is `redacted` on the way to, and whose reader may go away."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(BrokenPipeError):
+            self._stream.write(redacted(text))
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(BrokenPipeError):
+            self._stream.flush()
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def withheld(job: Job) -> str:

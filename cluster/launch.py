@@ -94,6 +94,9 @@ def status(record: JobRecord) -> Status:
         attempts.forget_secrets(record.job_dir)
     if done and done[-1].ended is None and heard.state == "gone":
         done = (*done[:-1], attempts.closed(record.job_dir, done[-1]))
+    if heard.state == "gone":  # also if nothing of the job was left to do it
+        with suppress(OSError):
+            attempts.forget_secrets(record.job_dir)
     seconds = attempts.spent_seconds(done)
     price = record.facts.get("usd_per_device_hour")
     tasks = record.facts["nodes"] * record.facts["devices_per_node"]

@@ -13,18 +13,23 @@ from typing import Any
 
 from .. import ShoestringError
 from ..cluster import attempts, ranks
+from ..cluster.environment import TaskStream, redacted
 from . import signals
 
 
 @contextmanager
 def as_task() -> Iterator[None]:
-    """Around everything a task does. Outside of a job it does nothing."""
+    """Around everything a task does. Outside of a job it does nothing.
+
+    Python does not get to see how a task ends: it would print secrets that a traceback holds.
+    """
     here = ranks.place()
     if here is None:
         yield
         return
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torchrun := "TORCHELASTIC_RUN_ID" in os.environ:
         signals.die_with_parent()
+    sys.stdout, sys.stderr = TaskStream(sys.stdout), TaskStream(sys.stderr)  # type: ignore[assignment]
     signals.listen_early()  # a task may be asked to stop before it has a trainer
     job_dir, attempt = here
     record = ranks.begun()
@@ -34,9 +39,12 @@ def as_task() -> Iterator[None]:
     except BaseException as error:
         code, said = _outcome(error)
         _ignore_signals()  # this end is the one to be told
-        where = "" if code in (signals.SAVED, signals.BAD_NODE, 0) else "".join(traceback.format_exception(error))
+        where = "" if isinstance(error, SystemExit) else "".join(traceback.format_exception(error))
         ranks.write(job_dir, attempt, ranks.ended(record, code, said, where))
-        raise
+        if where or isinstance(getattr(error, "code", None), str):
+            print(redacted(f"[rank {record.rank} on {record.host}] {where or said}"), file=sys.stderr, flush=True)
+        # torchrun forgets the code, and would end those that are still busy after having saved
+        raise SystemExit(0 if code == signals.SAVED and under_torchrun else code) from None
     _ignore_signals()
     ranks.write(job_dir, attempt, ranks.ended(record, signals.FINISHED))
 
@@ -74,7 +82,7 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
         cause = error.__context__ if isinstance(error.__context__, ShoestringError) else None
-        return code, str(cause or "")
+        return code, str(cause or (error.code if isinstance(error.code, str) else ""))
     return signals.FAILURE, f"{type(error).__name__}: {error}"
 
 

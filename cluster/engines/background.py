@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,8 +24,9 @@ def start(job_dir: Path, script: str) -> str:
     `host:pid:start time`, since process ids come back."""
     with open(job_dir / LOG, "ab") as log:
         process = subprocess.Popen(
-            ["bash", str(job_dir / script)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
+            ["bash", str(job_dir / script)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            env={**os.environ, "SHOESTRING_PYTHON": sys.executable},  # for the script's own calls
+        )  # fmt: skip
     return f"{socket.gethostname()}:{process.pid}:{_started(process.pid)}"
 
 

@@ -10,7 +10,11 @@ from ..job import Job
 from ..reading import ClusterError
 from ..sections import Section
 from . import background
-from .scripts import ATTEMPTS, WAIT, head, torchrun
+from .scripts import controller, node_script
+
+ENGINE = """address() { echo 127.0.0.1; }
+node() { exec bash "$JOB/node.sh" "$1" "$3" "$4" "$SHOESTRING_ATTEMPT"; }
+"""
 
 
 class LocalOptions(Section):
@@ -24,22 +28,8 @@ class Local:
     def render(self, job: Job) -> dict[str, str]:
         if job.nodes != 1:
             raise ClusterError(f"{job.nodes} nodes; allowed with engine local: 1. For more machines use engine ssh")
-        script = (
-            f"{head(job, f'Job {job.id}: {job.devices_per_node} tasks on this machine.')}"
-            "child= ending=\n"
-            'trap \'[ -n "$child" ] && kill -USR1 "$child"\' USR1           # save, and run again\n'
-            'trap \'ending=1; [ -n "$child" ] && kill -TERM "$child"\' TERM INT  # save, and end\n'
-            "export SHOESTRING_ATTEMPT\n"
-            "for ((SHOESTRING_ATTEMPT = 0; ; SHOESTRING_ATTEMPT++)); do\n"
-            f'seconds=$({ATTEMPTS} begin "$JOB" --attempt "$SHOESTRING_ATTEMPT" --nodes "$(hostname)") || exit 1\n'
-            f"{torchrun(job, '1', '0', '127.0.0.1', '$((20000 + $$ % 20000))')}"
-            f"{WAIT}"
-            f'read -r next code < <({ATTEMPTS} end "$JOB" --attempt "$SHOESTRING_ATTEMPT" --code "$code" \\\n'
-            '  --nowhere-else ${ending:+--cancelled} $([ "$code" = 124 ] && echo --warned))\n'
-            '[ "$next" = requeue ] || exit "$code"\n'
-            "done\n"
-        )
-        return {"job.sh": script}
+        title = f"Job {job.id}: {job.devices_per_node} tasks on this machine."
+        return {"job.sh": controller(job, title, '"$(hostname)"', ENGINE), "node.sh": node_script(job)}
 
     def remarks(self, job: Job) -> list[str]:
         return []
