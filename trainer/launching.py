@@ -119,7 +119,7 @@ def lead_seconds(run_dir: Path, recipe_hash: str) -> int:
 def _measured(run_dir: Path, recipe_hash: str) -> float | None:
     """The longest checkpoint and the longest step of this run, or else of the newest run of the recipe."""
     ledger = Ledger()
-    known = [r for r in ledger.runs() if r.run_dir == str(run_dir)] or ledger.runs(recipe_hash=recipe_hash, limit=1)
+    known = [r for r in ledger.runs() if r.run_dir == str(run_dir)] or ledger.runs(recipe_hash=recipe_hash, limit=10)
     for run in known:
         saved = [
             row.fields.get("seconds_taken") for row in ledger.events(run.id) if row.fields.get("event") == "checkpoint"

@@ -172,7 +172,7 @@ def test_a_time_limit_costs_no_bit(jobs: Jobs, workplace: Path) -> None:
     pause = {"PAUSE": f"{max(2, (limit - 30) / 50):.1f}"}
     id, _ = jobs.launch("cut", limits=f"hours: 1 h, attempt_hours: {limit} s", variables=pause)
     told = jobs.wait(id, lambda told: told["state"] == "finished", 1000)
-    first, last = [(a["code"], a["next"], a["reason"]) for a in told["attempts"]]
+    first, *_, last = [(a["code"], a["next"], a["reason"]) for a in told["attempts"]]
     assert first == (85, "requeue", "its time was over") and last == (0, "finished", "the run is finished")
     assert told["attempts"][0]["seconds"] < limit
     assert digest(workplace / "cut") == digest(workplace / "whole")
