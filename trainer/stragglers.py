@@ -104,7 +104,7 @@ class Stragglers(pl.Callback):
         self._last: Window | None = None
         self._open(LEAST)
         # a wrapper (DDP) has spread rank 0's buffers by then, for which the others wait
-        self._hook = pl_module.register_forward_pre_hook(self.before_forward)
+        self._hook = pl_module.register_forward_pre_hook(self._before_forward())
         self.observer.each_step = self.step
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -117,11 +117,16 @@ class Stragglers(pl.Callback):
         self._left = steps
         self._waited, self._trained = self.observer.data_wait, self.observer.windows.spent("train")
 
-    # -- in the step -------------------------------------------------------------------------------------------------
-    def before_forward(self, module: Any, inputs: Any) -> None:
-        if self._began is None and self.trainer.training:  # a module that calls itself does so later
-            self._began = self._now()
+    def _before_forward(self) -> Callable[[Any, Any], None]:
+        """A hook that copies of the module share; a method would take the whole trainer into the copy."""
 
+        def note(module: Any, inputs: Any) -> None:
+            if self._began is None and self.trainer.training:  # a module that calls itself does so later
+                self._began = self._now()
+
+        return note
+
+    # -- in the step -------------------------------------------------------------------------------------------------
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
         began, self._began = self._began, None
         if began is None:
