@@ -114,12 +114,7 @@ again=$(fact Restarts)
 [ "$code" != 124 ] || warned=1
 [ "$(fact Reason)" != TimeLimit ] || warned=1 ending=
 [ -z "$again" ] || ending=
-lost=
-if [ -z "$again$ending$warned" ] && [ "$code" != 0 ]; then  # did tasks fail because a node no longer answers?
-  answers=$(timeout 60 srun --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
-    bash -c 'echo "$SLURMD_NODENAME"' 2>/dev/null) || lost=$(comm -23 <(sort <<<"$nodes") <(sort <<<"$answers"))
-fi
-read -r next verdict < <(attempts end "$JOB" --attempt "$SHOESTRING_ATTEMPT" --code "$code" --lost "${lost//$'\n'/,}" \
+read -r next verdict < <(attempts end "$JOB" --attempt "$SHOESTRING_ATTEMPT" --code "$code" \
   ${ending:+--cancelled} ${warned:+--warned} ${again:+--again})
 
 if [ "$next" = requeue ]; then
