@@ -108,7 +108,7 @@ def test_an_attempt_whose_time_is_over_saves_and_is_followed_by_another(tmp_path
     wait_for(lambda: job.attempts() == 2, job.log())
     first = job.status()["attempts"][0]
     assert (first["next"], first["code"], first["reason"]) == ("requeue", 85, "its time was over")
-    assert 30 <= first["seconds"] <= 80
+    assert first["seconds"] >= 30
     here("cancel", job.id)  # while the next one starts
     status = job.until("cancelled")
     assert status["attempts"][1]["code"] == 85

@@ -66,8 +66,8 @@ class Job:
         wait_for(lambda: self.step() >= step, f"step {step} was not reached\n{self.log()[-8000:]}")
 
     def attempts(self) -> int:
-        with_lines = self.folder / "attempts.jsonl"
-        return len({json.loads(line)["attempt"] for line in with_lines.read_text().splitlines()})
+        lines = self.folder / "attempts.jsonl"
+        return len({json.loads(line)["attempt"] for line in lines.read_text().splitlines()}) if lines.exists() else 0
 
     def processes(self) -> dict[int, str]:
         """Every process on this machine that belongs to the job, and its command line."""
