@@ -101,7 +101,9 @@ class Spot:
 def _spot(model: type[BaseModel], loc: tuple[Any, ...], values: Any, above: Where) -> Spot:
     for part in above:
         values = values.get(part) if isinstance(values, dict) else None
-    section, field, kind, path = model, None, model, list(above)
+    section, path = model, list(above)
+    field: FieldInfo | None = None
+    kind: Any = model
     for part in loc:
         inner, element = _held(kind)
         there = isinstance(values, dict) and part in values
