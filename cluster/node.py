@@ -96,7 +96,8 @@ class Node:
         if self.child is not None and self.child.poll() is None:
             for record in self.records():
                 with suppress(ProcessLookupError, PermissionError):
-                    os.kill(record.pid, signal.SIGKILL)
+                    if record.code is None:
+                        os.kill(record.pid, signal.SIGKILL)
             self.child.kill()
             self.child.wait()
 
@@ -203,13 +204,14 @@ def _listen(node: Node, early: list[int]) -> None:
 def _first(given: argparse.Namespace, facts: dict[str, Any], job_dir: Path, name: str, early: list[int]) -> int:
     prepare(given.files, job_dir)
     number = len(attempts.history(job_dir))
+    began = time.monotonic()
     seconds = attempts.begin(job_dir, number, [name])
     with Followers(facts["id"], given.nodes - 1, given.port - 1) as others:
         if not seconds:
             code = attempts.FAILURE
         elif others.wait(number, seconds, lambda: bool(early)):
             attempts.note(job_dir, number, nodes=[name, *others.names])
-            node = Node(facts, job_dir, 0, number, seconds)
+            node = Node(facts, job_dir, 0, number, seconds - (time.monotonic() - began))
             _listen(node, early)
             node.start(others.address, given.port, given.command)
             code = exit_code(*lead(node, others))
