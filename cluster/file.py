@@ -101,12 +101,7 @@ class Spot:
 def _spot(model: type[BaseModel], loc: tuple[Any, ...], values: Any, above: Where) -> Spot:
     for part in above:
         values = values.get(part) if isinstance(values, dict) else None
-<<<<<<< HEAD
     section, field, path = model, None, list(above)
-=======
-    section, path = model, list(above)
-    field: FieldInfo | None = None
->>>>>>> l-k8s
     kind: Any = model
     for part in loc:
         inner, element = _held(kind)
