@@ -139,12 +139,12 @@ def test_cancelled_before_it_starts(slurm):
 
 def test_a_crash_is_reported_with_rank_host_and_traceback(slurm):
     job = slurm.launch("crashed", variables={"CRASH": "1"}, devices_per_node=1)
-    job = slurm.ended(job["id"])
+    log = slurm.log(job["id"], "-f")  # ends with the job
+    job = slurm.job(job["id"])
     assert job["state"] == "failed" and job["detail"] == "rank 1 on n2: ArithmeticError: these numbers are odd"
-    log = slurm.log(job["id"])
     assert "[shoestring] rank 1 on n2 was the first to fail, with exit code 1:\nTraceback" in log
     assert "slow_training.py" in log and "ArithmeticError: these numbers are odd" in log
-    assert slurm.wait(job["id"], lambda job: slurm.fact(job, "JobState") == "FAILED", 10)
+    assert slurm.fact(job, "JobState") == "FAILED"
 
 
 def test_a_node_that_fails_its_checks_is_left_out(slurm):

@@ -43,7 +43,7 @@ class SlurmCluster:
         (folder / "slow_training.py").write_text((SUPPORT / "slow_training.py").read_text())
 
     def run(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(words, cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(words, cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0 or not check, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -99,8 +99,8 @@ class SlurmCluster:
         latest = home / "checkpoints" / "latest"
         return int(latest.read_text()) if latest.exists() else 0
 
-    def log(self, id: str) -> str:
-        return self.shoestring("logs", id).stdout
+    def log(self, id: str, *how: str) -> str:
+        return self.shoestring("logs", id, *how).stdout
 
     def weights(self, run: str) -> bytes:
         return (self.home(run) / "final.safetensors").read_bytes()
