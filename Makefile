@@ -25,12 +25,9 @@ test: $(READY)
 
 # on a real Slurm, sshd and Ray that the tests start on this machine, in network namespaces of their own: Debian, root
 test-cluster: $(READY)
-	sh tests/cluster/install.sh $(BIN)/python
-	SHOESTRING_CLUSTER_TESTS=1 $(BIN)/python -m pytest -rs -m cluster tests/cluster
-
-# starts real schedulers and daemons on this machine
-test-cluster: $(READY)
-	SHOESTRING_CLUSTER_TESTS=1 $(BIN)/python -m pytest -rs tests/cluster
+	bash tests/cluster/install.sh
+	$(BIN)/python -m pip install -qq -e ".[ray]"
+	SHOESTRING_CLUSTER_TESTS=1 $(BIN)/python -m pytest -m cluster tests/cluster
 
 test-gpu: $(READY)
 	SHOESTRING_TEST_DEVICE=cuda $(BIN)/python -m pytest -rs tests/contracts/test_ranks.py

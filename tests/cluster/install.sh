@@ -12,6 +12,8 @@ packages=(
   slurm-client   # sbatch, srun, scontrol, squeue, scancel
 )
 
+dpkg -s "${packages[@]}" > /dev/null 2>&1 && exit 0
+
 # the labs start daemons of their own, so none of the packages' is to start
 policy=/usr/sbin/policy-rc.d
 if [ ! -e "$policy" ]; then
