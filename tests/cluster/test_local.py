@@ -24,7 +24,8 @@ price: {{kind: own}}
 {limits}
 secrets: {{API_TOKEN: {{env: MY_TOKEN}}}}
 """
-RECIPE = ("digits", "techniques=[]", "strategy.name=ddp", "checkpoint.every=250 steps")
+# not ddp: from its second step on it adds up more than two ranks' gradients in another order, after a restart too
+RECIPE = ("digits", "techniques=[]", "strategy.name=zero2", "checkpoint.every=250 steps")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,7 +117,7 @@ def test_an_attempt_whose_time_is_over_saves_and_is_followed_by_another(tmp_path
 
 def test_a_killed_task_is_named_and_no_other_outlives_it(tmp_path: Path) -> None:
     here = launcher(tmp_path, 2)
-    job = here.launch("killed", *RECIPE, "budget.steps=100000")
+    job = here.launch("killed", "digits", "techniques=[]", "strategy.name=ddp", "budget.steps=100000")
     job.until_step(5)
     victim = json.loads((job.folder / "attempts" / "0" / "rank-00001.json").read_text())
     os.kill(victim["pid"], signal.SIGKILL)
