@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,6 @@ import typer
 
 from .. import ShoestringError, __version__
 from . import job_commands, model_commands
-from .launched import as_task, preflight
 from .options import AllowCode, AsJson, print_json
 from .signals import is_first
 
@@ -52,6 +52,7 @@ def train(
     if _already_finished(home, loaded, report_file):
         return
     from .display import Bar, show_plan, show_report
+    from .launched import preflight
     from .planner import plan
     from .run import fit
 
@@ -221,7 +222,7 @@ def options(
 
 def main() -> None:
     """Entry point: our own errors are one message and exit code 2, without a traceback."""
-    with as_task():
+    with _as_task():
         try:
             app()
         except ShoestringError as error:
@@ -230,6 +231,15 @@ def main() -> None:
             if is_first():
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+
+
+def _as_task() -> AbstractContextManager[None]:
+    """What surrounds a task of a job; for everybody else nothing, and nothing to import."""
+    if "SHOESTRING_JOB_DIR" not in os.environ:
+        return nullcontext()
+    from .launched import as_task
+
+    return as_task()
 
 
 def _already_finished(home: Path, recipe: Any, report_file: Path | None) -> bool:
