@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SLOW_BENCHMARKS := sparsity.py large_then_compressed.py quantization.py low_rank.py distillation.py structured.py
 
-.PHONY: quickstart test test-gpu lint bench clean
+.PHONY: quickstart test test-cluster test-gpu lint bench clean
 
 # torch first: where pip has a CPU build of its own, the rest then keeps it
 $(READY): pyproject.toml
@@ -22,6 +22,12 @@ quickstart: $(READY)
 # files go whole to one process each: many share a training among their tests
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
+
+# on a real Slurm, sshd and Ray that the tests start on this machine, in network namespaces of their own: Debian, root
+test-cluster: $(READY)
+	bash tests/cluster/install.sh
+	$(BIN)/python -m pip install -qq -e ".[ray]"
+	SHOESTRING_CLUSTER_TESTS=1 $(BIN)/python -m pytest -m cluster tests/cluster
 
 test-gpu: $(READY)
 	SHOESTRING_TEST_DEVICE=cuda $(BIN)/python -m pytest -rs tests/contracts/test_ranks.py

@@ -6,7 +6,7 @@ nothing here orders or delays the collectives of training. With one rank there i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,23 @@ class Agreement:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def start_gather(self, values: Sequence[float]) -> Callable[[], list[list[float]]]:
+        """Start gathering every rank's `values`; the call that is returned gives them, in rank order.
+
+        Waits only if they are not there yet, so ask for them later.
+        """
+        if self._group is None:
+            return lambda: [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64)
+        found = [torch.empty_like(mine) for _ in range(self.world_size)]
+        work = dist.all_gather(found, mine, group=self._group, async_op=True)
+
+        def answer() -> list[list[float]]:
+            work.wait()
+            return [one.tolist() for one in found]
+
+        return answer
 
     def close(self) -> None:
         self.settle()

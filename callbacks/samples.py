@@ -29,6 +29,7 @@ from torch.utils.data import (
 from .clock import clock_of
 from .contract import derive_seed
 from .seeding import SeededCollate, SeededSamples, collates_alike, is_deterministic, seeded
+from .workers import shield
 
 # (epoch, step in the epoch, step of the run, the samples that would be taken) -> the samples to take
 Select = Callable[[int, int, int, Sequence[int]], Sequence[int]]
@@ -172,6 +173,8 @@ def _nested(sampler: Any) -> Iterator[Any]:
 
 def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer) -> Any:
     """`loader` with its batches taken from `GlobalBatches`; iterable loaders only learn to skip what is consumed."""
+    if isinstance(loader, DataLoader):
+        shield(loader)
     if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
         return _skipping(loader, trainer) if training else loader
     if isinstance(loader.dataset, IterableDataset):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import ShoestringError, __version__
-from . import model_commands
+from . import job_commands, model_commands
 from .options import AllowCode, AsJson, print_json
+from .signals import is_first
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,13 +46,13 @@ def train(
     Exit codes: 0 finished, 1 failure, 2 bad input, 85 saved - run me again, 86 this node is bad.
     """
     from ..recipes import load_recipe
-    from .run import is_first
 
     loaded = load_recipe(recipe, overrides or (), allow_code)
     home = run_dir or Path("runs") / loaded.name
     if _already_finished(home, loaded, report_file):
         return
     from .display import Bar, show_plan, show_report
+    from .launched import preflight
     from .planner import plan
     from .run import fit
 
@@ -58,9 +60,10 @@ def train(
     first = is_first()
     if first:
         show_plan(made)
+    checked = preflight()
     bar = Bar(made.budget.given()) if first else None
     try:
-        report = fit(made, run_dir=home, display=bar, startup_seconds=_seconds_alive())
+        report = fit(made, run_dir=home, display=bar, startup_seconds=_seconds_alive(), measurements=checked)
     finally:
         if bar is not None:
             bar.close()
@@ -172,6 +175,10 @@ app.command()(model_commands.export)
 app.command()(model_commands.measure)
 app.command()(model_commands.compress)
 runs_app.command("pareto")(model_commands.pareto)
+app.command()(job_commands.launch)
+app.command()(job_commands.jobs)
+app.command()(job_commands.logs)
+app.command()(job_commands.cancel)
 
 
 @app.command()
@@ -215,21 +222,29 @@ def options(
 
 def main() -> None:
     """Entry point: our own errors are one message and exit code 2, without a traceback."""
-    try:
-        app()
-    except ShoestringError as error:
-        if os.environ.get("SHOESTRING_DEBUG"):
-            raise
-        from .run import is_first
+    with _as_task():
+        try:
+            app()
+        except ShoestringError as error:
+            if os.environ.get("SHOESTRING_DEBUG"):
+                raise
+            if is_first():
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
-        if is_first():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+
+def _as_task() -> AbstractContextManager[None]:
+    """What surrounds a task of a job; for everybody else nothing, and nothing to import."""
+    if "SHOESTRING_JOB_DIR" not in os.environ:
+        return nullcontext()
+    from .launched import as_task
+
+    return as_task()
 
 
 def _already_finished(home: Path, recipe: Any, report_file: Path | None) -> bool:
     """A run that has reached its end is shown again, not run again."""
-    from .run import finished_report, is_first
+    from .run import finished_report
 
     report = finished_report(home, recipe)
     if report is None:

@@ -146,7 +146,7 @@ def _retrained(
     from ..recipes import load_recipe
     from .display import Bar
     from .export.retrain import retrained
-    from .run import is_first
+    from .signals import is_first
 
     over = load_recipe(recipe, overrides, allow_code)
     say = partial(typer.echo, err=True) if is_first() else lambda text: None

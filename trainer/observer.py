@@ -6,7 +6,7 @@ One Lightning callback does all of it, because every callback costs a dozen call
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any, Literal
 
@@ -59,6 +59,7 @@ class Observer(Accountant):
         self.goal: Any = None  # metric, and the number to be above or below
         self.summary: dict[str, Any] = {}
         self.request = StopRequest()
+        self.each_step: Callable[[], None] | None = None  # called on every rank when a step has ended
         self.resumed_from: int | None = None
         self._rng: Mapping[str, Any] | None = None
         self._loss: Any = None  # of this rank's micro-batches since the last step
@@ -143,6 +144,8 @@ class Observer(Accountant):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> None:
+        if self.each_step is not None:
+            self.each_step()
         due = self.clock.step % self.log_every == 0 or perf_counter() - self._row_time > 0.25
         if self.records.keeps and (due or trainer.should_stop):
             self._row(trainer)

@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 from .. import ShoestringError
 from ..callbacks.clock import Spend
 from ..callbacks.contract import Technique
+from ..cluster.environment import SECRET_NAMES, redacted_values
 from .ledger import Journal, Ledger, Row, RunIdentity, WandbSink, next_attempt, read, write_summary
 
 if TYPE_CHECKING:
@@ -157,6 +158,10 @@ class Records:
     def event(self, event: str, **fields: Any) -> None:
         self._write("event", event=event, **fields)
 
+    def measurement(self, **fields: Any) -> None:
+        """A window that was measured elsewhere."""
+        self._write("measurement", **fields)
+
     def sync(self) -> None:
         if self._journal is not None:
             self._journal.sync()
@@ -197,6 +202,8 @@ class Records:
         self.keeps = False
 
     def _write(self, kind: str, **fields: Any) -> None:
+        if SECRET_NAMES in os.environ:
+            fields = redacted_values(fields)
         if self._journal is None:
             self._before.append((kind, fields))
         else:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,6 @@ class Report:
         }
 
 
-def is_first() -> bool:
-    """Whether this process is rank 0, also before any process group exists."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
-
-
 def fit(
     plan: Plan,
     *,
@@ -52,11 +47,13 @@ def fit(
     display: Display | None = None,
     startup_seconds: float = 0.0,
     weights: Mapping[str, Any] | None = None,
+    measurements: Iterable[Mapping[str, Any]] = (),
     **lightning: Any,
 ) -> Report | None:
     """Run a plan to the end of its budget; resumes what `run_dir` (default: runs/<recipe name>) holds.
 
     weights: the module's state dict to begin with, where the recipe's own model is not to begin from scratch.
+    measurements: what has been measured beforehand (`window` names it), for the journal.
 
     Returns the report on rank 0 and None on the others. Exits with 85 when asked to stop: everything is saved, and the
     same call goes on.
@@ -82,6 +79,13 @@ def fit(
         hardware=plan.hardware,
     )
     records.display = display
+    for row in measurements:
+        records.measurement(**row)
+    if "SHOESTRING_JOB_DIR" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        from pytorch_lightning.plugins.environments import LightningEnvironment
+
+        # RANK and its like are set; Lightning would look at Slurm's own and ask them to agree with its arguments
+        lightning.setdefault("plugins", []).append(LightningEnvironment())
     trainer = Trainer(
         plan.budget or Budget(),
         plan.techniques,
@@ -104,6 +108,7 @@ def fit(
     )
     trainer.observer.evaluate_every(recipe.evaluation.every, at_end=recipe.evaluation.at_end)
     trainer.observer.goal = recipe.goal
+    trainer.batches_planned = task.train is not None
     data = task.datamodule if task.train is None else TaskData(task, plan.micro_batch, recipe.data.workers)
     trainer.fit(task.module, datamodule=data, startup_seconds=startup_seconds)
     if not trainer.is_global_zero:

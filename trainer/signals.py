@@ -42,6 +42,20 @@ def launched_here() -> bool:
     return os.environ.get(_LAUNCHER) == str(os.getppid())
 
 
+def is_first() -> bool:
+    """Whether this process is rank 0, also before any process group exists."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
+
+
+_EARLY: list[str] = []  # what came before any fit listened
+
+
+def listen_early() -> None:
+    """Keep signals for the fit that is to come, while the process still imports and prepares."""
+    for number in ASKS_TO_STOP:
+        signal.signal(number, lambda number, frame: _EARLY.append(signal.Signals(number).name))
+
+
 class StopRequest:
     """Listens for signals. `received` is the first one's name, or None."""
 
@@ -53,6 +67,8 @@ class StopRequest:
         """Take over the handlers; again after Lightning has put in its own, which communicate inside the handler."""
         if threading.current_thread() is not threading.main_thread():
             return
+        if _EARLY:
+            self.received = self.received or _EARLY[0]
         for number in ASKS_TO_STOP:
             current = signal.getsignal(number)
             if current != self._handle:

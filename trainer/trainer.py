@@ -42,6 +42,7 @@ from .observer import Observer
 from .records import Records
 from .saving import CannotResume
 from .signals import die_with_parent, launched_here, will_launch
+from .stragglers import Stragglers
 from .zero import NAMES, make_strategy
 
 
@@ -102,6 +103,7 @@ class Trainer(pl.Trainer):
         if budget and not lightning.keys() & {"max_epochs", "max_steps"}:
             lightning["max_epochs"] = -1
         self.seed = seed
+        self.batches_planned = False  # micro-batches and accumulation have been chosen for this number of ranks
         self.records = records or Records(run_dir, ledger=ledger, wandb=_wandb(wandb))
         self.composition = composition
         self.observer = Observer(
@@ -131,6 +133,8 @@ class Trainer(pl.Trainer):
             **lightning,
         )
         self.fit_loop.__class__ = _EndedLoop
+        if self.num_devices * self.num_nodes > 1:
+            self.callbacks.append(Stragglers(self.observer))  # type: ignore[attr-defined]
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -163,7 +167,7 @@ class Trainer(pl.Trainer):
 
     def _same_global_batch(self) -> None:
         """Resumed on another number of ranks: accumulate more or less, so that every step sees the same samples."""
-        if not self.observer.resume or self.records.given is None:
+        if not self.observer.resume or self.records.given is None or self.batches_planned:
             return
         root = Path(self.records.given) / "checkpoints"
         for step in reversed(checkpoint.steps(root)):

@@ -33,7 +33,8 @@ def retrained(
     has finished. `CannotExport` where the model cannot start another run.
     """
     from ..planner import plan
-    from ..run import finished_report, fit, is_first
+    from ..run import finished_report, fit
+    from ..signals import is_first
 
     mark = _hash(trained.run_dir / WEIGHTS)
     start = _start(trained, mark, say)

@@ -24,6 +24,7 @@ _ENTRIES = (
     "CREATE TABLE IF NOT EXISTS {} (run, rank INTEGER, attempt INTEGER, seq INTEGER, t REAL, mono REAL, fields TEXT, "
     "PRIMARY KEY (run, rank, attempt, seq)) WITHOUT ROWID"
 )
+_JOBS = "CREATE TABLE IF NOT EXISTS jobs (id, run, submitted REAL, fields TEXT, PRIMARY KEY (id)) WITHOUT ROWID"
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "glusterfs"}
 _UNOPENED = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
@@ -174,3 +175,4 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         for table in TABLES.values():
             connection.execute(_ENTRIES.format(table))
         connection.execute(f"PRAGMA user_version={VERSION}")
+    connection.execute(_JOBS)  # ledgers of before have none

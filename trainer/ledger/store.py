@@ -6,7 +6,8 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple
+from contextlib import suppress
+from dataclasses import astuple, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ class Ledger:
         return identity.id
 
     def refresh(self) -> None:
-        """Index again every run that is recorded as running and whose directory is within reach."""
-        for run in self.runs(status="running"):
+        """Index again every run that is recorded as running, or yet to start, and whose directory is within reach."""
+        for run in (*self.runs(status="running"), *self.runs(status="launched")):
             if (Path(run.run_dir) / "run.json").exists():
                 self.index(Path(run.run_dir))
 
@@ -135,6 +136,13 @@ class Ledger:
         rows = self._rows("steps", run)
         return rows if redone else effective(rows)
 
+    def jobs(self) -> list[dict[str, Any]]:
+        """What was written down of every job at its submission, newest first."""
+        with reading(self.path) as db:
+            if db is None or not db.execute("SELECT 1 FROM sqlite_master WHERE name='jobs'").fetchone():
+                return []
+            return [json.loads(row[0]) for row in db.execute("SELECT fields FROM jobs ORDER BY submitted DESC, id")]
+
     def delete(self, run: str, *, files: bool = False) -> RunRow:
         """Forget a run and return what was known of it. Its directory stays, and `index` would bring it back,
         unless `files`: then it is removed too, if it still is that run's."""
@@ -172,12 +180,27 @@ def _insert(db: sqlite3.Connection, run_dir: Path, identity: RunIdentity, alive:
             entry = (identity.id, *row[:5], json.dumps(row.fields))
             db.execute(f"INSERT INTO {TABLES[row.kind]} VALUES (?,?,?,?,?,?,?)", entry)
     line = summary.result(identity, str(run_dir), read_summary(run_dir), alive=alive, problems=len(problems))
+    if _insert_jobs(db, run_dir, identity.id) and line.status == "unknown":
+        line = replace(line, status="launched")
     values = [json.dumps(v) if c in JSON_COLUMNS else v for c, v in zip(COLUMNS, astuple(line), strict=True)]
     db.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(values))}, ?)", (*values, fingerprint))
 
 
+def _insert_jobs(db: sqlite3.Connection, run_dir: Path, run_id: str) -> int:
+    """The jobs that were launched for a run, as its own folder tells of them; how many."""
+    found = 0
+    for path in sorted(run_dir.glob("jobs/*/job.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads(path.read_text())
+            row = (told["id"], run_id, told["record"]["submitted"], json.dumps(told))
+            db.execute("INSERT OR REPLACE INTO jobs VALUES (?,?,?,?)", row)
+            found += 1
+    return found
+
+
 def _forget(db: sqlite3.Connection, run_id: str) -> None:
     db.execute("DELETE FROM runs WHERE id=?", (run_id,))
+    db.execute("DELETE FROM jobs WHERE run=?", (run_id,))
     for table in TABLES.values():
         db.execute(f"DELETE FROM {table} WHERE run=?", (run_id,))
 
@@ -190,6 +213,7 @@ def _fingerprint(run_dir: Path, alive: bool | None) -> str:
     """Changes whenever a row of the index could: journals only grow, the two other files are replaced."""
     sizes = [(segment.path.name, segment.path.stat().st_size) for segment in segments(run_dir / "events")]
     others = [path.stat() for path in (run_dir / "run.json", run_dir / "summary.json") if path.exists()]
+    others += [path.stat() for path in sorted(run_dir.glob("jobs/*/job.json"))]
     return json.dumps([str(run_dir), alive, sizes, [(other.st_size, other.st_mtime_ns) for other in others]])
 
 

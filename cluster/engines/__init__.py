@@ -1,0 +1,1 @@
+"""One engine a file, each behind the protocol of `cluster/engine.py`; `cluster/registry.py` lists them."""

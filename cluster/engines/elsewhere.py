@@ -1,0 +1,80 @@
+"""For engines whose nodes do not see the launching machine's files: the job as nodes know it, and what comes back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from ..attempts import LOG, exclude
+from ..job import Job
+
+
+class _Dumper(yaml.SafeDumper):
+    """Plain YAML without anchors, texts of several lines as blocks."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    lines = text.split("\n")
+    # other line ends of Unicode would come back as blanks
+    style = '"' if not all(map(str.isprintable, lines)) else "|" if len(lines) > 1 else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def as_yaml(value: Any) -> str:
+    """YAML in the order of the mapping's keys."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def there(job: Job, mounts: Iterable[str]) -> Job:
+    """The job with the run's home as its nodes see it: where it is, if that lies below one of the shared `mounts`,
+    else under its own name on the first of them."""
+    shared = [PurePosixPath(mount) for mount in mounts]
+    home = PurePosixPath(job.run_dir)
+    if not any(home.is_relative_to(mount) for mount in shared):
+        home = shared[0] / home.name
+    return replace(job, run_dir=str(home))
+
+
+def facts_file(job: Job) -> str:
+    """`job.json` for the nodes."""
+    return json.dumps(job.facts(), indent=1) + "\n"
+
+
+def node_words(job: Job, files: str) -> list[str]:
+    """What a node runs, but for `--node=`, `--master=` and the interpreter in front, which are the engine's to say."""
+    return ["-m", "shoestring.cluster.node", files, f"--nodes={job.nodes}"]
+
+
+def train_words(job: Job, files: str) -> list[str]:
+    """What follows them."""
+    return ["--", *job.train(f"{files}/recipe.yaml")[1:]]
+
+
+def keep(job_dir: Path, told: str) -> None:
+    """Write down here what nodes have said of attempts, in rows of their own record; rows known already stay single."""
+    log = job_dir / LOG
+    known = set(log.read_text().splitlines()) if log.exists() else set()
+    fresh = []
+    for line in told.splitlines():
+        with suppress(ValueError, TypeError):
+            row = json.loads(line)
+            if "excluded" in row:
+                if row["excluded"]:
+                    exclude(job_dir, row["excluded"])
+            elif "attempt" in row and line not in known:
+                fresh.append(line)
+    if fresh:
+        with log.open("a") as file:
+            file.write("".join(f"{line}\n" for line in fresh))

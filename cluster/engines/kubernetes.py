@@ -1,0 +1,212 @@
+"""Kubernetes: a JobSet (or a TrainJob, where an administrator gives runtimes), driven by kubectl.
+
+Pods see none of this machine's files: their files come in a ConfigMap, secrets in a Secret, and a run is kept on a
+volume. Every pod runs `cluster/node.py`; exit code 85 and evictions restart the JobSet, everything else ends it. After
+86 (a node has failed its checks) the pods' template cannot be changed any more: launch the run again, and the new job
+leaves that node out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .. import attempts
+from ..engine import Heard, JobRecord, call
+from ..job import Job, secret_sources
+from ..reading import ClusterError
+from .background import streamed
+from .elsewhere import as_yaml, keep, there
+from .manifests import manifests, secret
+from .pods import NODE, KubernetesOptions, grace_seconds, options
+
+PATIENCE = "--request-timeout=20s"
+POLL = 2.0  # seconds
+SPOT_NOTICE = 30  # seconds that most clouds give before they take a spot machine
+
+
+class Kubernetes:
+    name = "kubernetes"
+    Options = KubernetesOptions
+    elsewhere = True
+
+    def render(self, job: Job) -> dict[str, str]:
+        files = {name: as_yaml(made) for name, made in manifests(job).items()}
+        if "secret.yaml" in files:
+            said = "".join(f"# {name}: from {source}\n" for name, source in secret_sources(job.cluster).items())
+            files["secret.yaml"] = (
+                f"# values are put in when it is submitted, and never written to a file\n{said}"
+                + (files["secret.yaml"])
+            )
+        return files
+
+    def remarks(self, job: Job) -> list[str]:
+        chosen = options(job)
+        home = there(job, [volume.mount for volume in chosen.volumes if not volume.read_only]).run_dir
+        found = [f"the pods keep the run in {home}"]
+        if job.cluster.price.kind == "spot" and grace_seconds(job) > SPOT_NOTICE:
+            found.append(
+                f"saving may take {job.lead_seconds} s, and spot machines often go {SPOT_NOTICE} s after their notice: "
+                "what is not saved by then is done again from the last checkpoint"
+            )
+        if chosen.kind == "trainjob":
+            found.append(f"whether it is started again after saving is decided by the runtime {chosen.runtime}")
+        if shutil.which("kubectl"):
+            found += _asked(chosen)
+        return found
+
+    def submit(self, job: Job, files: Mapping[str, str], secrets: Mapping[str, str]) -> str:
+        chosen = options(job)
+        kubectl = _kubectl(chosen.model_dump())
+        first = next(iter(files))
+        made = json.loads(call([*kubectl, "create", "-f", "-", "-o", "json"], stdin=files[first]))
+        try:
+            given = [yaml.safe_load(files["configmap.yaml"])]
+            given += [secret(job, secrets)] if secrets else []
+            owner = {key: made[key] for key in ("apiVersion", "kind")}
+            owner |= {key: made["metadata"][key] for key in ("name", "uid")}
+            for each in given:  # they go when the job goes
+                each["metadata"]["ownerReferences"] = [owner]
+            call(
+                [*kubectl, "create", "-f", "-"], stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": given})
+            )
+        except BaseException:
+            with suppress(ClusterError):
+                call([*kubectl, "delete", chosen.kind, job.id, "--wait=false"])
+            raise
+        return f"{chosen.namespace}/{job.id}"
+
+    def ask(self, record: JobRecord) -> Heard:
+        return hear(record, *_state(record))
+
+    def logs(self, record: JobRecord, follow: bool) -> Iterator[str]:
+        kubectl = _kubectl(record.facts["options"])
+        seen: set[str] = set()
+        while True:
+            found, pods = _state(record)
+            ready = {pod["metadata"]["uid"] for pod in pods if _phase(pod) in ("Running", "Succeeded", "Failed")}
+            if pods and len(ready) == len(pods) and not ready & seen:
+                seen |= ready
+                command = [
+                    *kubectl[:-1], "logs", "-l", _selector(record), "-c", NODE, "--prefix", "--tail=-1",
+                    f"--max-log-requests={len(pods)}", *(["-f"] if follow else []),
+                ]  # fmt: skip
+                yield from streamed(command)
+            if not follow or hear(record, found, pods).state == "gone":
+                return
+            time.sleep(POLL)
+
+    def cancel(self, record: JobRecord) -> None:
+        found, pods = _state(record)
+        if hear(record, found, pods).state == "gone":
+            raise ClusterError(f"{record.id} is not running any more")
+        job_dir = Path(record.job_dir)
+        (job_dir / "cancelled").touch()
+        for attempt in attempts.history(job_dir)[-1:]:
+            if attempt.ended is None:
+                attempts.note(
+                    job_dir, attempt.number, ended=time.time(), next="cancelled", reason="the job was cancelled"
+                )
+        # pods get TERM and their grace period to save in; the object stays until they are gone
+        kind = record.facts["options"]["kind"]
+        call([*_kubectl(record.facts["options"]), "delete", kind, record.id, "--cascade=foreground", "--wait=false"])
+
+
+def _kubectl(chosen: Mapping[str, Any]) -> list[str]:
+    context = [f"--context={chosen['context']}"] if chosen["context"] else []
+    return ["kubectl", *context, f"--namespace={chosen['namespace']}", PATIENCE]
+
+
+def _asked(chosen: KubernetesOptions) -> list[str]:
+    """What the cluster says of a launch before there is one."""
+    group = "trainjobs.trainer.kubeflow.org" if chosen.kind == "trainjob" else "jobsets.jobset.x-k8s.io"
+    command = [*_kubectl(chosen.model_dump())[:-1], "--request-timeout=3s", "auth", "can-i", "create", group]
+    try:
+        call(command, timeout=5)
+    except ClusterError as error:
+        said = str(error).splitlines()[-1][-200:]
+        if said.endswith("no"):
+            return [f"the cluster does not allow to create {group} in namespace {chosen.namespace}"]
+        return [f"the cluster does not answer: {said}"]
+    return []
+
+
+def _selector(record: JobRecord) -> str:
+    return f"jobset.sigs.k8s.io/jobset-name={record.id}"
+
+
+def _phase(pod: Mapping[str, Any]) -> str:
+    return str(pod.get("status", {}).get("phase", ""))
+
+
+def _state(record: JobRecord) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The job's object as the cluster has it (None: it has none), and its pods in the order of nodes."""
+    kubectl, kind = _kubectl(record.facts["options"]), record.facts["options"]["kind"]
+    told = call([*kubectl, "get", kind, record.id, "--ignore-not-found", "-o", "json"])
+    if not told.strip():
+        return None, []
+    pods = json.loads(call([*kubectl, "get", "pods", "-l", _selector(record), "-o", "json"]))["items"]
+    return json.loads(told), sorted(pods, key=_index)
+
+
+def _index(pod: Mapping[str, Any]) -> int:
+    return int(pod["metadata"].get("annotations", {}).get("batch.kubernetes.io/job-completion-index", 0))
+
+
+def hear(record: JobRecord, found: Mapping[str, Any] | None, pods: list[dict[str, Any]]) -> Heard:
+    """What the object and its pods say; what the nodes wrote down of their attempts is kept on the way."""
+    job_dir = Path(record.job_dir)
+    ended: Literal["finished", "failed", "cancelled"] | None
+    if found is None:
+        ended = "cancelled" if (job_dir / "cancelled").exists() else None
+        return Heard("gone", detail="not in the cluster any more", ended=ended)
+    _keep_attempts(job_dir, pods)
+    conditions = {c["type"]: c for c in found.get("status", {}).get("conditions", []) if c.get("status") == "True"}
+    nodes = tuple(str(pod["spec"]["nodeName"]) for pod in pods if pod.get("spec", {}).get("nodeName"))
+    for condition, ended in (("Completed", "finished"), ("Complete", "finished"), ("Failed", "failed")):
+        if condition in conditions:
+            return Heard("gone", detail=str(conditions[condition].get("message", condition)), nodes=nodes, ended=ended)
+    running = sum(_phase(pod) == "Running" for pod in pods)
+    if pods and running == len(pods):
+        return Heard("running", detail=f"{running} pods", nodes=nodes)
+    if "Suspended" in conditions:
+        return Heard("queued", detail=f"suspended: {conditions['Suspended'].get('message', 'waiting for its queue')}")
+    return Heard("queued", detail=_waiting(pods), nodes=nodes)
+
+
+def _waiting(pods: list[dict[str, Any]]) -> str:
+    """What the first pod that does not run waits for."""
+    for pod in pods:
+        status = pod.get("status", {})
+        for container in status.get("containerStatuses", []):
+            reason = container.get("state", {}).get("waiting", {}).get("reason")
+            if reason:
+                return f"pod {_index(pod)}: {reason}"
+        for condition in status.get("conditions", []):
+            if condition["type"] == "PodScheduled" and condition["status"] == "False":
+                return f"pod {_index(pod)}: {condition.get('message', 'not scheduled')}"
+    return f"{len(pods)} pods, not all of them running"
+
+
+def _keep_attempts(job_dir: Path, pods: list[dict[str, Any]]) -> None:
+    """Node 0 leaves the record of attempts as its last words; of one that runs, the cluster knows the beginning."""
+    for pod in pods[:1]:
+        for container in pod.get("status", {}).get("containerStatuses", []):
+            state = container.get("state", {})
+            keep(job_dir, state.get("terminated", {}).get("message", ""))
+            began = state.get("running", {}).get("startedAt")
+            known = attempts.history(job_dir)
+            if began and (not known or known[-1].ended is not None):
+                restart = pod["metadata"].get("annotations", {}).get("jobset.sigs.k8s.io/restart-attempt", "0")
+                started = datetime.fromisoformat(began).timestamp()
+                if started > max((attempt.started for attempt in known), default=0.0) + 1:
+                    number = max(int(restart), len(known))
+                    keep(job_dir, json.dumps({"attempt": number, "started": started}))

@@ -1,0 +1,190 @@
+"""Submit a job, and answer for it afterwards: what was written down and what the engine says, put together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from . import attempts, environment, registry
+from .attempts import Attempt
+from .engine import Heard, JobRecord
+from .job import Job, refuse_over_cap
+from .reading import ClusterError, nearest
+
+StatusName = Literal["submitted", "queued", "running", "requeued", "finished", "cancelled", "exhausted", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Where a job stands. `attempts` is its whole history over requeues; `usd` what they have cost so far."""
+
+    state: StatusName
+    detail: str = ""
+    nodes: tuple[str, ...] = ()
+    start: float | None = None
+    attempts: tuple[Attempt, ...] = ()
+    seconds: float = 0.0
+    usd: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ("finished", "cancelled", "exhausted", "failed")
+
+
+def rendered(job: Job) -> dict[str, str]:
+    """Every file of the job; the first one is what the engine is given. No secrets, no torch, nothing asked."""
+    found = registry.engine(job.cluster.engine).render(job)
+    if registry.elsewhere(job.cluster.engine):
+        return found
+    return {**found, **{name: text for name, text in environment.files(job).items() if name not in found}}
+
+
+def dry_run(job: Job) -> str:
+    """All that would be submitted, as text that can be read and, file by file, used."""
+    parts = rendered(job)
+    if job.cluster.secrets and not registry.elsewhere(job.cluster.engine):
+        parts["secrets.sh (mode 600, removed when the job has ended)"] = environment.withheld(job)
+    return "\n".join(f"# ---- {name}\n{text.rstrip()}\n" for name, text in parts.items())
+
+
+def submit(job: Job) -> JobRecord:
+    """Check the price, write the job's files beside its run, and hand it to its engine.
+
+    ClusterError, with nothing left behind, if the worst case is above the cap, a secret is missing, or the engine
+    refuses.
+    """
+    refuse_over_cap(job)
+    engine = registry.engine(job.cluster.engine)
+    secrets = environment.resolve(job.cluster.secrets)
+    files, folder = rendered(job), Path(job.job_dir)
+    if folder.exists():
+        raise ClusterError(f"{folder} is there already: this job has been submitted")
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    record = JobRecord(job.id, engine.name, "", job.run_dir, job.job_dir, time.time(), job.facts())
+    try:
+        environment.write_files(folder, files)
+        if secrets and not registry.elsewhere(engine.name):
+            environment.write_private(folder / "secrets.sh", environment.exports(secrets))
+        _write(record)
+        record = JobRecord(**{**record.__dict__, "engine_id": engine.submit(job, files, secrets)})
+        _write(record)
+    except BaseException as error:
+        shutil.rmtree(made[-1], ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ClusterError(f"{error.filename or folder}: {error.strerror or error}") from None
+        raise
+    return record
+
+
+def status(record: JobRecord) -> Status:
+    """Where the job stands; never "unknown": what was written down answers where the engine cannot."""
+    done = tuple(attempts.history(record.job_dir))
+    try:
+        heard = registry.engine(record.engine).ask(record)
+    except ClusterError as error:
+        heard = Heard("gone", detail=str(error)) if _closed(done) else Heard("queued", detail=f"not answering: {error}")
+    state = _state(done, heard)
+    if state in attempts.FINAL:  # a job that ended before any attempt could say so
+        attempts.forget_secrets(record.job_dir)
+    if done and done[-1].ended is None and heard.state == "gone":
+        done = (*done[:-1], attempts.closed(record.job_dir, done[-1]))
+    if heard.state == "gone":  # also if nothing of the job was left to do it
+        with suppress(OSError):
+            attempts.forget_secrets(record.job_dir)
+    seconds = attempts.spent_seconds(done)
+    price = record.facts.get("usd_per_device_hour")
+    tasks = record.facts["nodes"] * record.facts["devices_per_node"]
+    last = done[-1] if done else None
+    return Status(
+        state=state, detail=heard.detail if not _closed(done) or not last else last.reason,
+        nodes=heard.nodes or (last.nodes if last else ()), start=heard.start, attempts=done, seconds=seconds,
+        usd=None if price is None else seconds / 3600 * tasks * price,
+    )  # fmt: skip
+
+
+def _closed(done: tuple[Attempt, ...]) -> bool:
+    return bool(done) and done[-1].next in attempts.FINAL
+
+
+def _state(done: tuple[Attempt, ...], heard: Heard) -> StatusName:
+    if _closed(done):
+        return done[-1].next  # type: ignore[return-value]
+    if heard.state == "running":
+        return "running"
+    if heard.state == "queued":
+        return "requeued" if done else "queued" if heard.detail else "submitted"
+    if heard.ended:
+        return heard.ended
+    # the engine has nothing to run and nobody has written down an end
+    return "failed"
+
+
+def records(run_dir: str | Path) -> list[JobRecord]:
+    """The jobs of one run, oldest first."""
+    found = []
+    for path in Path(run_dir).glob("jobs/*/job.json"):
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            found.append(load(path.parent))
+    return sorted(found, key=lambda record: record.submitted)
+
+
+def load(job_dir: Path) -> JobRecord:
+    """The record in `job_dir`."""
+    told = json.loads((job_dir / "job.json").read_text())
+    own = told.pop("record")
+    return JobRecord(**{**own, "job_dir": str(job_dir)}, facts=told)
+
+
+def spent(run_dir: str | Path) -> float:
+    """US dollars that all jobs of a run have cost so far."""
+    total = 0.0
+    for record in records(run_dir):
+        price = record.facts.get("usd_per_device_hour") or 0.0
+        tasks = record.facts["nodes"] * record.facts["devices_per_node"]
+        total += attempts.spent_seconds(attempts.history(record.job_dir)) / 3600 * tasks * price
+    return total
+
+
+def excluded(run_dir: str | Path) -> tuple[str, ...]:
+    """The nodes that jobs of this run have found bad."""
+    found = [node for record in records(run_dir) for node in attempts.excluded(record.job_dir)]
+    return tuple(dict.fromkeys(found))
+
+
+def find(wanted: str, known: list[JobRecord]) -> JobRecord:
+    """The job with this id, start of an id, or engine's id; ClusterError with the nearest."""
+    for same in (
+        [r for r in known if r.id == wanted],
+        [r for r in known if r.engine_id == wanted],
+        [r for r in known if wanted and r.id.startswith(wanted)],
+    ):
+        if len(same) > 1:
+            raise ClusterError(f"{wanted!r} means {len(same)} jobs: {', '.join(r.id for r in same)}. Give more of it.")
+        if same:
+            return same[0]
+    hint = nearest(wanted, [r.id for r in known]) or f"there are {', '.join(r.id for r in known[:8]) or 'none'}"
+    raise ClusterError(f"no job {wanted!r}; {hint}")
+
+
+def logs(record: JobRecord, follow: bool = False) -> Iterator[str]:
+    """The job's output, line by line."""
+    return registry.engine(record.engine).logs(record, follow)
+
+
+def cancel(record: JobRecord) -> None:
+    """End the job: it saves, and is not run again."""
+    registry.engine(record.engine).cancel(record)
+
+
+def _write(record: JobRecord) -> None:
+    own = {key: value for key, value in record.__dict__.items() if key != "facts"}
+    path = Path(record.job_dir, "job.json")
+    partial = path.with_suffix(".writing")
+    partial.write_text(json.dumps({**record.facts, "record": own}, indent=1))
+    partial.rename(path)

@@ -1,0 +1,101 @@
+"""What a job may cost: refused before it starts if it could be more, and then nothing is left of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from jobs import a_cluster, a_job
+
+from shoestring.cluster import ClusterError, launch
+from shoestring.cluster.job import make_job, refuse_over_cap, worst_case
+from shoestring.trainer.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+HOUR = 3600.0
+
+
+def test_the_worst_case_is_shown_and_refused(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = {"limits": {"hours": 30, "usd": 10}, "devices_per_node": 2, "secrets": {}}
+    a_cluster(tmp_path, "local", **values, nodes=1)
+    with pytest.raises(SystemExit) as caught:
+        monkeypatch.setattr("sys.argv", ["shoestring", "launch", "digits", "--cluster", "local.yaml"])
+        main()
+    assert caught.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 nodes x 2 devices x 30 h x $0.5 a device-hour = $30.00 at most" in said
+    assert "the cap is $10.00 (limits.usd). --hours 10 would fit." in said
+    assert [path.name for path in tmp_path.iterdir()] == ["local.yaml"]
+
+
+@pytest.mark.parametrize(("spent", "fits"), [(0.0, True), (4.0, True), (4.01, False), (100.0, False)])
+def test_what_earlier_jobs_have_spent_counts(tmp_path, spent, fits) -> None:
+    cluster = a_cluster(tmp_path, "local", limits={"hours": 6, "usd": 10})
+    job = a_job(tmp_path, cluster=cluster, hours=6, spent_usd=spent)
+    assert worst_case(job)[0] == pytest.approx(spent + 6.0)
+    if fits:
+        assert refuse_over_cap(job)[-1] == "the cap is $10.00: within it"
+        return
+    with pytest.raises(ClusterError, match="too dear for lab") as caught:
+        refuse_over_cap(job)
+    assert f"${spent:.2f} spent by earlier jobs of this run" in str(caught.value)
+
+
+def test_spent_hours_are_read_from_the_run(tmp_path) -> None:
+    for number, hours in enumerate((1.0, 0.5)):
+        job_dir = tmp_path / "jobs" / f"j{number}"
+        job_dir.mkdir(parents=True)
+        own = {"id": f"j{number}", "engine": "local", "engine_id": "", "run_dir": str(tmp_path), "job_dir": "",
+               "submitted": number}  # fmt: skip
+        facts = {"nodes": 2, "devices_per_node": 4, "usd_per_device_hour": 0.25, "record": own}
+        (job_dir / "job.json").write_text(json.dumps(facts))
+        row = {"attempt": 0, "started": 0.0, "ended": hours * HOUR, "next": "finished", "code": 0}
+        (job_dir / "attempts.jsonl").write_text(json.dumps(row) + "\n")
+    assert launch.spent(tmp_path) == pytest.approx(1.5 * 8 * 0.25)
+
+
+def test_a_cap_needs_a_price(tmp_path) -> None:
+    cluster = a_cluster(tmp_path, "local", hardware="gb300", price={}, limits={"hours": 4, "usd": 10})
+    with pytest.raises(ClusterError, match=r"cannot be kept without a price: set price\.usd_per_device_hour"):
+        refuse_over_cap(a_job(tmp_path, cluster=cluster))
+    unlimited = a_cluster(tmp_path, "local", hardware="gb300", price={}, limits={"hours": 4})
+    assert "no price is known for gb300" in refuse_over_cap(a_job(tmp_path, cluster=unlimited))[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"nodes": 9}, "9 nodes; allowed on lab: at most 4 (limits.nodes)"),
+        ({"devices_per_node": 3}, "3 devices; allowed on lab: at most 2 a node"),
+        ({"hours": 5.0}, "5 h; allowed on lab: at most 4 h (limits.hours)"),
+        ({"hours": 0.016}, "nothing would be trained"),
+        ({"hours": 1.0, "lead_seconds": 1800}, "the last 1800 s are for saving"),
+    ],
+)
+def test_limits(tmp_path, asked, said) -> None:
+    cluster = a_cluster(tmp_path, "local", limits={"hours": 4, "nodes": 4})
+    with pytest.raises(ClusterError) as caught:
+        make_job(cluster, name="digits", recipe="", run_dir="/r", workdir="/w", **asked)
+    assert all(word in str(caught.value) for word in said.split(" a node")[0].split(" devices;"))
+
+
+def test_a_job_needs_hours(tmp_path) -> None:
+    with pytest.raises(ClusterError, match="how long may the job take"):
+        make_job(a_cluster(tmp_path, "local", limits={}), name="d", recipe="", run_dir="/r", workdir="/w")
+
+
+def test_a_refused_job_leaves_nothing(tmp_path, monkeypatch) -> None:
+    """Too dear, a secret that is missing, an engine that refuses: the run's folder does not come to be."""
+    monkeypatch.delenv("LAB_TOKEN", raising=False)
+    home = tmp_path / "runs" / "digits"
+    cases = {
+        "too dear": a_cluster(tmp_path, "local", limits={"hours": 400, "usd": 10}),
+        "LAB_TOKEN is not set": a_cluster(tmp_path, "local"),
+        "allowed with engine local: 1": a_cluster(tmp_path, "local", secrets={}),
+    }
+    for said, cluster in cases.items():
+        nodes = 2 if "engine" in said else 1
+        with pytest.raises(ClusterError, match=said):
+            launch.submit(a_job(tmp_path, cluster=cluster, run_dir=str(home), nodes=nodes))
+        assert not home.parent.exists()
