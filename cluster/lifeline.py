@@ -192,6 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = interface_to(given.master)
         if found:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
+    # to torchrun 85 is a failure: it would end the tasks that are still busy after having saved
+    os.environ[ranks.SAVED_EXIT] = "0"
     first = given.node_rank * given.tasks
     job_dir, attempt = Path(os.environ["SHOESTRING_JOB_DIR"]), int(os.environ["SHOESTRING_ATTEMPT"])
     tasks = Tasks(job_dir, attempt, range(first, first + given.tasks))

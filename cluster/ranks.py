@@ -13,6 +13,8 @@ from pathlib import Path
 
 from .environment import redacted
 
+# with which code a task ends that has saved, where that is not 85; its record says 85 all the same
+SAVED_EXIT = "SHOESTRING_SAVED_EXIT"
 LONGEST = 20_000  # characters of a traceback that are kept
 
 

@@ -27,7 +27,7 @@ def as_task() -> Iterator[None]:
     if here is None:
         yield
         return
-    if under_torchrun := "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         signals.die_with_parent()
     sys.stdout, sys.stderr = TaskStream(sys.stdout), TaskStream(sys.stderr)  # type: ignore[assignment]
     signals.listen_early()  # a task may be asked to stop before it has a trainer
@@ -43,8 +43,7 @@ def as_task() -> Iterator[None]:
         ranks.write(job_dir, attempt, ranks.ended(record, code, said, where))
         if where or isinstance(getattr(error, "code", None), str):
             print(redacted(f"[rank {record.rank} on {record.host}] {where or said}"), file=sys.stderr, flush=True)
-        # torchrun forgets the code, and would end those that are still busy after having saved
-        raise SystemExit(0 if code == signals.SAVED and under_torchrun else code) from None
+        raise SystemExit(int(os.environ.get(ranks.SAVED_EXIT, code)) if code == signals.SAVED else code) from None
     _ignore_signals()
     ranks.write(job_dir, attempt, ranks.ended(record, signals.FINISHED))
 

@@ -142,6 +142,6 @@ def test_a_bad_machine_ends_the_job_since_there_is_no_other(tmp_path: Path) -> N
     job = here.launch("strategy.devices=2")
     found = here.until(job, "failed")
     (attempt,) = found["attempts"]
-    assert attempt["code"] == 86 and "no other" in attempt["reason"]
+    assert attempt["code"] == 86 and "0 of 1 nodes left, 1 needed" in attempt["reason"]
     assert "BAD: asked to fail by SHOESTRING_FAIL_PREFLIGHT" in here.log(job)
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
