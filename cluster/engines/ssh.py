@@ -26,7 +26,7 @@ from .scripts import controller, node_script
 
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:-]*$")]
 PATIENCE = 20  # seconds for a machine to answer what is asked before a launch
-AT_A_TIME = 16  # machines that are asked
+ASKED = 16  # machines, all at once
 
 # what the user's own options, which come first, can change; nothing may ask questions
 DEFAULTS = (
@@ -69,11 +69,13 @@ class SSH:
         return {"job.sh": script, "node.sh": node_script(job)}
 
     def remarks(self, job: Job) -> list[str]:
-        """What each machine lacks: an answer, the working directory, the run's storage, Python, shoestring."""
+        """What machines lack: an answer, the working directory, the run's storage, Python, shoestring. The first few
+        are asked, for many would take minutes; at the start of an attempt each says for itself what it lacks."""
         options: SSHOptions = job.cluster.options
-        with ThreadPoolExecutor(AT_A_TIME) as pool:
-            found = pool.map(lambda host: _lacks(job, options, host), dict.fromkeys(options.hosts))
-        return [remark for remarks in found for remark in remarks]
+        hosts = list(dict.fromkeys(options.hosts))
+        with ThreadPoolExecutor(ASKED) as pool:
+            found = [remark for told in pool.map(lambda h: _lacks(job, options, h), hosts[:ASKED]) for remark in told]
+        return found if len(hosts) <= ASKED else [*found, f"{ASKED} of the {len(hosts)} machines were asked"]
 
     def submit(self, job: Job, files: Mapping[str, str], secrets: Mapping[str, str]) -> str:
         return background.start(Path(job.job_dir), "job.sh")
