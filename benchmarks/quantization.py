@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         return self.bert(input_ids=ids).last_hidden_state
 
 
-def encoders(folder: Path) -> dict[str, Callable[[Tensor], Tensor]]:
+def encoders(folder: Path) -> dict[str, Any]:
     """Every way to run the same encoder."""
     torch.manual_seed(0)
     model = Encoder().eval().requires_grad_(False)
@@ -75,6 +75,26 @@ def encoders(folder: Path) -> dict[str, Callable[[Tensor], Tensor]]:
         "torchao int8, compiled": quantize(model, embeddings=True),
         "ONNX Runtime int8": lambda ids: int8(ids)[0],
     }
+
+
+def pt2e(model: nn.Module, shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    """int8 by torchao's PT2E flow for x86, static scales, compiled with frozen weights for one shape."""
+    from torchao.quantization.pt2e import move_exported_model_to_eval
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    draw = torch.Generator().manual_seed(2)
+    batches = [torch.randint(0, 30522, shape, generator=draw) for _ in range(4)]
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        quantizer = x86.X86InductorQuantizer()
+        quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+        prepared = prepare_pt2e(torch.export.export(model, (batches[0],)).module(), quantizer)
+        for ids in batches:
+            prepared(ids)
+        run = torch.compile(move_exported_model_to_eval(convert_pt2e(prepared)))
+        for ids in batches[:2]:
+            run(ids)
+    return run
 
 
 def busy() -> float:
@@ -133,7 +153,8 @@ def speed(rounds: int, patience: float) -> dict[str, Any]:
         told["bytes"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
         for shape in SHAPES:
             torch._dynamo.reset()  # one compilation for each shape
-            told[f"{shape[0]} x {shape[1]}"] = cpu_times(ways, shape, rounds, patience)
+            here = {**ways, "torchao PT2E int8, static, compiled": pt2e(ways["torch fp32"], shape)}
+            told[f"{shape[0]} x {shape[1]}"] = cpu_times(here, shape, rounds, patience)
     for title, rows in told.items():
         if title != "bytes":
             print(speed_table(title, rows))

@@ -29,6 +29,7 @@ from .torch_file import channel_axes
 from .trained import CannotExport, Trained
 
 NAME = "model.onnx"
+OPSET = 23  # the first with an operator for attention: one kernel, masks and all
 
 
 class Positional(nn.Module):
@@ -69,7 +70,6 @@ def write(trained: Trained, folder: Path, quantize: str | None, traced: Path | N
 
 def trace(model: nn.Module, batch: Batch, path: Path) -> None:
     """torch.export, then ONNX, all weights inside the one file (2 GiB at most)."""
-    needed("onnxscript")
     names = list(batch)
     rows = torch.export.Dim("batch", min=1, max=65536)
     length = torch.export.Dim("sequence", min=2, max=longest(model))
@@ -79,14 +79,31 @@ def trace(model: nn.Module, batch: Batch, path: Path) -> None:
     )
     with _quietly():
         try:
-            program: Any = torch.onnx.export(
-                Positional(model, names).eval(), tensors, dynamo=True, input_names=names, output_names=["logits"],
-                dynamic_shapes=(shapes,), verbose=False,
-            )  # fmt: skip
+            program = program_of(Positional(model, names).eval(), tensors, dynamic_shapes=(shapes,), input_names=names,
+                                 output_names=["logits"])  # fmt: skip
+        except CannotExport:
+            raise
         except Exception as error:  # torch.export and onnxscript raise their own types for what they cannot trace
             what = str(error).strip().splitlines() or [type(error).__name__]
             raise CannotExport(f"{type(model).__name__} cannot be exported to ONNX: {what[0][:300]}") from error
         program.save(str(path), external_data=False)
+
+
+def program_of(model: nn.Module, args: tuple[Any, ...], **options: Any) -> Any:
+    """The ONNX program of a model, by torch.export. options: as of `torch.onnx.export`.
+
+    onnxscript's fusions of this operator set are left out: its rotary embeddings have tables of one row, which ONNX
+    Runtime refuses for a batch of several.
+    """
+    needed("onnx")
+    needed("onnxscript")
+    from onnxscript import optimizer
+
+    program: Any = torch.onnx.export(
+        model, args, dynamo=True, opset_version=OPSET, optimize=False, verbose=False, **options
+    )
+    optimizer.optimize_ir(program.model)
+    return program
 
 
 def quantize_file(path: Path) -> None:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ...callbacks.layers import quantizable
+from .onnx_file import program_of
 from .quantize import CannotQuantize, bake, quantize_embeddings
+from .runtimes import needed, open_session
 
-INSTALL = "pip install 'shoestring[compress]'"
 Example = tuple[Tensor, ...] | Mapping[str, Tensor]
 
 
@@ -30,14 +31,8 @@ class OnnxModel:
     """
 
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
-        runtime = _need("onnxruntime")
-        options = runtime.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-            options.inter_op_num_threads = 1
         self.path = Path(path)
-        self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = open_session(path, threads)
         self.inputs = [each.name for each in self._session.get_inputs()]
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
@@ -53,14 +48,11 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path, dynamic: A
 
     example: a tuple of positional, or a mapping of named, inputs.
     """
-    _need("onnx"), _need("onnxscript")
     args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), None)
     training = model.training
     try:
-        torch.onnx.export(
-            model.eval(), args, str(path), kwargs=kwargs, dynamo=True, external_data=False, verbose=False,
-            dynamic_shapes=dynamic,
-        )  # fmt: skip
+        program = program_of(model.eval(), args, kwargs=kwargs, dynamic_shapes=dynamic)
+        program.save(str(path), external_data=False)
     finally:
         model.train(training)
     return Path(path)
@@ -83,8 +75,8 @@ def quantize_onnx(
     Settings as of `quantize.quantize`. Convolutions keep rounded weights in floats. Fewer than 8 bits are stored in 8.
     Raises `CannotQuantize` when a linear layer did not become an int8 product.
     """
-    onnx = _need("onnx")
-    _need("onnxruntime")
+    onnx = needed("onnx")
+    needed("onnxruntime")
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
@@ -118,7 +110,7 @@ def _products(graph: Any, kept: Sequence[Tensor]) -> tuple[list[str], list[str]]
 
     The exporter transposes and renames constants, so they are recognized by their values.
     """
-    onnx = _need("onnx")
+    onnx = needed("onnx")
     constants = {each.name: each for each in graph.graph.initializer}
     products, left = [], []
     for node in graph.graph.node:
@@ -130,12 +122,3 @@ def _products(graph: Any, kept: Sequence[Tensor]) -> tuple[list[str], list[str]]
             # a Gemm is first split into a product of this name and a sum
             left.append(node.name if node.op_type == "MatMul" else f"{node.name}_MatMul")
     return products, left
-
-
-def _need(package: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise CannotQuantize(f"{package} is not installed; {INSTALL}") from error
