@@ -8,15 +8,32 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from ..engine import Heard, JobRecord
+from ..job import Job
 from ..reading import ClusterError
 
 LOG = "output.log"
 POLL = 0.2  # seconds
+
+
+class InBackground:
+    """What engines have in common whose `job.sh` runs here."""
+
+    def submit(self, job: Job, files: Mapping[str, str], secrets: Mapping[str, str]) -> str:
+        return start(Path(job.job_dir), "job.sh")
+
+    def ask(self, record: JobRecord) -> Heard:
+        return ask(record)
+
+    def logs(self, record: JobRecord, follow: bool) -> Iterator[str]:
+        return logs(record, follow)
+
+    def cancel(self, record: JobRecord) -> None:
+        cancel(record)
 
 
 def start(job_dir: Path, script: str) -> str:

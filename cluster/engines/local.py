@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-
-from ..engine import Heard, JobRecord
 from ..job import Job
 from ..reading import ClusterError
 from ..sections import Section
-from . import background
+from .background import InBackground
 from .scripts import controller, node_script
 
 ENGINE = """address() { echo 127.0.0.1; }
@@ -21,7 +17,7 @@ class LocalOptions(Section):
     """Nothing: this machine has no settings of its own."""
 
 
-class Local:
+class Local(InBackground):
     name = "local"
     Options = LocalOptions
 
@@ -33,15 +29,3 @@ class Local:
 
     def remarks(self, job: Job) -> list[str]:
         return []
-
-    def submit(self, job: Job, files: Mapping[str, str], secrets: Mapping[str, str]) -> str:
-        return background.start(Path(job.job_dir), "job.sh")
-
-    def ask(self, record: JobRecord) -> Heard:
-        return background.ask(record)
-
-    def logs(self, record: JobRecord, follow: bool) -> Iterator[str]:
-        return background.logs(record, follow)
-
-    def cancel(self, record: JobRecord) -> None:
-        background.cancel(record)

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from ..engine import Heard, JobRecord
 from ..environment import exports, quoted, variables
 from ..job import Job
 from ..reading import ClusterError
 from ..sections import Line, Section
-from . import background
+from .background import InBackground
 from .scripts import controller, node_script
 
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:-]*$")]
@@ -54,7 +52,7 @@ class SSHOptions(Section):
     )
 
 
-class SSH:
+class SSH(InBackground):
     name = "ssh"
     Options = SSHOptions
 
@@ -76,18 +74,6 @@ class SSH:
         with ThreadPoolExecutor(ASKED) as pool:
             found = [remark for told in pool.map(lambda h: _lacks(job, options, h), hosts[:ASKED]) for remark in told]
         return found if len(hosts) <= ASKED else [*found, f"{ASKED} of the {len(hosts)} machines were asked"]
-
-    def submit(self, job: Job, files: Mapping[str, str], secrets: Mapping[str, str]) -> str:
-        return background.start(Path(job.job_dir), "job.sh")
-
-    def ask(self, record: JobRecord) -> Heard:
-        return background.ask(record)
-
-    def logs(self, record: JobRecord, follow: bool) -> Iterator[str]:
-        return background.logs(record, follow)
-
-    def cancel(self, record: JobRecord) -> None:
-        background.cancel(record)
 
 
 def command(options: SSHOptions) -> list[str]:

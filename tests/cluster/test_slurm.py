@@ -100,7 +100,9 @@ def test_a_job_of_higher_priority_gets_the_nodes_at_once(slurm, undisturbed):
     urgent = {"engine_id": said.strip()}
     while slurm.fact(urgent, "JobState") == "PENDING":
         time.sleep(0.5)
-    assert time.monotonic() - asked < GRACE
+    waited = time.monotonic() - asked
+    print(f"the urgent job started after {waited:.1f} s")
+    assert waited < GRACE / 2  # it saved and left, and was not killed when its grace ended
     job = slurm.ended(job["id"])
     first, last = job["attempts"]
     assert (first["code"], first["next"], first["reason"]) == (85, "requeue", "asked to stop; saved")

@@ -13,21 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from slow_job import OVER, STATES, write_recipe
 
-SUPPORT = Path(__file__).parent
-SCRIPT = SUPPORT.parent / "cluster" / "slurm_lab.sh"
-# submitted, or anything known of a job; nothing else is ever said
-STATES = ("submitted", "queued", "running", "requeued", "finished", "cancelled", "exhausted", "failed")
-OVER = ("finished", "cancelled", "exhausted", "failed")
-RECIPE = """
-name: slow
-model: {task: "slow_training:Slow"}
-data: {source: "slow_training:data", batch_size: 16}
-budget: {steps: 60}
-strategy: {name: zero2}
-checkpoint: {every: 10 steps}
-evaluation: {at_end: false}
-"""
+SCRIPT = Path(__file__).parents[1] / "cluster" / "slurm_lab.sh"
 
 
 class SlurmCluster:
@@ -39,8 +27,7 @@ class SlurmCluster:
         words = f'eval {lines!r}; printf \'%s\\0%s\' "$PATH" "$SLURM_CONF"'
         path, conf = subprocess.run(["bash", "-c", words], capture_output=True, text=True).stdout.split("\0")
         self.environ = {**os.environ, "PATH": path, "SLURM_CONF": conf}
-        (folder / "recipe.yaml").write_text(RECIPE)
-        (folder / "slow_training.py").write_text((SUPPORT / "slow_training.py").read_text())
+        write_recipe(folder, "checkpoint: {every: 10 steps}\n")
 
     def run(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(words, cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=600)
