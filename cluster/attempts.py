@@ -24,7 +24,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +59,9 @@ class Attempt:
 def history(job_dir: str | Path) -> list[Attempt]:
     """The attempts so far, in order. One that was followed by another without having ended is "lost"."""
     found: dict[int, dict[str, Any]] = {}
-    with suppress(OSError):
-        for line in (Path(job_dir) / LOG).read_text().splitlines():
-            with suppress(ValueError, KeyError, TypeError):
-                told = json.loads(line)
-                row = found.setdefault(int(told["attempt"]), {"number": int(told["attempt"])})
-                row.update({key: value for key, value in told.items() if key in Attempt.__dataclass_fields__})
+    for told in _rows(Path(job_dir) / LOG):
+        row = found.setdefault(told["attempt"], {"number": told["attempt"]})
+        row.update({key: value for key, value in told.items() if key in Attempt.__dataclass_fields__})
     made = [Attempt(**{**row, "nodes": tuple(row.get("nodes", ()))}) for row in found.values() if "started" in row]
     made.sort(key=lambda attempt: attempt.number)
     return [closed(job_dir, a) if a.ended is None and a is not made[-1] else a for a in made]
@@ -77,14 +74,27 @@ def closed(job_dir: str | Path, attempt: Attempt) -> Attempt:
 
 
 def last_seen(job_dir: str | Path, attempt: Attempt) -> float:
-    """When the run or a task of this attempt last wrote something, Unix seconds."""
-    run_dir = Path(job_dir).parent.parent
-    places = [*ranks.attempt_dir(job_dir, attempt.number).glob("*.json"), *(run_dir / "events").glob("*")]
+    """When the run or a task of this attempt last wrote something, Unix seconds.
+
+    What the run has written since it was next attempted, by this job or another, is not this attempt's.
+    """
+    jobs = Path(job_dir).parent
+    starts = [row.get("started", 0.0) for log in jobs.glob(f"*/{LOG}") for row in _rows(log)]
+    until = min((start for start in starts if start > attempt.started), default=float("inf"))
     seen = [attempt.started]
-    for place in places:
+    for place in (*ranks.attempt_dir(job_dir, attempt.number).glob("*.json"), *(jobs.parent / "events").glob("*")):
         with suppress(OSError):
             seen.append(place.stat().st_mtime)
-    return max(seen)
+    return max(when for when in seen if when <= until)
+
+
+def _rows(log: Path) -> Iterator[dict[str, Any]]:
+    """What a job's record says, line by line; a torn line is passed over."""
+    with suppress(OSError):
+        for line in log.read_text().splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                told = json.loads(line)
+                yield {**told, "attempt": int(told["attempt"])}
 
 
 def spent_seconds(attempts: Iterable[Attempt]) -> float:

@@ -98,13 +98,11 @@ def status(record: JobRecord) -> Status:
         with suppress(OSError):
             attempts.forget_secrets(record.job_dir)
     seconds = attempts.spent_seconds(done)
-    price = record.facts.get("usd_per_device_hour")
-    tasks = record.facts["nodes"] * record.facts["devices_per_node"]
     last = done[-1] if done else None
     return Status(
         state=state, detail=heard.detail if not _closed(done) or not last else last.reason,
         nodes=heard.nodes or (last.nodes if last else ()), start=heard.start, attempts=done, seconds=seconds,
-        usd=None if price is None else seconds / 3600 * tasks * price,
+        usd=_usd(record, seconds),
     )  # fmt: skip
 
 
@@ -145,10 +143,18 @@ def spent(run_dir: str | Path) -> float:
     """US dollars that all jobs of a run have cost so far."""
     total = 0.0
     for record in records(run_dir):
-        price = record.facts.get("usd_per_device_hour") or 0.0
-        tasks = record.facts["nodes"] * record.facts["devices_per_node"]
-        total += attempts.spent_seconds(attempts.history(record.job_dir)) / 3600 * tasks * price
+        done = attempts.history(record.job_dir)
+        # no engine is asked: one whose machine died without a word was over when it was last seen
+        told = [attempts.closed(record.job_dir, each) if each.ended is None else each for each in done]
+        total += _usd(record, attempts.spent_seconds(told)) or 0.0
     return total
+
+
+def _usd(record: JobRecord, seconds: float) -> float | None:
+    """US dollars for all devices of a job; None: no price is known."""
+    price = record.facts.get("usd_per_device_hour")
+    devices = record.facts["nodes"] * record.facts["devices_per_node"]
+    return None if price is None else seconds / 3600 * devices * price
 
 
 def excluded(run_dir: str | Path) -> tuple[str, ...]:

@@ -146,6 +146,16 @@ def test_a_lost_attempt_counts_until_it_was_last_seen(tmp_path, clock) -> None:
     first, second = attempts.history(job_dir)
     assert (first.next, first.seconds, second.next) == ("lost", 600, "")
 
+    # nor does what the run writes afterwards count for it, in the next attempt or in another job of the run
+    (journal.parent / "rank-0-again.jsonl").write_text("{}\n")
+    os.utime(journal.parent / "rank-0-again.jsonl", (clock.now + 900, clock.now + 900))
+    assert attempts.history(job_dir)[0].seconds == 600
+    assert attempts.closed(job_dir, second).seconds == 900
+    other = job_dir.parent / "other"
+    other.mkdir()
+    (other / "attempts.jsonl").write_text(json.dumps({"attempt": 0, "started": clock.now + 800}) + "\n")
+    assert attempts.closed(job_dir, second).seconds == 0
+
 
 def test_secrets_go_with_the_last_attempt(tmp_path, clock) -> None:
     job_dir = job_dir_with(tmp_path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import pytest
 from jobs import a_cluster, a_job
@@ -42,17 +44,35 @@ def test_what_earlier_jobs_have_spent_counts(tmp_path, spent, fits) -> None:
     assert f"${spent:.2f} spent by earlier jobs of this run" in str(caught.value)
 
 
-def test_spent_hours_are_read_from_the_run(tmp_path) -> None:
-    for number, hours in enumerate((1.0, 0.5)):
-        job_dir = tmp_path / "jobs" / f"j{number}"
+@pytest.fixture
+def attempted(tmp_path):
+    """Write down a job of eight devices at $0.25 an hour, and its one attempt."""
+
+    def write(id, **row):
+        job_dir = tmp_path / "jobs" / id
         job_dir.mkdir(parents=True)
-        own = {"id": f"j{number}", "engine": "local", "engine_id": "", "run_dir": str(tmp_path), "job_dir": "",
-               "submitted": number}  # fmt: skip
+        own = {"id": id, "engine": "local", "engine_id": "", "run_dir": str(tmp_path), "job_dir": "", "submitted": 0}
         facts = {"nodes": 2, "devices_per_node": 4, "usd_per_device_hour": 0.25, "record": own}
         (job_dir / "job.json").write_text(json.dumps(facts))
-        row = {"attempt": 0, "started": 0.0, "ended": hours * HOUR, "next": "finished", "code": 0}
-        (job_dir / "attempts.jsonl").write_text(json.dumps(row) + "\n")
+        (job_dir / "attempts.jsonl").write_text(json.dumps({"attempt": 0, **row}) + "\n")
+
+    return write
+
+
+def test_spent_hours_are_read_from_the_run(tmp_path, attempted) -> None:
+    for number, hours in enumerate((1.0, 0.5)):
+        attempted(f"j{number}", started=0.0, ended=hours * HOUR, next="finished", code=0)
     assert launch.spent(tmp_path) == pytest.approx(1.5 * 8 * 0.25)
+
+
+def test_an_attempt_that_never_said_that_it_ended_costs_until_it_was_last_seen(tmp_path, attempted) -> None:
+    now = time.time()
+    attempted("died", started=now - 100 * HOUR)
+    (tmp_path / "events").mkdir()
+    journal = tmp_path / "events" / "00000.jsonl"
+    journal.touch()
+    os.utime(journal, (now, now - 97 * HOUR))
+    assert launch.spent(tmp_path) == pytest.approx(3 * 8 * 0.25)
 
 
 def test_a_cap_needs_a_price(tmp_path) -> None:
