@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import ShoestringError
 from .contract import Technique
+from .own_code import import_code, is_code
 
 # name -> where its class lives; imported on first use, because the classes need torch and Lightning
 TECHNIQUES: dict[str, str] = {
@@ -57,6 +58,10 @@ class UnknownTechnique(ShoestringError):
         super().__init__(f"{said} {', '.join(legal) or 'none'}. {self.hint}".rstrip())
 
 
+class NotATechnique(ShoestringError):
+    """A `module:attr` that is something else."""
+
+
 @cache
 def plugins() -> dict[str, Any]:
     """Techniques of other packages: entry points of the group "shoestring.techniques"."""
@@ -68,11 +73,20 @@ def names() -> list[str]:
 
 
 def technique_class(name: str) -> type[Technique]:
+    """The class of a technique: of a name, or of a user's own `module:attr` (see own_code.py for whose leave it takes).
+
+    Raises `UnknownTechnique`, `CannotImport` or `NotATechnique`.
+    """
     if name in TECHNIQUES:
         path, _, attribute = TECHNIQUES[name].partition(":")
         return getattr(import_module(f".{path}", __package__), attribute)
     if name in plugins():
         return plugins()[name].load()
+    if is_code(name):
+        found = import_code(name)
+        if not (isinstance(found, type) and issubclass(found, Technique)):
+            raise NotATechnique(f"{name} is {found!r}, not a subclass of shoestring.callbacks.contract.Technique")
+        return found
     raise UnknownTechnique(name, names())
 
 

@@ -14,7 +14,8 @@ from .. import ShoestringError
 from ..callbacks.budget import Budget
 from ..callbacks.compose import compose
 from ..callbacks.contract import BadSetting, Technique, Unfit
-from ..callbacks.registry import UnknownTechnique, make
+from ..callbacks.own_code import CannotImport
+from ..callbacks.registry import NotATechnique, UnknownTechnique, make
 from ..cluster import Hardware, hardware
 from ..recipes import Recipe, RecipeError, problem
 from .machine import Machine, usable_memory
@@ -217,6 +218,8 @@ def _techniques(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> list[
         except UnknownTechnique as error:
             key = f"techniques.{spec.name}" + (f".{error.found}" if error.of else "")
             problems.append(problem(recipe, key, error.found, " | ".join(error.legal), error.hint))
+        except (CannotImport, NotATechnique) as error:
+            problems.append(problem(recipe, f"techniques.{spec.name}", spec.name, f"a technique's class ({error})"))
         except BadSetting as error:
             key = f"techniques.{spec.name}.{error.setting}"
             problems.append(problem(recipe, key, error.found, error.allowed))

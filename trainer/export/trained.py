@@ -104,8 +104,9 @@ def _reshape(module: nn.Module, recipe: Recipe, run_dir: Path) -> None:
     folder, _ = checkpoint.newest_intact(run_dir / "checkpoints")
     states = checkpoint.read_state(folder / "state.pt")["callbacks"] if folder else {}
     for spec in recipe.techniques:
-        if spec.name in states:
-            make(spec.name, spec.settings).rebuild(module, states[spec.name])
+        technique = make(spec.name, spec.settings)
+        if technique.state_key in states:
+            technique.rebuild(module, states[technique.state_key])
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

@@ -1,20 +1,14 @@
-"""A user's own code, named `module:attr` in a recipe and imported from the folder the command runs in."""
+"""Calling a user's own code with the arguments of a recipe."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from typing import Any
 
+from ...callbacks.own_code import CannotImport, import_code, is_code
 from .errors import TaskError
 
-
-def is_code(name: str | None) -> bool:
-    """Whether a recipe value names code: `module:attr`, both dotted Python names."""
-    module, colon, attribute = (name or "").partition(":")
-    return bool(colon) and all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")])
+__all__ = ["call_code", "is_code"]
 
 
 def call_code(name: str, args: dict[str, Any] | None, where: str) -> Any:
@@ -22,16 +16,10 @@ def call_code(name: str, args: dict[str, Any] | None, where: str) -> Any:
 
     where: the recipe key, for errors. The caller must have the user's leave (`--allow-code`): importing runs code.
     """
-    module_name, _, attribute = name.partition(":")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
     try:
-        target: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            target = getattr(target, part)
-    except (ImportError, AttributeError) as error:
-        raise TaskError(f"{where}: cannot import {name!r} from {here}: {error}") from error
+        target = import_code(name)
+    except CannotImport as error:
+        raise TaskError(f"{where}: {error}") from error
     try:
         inspect.signature(target).bind(**(args or {}))
     except TypeError as error:
