@@ -1,4 +1,5 @@
 """An ONNX file for ONNX Runtime: dynamic batch and sequence axes, optionally with int8 weights and dynamic activations.
+It has operator set 23, which ONNX Runtime opens from 1.23 on.
 
 int8 is ONNX Runtime's dynamic quantization of matrix products with constant weights: weights QInt8, symmetric, a
 scale per output channel; activations uint8, a scale and zero point per tensor, found in each call. Measured on a CPU
