@@ -101,7 +101,7 @@ def onnxruntime(path: Path, threads: int | None = None) -> Outputs:
 def open_session(path: str | Path, threads: int | None = None) -> Any:
     """An `InferenceSession` on the CPU. threads: of one operator; None leaves it to ONNX Runtime.
 
-    Sum and layer norm stay two operators: ONNX Runtime's fused one takes 3.5 times as long as both on a CPU.
+    Sum and layer norm stay two operators: ONNX Runtime's fused one takes three times as long as both on a CPU.
     """
     runtime: Any = needed("onnxruntime")
     options = runtime.SessionOptions()
