@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# submitted, or anything known of a job; nothing else is ever said
 OVER = ("finished", "cancelled", "exhausted", "failed")
+# submitted, or anything known of a job; nothing else is ever said
 STATES = ("submitted", "queued", "running", "requeued", *OVER)
 STEPS = 60
 RECIPE = f"""
