@@ -11,13 +11,19 @@ import torch
 from torch import nn
 
 from shoestring.trainer.export import torch_file
+from shoestring.trainer.export.trained import AS_TRAINED
 
 
-def written(model: nn.Module, quantize: str | None = None, sparse: bool = False) -> tuple[int, nn.Module]:
-    """(bytes of the file that holds `model`, the model read back from it). See trainer/export/torch_file.py."""
+def written(
+    model: nn.Module, quantize: str | None = None, sparse: bool = False, ways: torch_file.Ways | None = None
+) -> tuple[int, nn.Module]:
+    """(bytes of the file that holds `model`, the model read back from it). See trainer/export/torch_file.py.
+
+    ways: what weights were trained to be, for that instead of `quantize`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        torch_file.save(model, path, quantize=quantize, sparse=sparse, about={})
+        torch_file.save(model, path, quantize=AS_TRAINED if ways else quantize, sparse=sparse, about={}, ways=ways)
         return path.stat().st_size, torch_file.filled(model, path)
 
 

@@ -6,19 +6,17 @@ scored as it is served.
 
 Baselines: int8 PTQ (weights and activations of 8 bits); gradual pruning to the bytes of the W2 or W3 file, in the same
 ten extra epochs from the same fp32 model, and in all forty epochs from scratch; a small dense model 64-a-a-10 of at
-most those bytes, from scratch, forty epochs. Bytes are those of safetensors files that are written: codes packed to
-their 2 or 3 bits with float32 scales, int8 with scales, or a bit mask and values (pruned), and biases in float32.
+most those bytes, from scratch, forty epochs. Bytes are those of the files that trainer/export/torch_file.py writes:
+codes packed to their 2 or 3 bits with float32 scales, int8 with scales, or a bit mask and values (pruned), and biases
+in float32.
 """
 
 from __future__ import annotations
 
 import copy
 import statistics
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from baselines import sparsity_for, width_for, written
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from shoestring.callbacks import GradualPruning, QuantizationAware
-from shoestring.callbacks.compression.fake_quantization import codes, scales
+from shoestring.trainer.export.encodings import Grid
 from shoestring.trainer.export.quantize import quantize
 
 
@@ -103,21 +101,8 @@ def into(page: str, section: str) -> str:
 
 def packed_bytes(net: nn.Module, bits: int, scale: str) -> int:
     """Of the file with the codes of `bits` bits packed, a scale for each output channel, and biases."""
-    from safetensors.torch import save_file
-
-    parts: dict[str, Tensor] = {}
-    for name, p in net.named_parameters():
-        if p.ndim == 2:
-            steps = scales(p, bits, None, scale)
-            raised = codes(p, steps, bits).int().flatten()[:, None] + 2 ** (bits - 1)
-            each = (raised >> torch.arange(bits)) & 1
-            parts[f"{name}:codes"] = torch.from_numpy(np.packbits(each.bool().numpy()))
-            parts[f"{name}:scale"] = steps.flatten()
-        else:
-            parts[name] = p.detach()
-    with tempfile.TemporaryDirectory() as folder:
-        save_file(parts, Path(folder) / "model.safetensors")
-        return (Path(folder) / "model.safetensors").stat().st_size
+    grid = Grid(bits, None, scale)
+    return written(net, ways={name: grid for name, p in net.named_parameters() if p.ndim == 2})[0]
 
 
 def one_seed(seed: int) -> dict[str, tuple[float, int]]:

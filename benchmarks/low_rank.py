@@ -9,9 +9,9 @@ A B C D … in one process, so that a machine's drift hits all alike.
 Size and accuracy: an MLP 64-128-128-10 on scikit-learn's digits (1,297 train, 500 test), 5 seeds of initial weights and
 sample order, each trained three times for the same steps with a fully decayed rate: dense, and clustered from half-way
 on with 16 and with 4 clusters. One-shot is k-means of the dense run's final weights, without training. Bytes are those
-of the safetensors files written: packed indices, codebooks and float32 biases. Differences are within seeds. Baselines:
-int8 PTQ of the dense run; gradual pruning (erk) to the bytes of either clustered file, stored as bit mask and values; a
-small dense model 64-a-a-10 of those bytes; both with the same steps.
+of the files that trainer/export/torch_file.py writes: packed indices, codebooks and float32 biases. Differences are
+within seeds. Baselines: int8 PTQ of the dense run; gradual pruning (erk) to the bytes of either clustered file, stored
+as bit mask and values; a small dense model 64-a-a-10 of those bytes; both with the same steps.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ import pytorch_lightning as pl
 import torch
 from baselines import sparsity_for, width_for, written
 from report import Runs, measured, page, paired, quiet, shown, table, verdict, wrapped
-from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from shoestring.callbacks import GradualPruning, WeightClustering
-from shoestring.callbacks.compression.codebooks import clustered, encode, kmeans_1d
+from shoestring.callbacks.compression.codebooks import clustered, kmeans_1d
 from shoestring.callbacks.compression.factors import apply_low_rank, factorable, saves
 from shoestring.callbacks.contract import Technique
 from shoestring.trainer import Budget, Trainer
+from shoestring.trainer.export.encodings import Codebook
 
 RANKS = (192, 96, 48)
 SEEDS, CLUSTERS = range(5), (16, 4)
@@ -152,19 +152,6 @@ def accuracy(net: nn.Module) -> float:
         return 100 * (net(x).argmax(1) == y).float().mean().item()
 
 
-def file_bytes(module: Digits, books: dict[str, Tensor]) -> int:
-    """Of the file that holds all of `module`, clustered weights as indices and codebooks."""
-    kept: dict[str, Tensor] = {}
-    for name, p in module.named_parameters():
-        if name in books:
-            kept[f"{name}.indices"], kept[f"{name}.codebook"] = encode(p.detach(), books[name])
-        else:
-            kept[name] = p.detach()
-    with tempfile.TemporaryDirectory() as folder:
-        save_file(kept, Path(folder) / "model.safetensors")
-        return (Path(folder) / "model.safetensors").stat().st_size
-
-
 def one_shot(dense: Digits, clusters: int, keep_zero: bool) -> Digits:
     module = Digits()
     module.load_state_dict(dense.state_dict())
@@ -178,12 +165,13 @@ def one_seed(seed: int, steps: int) -> dict[str, tuple[float, int]]:
     """(test accuracy in percent, bytes), by how the model was made."""
     dense = trained(seed, steps)
     size, served = written(dense.net, "int8")
-    found = {"dense": (accuracy(dense.net), file_bytes(dense, {})), "int8 PTQ": (accuracy(served), size)}
+    found = {"dense": (accuracy(dense.net), written(dense.net)[0]), "int8 PTQ": (accuracy(served), size)}
     for clusters in CLUSTERS:
         technique = WeightClustering(clusters=clusters, start="50%", every=50)
         module = trained(seed, steps, technique)
-        limit = file_bytes(module, technique.codebooks())
-        found[f"{clusters} clusters, trained"] = (accuracy(module.net), limit)
+        books = {name.removeprefix("net."): Codebook() for name in technique.codebooks()}
+        limit, served = written(module.net, ways=books)
+        found[f"{clusters} clusters, trained"] = (accuracy(served), limit)
         for keep_zero, said in ((True, "zero kept"), (False, "zero not kept")):
             plain = one_shot(dense, clusters, keep_zero)
             found[f"{clusters} clusters, one-shot, {said}"] = (accuracy(plain.net), limit)

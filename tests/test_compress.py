@@ -64,7 +64,7 @@ def test_a_low_rank_candidate_is_read_back_in_its_own_shape(runs: Path, tmp_path
 
 def test_half_the_weights_go_by_what_they_do_to_training_samples(runs: Path, tmp_path: Path) -> None:
     trained = open_run(finished("bert", runs))
-    wanted = [c for c in all_candidates() if c.name in ("int8", "sparsegpt 50% int8", "wanda 50% int8")]
+    wanted = [c for c in all_candidates(trained) if c.name in ("int8", "sparsegpt 50% int8", "wanda 50% int8")]
     found = search(trained, Limits(bytes=1e9), out=tmp_path / "out", candidates=wanted)
     sizes = {tried.name: tried.bytes for tried in found.tried}
     assert len(sizes) == 3 and not any(tried.problem for tried in found.tried)

@@ -53,6 +53,36 @@ def test_nibbles_come_back(array: np.ndarray) -> None:
     assert torch.equal(encodings.unpack_nibbles(encodings.pack_nibbles(flat), flat.numel()), flat)
 
 
+@given(st.data(), st.integers(2, 8))
+def test_integers_of_any_bits_come_back(data: st.DataObject, bits: int) -> None:
+    top = 2 ** (bits - 1)
+    array = data.draw(arrays(np.int8, st.integers(0, 40), elements=st.integers(-top, top - 1)))
+    packed = encodings.pack_bits(torch.from_numpy(array), bits)
+    assert packed.dtype == torch.uint8 and packed.numel() == -(-len(array) * bits // 8)
+    assert encodings.unpack_bits(packed, bits, len(array)).tolist() == array.tolist()
+
+
+def test_three_bits_by_hand() -> None:
+    # 3 = 011, -1 = 111, -4 = 100, lowest bit first: 110 111 001, cut into bytes and read backwards
+    assert encodings.pack_bits(torch.tensor([3, -1, -4]), 3).tolist() == [0b00111011, 0b1]
+
+
+@given(weights, st.integers(2, 8), st.sampled_from(["absmax", "mse"]))
+def test_a_grid_is_that_of_training(array: np.ndarray, bits: int, rule: str) -> None:
+    from shoestring.callbacks.compression.fake_quantization import quantized
+
+    weight = torch.from_numpy(array)
+    grid = encodings.Grid(bits, None, rule)
+    assert torch.equal(grid.rounded(weight), quantized(weight, bits, None, rule))
+
+
+def test_a_codebook_has_few_values() -> None:
+    book = encodings.Codebook()
+    assert book.values(torch.tensor([[0.5, -1.0], [0.5, -0.0]])).tolist() == [-1.0, 0.0, 0.5]
+    with pytest.raises(encodings.CannotEncode, match="300 distinct values, where a codebook has at most 256"):
+        book.values(torch.arange(300.0))
+
+
 @given(arrays(np.bool_, array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=20)))
 def test_masks_come_back(array: np.ndarray) -> None:
     mask = torch.from_numpy(array)

@@ -165,7 +165,12 @@ def decode(indices: Tensor, codebook: Tensor, shape: Sequence[int]) -> Tensor:
     return codebook[single.flatten()[: math.prod(shape)]].view(*shape)
 
 
+def bits_for(size: int) -> int:
+    """Bits of an index into a codebook of `size` values: 1, 2, 4 or 8."""
+    return next(bits for bits in (1, 2, 4, 8) if 2**bits >= size)
+
+
 def _places(codebook: Tensor) -> Tensor:
     """By how many bits each index of a byte is shifted: (0), (4, 0), (6, 4, 2, 0) or (7, …, 0)."""
-    bits = next(bits for bits in (1, 2, 4, 8) if 2**bits >= len(codebook))
+    bits = bits_for(len(codebook))
     return torch.arange(8 - bits, -1, -bits, dtype=torch.int32, device=codebook.device)

@@ -24,8 +24,8 @@ OFF = (None, 16)
 class QuantizationAware(Technique, pl.Callback):
     """From `start` on, let linear and convolution layers compute with weights of `weight_bits` bits.
 
-    The trained weights stay what they are, and what is saved; `trainer.export` puts them on the same grid for serving.
-    Validation during the fit sees the quantized model too.
+    The trained weights stay what they are, and what is saved. Validation during the fit sees the quantized model too,
+    and `shoestring export --quantize trained` writes that one.
 
     torchao's `QATConfig` is not used: as of 0.18 it has no fake quantization for the int8 product that is fast on CPUs
     (it refuses Int8DynamicActivationInt8WeightConfig), and it puts layers of its own in the place of the model's, which
@@ -35,8 +35,8 @@ class QuantizationAware(Technique, pl.Callback):
     activation_bits: 8 quantizes what enters linear layers too, per token; None leaves it.
     scale: "absmax", or "mse", which clips and is better at 4 bits and fewer (see `fake_quantization.scales`), or "lsq":
     steps are trained with the weights (arXiv 1902.08153), at `scale_lr` times the optimizer's learning rate of the
-    moment relative to their size (`learned_steps`). At the end the weights are put on the grid so learned, where export
-    with scale="lsq" finds it again. Not for frozen layers or 16-bit floats with loss scaling.
+    moment relative to their size (`learned_steps`). At the end the weights are put on the grid so learned, where
+    export finds it again. Not for frozen layers or 16-bit floats with loss scaling.
     adapters: with PEFT LoRA, "apart" quantizes the frozen base and leaves the adapters in full precision beside it;
     "merged" trains the adapters so that base + adapter, quantized as one, is good: x Q(W + BA) in place of
     x Q(W) + x BA. Adapter dropout is then noise on the difference. "merged" does not work under ZeRO-3, which never has

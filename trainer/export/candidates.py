@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .trained import CannotExport
+from .trained import AS_TRAINED, CannotExport
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from .torch_file import Ways
     from .trained import Trained
 
     Change = Callable[[Trained], nn.Module]
@@ -68,10 +69,11 @@ def one_shot(method: str, sparsity: float) -> Change:
     return change
 
 
-def all_candidates() -> tuple[Candidate, ...]:
-    """Every candidate, in the order of the table."""
+def all_candidates(trained: Trained) -> tuple[Candidate, ...]:
+    """Every candidate for a run, in the order of the table."""
     plain = [Candidate(name="float32"), Candidate(name="float16", quantize="float16")]
     small = [Candidate(name=name, quantize=name) for name in ("int8", "int4")]
+    aware = [Candidate(name="as trained", quantize=AS_TRAINED)] if trained.arithmetic is not None else []
     changes = {energy: low_rank(energy) for energy in (0.999999, 0.99, 0.95, 0.9)}
     thin = [
         Candidate(name=f"rank {energy:.0%} {quantize}", quantize=quantize, change=change)
@@ -86,7 +88,7 @@ def all_candidates() -> tuple[Candidate, ...]:
         Candidate(name="onnx", to="onnx"), Candidate(name="onnx int8", to="onnx", quantize="int8"),
         Candidate(name="onnx int8 tables", to="onnx", quantize="int8", change=int8_tables),
     ]  # fmt: skip
-    return (*plain, *small, *thin, *pruned, *fast)
+    return (*plain, *small, *aware, *thin, *pruned, *fast)
 
 
 def int8_tables(trained: Trained) -> nn.Module:
@@ -100,7 +102,7 @@ def int8_tables(trained: Trained) -> nn.Module:
     return model
 
 
-def least_bytes(model: nn.Module, candidate: Candidate) -> int:
+def least_bytes(model: nn.Module, candidate: Candidate, ways: Ways | None = None) -> int:
     """Bytes of the tensors that `candidate` stores of `model` (already changed); a header or a graph comes on top.
 
     Of the torch forms they are counted by encoding them, which takes less time than one batch of validation.
@@ -108,11 +110,8 @@ def least_bytes(model: nn.Module, candidate: Candidate) -> int:
     from . import torch_file
 
     if candidate.to == "torch":
-        axes, found = torch_file.channel_axes(model), 0
-        for name, tensor in torch_file.stored(model):
-            way = candidate.quantize if name in axes or candidate.quantize in torch_file.HALVES else None
-            found += sum(part.nbytes for part in torch_file.encode(tensor, way, axes.get(name, 0), True)[1].values())
-        return found
+        told = torch_file.encoded_tensors(model, candidate.quantize, True, ways)
+        return sum(part.nbytes for _, _, parts in told for part in parts.values())
     products = _products(model) if candidate.quantize == "int8" else set()
     return sum(t.numel() if id(t) in products else t.nbytes for _, t in torch_file.stored(model))
 

@@ -23,7 +23,7 @@ from .quality import quality
 from .runtimes import Outputs, eager, onnxruntime, sample
 from .speed import timings
 from .subject import Subject
-from .trained import WEIGHTS, CannotExport, Trained
+from .trained import AS_TRAINED, WEIGHTS, CannotExport, Trained
 from .write import beside, clear_leftovers, export, whole
 
 SIZES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -125,7 +125,7 @@ def search(
     clear_leftovers(out)
     work = beside(out, "candidates")
     trials = Trials(trained, limits, work)
-    candidates = candidates or all_candidates()
+    candidates = candidates or all_candidates(trained)
     onnx = any(candidate.to == "onnx" for candidate in candidates)
     try:
         first = {row.name: (row, run) for row, run in trials.before(before or trained, onnx)}
@@ -200,7 +200,7 @@ class Trials:
         limit = self.limits.bytes or math.inf
         try:
             changed = self._model(candidate)
-            least = least_bytes(changed.model, candidate)
+            least = least_bytes(changed.model, candidate, changed.ways)
             if least > MARGIN * limit:
                 found: Row = replace(blank, bytes=least, skipped=True), None
             else:
@@ -227,6 +227,8 @@ class Trials:
         return _worth(tried, run, self.trained), run
 
     def _model(self, candidate: Candidate) -> Trained:
+        if candidate.quantize == AS_TRAINED:
+            return self.trained.as_trained()
         if candidate.change is None:
             return self.trained
         if self._changed[0] is not candidate.change:

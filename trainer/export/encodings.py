@@ -3,19 +3,24 @@
 Pure functions, tensor in, tensor out. Each encoding has its exact inverse: unpacking gives back what was packed, bit
 for bit, and quantizing what was dequantized gives the same integers. The grids are those of training for few bits.
 
-    int8    one scale per row of `axis`: 1 byte a weight, error at most half a scale
-    int4    one float16 scale per 32 neighbours of a row: 4.5 bits a weight
-    sparse  one bit a weight and the kept values: d * b + 1 bits at density d and b-bit values
+    int8      one scale per row of `axis`: 1 byte a weight, error at most half a scale
+    int4      one float16 scale per 32 neighbours of a row: 4.5 bits a weight
+    grid      the grid that quantization-aware training has laid over a weight: its bits, a float32 scale per group
+    codebook  the few values that clustered weights share: 1, 2, 4 or 8 bits a weight and the values
+    sparse    one bit a weight and the kept values: d * b + 1 bits at density d and b-bit values
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ... import ShoestringError
-from ...callbacks.compression.fake_quantization import codes, highest, scales
+from ...callbacks.compression.codebooks import LARGEST
+from ...callbacks.compression.fake_quantization import codes, highest, scales, values
 
 GROUP = 32  # neighbours that share an int4 scale
 
@@ -76,6 +81,54 @@ def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
     return torch.where(flat > highest(4), flat - 16, flat).to(torch.int8)
 
 
+# -- what training has made of a weight ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Grid:
+    """Of `quantization_aware`, whose settings these are: 2 to 8 bits, inputs per scale (None: a row), rule of scales.
+
+    codes, steps: the weight's nearest levels, int8, shaped like it; and float32 [out, groups, 1].
+    """
+
+    bits: int
+    group: int | None
+    rule: str
+
+    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        steps = scales(_finite(weight), self.bits, self.group, self.rule)
+        return codes(weight, steps, self.bits), steps
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        return values(*self.encode(weight), weight.dtype)
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Of `weight_clustering`: a weight has no more than 256 distinct values."""
+
+    def values(self, weight: Tensor) -> Tensor:
+        """They, ascending."""
+        found = _finite(weight).unique()
+        if len(found) > LARGEST:
+            raise CannotEncode(f"{len(found)} distinct values, where a codebook has at most {LARGEST}")
+        return found
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        return weight.detach()
+
+
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """Integers of `bits` bits (two's complement) as uint8 [ceil(n * bits / 8)], one after another, lowest bit first."""
+    each = values.flatten().to(torch.uint8).cpu().numpy()[:, None] >> np.arange(bits, dtype=np.uint8) & 1
+    return torch.from_numpy(np.packbits(each, bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` integers (int8, flat) that `pack_bits` packed."""
+    each = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+    found = (each.astype(np.int16) << np.arange(bits, dtype=np.int16)).sum(1)
+    return torch.from_numpy(np.where(found > highest(bits), found - 2**bits, found).astype(np.int8))
+
+
 # -- masks -----------------------------------------------------------------------------------------------------------
 def pack_mask(mask: Tensor) -> Tensor:
     """A bool tensor of any shape as uint8, eight to a byte, the first in the lowest bit."""
@@ -99,10 +152,11 @@ def decode_sparse(packed: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tenso
     return torch.zeros(shape, dtype=kept.dtype).masked_scatter_(unpack_mask(packed, shape), kept)
 
 
-def sparse_pays(values: Tensor) -> bool:
-    """Whether mask and kept values take fewer bytes than all values."""
-    kept = int((values != 0).sum())
-    return kept * values.element_size() + -(-values.numel() // 8) < values.numel() * values.element_size()
+def sparse_pays(values: Tensor, bits: int | None = None) -> bool:
+    """Whether mask and kept values take fewer bytes than all values; bits: of a value, where they are to be packed."""
+    bits = bits or 8 * values.element_size()
+    kept, size = int((values != 0).sum()), values.numel()
+    return -(-kept * bits // 8) + -(-size // 8) < -(-size * bits // 8)
 
 
 def _finite(weight: Tensor) -> Tensor:

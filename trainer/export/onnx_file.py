@@ -17,7 +17,7 @@ import copy
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from . import encodings
 from .runtimes import Batch, Outputs, eager, needed, onnxruntime, sample
-from .torch_file import channel_axes
-from .trained import CannotExport, Trained
+from .torch_file import channel_axes, rounded
+from .trained import AS_TRAINED, CannotExport, Trained
 
 NAME = "model.onnx"
 OPSET = 23  # the first with an operator for attention: one kernel, masks and all
@@ -58,12 +58,13 @@ def write(trained: Trained, folder: Path, quantize: str | None, traced: Path | N
 
     traced: a file that `trace` wrote of this very model, taken instead.
     """
+    model = trained.model if quantize != AS_TRAINED else rounded(trained.model, AS_TRAINED, trained.ways)
     if traced is not None:
         shutil.copyfile(traced, folder / NAME)
     else:
-        trace(trained.model, model_inputs(sample(trained, rows=2)), folder / NAME)
+        trace(model, model_inputs(sample(trained, rows=2)), folder / NAME)
     if quantize is not None:
-        quantize_file(folder / NAME)
+        quantize_file(folder / NAME, left(model, trained.ways) if quantize == AS_TRAINED else ())
     if trained.task.tokenizer is not None:
         trained.task.tokenizer.save_pretrained(folder)
     return ["packed documents see each other"] if "position_ids" in sample(trained, rows=1) else []
@@ -107,17 +108,49 @@ def program_of(model: nn.Module, args: tuple[Any, ...], **options: Any) -> Any:
     return program
 
 
-def quantize_file(path: Path) -> None:
-    """Replace a float32 ONNX file by its dynamically quantized form."""
+def quantize_file(path: Path, keep: Sequence[Tensor] = ()) -> None:
+    """Replace a float32 ONNX file by its dynamically quantized form. keep: weights whose products stay in floats.
+
+    Raises `CannotExport` where a product with another weight did not become one of int8.
+    """
     onnx = needed("onnx")
     quantization = needed("onnxruntime.quantization")
     graph = onnx.load(str(path))
     del graph.graph.value_info[:]  # intermediate shapes as traced: where folding has reused a name they are wrong
+    products, kept = _products(graph, keep)
     with _quietly():
         quantization.quantize_dynamic(
             graph, str(path), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
-            weight_type=quantization.QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8, nodes_to_exclude=kept,
         )  # fmt: skip
+    made = sum(node.op_type == "MatMulInteger" for node in onnx.load(str(path)).graph.node)
+    if made != len(products) - len(kept):
+        raise CannotExport(f"{made} of {len(products) - len(kept)} matrix products became int8 products in {path.name}")
+
+
+def _products(graph: Any, keep: Sequence[Tensor]) -> tuple[list[str], list[str]]:
+    """Names of the products with a constant; and of those among them whose constant is one of `keep`.
+
+    The exporter transposes and renames constants, so they are recognized by their values.
+    """
+    onnx = needed("onnx")
+    constants = {each.name: each for each in graph.graph.initializer}
+    products, kept = [], []
+    for node in graph.graph.node:
+        if node.op_type not in ("MatMul", "Gemm") or node.input[1] not in constants:
+            continue
+        products.append(node.name)
+        found = torch.tensor(onnx.numpy_helper.to_array(constants[node.input[1]]))
+        if any(torch.equal(found, w) or torch.equal(found, w.T) for w in keep):
+            # a Gemm is first split into a product of this name and a sum
+            kept.append(node.name if node.op_type == "MatMul" else f"{node.name}_MatMul")
+    return products, kept
+
+
+def left(model: nn.Module, ways: Collection[str]) -> list[Tensor]:
+    """The weights of linear layers that are not in `ways`."""
+    named = dict(model.named_parameters())
+    return [named[name].detach() for name in channel_axes(model) if name not in ways]
 
 
 def reload(folder: Path) -> Outputs:
@@ -126,14 +159,20 @@ def reload(folder: Path) -> Outputs:
 
 def expected(trained: Trained, quantize: str | None) -> Outputs:
     """What the file must compute: the model or its emulation with int8 products, on the inputs the graph takes."""
-    run = eager(trained.model if quantize is None else emulated(trained.model))
+    if quantize == AS_TRAINED:
+        run = eager(emulated(rounded(trained.model, AS_TRAINED, trained.ways), trained.ways))
+    else:
+        run = eager(trained.model if quantize is None else emulated(trained.model))
     return lambda batch: run(model_inputs(batch))
 
 
-def emulated(model: nn.Module) -> nn.Module:
-    """A copy that computes linear layers as ONNX Runtime's dynamic int8 does, in float32 arithmetic."""
+def emulated(model: nn.Module, only: Collection[str] | None = None) -> nn.Module:
+    """A copy that computes linear layers as ONNX Runtime's dynamic int8 does, in float32 arithmetic.
+
+    only: the names of their weights; by default all.
+    """
     model = copy.deepcopy(model)
-    axes = channel_axes(model)
+    axes = {name: axis for name, axis in channel_axes(model).items() if only is None or name in only}
     named = dict(model.named_parameters())
     by_weight = {id(named[name]): axis for name, axis in axes.items()}
     for layer in model.modules():

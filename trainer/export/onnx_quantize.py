@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...callbacks.layers import quantizable
-from .onnx_file import program_of
+from .onnx_file import left, program_of, quantize_file
 from .quantize import CannotQuantize, bake, quantize_embeddings
-from .runtimes import needed, open_session
+from .runtimes import open_session
 
 Example = tuple[Tensor, ...] | Mapping[str, Tensor]
 
@@ -73,52 +72,11 @@ def quantize_onnx(
     """Write a copy of `model` with int8 matrix products to `path` and open it; `model` stays as it is.
 
     Settings as of `quantize.quantize`. Convolutions keep rounded weights in floats. Fewer than 8 bits are stored in 8.
-    Raises `CannotQuantize` when a linear layer did not become an int8 product.
+    Raises `CannotExport` when a linear layer did not become an int8 product.
     """
-    onnx = needed("onnx")
-    needed("onnxruntime")
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
-
     served = copy.deepcopy(model).eval()
-    baked = set(bake(served, weight_bits, scale=scale, skip=skip))
-    kept = [w for name, w in _linear_weights(served).items() if name not in baked]
+    kept = left(served, bake(served, weight_bits, scale=scale, skip=skip))
     if embeddings:
         quantize_embeddings(served)
-    graph = onnx.load(str(export_onnx(served, example, path, dynamic)))
-    graph.graph.ClearField("value_info")  # exported shapes contradict the transposed weights that follow
-    add_pre_process_metadata(graph)
-    products, left = _products(graph, kept)
-    quantize_dynamic(
-        graph, str(path), op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8,
-        nodes_to_exclude=left,
-    )  # fmt: skip
-    made = sum(node.op_type == "MatMulInteger" for node in onnx.load(str(path)).graph.node)
-    if made != len(products) - len(left) or made == 0:
-        raise CannotQuantize(f"{made} of {len(products) - len(left)} linear layers became int8 products in {path}")
+    quantize_file(export_onnx(served, example, path, dynamic), kept)
     return OnnxModel(path, threads)
-
-
-def _linear_weights(model: nn.Module) -> dict[str, Tensor]:
-    used = quantizable(model).items()
-    named = dict(model.named_parameters())
-    return {name: named[name] for name, layers in used if isinstance(layers[0].module, nn.Linear)}
-
-
-def _products(graph: Any, kept: Sequence[Tensor]) -> tuple[list[str], list[str]]:
-    """Names of the products with a constant; and of those among them whose constant is one of `kept`.
-
-    The exporter transposes and renames constants, so they are recognized by their values.
-    """
-    onnx = needed("onnx")
-    constants = {each.name: each for each in graph.graph.initializer}
-    products, left = [], []
-    for node in graph.graph.node:
-        if node.op_type not in ("MatMul", "Gemm") or node.input[1] not in constants:
-            continue
-        products.append(node.name)
-        found = torch.tensor(onnx.numpy_helper.to_array(constants[node.input[1]]))
-        if any(torch.equal(found, w) or torch.equal(found, w.T) for w in kept):
-            # a Gemm is first split into a product of this name and a sum
-            left.append(node.name if node.op_type == "MatMul" else f"{node.name}_MatMul")
-    return products, left

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import hf, onnx_file, torch_file
 from .footprint import random_batch, weight_bytes
 from .runtimes import BACKENDS, Batch, Outputs, compiled, eager, onnxruntime, sample
-from .trained import MANIFEST, WEIGHTS, CannotExport, Trained, find_run, manifest_of, open_run
+from .trained import AS_TRAINED, MANIFEST, WEIGHTS, CannotExport, Trained, find_run, manifest_of, open_run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,6 +112,8 @@ def open_subject(wanted: str, *, data: str | None = None, allow_code: bool = Fal
 
 def _torch(path: Path, about: dict[str, Any], allow_code: bool) -> nn.Module:
     trained = open_run(about["run_dir"], allow_code=allow_code)
+    if about.get("quantize") == AS_TRAINED:
+        trained = trained.as_trained()
     return torch_file.opened(trained.model, path / torch_file.NAME)
 
 

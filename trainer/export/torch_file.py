@@ -1,8 +1,8 @@
-"""One safetensors file that says how to read itself: plain, sparse, int8 or int4 tensors, and a header in JSON.
+"""One safetensors file that says how to read itself: tensors plain, sparse or in few bits, and a header in JSON.
 
 The header is the file's own metadata (key "shoestring"): `{"version": 1, "tensors": {name: how}, "recipe": ...}`. A
-tensor `w` is stored under its name, or in parts: `w:values` `w:scale` (int8, int4), `w:mask` `w:kept` (sparse; of the
-int8 values where it is both). This reads it with torch, NumPy and safetensors alone:
+tensor `w` is stored under its name, or in parts: `w:values` `w:scale` (int8, int4, grid), `w:values` `w:codebook`,
+`w:mask` `w:kept` (sparse; of the integers where it is both). This reads it with torch, NumPy and safetensors alone:
 
     import json, math, numpy as np, torch
     from safetensors import safe_open
@@ -13,15 +13,24 @@ int8 values where it is both). This reads it with torch, NumPy and safetensors a
             for name, how in json.loads(file.metadata()["shoestring"])["tensors"].items():
                 shape, count = how["shape"], math.prod(how["shape"])
                 w = get(name + how["holds"])  # "" | ":values" | ":kept"
+                if how["encoding"] == "grid":  # bit after bit, the lowest first; the highest counts negative
+                    bits = np.unpackbits(w.numpy(), bitorder="little")
+                    bits = bits[: len(bits) // how["bits"] * how["bits"]].reshape(-1, how["bits"])
+                    w = torch.from_numpy(bits @ np.array([*(2 ** np.arange(how["bits"] - 1)), -2 ** (how["bits"] - 1)]))
+                if how["encoding"] == "codebook":  # the first index of a byte in its highest bits
+                    each = torch.arange(8 - how["bits"], -1, -how["bits"])
+                    w = get(name + ":codebook")[(w[:, None] >> each & 2 ** how["bits"] - 1).flatten()[:count]]
                 if how["sparse"]:
                     mask = np.unpackbits(get(name + ":mask").numpy(), count=count, bitorder="little")
                     mask = torch.from_numpy(mask).bool()
                     w = torch.zeros(count, dtype=w.dtype).masked_scatter_(mask, w).view(shape)
                 if how["encoding"] == "int4":  # two to a byte, the first in the low half
                     w = ((torch.stack([w & 15, w >> 4], 1).view(-1, how["group"]) + 8) % 16).char() - 8
-                if how["encoding"] != "plain":
-                    w = (w.float() * get(name + ":scale").float()).flatten()[:count].view(shape)
-                out[name] = w.to(getattr(torch, how["dtype"]))
+                if how["encoding"] == "grid":
+                    w = w.flatten()[:count].view(-1, how["group"])
+                if how["encoding"] in ("int8", "int4", "grid"):
+                    w = (w.float() * get(name + ":scale").float()).flatten()[:count]
+                out[name] = w.view(shape).to(getattr(torch, how["dtype"]))
         return out
 
 Tied weights are stored once: `model.load_state_dict(load(path), strict=False)` fills both. Where the header has
@@ -33,63 +42,92 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ... import ShoestringError
+from ...callbacks.compression import codebooks
 from . import encodings, low_rank
+from .encodings import Codebook, Grid
 from .runtimes import Outputs, eager
-from .trained import CannotExport, Trained
+from .trained import AS_TRAINED, CannotExport, Trained
 
 NAME = "model.safetensors"
 VERSION = 1
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
+Way = str | Grid | Codebook
+Ways = Mapping[str, Grid | Codebook]  # by the name of a weight: what it was trained to be
+
 
 def write(trained: Trained, folder: Path, quantize: str | None, sparse: bool) -> list[str]:
     """The model's weights and buffers, encoded."""
     about = {"recipe": trained.recipe.hash, "ranks": low_rank.ranks(trained.model)}
-    save(trained.model, folder / NAME, quantize=quantize, sparse=sparse, about=about)
+    save(trained.model, folder / NAME, quantize=quantize, sparse=sparse, about=about, ways=trained.ways)
     return []
 
 
-def save(model: nn.Module, path: Path, *, quantize: str | None, sparse: bool, about: dict[str, Any]) -> None:
+def save(
+    model: nn.Module, path: Path, *, quantize: str | None, sparse: bool, about: dict[str, Any], ways: Ways | None = None
+) -> None:
     """Write `model` to `path`.
 
     quantize: "int8" or "int4" for the weights of linear, convolution and embedding layers, while norms and biases stay
-    as they are; "float16" or "bfloat16" for everything; None for nothing. sparse: tensors are stored as mask and kept
-    values where that is smaller.
+    as they are; "float16" or "bfloat16" for everything; "trained" for the weights in `ways`; None for nothing. sparse:
+    tensors are stored as mask and kept values where that is smaller.
     """
     from safetensors.torch import save_file
 
-    axes = channel_axes(model)
     parts: dict[str, Tensor] = {}
     how: dict[str, dict[str, Any]] = {}
-    for name, tensor in stored(model):
-        way = quantize if name in axes or quantize in HALVES else None
-        how[name], encoded = encode(tensor, way, axes.get(name, 0), sparse)
+    for name, about_it, encoded in encoded_tensors(model, quantize, sparse, ways):
+        how[name] = about_it
         parts |= {f"{name}{suffix}": part.contiguous() for suffix, part in encoded.items()}
     header = json.dumps({"version": VERSION, "tensors": how, **about})
     save_file(parts, path, metadata={"format": "pt", "shoestring": header})
 
 
-def encode(tensor: Tensor, way: str | None, axis: int, sparse: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(how a tensor is stored, its parts by the suffix of their name)."""
+def encoded_tensors(
+    model: nn.Module, quantize: str | None, sparse: bool, ways: Ways | None = None
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Tensor]]]:
+    """(name, how it is stored, its parts by the suffix of their name) of every tensor, one after another."""
+    axes = channel_axes(model)
+    for name, tensor in stored(model):
+        way: Way | None = quantize if name in axes or quantize in HALVES else None
+        if quantize == AS_TRAINED:
+            way = (ways or {}).get(name)
+        try:
+            yield name, *encode(tensor, way, axes.get(name, 0), sparse)
+        except ShoestringError as error:
+            raise CannotExport(f"{name}: {error}") from None
+
+
+def encode(tensor: Tensor, way: Way | None, axis: int, sparse: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensor = tensor.detach().cpu()
     how: dict[str, Any] = {
-        "encoding": way if way and way not in HALVES else "plain", "sparse": False, "shape": list(tensor.shape),
+        "encoding": "plain", "sparse": False, "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
     }  # fmt: skip
+    if isinstance(way, Codebook):
+        packed, codebook = codebooks.encode(tensor, way.values(tensor))
+        how |= {"encoding": "codebook", "holds": ":values", "bits": codebooks.bits_for(len(codebook))}
+        return how, {":values": packed, ":codebook": codebook}
+    if isinstance(way, Grid):
+        return _on_grid(tensor, way, how, sparse)
+    if way and way not in HALVES:
+        how["encoding"] = way
     if way == "int4":
         values, scale = encodings.quantize_int4(tensor)
         return {**how, "holds": ":values", "group": encodings.GROUP}, {
             ":values": encodings.pack_nibbles(values),
             ":scale": scale,
         }
-    parts = {"": _halved(tensor, way) if way in HALVES else tensor}
+    parts = {"": _halved(tensor, str(way)) if way in HALVES else tensor}
     if way == "int8":
         values, scale = encodings.quantize_int8(tensor, axis)
         parts = {":values": values, ":scale": scale}
@@ -98,6 +136,17 @@ def encode(tensor: Tensor, way: str | None, axis: int, sparse: bool) -> tuple[di
         return {**how, "holds": suffix}, parts
     mask, kept = encodings.encode_sparse(values)
     return {**how, "sparse": True, "holds": ":kept"}, {":mask": mask, ":kept": kept, **dict(rest)}
+
+
+def _on_grid(tensor: Tensor, grid: Grid, how: dict[str, Any], sparse: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    codes, steps = grid.encode(tensor)
+    scale = steps.view(-1, 1)
+    how |= {"encoding": "grid", "bits": grid.bits, "group": tensor.numel() // len(scale)}
+    if not sparse or not encodings.sparse_pays(codes, grid.bits):
+        return {**how, "holds": ":values"}, {":values": encodings.pack_bits(codes, grid.bits), ":scale": scale}
+    mask, kept = encodings.encode_sparse(codes)
+    packed = encodings.pack_bits(kept, grid.bits)
+    return {**how, "sparse": True, "holds": ":kept"}, {":mask": mask, ":kept": packed, ":scale": scale}
 
 
 def _halved(tensor: Tensor, way: str) -> Tensor:
@@ -123,6 +172,13 @@ def read(path: Path) -> dict[str, Tensor]:
 def _decode(file: Any, name: str, how: dict[str, Any]) -> Tensor:
     shape, dtype = tuple(how["shape"]), getattr(torch, how["dtype"])
     values = file.get_tensor(name + how["holds"])
+    if how["encoding"] == "codebook":
+        return codebooks.decode(values, file.get_tensor(f"{name}:codebook"), shape).to(dtype)
+    if how["encoding"] == "grid":
+        count = math.prod(shape)
+        if how["sparse"]:
+            count = int(encodings.unpack_mask(file.get_tensor(f"{name}:mask"), shape).sum())
+        values = encodings.unpack_bits(values, how["bits"], count)
     if how["sparse"]:
         values = encodings.decode_sparse(file.get_tensor(f"{name}:mask"), values, shape)
     if how["encoding"] == "int8":
@@ -131,6 +187,9 @@ def _decode(file: Any, name: str, how: dict[str, Any]) -> Tensor:
         scale = file.get_tensor(f"{name}:scale")
         whole = encodings.unpack_nibbles(values, scale.numel() * how["group"]).view(-1, how["group"])
         values = encodings.dequantize_int4(whole, scale, shape)
+    elif how["encoding"] == "grid":
+        scale = file.get_tensor(f"{name}:scale")
+        values = (values.view(-1, how["group"]).float() * scale).view(shape)
     return values.to(dtype)
 
 
@@ -161,14 +220,18 @@ def filled(model: nn.Module, path: Path) -> nn.Module:
 
 def expected(trained: Trained, quantize: str | None) -> Outputs:
     """What the file must compute: the model itself, or a copy with its weights rounded in memory."""
-    return eager(trained.model if quantize is None else rounded(trained.model, quantize))
+    return eager(trained.model if quantize is None else rounded(trained.model, quantize, trained.ways))
 
 
 @torch.no_grad()
-def rounded(model: nn.Module, quantize: str) -> nn.Module:
+def rounded(model: nn.Module, quantize: str, ways: Ways | None = None) -> nn.Module:
     """A copy whose weights are what is left of them after quantization, in their own dtype."""
     model = copy.deepcopy(model)
     named = dict(model.named_parameters())
+    if quantize == AS_TRAINED:
+        for name, way in (ways or {}).items():
+            named[name].copy_(way.rounded(named[name]))
+        return model.eval()
     for _, tensor in stored(model) if quantize in HALVES else ():
         tensor.copy_(_halved(tensor, quantize))
     for name, axis in channel_axes(model).items() if quantize not in HALVES else ():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +18,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..tasks import Task
+    from .arithmetic import Arithmetic
+    from .encodings import Codebook, Grid
 
 WEIGHTS = "final.safetensors"
 MANIFEST = "shoestring.json"  # in an exported folder: which run it is of, and how it was written
+AS_TRAINED = "trained"  # --quantize: the bits that the run's techniques have trained its weights for
 
 
 class CannotExport(ShoestringError):
@@ -28,29 +32,57 @@ class CannotExport(ShoestringError):
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's home, its recipe, and its task with the final weights in place."""
+    """A run's home, its recipe, its task with the final weights in place, and the bits it trained them for, if any."""
 
     run_dir: Path
     run_id: str
     recipe: Recipe
     task: Task
+    arithmetic: Arithmetic | None = None
 
     @cached_property
     def model(self) -> nn.Module:
         """What is shipped, in evaluation mode: the model inside our modules, adapters merged, or the user's module."""
-        from ..tasks.module import TaskModule
-
-        found: Any = self.task.module
-        if isinstance(found, TaskModule):
-            found = found.model
+        found: Any = self._inner
         if hasattr(found, "merge_and_unload"):
+            if self.arithmetic is not None and self.arithmetic.apart:
+                found = copy.deepcopy(found)  # `as_trained` needs them apart
             found = found.merge_and_unload()
         return found.eval()
 
+    @property
+    def _inner(self) -> nn.Module:
+        from ..tasks.module import TaskModule
+
+        found: Any = self.task.module
+        return found.model if isinstance(found, TaskModule) else found
+
+    @cached_property
+    def ways(self) -> Mapping[str, Grid | Codebook]:
+        """By the name of a weight of `model`: what it was trained to be. Empty where that is the weight as it is."""
+        ways = self.arithmetic.ways if self.arithmetic is not None else {}
+        return {name: ways[id(p)] for name, p in self.model.named_parameters() if id(p) in ways}
+
     def with_model(self, model: nn.Module) -> Trained:
-        """The same run with another model in the place of its own."""
-        other = replace(self)
+        """The same run with another model in the place of its own, which nothing was trained for."""
+        other = replace(self, arithmetic=None)
         other.__dict__["model"] = model
+        return other
+
+    def as_trained(self) -> Trained:
+        """With the model whose weights are in `ways`: adapters that stay in full precision are beside them.
+
+        `CannotExport` where the run has trained for no bits, or its model is no longer what it was trained as.
+        """
+        if self.arithmetic is None:
+            raise CannotExport(
+                f"--quantize {AS_TRAINED}: {self.run_dir} was not trained for few bits: it has neither "
+                "quantization_aware nor weight_clustering, or the model has been changed since."
+            )
+        if not self.arithmetic.apart:
+            return self
+        other = replace(self)
+        other.__dict__["model"] = self._inner.eval()
         return other
 
     @property
@@ -86,14 +118,18 @@ def rebuilt(recipe: Recipe, run_dir: Path, run_id: str = "") -> Trained:
     """The recipe's task with the run's final weights, whole and on this host, however they were sharded."""
     from safetensors.torch import load_file
 
-    from ...callbacks.compression.factors import merged_state
+    from ...callbacks.compression.factors import merged_state, ranks_in
     from ..tasks import build_task
+    from .arithmetic import arithmetic
 
     task = build_task(recipe, workdir=run_dir)
     _reshape(task.module, recipe, run_dir)
-    weights = merged_state(task.module, load_file(run_dir / WEIGHTS))  # others read plain layers
+    saved = load_file(run_dir / WEIGHTS)
+    factored = bool(ranks_in(task.module, saved))
+    weights = merged_state(task.module, saved)  # others read plain layers
     _load(task.module, weights, run_dir / WEIGHTS)
-    return Trained(run_dir, run_id, recipe, task)
+    # what was rounded are the factors, and their product is on no grid
+    return Trained(run_dir, run_id, recipe, task, None if factored else arithmetic(task.module, recipe))
 
 
 def _reshape(module: nn.Module, recipe: Recipe, run_dir: Path) -> None:

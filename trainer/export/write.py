@@ -6,6 +6,10 @@
     onnx                    ONNX Runtime with the model in memory                  1e-4
     onnx --quantize int8    ONNX Runtime with the emulation of its arithmetic      2e-2
 
+`--quantize trained` stores what `quantization_aware` and `weight_clustering` have trained the weights to be: torch
+packs their bits; hf has floats of the same values, for those who evaluate; onnx, after training for 8-bit activations,
+int8 products of them. Everything else stays in floats.
+
 The relative error is |found - wanted| / |wanted| over the outputs of up to four held-out samples.
 """
 
@@ -21,11 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from . import hf, onnx_file, torch_file
+from .encodings import Codebook
 from .runtimes import Outputs, eager, relative_error, sample
-from .trained import MANIFEST, CannotExport, Trained, manifest_of
+from .trained import AS_TRAINED, MANIFEST, CannotExport, Trained, manifest_of
 
 FORMATS = ("hf", "torch", "onnx", "gguf-ready-safetensors")
-QUANTIZED = {"torch": ("int8", "int4", "float16", "bfloat16"), "onnx": ("int8",)}
+QUANTIZED = {
+    "torch": ("int8", "int4", "float16", "bfloat16", AS_TRAINED), "onnx": ("int8", AS_TRAINED), "hf": (AS_TRAINED,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +81,14 @@ def export(
     """
     check_format(to, quantize, sparse)
     out = out or trained.run_dir / "export" / "-".join(filter(None, [to, quantize, "sparse" if sparse else None]))
+    if quantize == AS_TRAINED:
+        trained, traced = trained.as_trained(), None
+        _check_trained(trained, to)
     way = _way(trained, to, quantize, sparse, traced)
     with whole(out) as folder:
         notes = way.write(folder)
+        if quantize is None and trained.arithmetic is not None:
+            notes.append(f"the weights in full; --quantize {AS_TRAINED} stores the bits that they were trained for")
         batch = sample(trained)
         found = way.reload(folder)(batch)
         wanted, original = way.expected()(batch), eager(trained.model)(batch)
@@ -110,13 +122,31 @@ def check_format(to: str, quantize: str | None, sparse: bool) -> None:
         raise CannotExport(f"--to {to}: there are {', '.join(FORMATS)}.")
     legal = QUANTIZED.get(to, ())
     if quantize is not None and quantize not in legal:
-        held = f"it takes {' or '.join(legal)}" if legal else f"{' and '.join(QUANTIZED)} do"
+        held = f"it takes {' or '.join(legal)}" if legal else f"{', '.join(QUANTIZED)} hold some"
         raise CannotExport(f"--quantize {quantize}: {to} does not hold that; {held}.")
     if sparse and to != "torch":
         raise CannotExport(f"--sparse: {to} has no place for masks; torch does.")
 
 
+def _check_trained(trained: Trained, to: str) -> None:
+    """Raise `CannotExport` where the format has no place for what the run has trained its weights for."""
+    found = trained.arithmetic
+    assert found is not None
+    if to == "hf" and found.apart:
+        raise CannotExport(
+            f"--quantize {AS_TRAINED}: {trained.run_dir} keeps its adapters in full precision beside weights in few "
+            "bits, and hf holds one matrix for both. torch holds them apart."
+        )
+    if to == "onnx" and (found.activation_bits != 8 or any(isinstance(way, Codebook) for way in trained.ways.values())):
+        raise CannotExport(
+            f"--quantize {AS_TRAINED}: onnx holds int8 products, for training with activation_bits: 8, and "
+            f"{trained.run_dir} has trained its weights alone for few bits. torch holds those."
+        )
+
+
 def _way(trained: Trained, to: str, quantize: str | None, sparse: bool, traced: Path | None) -> Way:
+    if to == "hf" and quantize == AS_TRAINED:
+        trained = trained.with_model(torch_file.rounded(trained.model, AS_TRAINED, trained.ways))
     if to == "hf":
         return Way(lambda f: hf.write(trained, f), lambda f: hf.reload(trained, f), lambda: hf.expected(trained), 0.0)
     if to == "gguf-ready-safetensors":

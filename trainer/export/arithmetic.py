@@ -1,0 +1,59 @@
+"""What `quantization_aware` or `weight_clustering` have trained a run's weights to be, as its recipe tells.
+
+These techniques let layers compute with rounded weights while the full ones are trained and saved. Here is what they
+rounded and how, so that an export holds the model that the run has evaluated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...callbacks.compression.quantization_aware import OFF, QuantizationAware
+from ...callbacks.compression.weight_clustering import WeightClustering
+from ...callbacks.layers import quantizable, trained_weights
+from ...callbacks.registry import make
+from .encodings import Codebook, Grid
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...callbacks.contract import Technique
+    from ...recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """ways: by the identity of a parameter, which merging adapters does not change. activation_bits: of what enters
+    linear layers. apart: adapters in full precision lie beside weights in few bits, and no one matrix is both.
+    """
+
+    ways: dict[int, Grid | Codebook]
+    activation_bits: int | None = None
+    apart: bool = False
+
+
+def arithmetic(module: nn.Module, recipe: Recipe) -> Arithmetic | None:
+    """Of the run's module before adapters are merged; None where no technique rounds its weights."""
+    for spec in recipe.techniques:
+        found = _of(make(spec.name, spec.settings), module)
+        if found is not None:
+            return found
+    return None
+
+
+def _of(technique: Technique, module: nn.Module) -> Arithmetic | None:
+    named = dict(module.named_parameters())
+    if isinstance(technique, WeightClustering) and technique.clusters:
+        names = trained_weights(module, technique.skip)
+        adapted = any(hasattr(layer, "lora_A") for layer in module.modules())  # it is they who share values
+        return Arithmetic({id(named[name]): Codebook() for name in names}, apart=adapted)
+    if not isinstance(technique, QuantizationAware) or technique.weight_bits in OFF:
+        return None
+    layers = quantizable(module, technique.skip)
+    grid = Grid(int(technique.weight_bits), technique.group_size, technique.scale)  # type: ignore[arg-type]
+    adapted = any(layer.adapter is not None for used in layers.values() for layer in used)
+    return Arithmetic(
+        {id(named[name]): grid for name in layers}, technique.activation_bits,
+        adapted and technique.adapters == "apart",
+    )  # fmt: skip
