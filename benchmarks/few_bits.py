@@ -72,8 +72,8 @@ CLAIMS = [
 ]  # fmt: skip
 
 
-def accuracy(seeds: int, runs: Runs) -> tuple[dict[str, Any], str]:
-    """(accuracies by seed and bytes; the section of the page)."""
+def accuracy(seeds: int, runs: Runs) -> str:
+    """The section of the page."""
     found = [runs(f"accuracy {seed}", lambda seed=seed: one_seed(seed)) for seed in range(seeds)]
     points = {name: [run[name][0] for run in found] for name in found[0]}
     sizes = {name: statistics.mean(run[name][1] for run in found) for name in found[0]}
@@ -86,7 +86,7 @@ def accuracy(seeds: int, runs: Runs) -> tuple[dict[str, Any], str]:
     tables = (table(["served as", "bytes", "accuracy, %", "each seed"], rows),
               table(["claim", "difference, points", "on these data"], judged))  # fmt: skip
     about = [wrapped(part) for part in (__doc__ or "").split("\n\n")[1:]]
-    return {"points": points, "bytes": sizes}, "\n\n".join([
+    return "\n\n".join([
         f"{TITLE}, {seeds} seeds", measured("quantization.py accuracy"), *about, *("\n".join(each) for each in tables),
         wrapped("Learning rate and epochs are one choice, made once and tuned for no side. Intervals are 95 % of "
                 "Student's t; differences are paired by seed."), "",

@@ -1,12 +1,12 @@
 """What quantization buys on a CPU, and what training for it buys: two tables.
 
-    python benchmarks/quantization.py [speed|accuracy] [--rounds 15] [--patience 0] [--seeds 5] [--json FILE]
-                                      [--record FILE] [--write]
+    python benchmarks/quantization.py [speed|accuracy] [--rounds 15] [--processes 5] [--seeds 5] [--record FILE]
+                                      [--write]
 
 speed: an encoder of BertConfig (6 layers, d=384, feed-forward 1536, vocabulary 30522, random weights), batches of
-8 x 128 and 1 x 128 tokens. CPU time of the process, one thread, variants in turns A B C … A B C …, the median. Other
-processes disturb caches and clocks, so a second column counts only the turns during which everything else on the
-machine took less than a tenth of one CPU, however they came out; it says how many there were.
+8 x 128 and 1 x 128 tokens. CPU time of the process, one thread, variants in turns A B C … A B C …, the median. Where a
+process's memory happens to lie, and what clock the machine has just then, moves ratios by some percent: so there are
+several processes, and figures are the medians over them, ratios with the lowest and the highest.
 Bytes are those of files written to disk.
 accuracy: what few_bits.py tells, which has the rules of that part.
 """
@@ -27,14 +27,14 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from few_bits import accuracy, into
-from report import RESULTS, Runs, quiet
+from report import RESULTS, Runs, in_processes, quiet, table
 from torch import Tensor, nn
 
 from shoestring.trainer.export.onnx_quantize import OnnxModel, export_onnx, quantize_onnx
 from shoestring.trainer.export.quantize import quantize
 
 SHAPES = ((8, 128), (1, 128))
-QUIET = 0.1  # CPUs that others keep busy
+TORCH, ORT = "torch fp32", "ONNX Runtime fp32"  # what everything is compared with
 
 
 class Encoder(nn.Module):
@@ -97,55 +97,26 @@ def pt2e(model: nn.Module, shape: tuple[int, int]) -> Callable[[Tensor], Tensor]
     return run
 
 
-def busy() -> float:
-    """CPU seconds that all processes of the machine have used (Linux)."""
-    user, nice, system, _, _, irq, soft = (int(x) for x in Path("/proc/stat").read_text().split()[1:8])
-    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
-
-
-def turn(run: Callable[[Tensor], Tensor], ids: Tensor, calls: int) -> tuple[float, float]:
-    """CPU milliseconds of one of `calls` calls, and how many CPUs everything else kept busy meanwhile."""
-    mine, all_, wall = time.process_time(), busy(), time.perf_counter()
-    for _ in range(calls):
-        run(ids)
-    mine, all_, wall = time.process_time() - mine, busy() - all_, time.perf_counter() - wall
-    return 1e3 * mine / calls, max(0.0, all_ - mine) / wall
-
-
-def cpu_times(
-    ways: dict[str, Callable[[Tensor], Tensor]], shape: tuple[int, int], rounds: int, patience: float
-) -> dict[str, Any]:
-    """Median CPU milliseconds of a call over all turns and over quiet ones, and the relative error beside fp32.
-
-    Ends after `rounds` rounds, or goes on for up to `patience` seconds until every variant has had as many quiet turns.
-    """
+def cpu_times(ways: dict[str, Callable[[Tensor], Tensor]], shape: tuple[int, int], rounds: int) -> dict[str, Any]:
+    """By variant: median CPU milliseconds of a call, and the relative error beside fp32."""
     ids = torch.randint(0, 30522, shape, generator=torch.Generator().manual_seed(1))
-    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    calls = 1 + 32 // (shape[0] * 4)  # clock ticks of the machine's counter are 10 ms
-    quiet = lambda name: [ms for ms, others in turns[name] if others < QUIET]  # noqa: E731
+    turns: dict[str, list[float]] = {name: [] for name in ways}
     with torch.no_grad():
-        exact = ways["torch fp32"](ids)
+        exact = ways[TORCH](ids)
         errors = {name: float((run(ids) - exact).norm() / exact.norm()) for name, run in ways.items()}
         for _ in range(2):
             for run in ways.values():
                 run(ids)  # compilers and caches
-        end, done = time.monotonic() + patience, 0
-        while done < rounds or (time.monotonic() < end and min(len(quiet(name)) for name in ways) < rounds):
+        for _ in range(rounds):
             for name, run in ways.items():
-                turns[name].append(turn(run, ids, calls))
-            done += 1
-    return {
-        name: {
-            "ms": statistics.median(ms for ms, _ in turns[name]),
-            "quiet": statistics.median(quiet(name)) if quiet(name) else None,
-            "turns": [len(turns[name]), len(quiet(name))],
-            "error": errors[name],
-        }
-        for name in ways
-    }
+                began = time.process_time()
+                run(ids)
+                turns[name].append(1e3 * (time.process_time() - began))
+    return {name: {"ms": statistics.median(turns[name]), "error": errors[name]} for name in ways}
 
 
-def speed(rounds: int, patience: float) -> dict[str, Any]:
+def speed(rounds: int) -> dict[str, Any]:
+    """What one process finds: bytes of every file, and `cpu_times` of every shape."""
     told: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -153,27 +124,24 @@ def speed(rounds: int, patience: float) -> dict[str, Any]:
         told["bytes"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
         for shape in SHAPES:
             torch._dynamo.reset()  # one compilation for each shape
-            here = {**ways, "torchao PT2E int8, static, compiled": pt2e(ways["torch fp32"], shape)}
-            told[f"{shape[0]} x {shape[1]}"] = cpu_times(here, shape, rounds, patience)
-    for title, rows in told.items():
-        if title != "bytes":
-            print(speed_table(title, rows))
-    print(size_table(told["bytes"]))
+            here = {**ways, "torchao PT2E int8, static, compiled": pt2e(ways[TORCH], shape)}
+            told[f"{shape[0]} x {shape[1]}"] = cpu_times(here, shape, rounds)
     return told
 
 
-def speed_table(title: str, rows: dict[str, Any]) -> str:
-    head = "CPU ms | x torch | x ORT | turns | quiet ms | x torch | x ORT | quiet turns | relative error |"
-    lines = [f"\n| {title} tokens | {head}", "|---" * 10 + "|"]
-    for name, row in rows.items():
-        cells = [name]
-        for kind, count in zip(("ms", "quiet"), row["turns"], strict=True):
-            cells.append(f"{row[kind]:.1f}" if row[kind] else "-")
-            for base in (rows["torch fp32"][kind], rows["ONNX Runtime fp32"][kind]):
-                cells.append(f"{base / row[kind]:.2f}" if base and row[kind] else "-")
-            cells.append(str(count))
-        lines.append(f"| {' | '.join(cells)} | {row['error']:.4f} |")
-    return "\n".join(lines)
+def speed_table(title: str, told: list[dict[str, Any]]) -> str:
+    """Of what several processes found for a shape."""
+    seen = [each[title] for each in told]
+    rows = []
+    for name, row in seen[0].items():
+        cells = [name, f"{statistics.median(each[name]['ms'] for each in seen):.1f}"]
+        for base in (TORCH, ORT):
+            gains = [each[base]["ms"] / each[name]["ms"] for each in seen]
+            cells += [f"{statistics.median(gains):.2f}", f"{min(gains):.2f} - {max(gains):.2f}"]
+        rows.append([*cells, f"{row['error']:.4f}"])
+    between = "lowest - highest"
+    head = [f"{title} tokens", "CPU ms", "x torch", between, "x ORT", between, "relative error"]
+    return "\n".join(table(head, rows))
 
 
 def size_table(found: dict[str, int]) -> str:
@@ -193,24 +161,26 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("part", nargs="?", choices=("speed", "accuracy", "all"), default="all")
     options.add_argument("--rounds", type=int, default=15)
-    options.add_argument("--patience", type=float, default=0.0, help="seconds to wait for quiet turns, per shape")
+    options.add_argument("--processes", type=int, default=5)
     options.add_argument("--seeds", type=int, default=5)
-    options.add_argument("--json", default=None)
+    options.add_argument("--json", type=Path, help="measure speed in this process, and write the figures here")
     options.add_argument("--record", type=Path, help="accuracy of seeds made before is taken from here, new ones added")
     options.add_argument("--write", action="store_true", help="put the part on accuracy into results/quantization.md")
     chosen = options.parse_args()
     quiet()
-    told: dict[str, Any] = {}
+    if chosen.json:
+        chosen.json.write_text(json.dumps(speed(chosen.rounds)))
+        return
     if chosen.part in ("speed", "all"):
-        told["speed"] = speed(chosen.rounds, chosen.patience)
+        told = in_processes(__file__, chosen.processes, "speed", "--rounds", f"{chosen.rounds}")
+        print(*(speed_table(f"{rows} x {length}", told) for rows, length in SHAPES), sep="\n\n")
+        print(size_table(told[0]["bytes"]))
     if chosen.part in ("accuracy", "all"):
-        told["accuracy"], section = accuracy(chosen.seeds, Runs(chosen.record))
+        section = accuracy(chosen.seeds, Runs(chosen.record))
         print(section)
         if chosen.write:
             path = RESULTS / "quantization.md"
             path.write_text(into(path.read_text(), section))
-    if chosen.json:
-        Path(chosen.json).write_text(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":

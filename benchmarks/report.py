@@ -11,6 +11,9 @@ import logging
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import textwrap
 import time
 import warnings
@@ -89,6 +92,17 @@ def measured(script: str, threads: int = 1) -> str:
 def page(title: str, *parts: str | Sequence[str]) -> str:
     """A page of paragraphs (str) and tables (lines)."""
     return "\n\n".join([f"# {title}", *(part if isinstance(part, str) else "\n".join(part) for part in parts), ""])[:-1]
+
+
+def in_processes(script: str, count: int, *arguments: str) -> list[dict[str, Any]]:
+    """What a benchmark writes with `--json FILE`, from `count` processes, one after another."""
+    told = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "told.json"
+        for _ in range(count):
+            subprocess.run([sys.executable, script, *arguments, "--json", str(path)], check=True)
+            told.append(json.loads(path.read_text()))
+    return told
 
 
 def quiet() -> None:

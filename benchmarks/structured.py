@@ -1,35 +1,39 @@
 """What structure buys on a CPU: half of the heads and neurons of an encoder cut away, beside bf16, ONNX Runtime, zeros.
 
-    python benchmarks/structured.py [--write]
+    python benchmarks/structured.py [--processes 5] [--write]
 
-One thread; the variants take turns in one process; the figure is the median of each one's *process CPU time*, so that
-other work on the machine disturbs it little. `--write` puts the table into benchmarks/results/structured.md.
+One thread; the variants take turns in one process, where each one's *process CPU time* counts, so that other work on
+the machine disturbs it little, and its median. Where a process's memory happens to lie, and what clock the machine has
+just then, moves ratios by some percent: so there are several processes, and figures are the medians over them, with the
+lowest and the highest. `--write` puts the table into benchmarks/results/structured.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-import platform
 import tempfile
 import warnings
 from collections.abc import Callable
-from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import process_time
 from typing import Any
 
 import torch
+from report import RESULTS, in_processes, measured, page, table, wrapped
 from torch import Tensor, nn
 
 from shoestring.callbacks.cut import shrink
 from shoestring.callbacks.flops import FlopCounter
 from shoestring.callbacks.sparsity.structured_groups import choose
+from shoestring.trainer.export.onnx_quantize import OnnxModel, export_onnx
 
 BATCH, LENGTH, WIDTH, HEADS, FFN, LAYERS = 8, 128, 384, 6, 1536, 6
 SPARSITIES = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
-RESULTS = Path(__file__).parent / "results" / "structured.md"
+COLUMNS = (128, 1024)
 TARGET = 1.8
 
 
@@ -72,18 +76,10 @@ def masked(share: float) -> Encoder:
     return model
 
 
-def onnx(model: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """`model` in ONNX Runtime on one thread."""
-    import onnxruntime
-
-    path = Path(tempfile.mkdtemp()) / "model.onnx"
-    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, input_names=["x"])
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    given = {"x": x.numpy()}
-    return lambda: session.run(None, given)
+def onnx(model: nn.Module, x: Tensor, folder: Path) -> Callable[[], Any]:
+    """`model` in ONNX Runtime on one thread, written and opened as exports are."""
+    run = OnnxModel(export_onnx(model, (x,), folder / f"{len(list(folder.iterdir()))}.onnx"), threads=1)
+    return lambda: run(x)
 
 
 def take_turns(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -106,85 +102,119 @@ def gigaflops(model: nn.Module, x: Tensor) -> float:
     return counter.flops.realised / 1e9
 
 
-def encoders(rounds: int) -> tuple[list[str], float]:
-    x = torch.randn(BATCH, LENGTH, WIDTH)
-    dense, half = encoder(), halved(x)
-    models: dict[str, nn.Module] = {
-        "torch fp32": dense,
-        "structured 50 %": half,
+def models_of(x: Tensor) -> dict[str, nn.Module]:
+    return {
+        "torch fp32": encoder(),
+        "structured 50 %": halved(x),
         "90 % zeros, dense tensors": masked(0.9),
         "torch bf16": encoder().bfloat16(),
         "structured 50 %, bf16": halved(x).bfloat16(),
     }
-    low = x.bfloat16()
-    variants: dict[str, Callable[[], Any]] = {
-        name: (lambda m=model, given=low if "bf16" in name else x: m(given)) for name, model in models.items()
-    }
-    variants["ONNX Runtime fp32"], variants["structured 50 %, ONNX Runtime fp32"] = onnx(dense, x), onnx(half, x)
-    models |= {"ONNX Runtime fp32": dense, "structured 50 %, ONNX Runtime fp32": half}
-    spent = take_turns(variants, rounds)
-    base = spent["torch fp32"]
-    lines = ["| variant | ms | speed-up | parameters | GFLOP executed |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {name} | {ms:.1f} | {base / ms:.2f} | {sum(p.numel() for p in models[name].parameters()) / 1e6:.2f} M | "
-        f"{gigaflops(models[name], low if 'bf16' in name and 'ONNX' not in name else x):.2f} |"
+
+
+def encoders(rounds: int) -> dict[str, dict[str, float]]:
+    """By variant: milliseconds, millions of parameters, and GFLOP of one call."""
+    x = torch.randn(BATCH, LENGTH, WIDTH)
+    models = models_of(x)
+    given = {name: x.bfloat16() if "bf16" in name else x for name in models}
+    variants: dict[str, Callable[[], Any]] = {name: partial(model, given[name]) for name, model in models.items()}
+    with tempfile.TemporaryDirectory() as place:
+        for name, plain in (
+            ("ONNX Runtime fp32", "torch fp32"),
+            ("structured 50 %, ONNX Runtime fp32", "structured 50 %"),
+        ):
+            variants[name] = onnx(models[plain], x, Path(place))
+            models[name], given[name] = models[plain], x
+        spent = take_turns(variants, rounds)
+    return {
+        name: {"ms": ms, "parameters": sum(p.numel() for p in models[name].parameters()) / 1e6,
+               "gflop": gigaflops(models[name], given[name])}
         for name, ms in spent.items()
-    ]
-    return lines, base / spent["structured 50 %"]
+    }  # fmt: skip
 
 
-def products(rounds: int) -> list[str]:
-    """One product of a 1536 x 384 weight, as CSR, with [384, n]."""
-    lines = [
-        "| n | dense fp32 ms | dense bf16 | " + " | ".join(f"{s:.0%}" for s in SPARSITIES) + " | breaks even at |",
-        "|---|---|---|" + "---|" * (len(SPARSITIES) + 1),
-    ]
-    for n in (128, 1024):
+def products(rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of one product of a 1536 x 384 weight with [384, n], by n and by what the weight is stored as."""
+    found = {}
+    for n in COLUMNS:
         weight, x = torch.randn(FFN, WIDTH), torch.randn(WIDTH, n)
-        low, low_x = weight.bfloat16(), x.bfloat16()
-        variants: dict[str, Callable[[], Any]] = {"fp32": lambda w=weight, x=x: w @ x, "bf16": lambda: low @ low_x}  # noqa: B023
+        variants: dict[str, Callable[[], Any]] = {
+            "fp32": partial(torch.matmul, weight, x), "bf16": partial(torch.matmul, weight.bfloat16(), x.bfloat16())
+        }  # fmt: skip
         for share in SPARSITIES:
             sparse = (weight * (torch.rand_like(weight) >= share)).to_sparse_csr()
-            variants[f"{share}"] = lambda w=sparse, x=x: w @ x
-        spent = take_turns(variants, rounds)
-        gain = [spent["fp32"] / spent[f"{share}"] for share in SPARSITIES]
-        even = next((f"{share:.0%}" for share, g in zip(SPARSITIES, gain, strict=True) if g >= 1), "never")
-        lines.append(
-            f"| {n} | {spent['fp32']:.2f} | {spent['fp32'] / spent['bf16']:.2f}x | "
-            + " | ".join(f"{g:.2f}x" for g in gain) + f" | {even} |"
-        )  # fmt: skip
-    return lines
+            variants[f"{share}"] = partial(torch.matmul, sparse, x)
+        found[f"{n}"] = take_turns(variants, rounds)
+    return found
+
+
+def gains(seen: list[dict[str, float]], base: str, name: str) -> list[float]:
+    """How many times as fast as `base`, process by process."""
+    return [each[base] / each[name] for each in seen]
+
+
+def encoder_table(told: list[dict[str, Any]]) -> tuple[list[str], list[float]]:
+    """(table, the gains of structured pruning)."""
+    seen = [{name: row["ms"] for name, row in each["encoders"].items()} for each in told]
+    rows = []
+    for name, row in told[0]["encoders"].items():
+        gain = gains(seen, "torch fp32", name)
+        rows.append([
+            name, f"{median(each[name] for each in seen):.1f}", f"{median(gain):.2f}",
+            f"{min(gain):.2f} - {max(gain):.2f}", f"{row['parameters']:.2f} M", f"{row['gflop']:.2f}",
+        ])  # fmt: skip
+    head = ["variant", "ms", "speed-up", "lowest - highest", "parameters", "GFLOP executed"]
+    return table(head, rows), gains(seen, "torch fp32", "structured 50 %")
+
+
+def product_table(told: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for n in COLUMNS:
+        seen = [each["products"][f"{n}"] for each in told]
+        gain = {share: median(gains(seen, "fp32", f"{share}")) for share in SPARSITIES}
+        even = next((f"{share:.0%}" for share in SPARSITIES if gain[share] >= 1), "never")
+        rows.append([
+            f"{n}", f"{median(each['fp32'] for each in seen):.2f}", f"{median(gains(seen, 'fp32', 'bf16')):.2f}x",
+            *(f"{each:.2f}x" for each in gain.values()), even,
+        ])  # fmt: skip
+    return table(["n", "dense fp32 ms", "dense bf16", *(f"{s:.0%}" for s in SPARSITIES), "breaks even at"], rows)
+
+
+def once(rounds: int) -> dict[str, Any]:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    return {"encoders": encoders(rounds), "products": products(rounds)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="measure in this process, and write the figures here")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    table, gain = encoders(given.rounds)
-    csr = products(given.rounds)
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())  # fmt: skip
-    text = "\n".join([
-        "# Structure, zeros and number formats on a CPU", "",
-        f"{date.today()}, {cpu}, torch {torch.__version__}. Made by `python benchmarks/structured.py --write`: one "
-        f"thread, variants in turns, medians of process CPU time over {given.rounds} calls.", "",
-        f"Encoder of {LAYERS} layers, d={WIDTH}, {HEADS} heads, FFN {FFN}, {BATCH} x {LENGTH} tokens. Structured: "
-        "half of the heads and half of the neurons of every layer cut away.", "",
-        *table, "",
-        f"Target: structured 50 % at least {TARGET}x faster than torch fp32. Measured {gain:.2f}x: "
-        f"{'met' if gain >= TARGET else 'MISSED'}.", "",
-        f"One product of a {FFN} x {WIDTH} weight in CSR with [{WIDTH}, n]; speed-up over dense fp32, by share of "
-        "zeros.", "",
-        *csr, "",
-    ])  # fmt: skip
+    if given.json:
+        given.json.write_text(json.dumps(once(given.rounds)))
+        return
+    told = in_processes(__file__, given.processes, "--rounds", f"{given.rounds}")
+    encoder_rows, gain = encoder_table(told)
+    text = page(
+        "Structure, zeros and number formats on a CPU", measured("structured.py --write"),
+        wrapped(f"One thread, variants in turns: the median of process CPU time over {given.rounds} calls, then the "
+                f"median over {given.processes} processes. ONNX Runtime opens what `shoestring export` writes."),
+        wrapped(f"Encoder of {LAYERS} layers, d={WIDTH}, {HEADS} heads, FFN {FFN}, {BATCH} x {LENGTH} tokens. "
+                "Structured: half of the heads and half of the neurons of every layer cut away."),
+        encoder_rows,
+        wrapped(f"Target: structured 50 % at least {TARGET}x faster than torch fp32. Measured {median(gain):.2f}x "
+                f"({min(gain):.2f} to {max(gain):.2f}): {'met' if median(gain) >= TARGET else 'MISSED'}."),
+        wrapped(f"One product of a {FFN} x {WIDTH} weight in CSR with [{WIDTH}, n]; speed-up over dense fp32, by share "
+                "of zeros."),
+        product_table(told),
+    )  # fmt: skip
     print(text)
     if given.write:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(text)
+        (RESULTS / "structured.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ def encoded_tensors(
 
 
 def encode(tensor: Tensor, way: Way | None, axis: int, sparse: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(how a tensor is stored, its parts by the suffix of their name). axis: the output channel's, for int8."""
     tensor = tensor.detach().cpu()
     how: dict[str, Any] = {
         "encoding": "plain", "sparse": False, "shape": list(tensor.shape),
