@@ -6,6 +6,7 @@ several layers share is named once, as `named_parameters` names it, and a patter
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,30 @@ from typing import Any
 
 from torch import nn
 
+from .contract import Unfit
+
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
     """Whether one of `names` matches one of `patterns`, such as `head.*`."""
     return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns)
+
+
+def check_skip(module: nn.Module, skip: Sequence[str], technique: str, *, layers: bool = False) -> None:
+    """Raise `Unfit` where a pattern of `skip` matches no parameter: what it was to leave out is spelled otherwise.
+
+    layers: the name of a layer will do, without that of its weight.
+    """
+    if isinstance(skip, str):
+        raise Unfit(f"{technique}: skip={skip!r} is one text; write a list of patterns: [{skip!r}]")
+    names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    known = names | {name.removesuffix(".weight") for name in names if layers}
+    for pattern in skip:
+        if not fnmatch.filter(known, pattern):
+            near = difflib.get_close_matches(pattern, sorted(names), n=1, cutoff=0.0)
+            hint = f" Nearest: {near[0]}." if near else ""
+            raise Unfit(f"{technique}: skip={pattern!r} matches no parameter of {type(module).__name__}.{hint}")
 
 
 def owners(module: nn.Module, skip: Sequence[str] = ()) -> dict[str, list[nn.Module]]:

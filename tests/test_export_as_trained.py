@@ -162,6 +162,10 @@ def test_compress_tries_it(runs: Path, tmp_path: Path) -> None:
     found = search(trained, Limits(bytes=limit), out=tmp_path / "out")
     assert found.chosen == "as trained"
     assert loss_of(tmp_path / "out") == pytest.approx(trained_by("w2 learned", runs)[1], rel=2e-6)
+    few = search(open_run(trained_by("w8 a8", runs)[0]), Limits(bytes=1e9), out=tmp_path / "both").tried
+    fast = next(t for t in few if t.name == "onnx as trained")
+    assert fast.problem is None and fast.loss == pytest.approx(trained_by("w8 a8", runs)[1], rel=0.02)
+    assert "onnx as trained" not in {t.name for t in found.tried}
     assert "as trained" not in {t.name for t in search(open_run(finished("digits", runs)), Limits(bytes=1e9),
                                                        out=tmp_path / "other").tried}  # fmt: skip
 

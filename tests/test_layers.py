@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from torch import nn
 
-from shoestring.callbacks.layers import owners, quantizable, trained_weights
+from shoestring.callbacks.contract import Unfit
+from shoestring.callbacks.layers import check_skip, owners, quantizable, trained_weights
 
 
 class Model(nn.Module):
@@ -59,3 +61,15 @@ def test_adapters_are_not_quantized_and_what_they_wrap_is_named():
     assert list(found) == [wrapped, copied], "neither LoRA's matrices nor the unused original"
     assert found[wrapped][0].adapter is model.get_submodule("base_model.model.0")
     assert found[copied][0].adapter is None
+
+
+def test_a_pattern_that_matches_nothing_is_named_with_the_nearest_parameter():
+    model = Model()
+    check_skip(model, ["head.*", "twin.weight", "*.bias", "embed*", "blocks.?.1.*"], "rigl")
+    with pytest.raises(Unfit, match=r"rigl: skip='hed\.weight' matches no parameter of Model\. Nearest: head\.weight"):
+        check_skip(model, ["conv.*", "hed.weight"], "rigl")
+    with pytest.raises(Unfit, match=r"skip='head' matches no parameter"):
+        check_skip(model, ["head"], "rigl")
+    check_skip(model, ["head", "blocks.0.1"], "low_rank", layers=True)
+    with pytest.raises(Unfit, match=r"skip='head\.\*' is one text; write a list"):
+        check_skip(model, "head.*", "rigl")

@@ -10,7 +10,8 @@ import pytorch_lightning as pl
 from torch import nn
 
 from ... import ShoestringError
-from ..contract import Card, Effect, Technique, Workload, require
+from ..contract import Card, Effect, Technique, Unfit, Workload, require
+from ..layers import check_skip
 from .factors import apply_low_rank, factorable, merge_, ranks_for_budget, ranks_for_energy, singular_values
 
 log = logging.getLogger("shoestring")
@@ -87,9 +88,10 @@ class LowRank(Technique, pl.Callback):
             layer.weight.data = layer.weight.data.new_empty(0)  # its place is kept, its memory is not
 
     def _choose(self, module: nn.Module) -> dict[str, int]:
+        check_skip(module, self.skip, self.card.name, layers=True)
         layers = factorable(module, self.skip)
         if not layers:
-            raise ValueError(
+            raise Unfit(
                 f"low_rank finds no linear layer of {type(module).__name__} that is trained, not shared and not among "
                 f"skip={list(self.skip)}"
             )
@@ -104,7 +106,7 @@ class LowRank(Technique, pl.Callback):
         for name in self._replaced:
             factors = pl_module.get_submodule(name)
             if not all(id(p) in trained for p in factors.parameters() if p.requires_grad):
-                raise ValueError(
+                raise Unfit(
                     f"low_rank: the optimizer does not train {name}, which has been replaced by its factors. Choose "
                     f"the parameters in configure_optimizers, not before, or add {name!r} to skip."
                 )

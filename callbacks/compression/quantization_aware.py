@@ -13,7 +13,7 @@ from ..clock import Duration, clock_of
 from ..contract import Card, Technique, Unfit, require
 from ..cut import Cut
 from ..forward_weights import ForwardWeights, straight_through
-from ..layers import Layer, quantizable
+from ..layers import Layer, check_skip, quantizable
 from ..shards import shards_of
 from .fake_quantization import SCALES, check_groups, fake_quantize_tokens, fake_quantize_weight
 from .learned_steps import LearnedSteps
@@ -110,6 +110,7 @@ class QuantizationAware(Technique, pl.Callback):
         self._acting = False
         if self.weight_bits in OFF and self.activation_bits is None:
             return
+        check_skip(pl_module, self.skip, self.card.name)
         layers = quantizable(pl_module, self.skip)
         if not layers:
             raise Unfit(f"quantization_aware finds no linear or convolution layer but what skip={self.skip} leaves out")

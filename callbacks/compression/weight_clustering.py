@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..clock import Duration, clock_of
-from ..contract import Card, Technique, require
+from ..contract import Card, Technique, Unfit, require
 from ..forward_weights import ForwardWeights, straight_through
-from ..layers import trained_weights
+from ..layers import check_skip, trained_weights
 from ..shards import Shards, shards_of
 from .codebooks import INITS, LARGEST, clustered, first_codebooks, lloyd
 
@@ -98,9 +98,10 @@ class WeightClustering(Technique, pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.clusters:
             return
+        check_skip(pl_module, self.skip, self.card.name)
         self._names = trained_weights(pl_module, self.skip)
         if not self._names:
-            raise ValueError(f"weight_clustering finds no layers but what skip={list(self.skip)} leaves out")
+            raise Unfit(f"weight_clustering finds no layers but what skip={list(self.skip)} leaves out")
         self._device = pl_module.device
         self._codebooks = {name: book.to(self._device) for name, book in self._codebooks.items()}
         self._shown = ForwardWeights(pl_module, self._names, self._show)

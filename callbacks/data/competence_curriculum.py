@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from ..clock import Duration, clock_of
-from ..contract import Card, Technique, derive_seed, require
+from ..contract import Card, Technique, Unfit, derive_seed, require
 from ..samples import take_over
 from ..seeding import seeded
 
@@ -41,7 +41,7 @@ def score(dataset: Any, difficulty: Difficulty) -> np.ndarray:
     if not isinstance(difficulty, str):
         scores = np.asarray(difficulty, dtype=np.float64)
         if scores.shape != (len(dataset),):
-            raise ValueError(f"difficulty has shape {scores.shape}, and the data has {len(dataset)} samples")
+            raise Unfit(f"difficulty has shape {scores.shape}, and the data has {len(dataset)} samples")
         return scores
     tokens = [sample_tokens(dataset[i]) for i in range(len(dataset))]
     if difficulty == "length":

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..blocks import blocks
-from ..contract import Card, Effect, Technique, Workload, require
+from ..contract import Card, Effect, Technique, Unfit, Workload, require
 
 MODES = ("full", "selective")
 
@@ -93,7 +93,7 @@ class GradientCheckpointing(Technique, pl.Callback):
             return
         found = blocks(pl_module)
         if not found:
-            raise ValueError(f"gradient_checkpointing finds no repeated blocks in {type(pl_module).__name__}")
+            raise Unfit(f"gradient_checkpointing finds no repeated blocks in {type(pl_module).__name__}")
         for block in found[:: self.every]:
             wrap(block, self.mode)
             self._wrapped.append(block)

@@ -8,7 +8,7 @@ from typing import Any, Self
 import pytorch_lightning as pl
 
 from ..clock import Duration, clock_of
-from ..contract import Card, Technique, require
+from ..contract import Card, Technique, Unfit, require
 from ..samples import GlobalBatches
 
 RULES = ("auto", "linear", "sqrt")
@@ -29,7 +29,7 @@ def scaled(group: dict[str, Any], ratio: float, rule: str) -> dict[str, Any]:
     if "betas" in group:
         betas = tuple(1.0 - ratio * (1.0 - beta) for beta in group["betas"])
         if min(betas) < 0:
-            raise ValueError(f"betas {tuple(group['betas'])} do not stretch to a batch {ratio:g} times larger")
+            raise Unfit(f"betas {tuple(group['betas'])} do not stretch to a batch {ratio:g} times larger")
         changed |= {"betas": betas, "eps": group["eps"] / root}
     return changed
 
@@ -137,7 +137,7 @@ class LRScaling(Technique, pl.Callback):
                 return batches.global_batch
             if getattr(loader, "batch_size", None):
                 return loader.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        raise ValueError("lr_scaling cannot tell the batch size of this loader")
+        raise Unfit("lr_scaling cannot tell the batch size of this loader")
 
 
 def _groups(trainer: pl.Trainer) -> list[tuple[str, dict[str, Any]]]:

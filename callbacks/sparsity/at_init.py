@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..aside import set_apart
-from ..contract import Effect, Workload, derive_seed, require
+from ..contract import Effect, Unfit, Workload, derive_seed, require
 from ..seeding import seeded
 from ..selection import keep_largest
 from ..shards import Shards, shards_of
@@ -78,7 +78,7 @@ class PruneAtInit(Masking):
         names = must_find(pl_module, self.skip, self.card.name)
         weights = {name: p for name, p in pl_module.named_parameters() if name in names}
         if any(hasattr(p, "ds_tensor") for p in weights.values()):
-            raise ValueError(f"{self.card.name} looks at the whole model, and this one is sharded from the start")
+            raise Unfit(f"{self.card.name} looks at the whole model, and this one is sharded from the start")
         pl_module.to(trainer.strategy.root_device)
         seed = derive_seed(getattr(trainer, "seed", 0), self.card.name)
         with seeded(seed), set_apart(pl_module):
@@ -95,7 +95,7 @@ class PruneAtInit(Masking):
         """Micro-batches of the first samples of an order of our own; no loader's generator is touched."""
         loader = trainer.fit_loop._data_source.dataloader()
         if not isinstance(loader, DataLoader):
-            raise ValueError(f"{self.card.name} needs one DataLoader to draw samples from, not {type(loader).__name__}")
+            raise Unfit(f"{self.card.name} needs one DataLoader to draw samples from, not {type(loader).__name__}")
         dataset: Any = loader.dataset
         if isinstance(dataset, IterableDataset):
             samples = list(islice(iter(dataset), self.wanted()))
@@ -108,9 +108,7 @@ class PruneAtInit(Masking):
     def _choose(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, score in scores.items():
             if not bool(score.isfinite().all()):
-                raise ValueError(
-                    f"{self.card.name}: scores of {name} are not finite; skip it, or use another criterion"
-                )
+                raise Unfit(f"{self.card.name}: scores of {name} are not finite; skip it, or use another criterion")
         shapes = {name: score.shape for name, score in scores.items()}
         flat = {name: score.detach().reshape(-1) for name, score in scores.items()}
         if self.distribution == "global":
@@ -133,7 +131,7 @@ class PruneAtInit(Masking):
         if not self.active() or self.mask_version:
             return
         if trainer.global_step:
-            raise ValueError(f"{self.card.name}: what is resumed holds no masks; start over, or without this technique")
+            raise Unfit(f"{self.card.name}: what is resumed holds no masks; start over, or without this technique")
         shards = shards_of(trainer, pl_module)
         self.hold(shards, {name: shards.slices[name].cut(self._wholes.pop(name)) for name in self._names})
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..clock import Duration, clock_of
-from ..contract import Effect, Workload, derive_seed, require
+from ..contract import Effect, Unfit, Workload, derive_seed, require
 from ..shards import Shards, shards_of
 from . import distributions, saliency, schedules
 from .masks import Masking, require_distribution, select_counts, shapes_of
@@ -89,7 +89,7 @@ class DynamicSparse(Masking):
         if self.mask_version:
             return
         if trainer.global_step:
-            raise ValueError(f"{self.card.name}: what is resumed holds no masks; start over, or without this technique")
+            raise Unfit(f"{self.card.name}: what is resumed holds no masks; start over, or without this technique")
         self._begin(shards_of(trainer, pl_module))
 
     def _begin(self, shards: Shards) -> None:

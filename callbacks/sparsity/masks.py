@@ -15,17 +15,18 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ..contract import Technique, require
-from ..layers import trained_weights
+from ..contract import Technique, Unfit, require
+from ..layers import check_skip, trained_weights
 from ..selection import keep_largest
 from ..shards import Shards, shards_of
 from . import distributions, patterns, saliency
 
 
 def must_find(module: nn.Module, skip: Sequence[str], technique: str) -> list[str]:
-    """`trained_weights`, or a `ValueError` if there are none."""
+    """`trained_weights`, or `Unfit` if there are none, or a pattern that is the name of nothing."""
+    check_skip(module, skip, technique)
     if not (names := trained_weights(module, skip)):
-        raise ValueError(f"{technique} finds nothing to prune but what skip={list(skip)} leaves out")
+        raise Unfit(f"{technique} finds nothing to prune but what skip={list(skip)} leaves out")
     return names
 
 
@@ -86,7 +87,7 @@ def complete(shards: Shards, names: Sequence[str], restored: Mapping[str, Tensor
         weight = shards.master(name)
         value = restored.get(name, torch.empty(0, dtype=torch.bool))
         if value.numel() != weight.numel():
-            raise ValueError(f"{technique}: what is resumed holds no mask of {name}; start over, or leave it out")
+            raise Unfit(f"{technique}: what is resumed holds no mask of {name}; start over, or leave it out")
         found[name] = value.to(weight.device)
     return found
 

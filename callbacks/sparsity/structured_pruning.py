@@ -14,6 +14,7 @@ from ..aside import loss_of, set_apart
 from ..clock import Duration, clock_of
 from ..contract import Card, Effect, Technique, Unfit, Workload, require
 from ..cut import rebuild_model, tell_configurations
+from ..layers import check_skip
 from ..reshape import reshape
 from ..shards import Shards, shards_of
 from .structured_groups import CannotTrace, choose, torch_pruning
@@ -165,6 +166,7 @@ class StructuredPruning(Technique, pl.Callback):
 
     # -- before the cut ---------------------------------------------------------------------------------------------
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_skip(pl_module, self.skip, self.card.name)
         kinds = (nn.Linear, nn.modules.conv._ConvNd)
         layers = {id(p) for part in pl_module.modules() if isinstance(part, kinds) for p in part.parameters()}
         self._names = [name for name, p in pl_module.named_parameters() if id(p) in layers and p.requires_grad]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..aside import loss_of
-from ..contract import Card
+from ..contract import Card, Unfit
 from . import saliency, schedules
 from .at_init import PruneAtInit, Weights, gradients_of
 
@@ -77,6 +77,6 @@ def _flow(module: pl.LightningModule, weights: Weights, batch: Any) -> dict[str,
                 hooks.callback(handle.remove)
         loss_of(module, batch)
     if not last:
-        raise ValueError("synflow: none of the layers to prune runs in training_step")
+        raise Unfit("synflow: none of the layers to prune runs in training_step")
     gradients = gradients_of(last[-1].sum(), list(weights.values()))
     return {name: saliency.taylor(p, g).detach() for (name, p), g in zip(weights.items(), gradients, strict=True)}

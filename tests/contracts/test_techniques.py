@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),
 ]
+SKIPPING = [name for name in names() if "skip" in technique_class(name).example().settings()]
 FACTS = {"cpu", "bf16", "single", "adamw"}
 TRACED = ("samples", "batch", "numerics", "lr", "activations")  # parts whose every change a `Trace` sees
 
@@ -320,3 +321,11 @@ def test_lightning_alone_saves_and_resumes_it(cls, tmp_path):
     assert fingerprint(resumed.state_dict()) == fingerprint(whole.state_dict())
     for state, named in technique.fragments().items():
         assert named.keys() <= shards_of(trainer, resumed).slices.keys(), state
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+def test_a_pattern_to_skip_that_matches_nothing_is_refused(name):
+    technique = technique_class(name).example()
+    technique.skip = ["hed.*"]
+    with pytest.raises(Unfit, match=rf"{name}: skip='hed\.\*' matches no parameter of Toy\. Nearest: head\.\w+"):
+        fit(technique)

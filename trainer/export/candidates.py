@@ -73,7 +73,11 @@ def all_candidates(trained: Trained) -> tuple[Candidate, ...]:
     """Every candidate for a run, in the order of the table."""
     plain = [Candidate(name="float32"), Candidate(name="float16", quantize="float16")]
     small = [Candidate(name=name, quantize=name) for name in ("int8", "int4")]
-    aware = [Candidate(name="as trained", quantize=AS_TRAINED)] if trained.arithmetic is not None else []
+    aware = []
+    if trained.arithmetic is not None:
+        aware = [Candidate(name="as trained", quantize=AS_TRAINED)]
+        if trained.arithmetic.activation_bits == 8:
+            aware.append(Candidate(name="onnx as trained", to="onnx", quantize=AS_TRAINED))
     changes = {energy: low_rank(energy) for energy in (0.999999, 0.99, 0.95, 0.9)}
     thin = [
         Candidate(name=f"rank {energy:.0%} {quantize}", quantize=quantize, change=change)
@@ -113,6 +117,8 @@ def least_bytes(model: nn.Module, candidate: Candidate, ways: Ways | None = None
         told = torch_file.encoded_tensors(model, candidate.quantize, True, ways)
         return sum(part.nbytes for _, _, parts in told for part in parts.values())
     products = _products(model) if candidate.quantize == "int8" else set()
+    if candidate.quantize == AS_TRAINED:
+        products = {id(p) for name, p in model.named_parameters() if name in (ways or {})} & _products(model)
     return sum(t.numel() if id(t) in products else t.nbytes for _, t in torch_file.stored(model))
 
 

@@ -212,9 +212,11 @@ class Trials:
 
     def _exported(self, changed: Trained, candidate: Candidate, blank: Tried) -> Row:
         folder, limit = self.folder(candidate.name), self.limits.bytes or math.inf
-        if candidate.to == "onnx" and candidate.change not in self._traced:
-            self._traced[candidate.change] = _trace(changed, self.work)
-        traced = self._traced[candidate.change] if candidate.to == "onnx" else None
+        traced = None
+        if candidate.to == "onnx" and candidate.quantize != AS_TRAINED:  # which rounds the weights before
+            if candidate.change not in self._traced:
+                self._traced[candidate.change] = _trace(changed, self.work)
+            traced = self._traced[candidate.change]
         sparse = candidate.to == "torch"
         export(changed, candidate.to, out=folder, quantize=candidate.quantize, sparse=sparse, traced=traced)
         tried = replace(blank, bytes=weight_bytes(folder))

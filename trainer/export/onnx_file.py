@@ -56,7 +56,7 @@ def model_inputs(batch: Batch) -> Batch:
 def write(trained: Trained, folder: Path, quantize: str | None, traced: Path | None = None) -> list[str]:
     """Trace the model on two samples and write it to `folder/model.onnx`; the tokenizer goes beside it.
 
-    traced: a file that `trace` wrote of this very model, taken instead.
+    traced: a file that `trace` wrote of this very model, taken instead; not with `quantize="trained"`, which rounds it.
     """
     model = trained.model if quantize != AS_TRAINED else rounded(trained.model, AS_TRAINED, trained.ways)
     if traced is not None:
@@ -124,7 +124,7 @@ def quantize_file(path: Path, keep: Sequence[Tensor] = ()) -> None:
             weight_type=quantization.QuantType.QInt8, nodes_to_exclude=kept,
         )  # fmt: skip
     made = sum(node.op_type == "MatMulInteger" for node in onnx.load(str(path)).graph.node)
-    if made != len(products) - len(kept):
+    if made < len(products) - len(kept):
         raise CannotExport(f"{made} of {len(products) - len(kept)} matrix products became int8 products in {path.name}")
 
 

@@ -82,7 +82,7 @@ def export(
     check_format(to, quantize, sparse)
     out = out or trained.run_dir / "export" / "-".join(filter(None, [to, quantize, "sparse" if sparse else None]))
     if quantize == AS_TRAINED:
-        trained, traced = trained.as_trained(), None
+        trained = trained.as_trained()
         _check_trained(trained, to)
     way = _way(trained, to, quantize, sparse, traced)
     with whole(out) as folder:
