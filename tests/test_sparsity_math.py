@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shoestring.callbacks import SET, LotteryTicket, RigL
+from shoestring.callbacks.contract import Unfit
 from shoestring.callbacks.shards import Shards
 from shoestring.callbacks.sparsity import distributions, patterns, saliency, schedules
 from shoestring.callbacks.sparsity.at_init import PruneAtInit
@@ -198,5 +199,5 @@ def test_nan_scores_are_refused():
     class Bad(PruneAtInit):
         card = RigL.card
 
-    with pytest.raises(ValueError, match="scores of a are not finite"):
+    with pytest.raises(Unfit, match="scores of a are not finite"):
         Bad()._choose({"a": torch.tensor([1.0, float("nan")])})
