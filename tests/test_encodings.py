@@ -42,15 +42,9 @@ def test_int4_is_within_half_a_step(array: np.ndarray) -> None:
     steps = scale.float().repeat(1, values.shape[1]).flatten()[: weight.numel()].view(weight.shape)
     # float16 rounds the scale by up to 1/2048, or 2**-25 where it is subnormal: seven steps of it
     assert ((back - weight).abs() <= steps * (0.5 + 7 / 1024) + 7 * 2.0**-24).all()
-    packed = encodings.pack_nibbles(values)
+    packed = encodings.pack_bits(values, 4)
     assert packed.numel() == -(-values.numel() // 2)
-    assert torch.equal(encodings.unpack_nibbles(packed, values.numel()), values.flatten())
-
-
-@given(arrays(np.int8, st.integers(0, 40), elements=st.integers(-8, 7)))
-def test_nibbles_come_back(array: np.ndarray) -> None:
-    flat = torch.from_numpy(array)
-    assert torch.equal(encodings.unpack_nibbles(encodings.pack_nibbles(flat), flat.numel()), flat)
+    assert torch.equal(encodings.unpack_bits(packed, 4, values.numel()), values.flatten())
 
 
 @given(st.data(), st.integers(2, 8))
@@ -65,6 +59,11 @@ def test_integers_of_any_bits_come_back(data: st.DataObject, bits: int) -> None:
 def test_three_bits_by_hand() -> None:
     # 3 = 011, -1 = 111, -4 = 100, lowest bit first: 110 111 001, cut into bytes and read backwards
     assert encodings.pack_bits(torch.tensor([3, -1, -4]), 3).tolist() == [0b00111011, 0b1]
+
+
+def test_nibbles_by_hand() -> None:
+    # the first in the low half, and an odd one out gets a 0 beside it
+    assert encodings.pack_bits(torch.tensor([3, -1, -8]), 4).tolist() == [0xF3, 0x08]
 
 
 @given(weights, st.integers(2, 8), st.sampled_from(["absmax", "mse"]))

@@ -179,7 +179,7 @@ def test_other_peoples_folders_are_left_alone(trained: Trained, tmp_path: Path) 
 @pytest.mark.parametrize("trained", ["bert"], indirect=True)
 def test_emulated_int8_is_not_the_plain_model(trained: Trained) -> None:
     batch = sample(trained)
-    plain, int8 = eager(trained.model)(batch), onnx_file.expected(trained, "int8")(batch)
+    plain, int8 = eager(trained.model)(batch), onnx_file.expected(trained, quantize=True)(batch)
     assert 0 < relative_error(int8, plain, batch) < 0.1
 
 

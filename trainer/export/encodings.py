@@ -68,19 +68,6 @@ def dequantize_int4(values: Tensor, scale: Tensor, shape: tuple[int, ...]) -> Te
     return (values.float() * scale.float()).flatten()[: int(np.prod(shape))].view(shape)
 
 
-def pack_nibbles(values: Tensor) -> Tensor:
-    """Integers from -8 to 7, two to a byte (uint8), the first in the low half; an odd one out gets a 0 beside it."""
-    flat = torch.nn.functional.pad(values.flatten().to(torch.int16), (0, values.numel() % 2)) & 0xF
-    return (flat[0::2] | flat[1::2] << 4).to(torch.uint8)
-
-
-def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
-    """The first `count` integers (int8, flat) that `pack_nibbles` packed."""
-    wide = packed.to(torch.int16)
-    flat = torch.stack([wide & 0xF, wide >> 4], 1).flatten()[:count]
-    return torch.where(flat > highest(4), flat - 16, flat).to(torch.int8)
-
-
 # -- what training has made of a weight ------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Grid:
@@ -116,6 +103,7 @@ class Codebook:
         return weight.detach()
 
 
+# -- integers of few bits --------------------------------------------------------------------------------------------
 def pack_bits(values: Tensor, bits: int) -> Tensor:
     """Integers of `bits` bits (two's complement) as uint8 [ceil(n * bits / 8)], one after another, lowest bit first."""
     each = values.flatten().to(torch.uint8).cpu().numpy()[:, None] >> np.arange(bits, dtype=np.uint8) & 1
@@ -125,8 +113,8 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` integers (int8, flat) that `pack_bits` packed."""
     each = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
-    found = (each.astype(np.int16) << np.arange(bits, dtype=np.int16)).sum(1)
-    return torch.from_numpy(np.where(found > highest(bits), found - 2**bits, found).astype(np.int8))
+    worth = np.array([*(2**place for place in range(bits - 1)), -(2 ** (bits - 1))], dtype=np.int8)
+    return torch.from_numpy(each.view(np.int8) @ worth)
 
 
 # -- masks -----------------------------------------------------------------------------------------------------------

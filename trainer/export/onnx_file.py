@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from . import encodings
 from .runtimes import Batch, Outputs, eager, needed, onnxruntime, sample
-from .torch_file import channel_axes, rounded
-from .trained import AS_TRAINED, CannotExport, Trained
+from .torch_file import channel_axes
+from .trained import CannotExport, Trained
 
 NAME = "model.onnx"
 OPSET = 23  # the first with an operator for attention: one kernel, masks and all
@@ -53,18 +53,20 @@ def model_inputs(batch: Batch) -> Batch:
     return kept
 
 
-def write(trained: Trained, folder: Path, quantize: str | None, traced: Path | None = None) -> list[str]:
+def write(
+    trained: Trained, folder: Path, quantize: bool, *, only: Collection[str] | None = None, traced: Path | None = None
+) -> list[str]:
     """Trace the model on two samples and write it to `folder/model.onnx`; the tokenizer goes beside it.
 
-    traced: a file that `trace` wrote of this very model, taken instead; not with `quantize="trained"`, which rounds it.
+    only: the weights whose products become int8; by default all. traced: a file that `trace` wrote of this very model,
+    taken instead.
     """
-    model = trained.model if quantize != AS_TRAINED else rounded(trained.model, AS_TRAINED, trained.ways)
     if traced is not None:
         shutil.copyfile(traced, folder / NAME)
     else:
-        trace(model, model_inputs(sample(trained, rows=2)), folder / NAME)
-    if quantize is not None:
-        quantize_file(folder / NAME, left(model, trained.ways) if quantize == AS_TRAINED else ())
+        trace(trained.model, model_inputs(sample(trained, rows=2)), folder / NAME)
+    if quantize:
+        quantize_file(folder / NAME, left(trained.model, only) if only is not None else ())
     if trained.task.tokenizer is not None:
         trained.task.tokenizer.save_pretrained(folder)
     return ["packed documents see each other"] if "position_ids" in sample(trained, rows=1) else []
@@ -157,12 +159,9 @@ def reload(folder: Path) -> Outputs:
     return onnxruntime(folder / NAME)
 
 
-def expected(trained: Trained, quantize: str | None) -> Outputs:
+def expected(trained: Trained, quantize: bool, only: Collection[str] | None = None) -> Outputs:
     """What the file must compute: the model or its emulation with int8 products, on the inputs the graph takes."""
-    if quantize == AS_TRAINED:
-        run = eager(emulated(rounded(trained.model, AS_TRAINED, trained.ways), trained.ways))
-    else:
-        run = eager(trained.model if quantize is None else emulated(trained.model))
+    run = eager(emulated(trained.model, only) if quantize else trained.model)
     return lambda batch: run(model_inputs(batch))
 
 

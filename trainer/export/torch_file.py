@@ -96,15 +96,20 @@ def encoded_tensors(
     model: nn.Module, quantize: str | None, sparse: bool, ways: Ways | None = None
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, Tensor]]]:
     """(name, how it is stored, its parts by the suffix of their name) of every tensor, one after another."""
-    axes = channel_axes(model)
+    axes, chosen = channel_axes(model), _chosen(model, quantize, ways)
     for name, tensor in stored(model):
-        way: Way | None = quantize if name in axes or quantize in HALVES else None
-        if quantize == AS_TRAINED:
-            way = (ways or {}).get(name)
         try:
-            yield name, *encode(tensor, way, axes.get(name, 0), sparse)
+            yield name, *encode(tensor, chosen.get(name), axes.get(name, 0), sparse)
         except ShoestringError as error:
             raise CannotExport(f"{name}: {error}") from None
+
+
+def _chosen(model: nn.Module, quantize: str | None, ways: Ways | None) -> Mapping[str, Way]:
+    """By the name of a tensor: what `quantize` makes of it. Those that stay as they are are not in here."""
+    if quantize == AS_TRAINED:
+        return ways or {}
+    names = (name for name, _ in stored(model)) if quantize in HALVES else channel_axes(model)
+    return dict.fromkeys(names, quantize) if quantize else {}
 
 
 def encode(tensor: Tensor, way: Way | None, axis: int, sparse: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -114,40 +119,30 @@ def encode(tensor: Tensor, way: Way | None, axis: int, sparse: bool) -> tuple[di
         "encoding": "plain", "sparse": False, "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
     }  # fmt: skip
+    holds, bits = ":values", None  # bits: of a value, where several share a byte
     if isinstance(way, Codebook):
         packed, codebook = codebooks.encode(tensor, way.values(tensor))
-        how |= {"encoding": "codebook", "holds": ":values", "bits": codebooks.bits_for(len(codebook))}
-        return how, {":values": packed, ":codebook": codebook}
-    if isinstance(way, Grid):
-        return _on_grid(tensor, way, how, sparse)
-    if way and way not in HALVES:
-        how["encoding"] = way
+        how |= {"encoding": "codebook", "holds": holds, "bits": codebooks.bits_for(len(codebook))}
+        return how, {holds: packed, ":codebook": codebook}
     if way == "int4":
         values, scale = encodings.quantize_int4(tensor)
-        return {**how, "holds": ":values", "group": encodings.GROUP}, {
-            ":values": encodings.pack_nibbles(values),
-            ":scale": scale,
-        }
-    parts = {"": _halved(tensor, str(way)) if way in HALVES else tensor}
-    if way == "int8":
+        how |= {"encoding": "int4", "holds": holds, "group": encodings.GROUP}
+        return how, {holds: encodings.pack_bits(values, 4), ":scale": scale}
+    if isinstance(way, Grid):
+        values, steps = way.encode(tensor)
+        rest, bits = {":scale": steps.view(-1, 1)}, way.bits
+        how |= {"encoding": "grid", "bits": bits, "group": tensor.numel() // steps.numel()}
+    elif way == "int8":
         values, scale = encodings.quantize_int8(tensor, axis)
-        parts = {":values": values, ":scale": scale}
-    (suffix, values), *rest = parts.items()
-    if not sparse or not encodings.sparse_pays(values):
-        return {**how, "holds": suffix}, parts
-    mask, kept = encodings.encode_sparse(values)
-    return {**how, "sparse": True, "holds": ":kept"}, {":mask": mask, ":kept": kept, **dict(rest)}
-
-
-def _on_grid(tensor: Tensor, grid: Grid, how: dict[str, Any], sparse: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    codes, steps = grid.encode(tensor)
-    scale = steps.view(-1, 1)
-    how |= {"encoding": "grid", "bits": grid.bits, "group": tensor.numel() // len(scale)}
-    if not sparse or not encodings.sparse_pays(codes, grid.bits):
-        return {**how, "holds": ":values"}, {":values": encodings.pack_bits(codes, grid.bits), ":scale": scale}
-    mask, kept = encodings.encode_sparse(codes)
-    packed = encodings.pack_bits(kept, grid.bits)
-    return {**how, "sparse": True, "holds": ":kept"}, {":mask": mask, ":kept": packed, ":scale": scale}
+        rest = {":scale": scale}
+        how["encoding"] = "int8"
+    else:
+        holds, values, rest = "", _halved(tensor, way) if way else tensor, {}
+    if sparse and encodings.sparse_pays(values, bits):
+        mask, values = encodings.encode_sparse(values)
+        holds, rest = ":kept", {":mask": mask, **rest}
+        how["sparse"] = True
+    return {**how, "holds": holds}, {holds: encodings.pack_bits(values, bits) if bits else values, **rest}
 
 
 def _halved(tensor: Tensor, way: str) -> Tensor:
@@ -186,7 +181,7 @@ def _decode(file: Any, name: str, how: dict[str, Any]) -> Tensor:
         values = encodings.dequantize_int8(values, file.get_tensor(f"{name}:scale"))
     elif how["encoding"] == "int4":
         scale = file.get_tensor(f"{name}:scale")
-        whole = encodings.unpack_nibbles(values, scale.numel() * how["group"]).view(-1, how["group"])
+        whole = encodings.unpack_bits(values, 4, scale.numel() * how["group"]).view(-1, how["group"])
         values = encodings.dequantize_int4(whole, scale, shape)
     elif how["encoding"] == "grid":
         scale = file.get_tensor(f"{name}:scale")
@@ -228,20 +223,20 @@ def expected(trained: Trained, quantize: str | None) -> Outputs:
 def rounded(model: nn.Module, quantize: str, ways: Ways | None = None) -> nn.Module:
     """A copy whose weights are what is left of them after quantization, in their own dtype."""
     model = copy.deepcopy(model)
-    named = dict(model.named_parameters())
-    if quantize == AS_TRAINED:
-        for name, way in (ways or {}).items():
-            named[name].copy_(way.rounded(named[name]))
-        return model.eval()
-    for _, tensor in stored(model) if quantize in HALVES else ():
-        tensor.copy_(_halved(tensor, quantize))
-    for name, axis in channel_axes(model).items() if quantize not in HALVES else ():
-        weight = named[name]
-        if quantize == "int8":
-            weight.copy_(encodings.dequantize_int8(*encodings.quantize_int8(weight, axis)))
-        else:
-            weight.copy_(encodings.dequantize_int4(*encodings.quantize_int4(weight), tuple(weight.shape)))
+    axes, tensors = channel_axes(model), dict(stored(model))
+    for name, way in _chosen(model, quantize, ways).items():
+        tensors[name].copy_(_rounded(tensors[name], way, axes.get(name, 0)))
     return model.eval()
+
+
+def _rounded(tensor: Tensor, way: Way, axis: int) -> Tensor:
+    if isinstance(way, Grid | Codebook):
+        return way.rounded(tensor)
+    if way == "int8":
+        return encodings.dequantize_int8(*encodings.quantize_int8(tensor, axis))
+    if way == "int4":
+        return encodings.dequantize_int4(*encodings.quantize_int4(tensor), tuple(tensor.shape))
+    return _halved(tensor, way)
 
 
 def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -145,8 +145,10 @@ def _check_trained(trained: Trained, to: str) -> None:
 
 
 def _way(trained: Trained, to: str, quantize: str | None, sparse: bool, traced: Path | None) -> Way:
-    if to == "hf" and quantize == AS_TRAINED:
-        trained = trained.with_model(torch_file.rounded(trained.model, AS_TRAINED, trained.ways))
+    only = None  # of the weights; None: all
+    if quantize == AS_TRAINED and to != "torch":  # which packs them; the others hold their values
+        only = trained.ways
+        trained = trained.with_model(torch_file.rounded(trained.model, AS_TRAINED, only))
     if to == "hf":
         return Way(lambda f: hf.write(trained, f), lambda f: hf.reload(trained, f), lambda: hf.expected(trained), 0.0)
     if to == "gguf-ready-safetensors":
@@ -160,8 +162,8 @@ def _way(trained: Trained, to: str, quantize: str | None, sparse: bool, traced: 
             lambda: torch_file.expected(trained, quantize), 0.0,
         )  # fmt: skip
     return Way(
-        lambda f: onnx_file.write(trained, f, quantize, traced), onnx_file.reload,
-        lambda: onnx_file.expected(trained, quantize), 1e-4 if quantize is None else 2e-2,
+        lambda f: onnx_file.write(trained, f, bool(quantize), only=only, traced=traced), onnx_file.reload,
+        lambda: onnx_file.expected(trained, bool(quantize), only), 2e-2 if quantize else 1e-4,
     )  # fmt: skip
 
 
