@@ -20,15 +20,14 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytorch_lightning as pl
 import torch
 from baselines import sparsity_for, width_for, written
-from report import Runs, measured, page, paired, quiet, shown, table, verdict, wrapped
+from report import Runs, measured, page, paired, quiet, shown, table, take_turns, verdict, wrapped
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
@@ -82,18 +81,6 @@ def training_step(model: nn.Module, x: Tensor) -> None:
     model.zero_grad()
 
 
-def cpu_seconds(models: dict[str, nn.Module], act: Callable[[nn.Module, Tensor], None], x: Tensor, rounds: int) -> dict:
-    """Median CPU seconds of one call, by model."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 2):
-        for name, model in models.items():
-            began = time.process_time()
-            act(model, x)
-            if turn >= 2:  # the first calls warm up
-                times[name].append(time.process_time() - began)
-    return {name: statistics.median(each) for name, each in times.items()}
-
-
 def time_table(rounds: int) -> list[str]:
     models = {"dense": encoder(None), **{f"rank {rank}": encoder(rank) for rank in RANKS}}
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
@@ -102,11 +89,14 @@ def time_table(rounds: int) -> list[str]:
         "forward 8x128": (forward, torch.randn(8, 128, 384)),
         "forward and backward 8x128": (training_step, torch.randn(8, 128, 384)),
     }
-    found = {case: cpu_seconds(models, act, x, rounds) for case, (act, x) in cases.items()}
+    found = {
+        case: take_turns({name: partial(act, model, x) for name, model in models.items()}, rounds)
+        for case, (act, x) in cases.items()
+    }
     rows = ["| | parameters | " + " | ".join(f"{case}, ms | x" for case in cases) + " |"]
     rows.append("|---" * (2 + 2 * len(cases)) + "|")
     for name in models:
-        cells = [f"{1e3 * f[name]:.1f} | {f['dense'] / f[name]:.2f}" for f in found.values()]
+        cells = [f"{f[name]:.1f} | {f['dense'] / f[name]:.2f}" for f in found.values()]
         rows.append(f"| {name} | {sizes[name] / sizes['dense']:.3f} | " + " | ".join(cells) + " |")
     return rows
 

@@ -19,15 +19,15 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from few_bits import accuracy, into
-from report import RESULTS, Runs, in_processes, quiet, table
+from report import RESULTS, Runs, in_processes, quiet, table, take_turns
 from torch import Tensor, nn
 
 from shoestring.trainer.export.onnx_quantize import OnnxModel, export_onnx, quantize_onnx
@@ -100,19 +100,11 @@ def pt2e(model: nn.Module, shape: tuple[int, int]) -> Callable[[Tensor], Tensor]
 def cpu_times(ways: dict[str, Callable[[Tensor], Tensor]], shape: tuple[int, int], rounds: int) -> dict[str, Any]:
     """By variant: median CPU milliseconds of a call, and the relative error beside fp32."""
     ids = torch.randint(0, 30522, shape, generator=torch.Generator().manual_seed(1))
-    turns: dict[str, list[float]] = {name: [] for name in ways}
     with torch.no_grad():
         exact = ways[TORCH](ids)
         errors = {name: float((run(ids) - exact).norm() / exact.norm()) for name, run in ways.items()}
-        for _ in range(2):
-            for run in ways.values():
-                run(ids)  # compilers and caches
-        for _ in range(rounds):
-            for name, run in ways.items():
-                began = time.process_time()
-                run(ids)
-                turns[name].append(1e3 * (time.process_time() - began))
-    return {name: {"ms": statistics.median(turns[name]), "error": errors[name]} for name in ways}
+        spent = take_turns({name: partial(run, ids) for name, run in ways.items()}, rounds)
+    return {name: {"ms": spent[name], "error": errors[name]} for name in ways}
 
 
 def speed(rounds: int) -> dict[str, Any]:

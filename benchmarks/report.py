@@ -17,7 +17,7 @@ import tempfile
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,18 @@ def measured(script: str, threads: int = 1) -> str:
 def page(title: str, *parts: str | Sequence[str]) -> str:
     """A page of paragraphs (str) and tables (lines)."""
     return "\n\n".join([f"# {title}", *(part if isinstance(part, str) else "\n".join(part) for part in parts), ""])[:-1]
+
+
+def take_turns(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of process CPU time of a call, variants in turns A B C … A B C …, after two to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(2 + rounds):
+        for name, call in variants.items():
+            began = time.process_time()
+            call()
+            if turn >= 2:
+                times[name].append(1e3 * (time.process_time() - began))
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def in_processes(script: str, count: int, *arguments: str) -> list[dict[str, Any]]:

@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import process_time
 from typing import Any
 
 import torch
-from report import RESULTS, in_processes, measured, page, table, wrapped
+from report import RESULTS, in_processes, measured, page, quiet, table, take_turns, wrapped
 from torch import Tensor, nn
 
 from shoestring.callbacks.cut import shrink
@@ -82,20 +79,6 @@ def onnx(model: nn.Module, x: Tensor, folder: Path) -> Callable[[], Any]:
     return lambda: run(x)
 
 
-def take_turns(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of process CPU time of each."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    with torch.inference_mode():
-        for call in variants.values():
-            call(), call()
-        for _ in range(rounds):
-            for name, call in variants.items():
-                began = process_time()
-                call()
-                times[name].append((process_time() - began) * 1e3)
-    return {name: median(seen) for name, seen in times.items()}
-
-
 def gigaflops(model: nn.Module, x: Tensor) -> float:
     with torch.no_grad(), FlopCounter() as counter:
         model(x)
@@ -125,7 +108,8 @@ def encoders(rounds: int) -> dict[str, dict[str, float]]:
         ):
             variants[name] = onnx(models[plain], x, Path(place))
             models[name], given[name] = models[plain], x
-        spent = take_turns(variants, rounds)
+        with torch.inference_mode():
+            spent = take_turns(variants, rounds)
     return {
         name: {"ms": ms, "parameters": sum(p.numel() for p in models[name].parameters()) / 1e6,
                "gflop": gigaflops(models[name], given[name])}
@@ -144,7 +128,8 @@ def products(rounds: int) -> dict[str, dict[str, float]]:
         for share in SPARSITIES:
             sparse = (weight * (torch.rand_like(weight) >= share)).to_sparse_csr()
             variants[f"{share}"] = partial(torch.matmul, sparse, x)
-        found[f"{n}"] = take_turns(variants, rounds)
+        with torch.inference_mode():
+            found[f"{n}"] = take_turns(variants, rounds)
     return found
 
 
@@ -181,9 +166,7 @@ def product_table(told: list[dict[str, Any]]) -> list[str]:
 
 
 def once(rounds: int) -> dict[str, Any]:
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
+    quiet()
     return {"encoders": encoders(rounds), "products": products(rounds)}
 
 
