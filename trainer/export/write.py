@@ -59,7 +59,7 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Way:
+class Format:
     """How one format is written, loaded again, and what it is compared with."""
 
     write: Callable[[Path], list[str]]
@@ -74,7 +74,8 @@ def export(
 ) -> Exported:  # fmt: skip
     """Write `trained` in one of `FORMATS` to the folder `out` (default: run_dir/export/<format>).
 
-    traced: for onnx, an ONNX file of this very model in float32, which spares tracing it again.
+    traced: for onnx, an ONNX file of this very model in float32, which spares tracing it again; not with
+    `quantize="trained"`, which traces rounded weights.
 
     The folder appears whole and verified or not at all; an older export there is replaced. `CannotExport` where format
     and model do not go together, where `out` holds something else, or where what was written computes something else.
@@ -84,19 +85,19 @@ def export(
     if quantize == AS_TRAINED:
         trained = trained.as_trained()
         _check_trained(trained, to)
-    way = _way(trained, to, quantize, sparse, traced)
+    form = _format(trained, to, quantize, sparse, traced)
     with whole(out) as folder:
-        notes = way.write(folder)
+        notes = form.write(folder)
         if quantize is None and trained.arithmetic is not None:
             notes.append(f"the weights in full; --quantize {AS_TRAINED} stores the bits that they were trained for")
         batch = sample(trained)
-        found = way.reload(folder)(batch)
-        wanted, original = way.expected()(batch), eager(trained.model)(batch)
+        found = form.reload(folder)(batch)
+        wanted, original = form.expected()(batch), eager(trained.model)(batch)
         error = relative_error(found, wanted, batch)
-        if error > way.tolerance:
+        if error > form.tolerance:
             raise CannotExport(
                 f"{to}: what was written computes something else: relative error {error:.2g}, "
-                f"allowed {way.tolerance:g}. Nothing was kept."
+                f"allowed {form.tolerance:g}. Nothing was kept."
             )
         manifest = {
             "version": 1, "to": to, "quantize": quantize, "sparse": sparse, "run": trained.run_id,
@@ -106,7 +107,7 @@ def export(
     files = file_sizes(out)
     return Exported(
         path=str(out), to=to, quantize=quantize, sparse=sparse, bytes=sum(files.values()), files=files, error=error,
-        tolerance=way.tolerance, from_original=relative_error(found, original, batch), notes=tuple(notes),
+        tolerance=form.tolerance, from_original=relative_error(found, original, batch), notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -144,24 +145,26 @@ def _check_trained(trained: Trained, to: str) -> None:
         )
 
 
-def _way(trained: Trained, to: str, quantize: str | None, sparse: bool, traced: Path | None) -> Way:
+def _format(trained: Trained, to: str, quantize: str | None, sparse: bool, traced: Path | None) -> Format:
     only = None  # of the weights; None: all
     if quantize == AS_TRAINED and to != "torch":  # which packs them; the others hold their values
         only = trained.ways
         trained = trained.with_model(torch_file.rounded(trained.model, AS_TRAINED, only))
     if to == "hf":
-        return Way(lambda f: hf.write(trained, f), lambda f: hf.reload(trained, f), lambda: hf.expected(trained), 0.0)
+        return Format(
+            lambda f: hf.write(trained, f), lambda f: hf.reload(trained, f), lambda: hf.expected(trained), 0.0
+        )  # fmt: skip
     if to == "gguf-ready-safetensors":
-        return Way(
+        return Format(
             lambda f: hf.write_half(trained, f), lambda f: hf.reload(trained, f),
             lambda: hf.expected_half(trained), 0.0,
         )  # fmt: skip
     if to == "torch":
-        return Way(
+        return Format(
             lambda f: torch_file.write(trained, f, quantize, sparse), lambda f: torch_file.reload(trained, f),
             lambda: torch_file.expected(trained, quantize), 0.0,
         )  # fmt: skip
-    return Way(
+    return Format(
         lambda f: onnx_file.write(trained, f, bool(quantize), only=only, traced=traced), onnx_file.reload,
         lambda: onnx_file.expected(trained, bool(quantize), only), 2e-2 if quantize else 1e-4,
     )  # fmt: skip
