@@ -3,10 +3,12 @@
     python benchmarks/quantization.py [speed|accuracy] [--rounds 15] [--processes 5] [--seeds 5] [--record FILE]
                                       [--write]
 
-speed: an encoder of BertConfig (6 layers, d=384, feed-forward 1536, vocabulary 30522, random weights), batches of
-8 x 128 and 1 x 128 tokens. CPU time of the process, one thread, variants in turns A B C … A B C …, the median. Where a
-process's memory happens to lie, and what clock the machine has just then, moves ratios by some percent: so there are
-several processes, and figures are the medians over them, ratios with the lowest and the highest.
+speed: an encoder of BertConfig (6 layers, d=384, feed-forward 1536, vocabulary 30522, random weights), batches of 8 x
+128 and 1 x 128 tokens. ONNX Runtime's int8 in three forms: weights within 7 bits, right on any CPU; all 8 bits, right
+with VNNI; and all 8 bits as unsigned bytes, which would be right on any CPU too. CPU time of the process, one thread,
+variants in turns A B C … A B C …, the median. Where a process's memory happens to lie, and what clock the machine has
+just then, moves ratios by some percent: so there are several processes, and figures are the medians over them, ratios
+with the lowest and the highest.
 Bytes are those of files written to disk.
 accuracy: what few_bits.py tells, which has the rules of that part.
 """
@@ -27,7 +29,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from few_bits import accuracy, into
-from report import RESULTS, Runs, in_processes, quiet, table, take_turns
+from report import RESULTS, Runs, in_processes, measured, quiet, table, take_turns
 from torch import Tensor, nn
 
 from shoestring.trainer.export.onnx_quantize import OnnxModel, export_onnx, quantize_onnx
@@ -60,7 +62,9 @@ def encoders(folder: Path) -> dict[str, Any]:
     example = (torch.randint(0, 30522, (2, 128)),)
     dynamic = ({0: torch.export.Dim.DYNAMIC},)
     plain = OnnxModel(export_onnx(model, example, folder / "fp32.onnx", dynamic), threads=1)
-    int8 = quantize_onnx(model, example, folder / "int8.onnx", embeddings=True, dynamic=dynamic, threads=1)
+    files = {cpu: quantize_onnx(model, example, folder / f"{cpu}.onnx", cpu=cpu, embeddings=True, dynamic=dynamic,
+                                threads=1) for cpu in ("any", "vnni")}  # fmt: skip
+    files["unsigned"] = unsigned(folder / "fp32.onnx", folder / "unsigned.onnx")
     quantize_onnx(model, example, folder / "int8-table-fp32.onnx", dynamic=dynamic, threads=1)
     torch.save(model.state_dict(), folder / "fp32.pt")
     torch.save(quantize(model, embeddings=True, compiled=False).state_dict(), folder / "int8.pt")
@@ -73,8 +77,18 @@ def encoders(folder: Path) -> dict[str, Any]:
         "torch bf16": lambda ids: half(ids).float(),
         "ONNX Runtime fp32": lambda ids: plain(ids)[0],
         "torchao int8, compiled": quantize(model, embeddings=True),
-        "ONNX Runtime int8": lambda ids: int8(ids)[0],
+        "ONNX Runtime int8, any CPU": lambda ids: files["any"](ids)[0],
+        "ONNX Runtime int8-vnni": lambda ids: files["vnni"](ids)[0],
+        "ONNX Runtime int8, unsigned weights": lambda ids: files["unsigned"](ids)[0],
     }
+
+
+def unsigned(plain: Path, path: Path) -> OnnxModel:
+    """The float file with ONNX Runtime's own dynamic quantization to unsigned weights."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(plain, path, per_channel=True, weight_type=QuantType.QUInt8, op_types_to_quantize=["MatMul"])
+    return OnnxModel(path, threads=1)
 
 
 def pt2e(model: nn.Module, shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:
@@ -141,7 +155,7 @@ def size_table(found: dict[str, int]) -> str:
     for title, whole, small in (
         ("torch, six blocks alone", "blocks-fp32.pt", "blocks-int8.pt"),
         ("torch, embeddings in int8 too", "fp32.pt", "int8.pt"),
-        ("ONNX, embeddings in int8 too", "fp32.onnx", "int8.onnx"),
+        ("ONNX, embeddings in int8 too", "fp32.onnx", "any.onnx"),
         ("ONNX, embeddings left in fp32", "fp32.onnx", "int8-table-fp32.onnx"),
     ):
         ratio = found[whole] / found[small]
@@ -165,6 +179,7 @@ def main() -> None:
         return
     if chosen.part in ("speed", "all"):
         told = in_processes(__file__, chosen.processes, "speed", "--rounds", f"{chosen.rounds}")
+        print(measured(f"quantization.py speed --rounds {chosen.rounds} --processes {chosen.processes}"), end="\n\n")
         print(*(speed_table(f"{rows} x {length}", told) for rows, length in SHAPES), sep="\n\n")
         print(size_table(told[0]["bytes"]))
     if chosen.part in ("accuracy", "all"):

@@ -23,6 +23,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 120
+FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 HOLDS_0 = "interval holds 0"
 
 
@@ -80,12 +81,13 @@ def measured(script: str, threads: int = 1) -> str:
     """Date, machine and versions of what runs now, and the command that does."""
     import torch
 
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if (
-        info.exists()) else [platform.processor()]  # fmt: skip
+    from shoestring.trainer.machine import cpu_flags, cpu_model
+
+    found = [flag for flag in FEATURES if flag in cpu_flags()]
     return wrapped(
-        f"{time.strftime('%Y-%m-%d')}; {os.cpu_count()} cores {names[0]}, CPU only, {threads} thread; torch "
-        f"{torch.__version__}, Python {platform.python_version()}. Made by `python benchmarks/{script}`."
+        f"{time.strftime('%Y-%m-%d')}; {os.cpu_count()} cores {cpu_model()} ({', '.join(found) or 'no AVX2'}), CPU "
+        f"only, {threads} thread; torch {torch.__version__}, Python "
+        f"{platform.python_version()}. Made by `python benchmarks/{script}`."
     )
 
 

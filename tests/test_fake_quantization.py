@@ -37,6 +37,17 @@ def test_groups_have_steps_of_their_own():
         quantized(weight, 2, group_size=3)
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(1, 7), st.integers(1, 40), st.sampled_from(["float32", "bfloat16"]))
+def test_what_a_token_becomes_does_not_depend_on_the_others(seed, rows, features, dtype):
+    """Bit for bit, however a batch is split among ranks and whatever the CPU's vectors are."""
+    draw = torch.Generator().manual_seed(seed)
+    x = (torch.randn(rows, features, generator=draw) * 10 ** torch.randn(rows, 1, generator=draw)).to(
+        getattr(torch, dtype)
+    )
+    alone = torch.cat([fake_quantize_tokens(row[None]) for row in x])
+    assert torch.equal(fake_quantize_tokens(x), alone)
+
+
 def test_a_convolution_has_a_step_for_every_output_channel():
     torch.manual_seed(0)
     weight = torch.randn(5, 3, 2, 2)

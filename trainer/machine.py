@@ -239,6 +239,11 @@ def _cpu_types() -> tuple[bool, bool]:
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}), bool(flags & {"avx512_fp16", "amx_fp16", "fphp"})
 
 
+def multiplies_bytes() -> bool:
+    """Whether this CPU sums products of unsigned and signed bytes in 32 bits; False where that cannot be told."""
+    return "86" not in platform.machine().lower() or bool(cpu_flags() & {"avx512_vnni", "avx_vnni"})
+
+
 def cpu_flags() -> frozenset[str]:
     """Instruction sets of the first core, as Linux names them; empty where /proc/cpuinfo does not exist."""
     return frozenset(_cpuinfo("flags", "Features").split())

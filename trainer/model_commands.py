@@ -22,7 +22,9 @@ def export(
     run: RunName,
     to: Annotated[str, typer.Option("--to", help="hf, torch, onnx or gguf-ready-safetensors.")],
     out: Annotated[Path | None, typer.Option("--out", help="A folder; default RUN/export/<format>.")] = None,
-    quantize: Annotated[str | None, typer.Option("--quantize", help="int8, int4, float16, bfloat16, trained.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", help="int8, int8-vnni, int4, float16, bfloat16, trained.")
+    ] = None,
     sparse: Annotated[bool, typer.Option("--sparse", help="Store masks and kept values (torch).")] = False,
     as_json: AsJson = False,
     allow_code: AllowCode = False,

@@ -17,6 +17,9 @@ from ... import ShoestringError
 from ..forward_weights import straight_through
 
 SCALES = ("absmax", "mse", "lsq")
+# Bits of weights in int8 products, by the CPUs that compute these right. x86 without VNNI adds two products of an
+# unsigned and a signed byte in 16 bits that saturate at 32767: 2 * 255 * 63 fits, 2 * 255 * 127 does not.
+PRODUCT_BITS = {"any": 7, "vnni": 8}
 _SHRINK = 20  # candidates that `mse` tries, from the whole range down to 15 % of it
 
 
@@ -31,6 +34,11 @@ class OffGrid(ShoestringError):
 def highest(bits: int) -> int:
     """Q, the largest code: 127 of 8 bits, 7 of 4, 3 of 3, 1 of 2."""
     return 2 ** (bits - 1) - 1
+
+
+def product_bits(weight_bits: int, cpu: str) -> int:
+    """Of the grid that weights of at most `weight_bits` bits have in int8 products right on `cpu`, of PRODUCT_BITS."""
+    return min(weight_bits, PRODUCT_BITS[cpu])
 
 
 def check_groups(shape: torch.Size, group_size: int | None, name: str = "weight") -> None:

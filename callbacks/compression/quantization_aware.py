@@ -15,7 +15,14 @@ from ..cut import Cut
 from ..forward_weights import ForwardWeights, straight_through
 from ..layers import Layer, check_skip, quantizable
 from ..shards import shards_of
-from .fake_quantization import SCALES, check_groups, fake_quantize_tokens, fake_quantize_weight
+from .fake_quantization import (
+    PRODUCT_BITS,
+    SCALES,
+    check_groups,
+    fake_quantize_tokens,
+    fake_quantize_weight,
+    product_bits,
+)
 from .learned_steps import LearnedSteps
 
 OFF = (None, 16)
@@ -33,6 +40,8 @@ class QuantizationAware(Technique, pl.Callback):
 
     weight_bits: 2 to 8, or 16 (or None) for off. One symmetric scale per output channel, or per `group_size` inputs.
     activation_bits: 8 quantizes what enters linear layers too, per token; None leaves it.
+    cpu: with activation_bits=8, which CPUs are to compute the int8 products right: "any" trains weights of at most 7
+    bits, since x86 without VNNI would overflow with 8; "vnni" trains all 8, for machines that are known to have it.
     scale: "absmax", or "mse", which clips and is better at 4 bits and fewer (see `fake_quantization.scales`), or "lsq":
     steps are trained with the weights (arXiv 1902.08153), at `scale_lr` times the optimizer's learning rate of the
     moment relative to their size (`learned_steps`). At the end the weights are put on the grid so learned, where
@@ -62,6 +71,7 @@ class QuantizationAware(Technique, pl.Callback):
         *,
         weight_bits: int | None = 8,
         activation_bits: int | None = None,
+        cpu: str = "any",
         group_size: int | None = None,
         scale: str = "absmax",
         scale_lr: float = 1.0,
@@ -71,6 +81,7 @@ class QuantizationAware(Technique, pl.Callback):
     ) -> None:
         self.weight_bits = weight_bits
         self.activation_bits = activation_bits
+        self.cpu = cpu
         self.group_size = group_size
         self.scale = scale
         self.scale_lr = scale_lr
@@ -81,6 +92,7 @@ class QuantizationAware(Technique, pl.Callback):
     def check(self) -> None:
         require(self.weight_bits in (*OFF, *range(2, 9)), self, "weight_bits", "2 to 8, or 16 or None for off")
         require(self.activation_bits in (None, 8), self, "activation_bits", "8, or None for off")
+        require(self.cpu in PRODUCT_BITS, self, "cpu", " | ".join(PRODUCT_BITS))
         legal = self.group_size is None or (isinstance(self.group_size, int) and self.group_size > 0)
         require(legal, self, "group_size", "a positive number of inputs, or None for one scale per output channel")
         require(self.scale in SCALES, self, "scale", " | ".join(SCALES))
@@ -89,6 +101,12 @@ class QuantizationAware(Technique, pl.Callback):
         require(self.adapters == "apart" or self.scale != "lsq", self, "scale", "absmax | mse with adapters='merged'")
         require(not isinstance(self.skip, str), self, "skip", "a list of patterns")
         Duration.parse(self.start)
+
+    @property
+    def grid_bits(self) -> int:
+        """Of the grid on which weights are rounded; where they are rounded at all."""
+        bits = int(self.weight_bits)  # type: ignore[arg-type]
+        return bits if self.activation_bits is None else product_bits(bits, self.cpu)
 
     @classmethod
     def example(cls) -> Self:
@@ -170,7 +188,7 @@ class QuantizationAware(Technique, pl.Callback):
                 f"quantization_aware: scale='lsq' trains beside the optimizer, whose loss scaling of "
                 f"precision={trainer.precision!r} does not reach it. Use bfloat16, or scale='mse'."
             )
-        self._learned = LearnedSteps(int(self.weight_bits), self.group_size)  # type: ignore[arg-type]
+        self._learned = LearnedSteps(self.grid_bits, self.group_size)
         if self._saved:
             self._learned.load_state_dict(self._saved, module.device)
 
@@ -219,7 +237,7 @@ class QuantizationAware(Technique, pl.Callback):
     def _show(self, name: str, weight: Tensor) -> Tensor:
         if not self._acting:
             return weight
-        bits = int(self.weight_bits)  # type: ignore[arg-type]
+        bits = self.grid_bits
         if self._learned is not None:
             return self._learned.quantize(name, weight)
         adapter = self._adapter[name] if self.adapters == "merged" else None

@@ -193,6 +193,11 @@ class Group:
             self.train("tokens-broken", technique(), every=CHECKPOINT, callbacks=(Explode(CRASH),))
         return {"whole": whole, "resumed": self.train("tokens-resumed", technique(), every=2, run="tokens-broken")}
 
+    def double(self) -> dict:
+        """What rounds activations, in double precision: sums in another order then move no code to the next level."""
+        aware = technique_class("quantization_aware").example()
+        return self.train("double", aware, dropout=0.0, precision="64-true")
+
     def collectives(self) -> dict:
         """What Python asks of torch.distributed in the middle of a run, per optimizer step."""
         counts: Counter = Counter()
@@ -237,6 +242,8 @@ def main(strategy: str, folder: Path) -> None:
     cases |= {"masks": group.masks, "topology": group.topology}
     if strategy in OFFLOADS:
         cases["offload"] = group.offload
+    if strategy in ("single", "ddp"):  # DeepSpeed has no double precision
+        cases["double"] = group.double
     if strategy == "ddp":
         cases |= {"tokens": group.tokens, "collectives": group.collectives}
     found = {}

@@ -24,6 +24,11 @@ from shoestring.trainer import Trainer
 EVERY = 3  # steps between checkpoints
 
 
+def say(line: str) -> None:
+    """In one write, so that what two ranks say does not mingle."""
+    os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
 class Mishaps(pl.Callback):
     """Signals that this process sends to itself."""
 
@@ -45,7 +50,7 @@ class Mishaps(pl.Callback):
                     (self.folder / f"mishap-{number}-{trainer.global_rank}").touch(exist_ok=False)
                 except FileExistsError:
                     continue
-                print(f"rank {trainer.global_rank} at step {trainer.global_step}: {mishap['signal']}", flush=True)
+                say(f"rank {trainer.global_rank} at step {trainer.global_step}: {mishap['signal']}")
                 os.kill(os.getpid(), getattr(signal, mishap["signal"]))
 
 
@@ -111,7 +116,7 @@ if __name__ == "__main__":
     try:
         train(given.folder / "broken", techniques=tuple(chosen), mishaps=tuple(given.mishaps), **told)
     except SystemExit as ended:
-        print("rank", os.environ["LOCAL_RANK"], "ends with", ended.code, flush=True)
+        say(f"rank {os.environ['LOCAL_RANK']} ends with {ended.code}")
         raise
     again = [technique_class(name).example() for name in given.techniques]
     train(given.folder / "whole", techniques=tuple(again), **told)

@@ -51,7 +51,7 @@ def _of(technique: Technique, module: nn.Module) -> Arithmetic | None:
     if not isinstance(technique, QuantizationAware) or technique.weight_bits in OFF:
         return None
     layers = quantizable(module, technique.skip)
-    grid = Grid(int(technique.weight_bits), technique.group_size, technique.scale)  # type: ignore[arg-type]
+    grid = Grid(technique.grid_bits, technique.group_size, technique.scale)
     adapted = any(layer.adapter is not None for used in layers.values() for layer in used)
     return Arithmetic(
         {id(named[name]): grid for name in layers}, technique.activation_bits,

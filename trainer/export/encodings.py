@@ -4,6 +4,7 @@ Pure functions, tensor in, tensor out. Each encoding has its exact inverse: unpa
 for bit, and quantizing what was dequantized gives the same integers. The grids are those of training for few bits.
 
     int8      one scale per row of `axis`: 1 byte a weight, error at most half a scale
+    product   int8 as the weights of int8 matrix products have it: within 7 bits, where any CPU is to compute them
     int4      one float16 scale per 32 neighbours of a row: 4.5 bits a weight
     grid      the grid that quantization-aware training has laid over a weight: its bits, a float32 scale per group
     codebook  the few values that clustered weights share: 1, 2, 4 or 8 bits a weight and the values
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ... import ShoestringError
 from ...callbacks.compression.codebooks import LARGEST
-from ...callbacks.compression.fake_quantization import codes, highest, scales, values
+from ...callbacks.compression.fake_quantization import OffGrid, codes, highest, scales, values
 
 GROUP = 32  # neighbours that share an int4 scale
 
@@ -36,15 +37,26 @@ def quantize_int8(weight: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
     Symmetric, round to nearest even: `scale = max|w| / 127`. `axis` is the output channel: 0 of linear, convolution and
     embedding weights, 1 of transformers' Conv1D. A row of zeros has scale 1.
     """
-    found = _finite(weight).movedim(axis, 0)
-    steps = scales(found, 8)
-    shape = [-1 if dim == axis else 1 for dim in range(found.ndim)]
-    return codes(found, steps, 8).movedim(0, axis), steps.view(shape)
+    return quantize_product(weight, axis, 8)
 
 
 def dequantize_int8(values: Tensor, scale: Tensor) -> Tensor:
     """Float32 weights from `quantize_int8`."""
     return values.float() * scale
+
+
+def quantize_product(weight: Tensor, axis: int, bits: int, on_grid: bool = False) -> tuple[Tensor, Tensor]:
+    """As `quantize_int8`, with codes of `bits` bits: for int8 matrix products, see `PRODUCT_BITS`.
+
+    on_grid: rows that lie on a grid of so many bits, whatever its steps, keep it exactly, which takes 2^(bits-1) passes
+    over the weight. Where a row lies on none, all are rounded by their largest magnitudes.
+    """
+    rows = _finite(weight).movedim(axis, 0)
+    try:
+        steps = scales(rows, bits, None, "lsq" if on_grid else "absmax")
+    except OffGrid:
+        steps = scales(rows, bits)
+    return codes(rows, steps, bits).movedim(0, axis), steps.view([-1 if d == axis else 1 for d in range(rows.ndim)])
 
 
 # -- int4, a scale per group -----------------------------------------------------------------------------------------

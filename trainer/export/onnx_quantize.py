@@ -2,7 +2,7 @@
 
 ONNX Runtime quantizes what enters a product per tensor, to unsigned 8 bits with a zero point, where training by
 `quantization_aware(activation_bits=8)` does it per token and symmetrically: outputs agree to about one percent, not to
-the bit. Weights of 8 bits by absmax have the same codes; others are within half an 8-bit step.
+the bit. The weights' codes are those of training.
 Unsigned weights (QUInt8) would run at two thirds of the speed, so they are not offered.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...callbacks.compression.fake_quantization import PRODUCT_BITS, product_bits
 from .onnx_file import left, program_of, quantize_file
 from .quantize import CannotQuantize, bake, quantize_embeddings
 from .runtimes import open_session
@@ -63,6 +64,7 @@ def quantize_onnx(
     path: str | Path,
     weight_bits: int = 8,
     *,
+    cpu: str = "any",
     scale: str = "absmax",
     skip: Sequence[str] = (),
     embeddings: bool = False,
@@ -75,8 +77,9 @@ def quantize_onnx(
     Raises `CannotExport` when a linear layer did not become an int8 product.
     """
     served = copy.deepcopy(model).eval()
-    kept = left(served, bake(served, weight_bits, scale=scale, skip=skip))
+    bits = product_bits(weight_bits, cpu)
+    kept = left(served, bake(served, bits, scale=scale, skip=skip))
     if embeddings:
         quantize_embeddings(served)
-    quantize_file(export_onnx(served, example, path, dynamic), kept)
+    quantize_file(export_onnx(served, example, path, dynamic), kept, PRODUCT_BITS[cpu], on_grid=True)
     return OnnxModel(path, threads)

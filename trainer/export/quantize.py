@@ -1,8 +1,9 @@
 """A trained model with its weights in 2 to 8 bits, for inference: after quantization-aware training or without it.
 
 What each combination is on a CPU:
-  weight_bits 2-8, activation_bits 8     int8 matrix products (VNNI): torchao's kernel under `torch.compile`, or ONNX
-                                         Runtime (`onnx_quantize`), which is the faster one. One byte a weight.
+  weight_bits 2-8, activation_bits 8     int8 matrix products, fast with VNNI: torchao's kernel under `torch.compile`,
+                                         or ONNX Runtime (`onnx_quantize`), which is the faster one. One byte a weight,
+                                         of which 7 bits are used, or with cpu="vnni" all 8.
   weight_bits 2-8, activation_bits None  emulation, for accuracy studies: every forward turns the codes back into floats
                                          and multiplies those, which is slower than the float model, never faster.
                                          torchao stores one byte a weight; the bits themselves are not packed.
@@ -25,6 +26,7 @@ from ...callbacks.compression.fake_quantization import (
     OffGrid,
     check_groups,
     codes,
+    product_bits,
     quantized,
     scales,
 )
@@ -43,6 +45,7 @@ def quantize(
     activation_bits: int | None = 8,
     group_size: int | None = None,
     *,
+    cpu: str = "any",
     scale: str = "absmax",
     skip: Sequence[str] = (),
     embeddings: bool = False,
@@ -51,13 +54,14 @@ def quantize(
     """A quantized copy of `model`, in eval mode; `model` stays as it is. No calibration is needed.
 
     activation_bits: 8 quantizes what enters linear layers, one scale per token at run time; None leaves it.
-    group_size, scale, skip: as in the technique `quantization_aware`; the int8 product has one scale per output
+    cpu, group_size, scale, skip: as in the technique `quantization_aware`; the int8 product has one scale per output
     channel. "lsq" finds the grid on which that technique has left the weights, which must still be in float32.
     embeddings: their tables too, 8 bits with one scale per row. compiled: wrap in `torch.compile` where the int8 kernel
     needs it to be fast; each new input shape compiles anew.
     Raises `CannotQuantize` for what no kernel computes.
     """
     _check(weight_bits, activation_bits, group_size, scale)
+    weight_bits = weight_bits if activation_bits is None else product_bits(weight_bits, cpu)
     served = copy.deepcopy(model).eval().requires_grad_(False)
     layers = quantizable(served, skip)
     if not layers and not embeddings:
