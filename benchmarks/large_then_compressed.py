@@ -13,10 +13,10 @@ hidden layers of about 3:1, as wide as give no more bytes than the compressed mo
 trainer/export/torch_file.py (sparse weights as a bit mask and values) and scored as they are read back from there.
 
 Three controls. Same training FLOPs: the small model trains for as many more steps as its steps cost fewer FLOPs; those
-of the large one are the realised ones (callbacks/flops.py), in which masked weights cost as much as dense ones, so
-pruning makes the large model's training no cheaper and only the structured cut does. Same epochs: the small model has
-the same 200 steps. Same FLOPs, small in int8 too: the small model is rounded as well, which buys it a greater width at
-the same bytes; this is the strictest of the three, and no part of the claim.
+of the large one are the realised ones (callbacks/accounting/flops.py), in which masked weights cost as much as dense
+ones, so pruning makes the large model's training no cheaper and only the structured cut does. Same epochs: the small
+model has the same 200 steps. Same FLOPs, small in int8 too: the small model is rounded as well, which buys it a greater
+width at the same bytes; this is the strictest of the three, and no part of the claim.
 
 Differences are paired by seed: compressed minus small, in points of test accuracy, with the 95 % interval of Student's
 t. "Appears" is: large then compressed above small. Each row is judged alone; of eighteen, about one differs by chance.
@@ -38,8 +38,8 @@ from sparsity import BATCH, MLP, run, score, small_dense
 from torch import nn
 
 from shoestring.callbacks import GradualPruning, StructuredPruning
+from shoestring.callbacks.accounting.flops import FlopCounter
 from shoestring.callbacks.contract import Technique
-from shoestring.callbacks.flops import FlopCounter
 
 LARGE, STEPS, CUT = (300, 100), 200, 0.5
 # trained large model -> its technique; stored how -> (which of them, quantized to)

@@ -81,7 +81,7 @@ def measured(script: str, threads: int = 1) -> str:
     """Date, machine and versions of what runs now, and the command that does."""
     import torch
 
-    from shoestring.trainer.machine import cpu_flags, cpu_model
+    from shoestring.trainer.machine.facts import cpu_flags, cpu_model
 
     found = [flag for flag in FEATURES if flag in cpu_flags()]
     return wrapped(

@@ -10,11 +10,12 @@ was tuned. "Small dense" has hidden layers of about 3:1, as wide as give no more
 weights rounded to int8, one scale per output channel. Bytes are those of the file that trainer/export/torch_file.py
 writes, sparse where that is smaller; the accuracy is that of the model read back from it.
 
-FLOPs are of the whole training run, forward and backward, over those of the dense run. Counted (callbacks/flops.py):
-products with a masked weight times its density, gradients with respect to a masked weight in full, since the dense
-gradient is computed. Realised: what the CPU executed. Masks lie in dense tensors here, so that realised FLOPs of
-masked-dense training are 1.00x whatever was counted: no row but small dense saves time in training. What SNIP and
-SynFlow look at before the first step is not in the figures, and a lottery ticket's rounds share the steps.
+FLOPs are of the whole training run, forward and backward, over those of the dense run. Counted
+(callbacks/accounting/flops.py): products with a masked weight times its density, gradients with respect to a masked
+weight in full, since the dense gradient is computed. Realised: what the CPU executed. Masks lie in dense tensors here,
+so that realised FLOPs of masked-dense training are 1.00x whatever was counted: no row but small dense saves time in
+training. What SNIP and SynFlow look at before the first step is not in the figures, and a lottery ticket's rounds share
+the steps.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from shoestring.callbacks import SET, SNIP, GradualPruning, LotteryTicket, LRSchedule, RigL, SynFlow, TopKAST
+from shoestring.callbacks.accounting.flops import StepFlops
 from shoestring.callbacks.contract import Technique
-from shoestring.callbacks.flops import StepFlops
 
 STEPS, BATCH = 720, 100
 SPARSITIES = (0.8, 0.9, 0.98)

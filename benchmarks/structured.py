@@ -23,8 +23,8 @@ import torch
 from report import RESULTS, in_processes, measured, page, quiet, table, take_turns, wrapped
 from torch import Tensor, nn
 
-from shoestring.callbacks.cut import shrink
-from shoestring.callbacks.flops import FlopCounter
+from shoestring.callbacks.accounting.flops import FlopCounter
+from shoestring.callbacks.parameters.cut import shrink
 from shoestring.callbacks.sparsity.structured_groups import choose
 from shoestring.trainer.export.onnx_quantize import OnnxModel, export_onnx
 

@@ -14,8 +14,9 @@ from .registry import TECHNIQUES
 _HOMES = {
     "Card": "contract", "Technique": "contract", "Settings": "contract",
     "Unfit": "contract", "Misconfigured": "contract",
-    "Budget": "budget", "Clock": "clock", "Duration": "clock", "clock_of": "clock",
-    "Accountant": "accountant", "shards_of": "shards", "Measurement": "meter", "make": "registry",
+    "Budget": "accounting.budget", "Clock": "accounting.clock", "Duration": "accounting.clock",
+    "clock_of": "accounting.clock", "Accountant": "accounting.accountant", "Measurement": "accounting.meter",
+    "shards_of": "parameters.accessor", "make": "registry",
     **{home.partition(":")[2]: home.partition(":")[0] for home in TECHNIQUES.values()},
 }  # fmt: skip
 

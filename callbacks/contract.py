@@ -218,11 +218,11 @@ class Technique:
         """In a plain `pl.Trainer`: whole tensors go into Lightning's own checkpoint (collective where sharded)."""
         if not (fragments := self.fragments()):
             return
-        from .shards import shards_of
+        from .parameters.accessor import shards_of
 
-        door = shards_of(trainer, pl_module)
+        shards = shards_of(trainer, pl_module)
         checkpoint.setdefault("shoestring", {})[self.state_key] = {
-            state: {name: door.gather(name, local) for name, local in named.items()}
+            state: {name: shards.gather(name, local) for name, local in named.items()}
             for state, named in fragments.items()
         }
 
@@ -230,7 +230,7 @@ class Technique:
         """The counterpart: cut this rank's slices from the whole tensors."""
         if (wholes := checkpoint.get("shoestring", {}).get(self.state_key)) is None:
             return
-        from .shards import cut
+        from .parameters.accessor import cut
 
         self.load_fragments({state: cut(trainer, pl_module, named) for state, named in wholes.items()})
 

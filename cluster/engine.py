@@ -4,8 +4,8 @@ An engine turns a `Job` into text, gives the text to what runs it, and afterward
 command line of what people already run, so nothing has to be installed for a dry run.
 
 The protocol of a run on every engine: a task exits 0 finished, 85 saved - run me again, 86 this node is bad, anything
-else failed. A script of the job begins and ends every attempt with `python -m shoestring.cluster.attempts`, which keeps
-the record, decides what comes next, and says it in one word on its output (see attempts.py).
+else failed. A script of the job begins and ends every attempt with `python -m shoestring.cluster.node.attempts`, which
+keeps the record, decides what comes next, and says it in one word on its output.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from .config.reading import ClusterError
+from .config.sections import Section
 from .job import Job
-from .reading import ClusterError
-from .sections import Section
 
 State = Literal["queued", "running", "gone"]
 

@@ -15,9 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
+from .config.reading import ClusterError
+from .config.sections import SecretSpec
 from .job import Job, secret_sources
-from .reading import ClusterError
-from .sections import SecretSpec
 
 HIDDEN = "***"
 SECRET_NAMES = "SHOESTRING_SECRETS"  # names, comma separated; their values are taken out of what is written down

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from .reading import ClusterError
-from .sections import Cluster
+from .config.reading import ClusterError
+from .config.sections import Cluster
 
 # a warning shorter than this saves nothing: the step has to end, and a checkpoint to be written
 LEAST_LEAD = 30

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from . import attempts, environment, registry
-from .attempts import Attempt
+from . import environment, registry
+from .config.reading import ClusterError, nearest
 from .engine import Heard, JobRecord
 from .job import Job, refuse_over_cap
-from .reading import ClusterError, nearest
+from .node import attempts
+from .node.attempts import Attempt
 
 StatusName = Literal["submitted", "queued", "running", "requeued", "finished", "cancelled", "exhausted", "failed"]
 

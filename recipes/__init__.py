@@ -2,7 +2,7 @@
 
 from .dump import dump_recipe
 from .load import load_recipe, recipe_from, shipped_recipes
-from .problems import Problem, RecipeError, problem
+from .problems import Problem, RecipeError
 from .schema import BudgetSpec, Goal, Recipe, TechniqueSpec
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "TechniqueSpec",
     "dump_recipe",
     "load_recipe",
-    "problem",
     "recipe_from",
     "shipped_recipes",
 ]

@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING
 
 from .. import ShoestringError
-
-if TYPE_CHECKING:
-    from .schema import Recipe
 
 SHOWN = 60  # characters of a found value that a message repeats
 
@@ -42,15 +38,6 @@ class RecipeError(ShoestringError):
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = tuple(dict.fromkeys(problems))
         super().__init__("\n".join(str(problem) for problem in self.problems))
-
-
-def problem(recipe: Recipe, key: str, found: object, allowed: str, hint: str = "") -> Problem:
-    """A problem that only shows once the recipe meets the rest (an unknown technique, a missing column).
-
-    `key` is a dotted path, for a technique `techniques.<name>` or `techniques.<name>.<setting>`; the place is looked
-    up in the recipe. Wrap one or many: `raise RecipeError([problem(recipe, "techniques.rigl", "rigl", names)])`.
-    """
-    return Problem(recipe.where(key), key, found if isinstance(found, str) else repr(found), allowed, hint)
 
 
 def clip(text: str) -> str:

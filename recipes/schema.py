@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from pydantic_core import PydanticCustomError
 
 from . import units
+from .problems import Problem
 
 CODE = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"  # module:attr
 SLUG = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"  # also a folder's name, so no slashes and no leading dot
@@ -265,6 +266,13 @@ class Recipe(Section):
         while key and key not in self._places:
             key = key.rpartition(".")[0]
         return self._places.get(key, f"recipe {self.name}")
+
+    def problem(self, key: str, found: object, allowed: str, hint: str = "") -> Problem:
+        """A problem that only shows once the recipe meets the rest (an unknown technique, a missing column).
+
+        `key` is as of `where`, which tells the place. Wrap one or many: `raise RecipeError([recipe.problem(…)])`.
+        """
+        return Problem(self.where(key), key, found if isinstance(found, str) else repr(found), allowed, hint)
 
     @property
     def hash(self) -> str:

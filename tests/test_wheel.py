@@ -25,7 +25,8 @@ def test_the_wheel_works_outside_the_repository(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
         inside = set(archive.namelist())
-    assert {"shoestring/py.typed", "shoestring/recipes/quickstart.yaml", "shoestring/cluster/hardware.yaml"} <= inside
+    data = ("py.typed", "recipes/quickstart.yaml", "cluster/config/hardware.yaml")
+    assert {f"shoestring/{name}" for name in data} <= inside
     packages = {str(Path(n).parent) for n in files if n.endswith(".py") and n.split("/")[0] in ROOMS}
     assert {f"shoestring/{p}/__init__.py" for p in packages} <= inside, "pyproject's list of packages is incomplete"
     assert not any(name.startswith(("shoestring/tests", "shoestring/benchmarks")) for name in inside)

@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "Trainer": ".trainer", "Budget": "..callbacks.budget", "Ledger": ".ledger", "plan": ".planner", "fit": ".run",
-    "Plan": ".planner", "Report": ".run",
+    "Trainer": ".trainer", "Budget": "..callbacks.accounting.budget", "Ledger": ".ledger", "plan": ".planning.planner",
+    "fit": ".run", "Plan": ".planning.planner", "Report": ".run",
 }  # fmt: skip
 
 __all__ = sorted(_HOMES)

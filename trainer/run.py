@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..callbacks.budget import Budget
-from .planner import Plan
-from .records import Display, Records
+from ..callbacks.accounting.budget import Budget
+from .monitor.records import Display, Records
+from .planning.planner import Plan
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def quiet() -> None:
 
 
 def _evaluation(plan: Plan, task: Any) -> dict[str, Any]:
-    from .observer import NEVER
+    from .monitor.monitor import NEVER
 
     wanted = plan.recipe.evaluation
     if (task.train is not None and task.validation is None) or not (wanted.at_end or wanted.every):

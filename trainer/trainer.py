@@ -30,19 +30,19 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loops.fit_loop import _FitLoop
 
-from ..callbacks.budget import Budget
+from ..callbacks.accounting.budget import Budget
 from ..callbacks.compose import compose
 from ..callbacks.contract import Settings, Technique, Unfit
 from ..callbacks.optimization.lr_schedule import LRSchedule
-from ..cluster.hardware import hardware
-from . import checkpoint
-from .machine import facts as machine_facts
-from .machine import peak
-from .observer import Observer
-from .records import Records
-from .saving import CannotResume
-from .signals import die_with_parent, launched_here, will_launch
-from .stragglers import Stragglers
+from ..cluster.config.hardware import hardware
+from .checkpoint import format as checkpoint
+from .checkpoint.saver import CannotResume
+from .machine.facts import facts as machine_facts
+from .machine.facts import peak
+from .monitor.monitor import Observer
+from .monitor.records import Records
+from .monitor.signals import die_with_parent, launched_here, will_launch
+from .monitor.stragglers import Stragglers
 from .zero import NAMES, make_strategy
 
 

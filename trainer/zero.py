@@ -43,7 +43,7 @@ def make_strategy(
         from pytorch_lightning.strategies import DDPStrategy
 
         return DDPStrategy(process_group_backend=backend, **(options or {}))
-    from .extensions import prepare_environment
+    from .machine.extensions import prepare_environment
 
     prepare_environment(name, offload, accelerator)
     return _zero_class()(

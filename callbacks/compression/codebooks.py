@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import ShoestringError
-from ..selection import peaks
+from ..parameters.selection import peaks
 
 INITS = ("linear", "density")
 LARGEST = 256  # indices of one byte

@@ -11,10 +11,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ..blocks import blocks, hidden_of, recorded
 from ..contract import Card, Effect, Technique, Workload, require
-from ..loss_terms import Step, add_term, remove_term
-from ..outputs import Call, NoLogits, calls_of, logits_of, model_name
+from ..forward.blocks import blocks, hidden_of, recorded
+from ..forward.loss_terms import Step, add_term, remove_term
+from ..forward.outputs import Call, NoLogits, calls_of, logits_of, model_name
 from . import distillation_losses as losses
 from .logit_cache import LogitCache
 from .positions import Positions, keys_of, positions_of

@@ -11,10 +11,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ..blocks import blocks, recorded, replayed
 from ..contract import Card, Effect, Misconfigured, Technique, Workload, require
-from ..loss_terms import Step, add_term, remove_term
-from ..outputs import logits_of
+from ..forward.blocks import blocks, recorded, replayed
+from ..forward.loss_terms import Step, add_term, remove_term
+from ..forward.outputs import logits_of
 
 MEASURES = ("confidence", "entropy")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ShoestringError
-from ..layers import matches
+from ..parameters.layers import matches
 
 FIRST, SECOND = ".first.weight", ".second.weight"
 

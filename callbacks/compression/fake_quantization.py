@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import ShoestringError
-from ..forward_weights import straight_through
+from ..forward.forward_weights import straight_through
 
 SCALES = ("absmax", "mse", "lsq")
 # Bits of weights in int8 products, by the CPUs that compute these right. x86 without VNNI adds two products of an

@@ -11,7 +11,7 @@ from torch import nn
 
 from ... import ShoestringError
 from ..contract import Card, Effect, Technique, Unfit, Workload, require
-from ..layers import check_skip
+from ..parameters.layers import check_skip
 from .factors import apply_low_rank, factorable, merge_, ranks_for_budget, ranks_for_energy, singular_values
 
 log = logging.getLogger("shoestring")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..outputs import Call
+from ..forward.outputs import Call
 from .distillation_losses import target_mask
 from .logit_cache import lengths_of, sample_keys
 

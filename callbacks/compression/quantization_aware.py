@@ -9,12 +9,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ..clock import Duration, clock_of
+from ..accounting.clock import Duration, clock_of
 from ..contract import Card, Technique, Unfit, require
-from ..cut import Cut
-from ..forward_weights import ForwardWeights, straight_through
-from ..layers import Layer, check_skip, quantizable
-from ..shards import shards_of
+from ..forward.forward_weights import ForwardWeights, straight_through
+from ..parameters.accessor import shards_of
+from ..parameters.cut import Cut
+from ..parameters.layers import Layer, check_skip, quantizable
 from .fake_quantization import (
     PRODUCT_BITS,
     SCALES,

@@ -9,11 +9,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ..clock import Duration, clock_of
+from ..accounting.clock import Duration, clock_of
 from ..contract import Card, Technique, Unfit, require
-from ..forward_weights import ForwardWeights, straight_through
-from ..layers import check_skip, trained_weights
-from ..shards import Shards, shards_of
+from ..forward.forward_weights import ForwardWeights, straight_through
+from ..parameters.accessor import shards_of
+from ..parameters.layers import check_skip, trained_weights
+from ..parameters.shards import Shards
 from .codebooks import INITS, LARGEST, clustered, first_codebooks, lloyd
 
 PORTION = 2**24  # weights, with some 30 bytes each while they are sorted

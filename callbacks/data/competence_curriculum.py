@@ -11,10 +11,10 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from ..clock import Duration, clock_of
+from ..accounting.clock import Duration, clock_of
 from ..contract import Card, Technique, Unfit, derive_seed, require
-from ..samples import take_over
-from ..seeding import seeded
+from ..sampling.samples import take_over
+from ..sampling.seeding import seeded
 
 Difficulty = str | Sequence[float] | Callable[[Any], float]
 

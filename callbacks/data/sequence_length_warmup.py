@@ -8,7 +8,7 @@ from typing import Any, Self
 import pytorch_lightning as pl
 import torch
 
-from ..clock import Duration, clock_of
+from ..accounting.clock import Duration, clock_of
 from ..contract import Card, Effect, Technique, Workload, require
 
 

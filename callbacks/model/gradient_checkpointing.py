@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ..blocks import blocks
 from ..contract import Card, Effect, Technique, Unfit, Workload, require
+from ..forward.blocks import blocks
 
 MODES = ("full", "selective")
 

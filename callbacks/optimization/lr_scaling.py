@@ -7,9 +7,9 @@ from typing import Any, Self
 
 import pytorch_lightning as pl
 
-from ..clock import Duration, clock_of
+from ..accounting.clock import Duration, clock_of
 from ..contract import Card, Technique, Unfit, require
-from ..samples import GlobalBatches
+from ..sampling.samples import GlobalBatches
 
 RULES = ("auto", "linear", "sqrt")
 _NOTED = {"initial_lr", "max_lr", "min_lr"}  # what torch's schedulers write into parameter groups

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import pytorch_lightning as pl
 
-from ..clock import Duration, clock_of
+from ..accounting.clock import Duration, clock_of
 from ..contract import Card, Technique, require
 
 # progress in [0, 1] -> factor in [0, 1]; every schedule but `constant` ends at 0

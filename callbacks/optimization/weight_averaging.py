@@ -9,9 +9,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ..clock import Duration, clock_of
+from ..accounting.clock import Duration, clock_of
 from ..contract import Card, Effect, Technique, Workload, require
-from ..shards import Shards, shards_of
+from ..parameters.accessor import shards_of
+from ..parameters.shards import Shards
 
 
 def ema_(average: Tensor, weights: Tensor, decay: float) -> None:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..aside import set_apart
 from ..contract import Effect, Unfit, Workload, derive_seed, require
-from ..seeding import seeded
-from ..selection import keep_largest
-from ..shards import Shards, shards_of
+from ..forward.aside import set_apart
+from ..parameters.accessor import shards_of
+from ..parameters.selection import keep_largest
+from ..parameters.shards import Shards
+from ..sampling.seeding import seeded
 from . import distributions
 from .masks import Masking, must_find, require_distribution
 

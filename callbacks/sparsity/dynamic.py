@@ -14,9 +14,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ..clock import Duration, clock_of
+from ..accounting.clock import Duration, clock_of
 from ..contract import Effect, Unfit, Workload, derive_seed, require
-from ..shards import Shards, shards_of
+from ..parameters.accessor import shards_of
+from ..parameters.shards import Shards
 from . import distributions, saliency, schedules
 from .masks import Masking, require_distribution, select_counts, shapes_of
 

@@ -9,9 +9,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ..clock import Duration, clock_of
+from ..accounting.clock import Duration, clock_of
 from ..contract import BadSetting, Card, Effect, Workload, require
-from ..shards import Shards
+from ..parameters.shards import Shards
 from . import distributions, patterns, saliency, schedules
 from .masks import Masking, require_distribution, select, select_blocks, shapes_of
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..aside import loss_of
 from ..contract import Card
+from ..forward.aside import loss_of
 from .at_init import PruneAtInit, Weights, gradients_of
 
 

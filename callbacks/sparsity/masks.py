@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Technique, Unfit, require
-from ..layers import check_skip, trained_weights
-from ..selection import keep_largest
-from ..shards import Shards, shards_of
+from ..parameters.accessor import shards_of
+from ..parameters.layers import check_skip, trained_weights
+from ..parameters.selection import keep_largest
+from ..parameters.shards import Shards
 from . import distributions, patterns, saliency
 
 

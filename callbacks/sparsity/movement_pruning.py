@@ -9,9 +9,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ..clock import Duration, clock_of
+from ..accounting.clock import Duration, clock_of
 from ..contract import Card, Effect, Workload, require
-from ..shards import Shards
+from ..parameters.shards import Shards
 from . import saliency
 from .masks import mask_gradients, require_distribution, select
 from .schedules import between, cubic, require_ramp

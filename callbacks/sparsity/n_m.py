@@ -9,8 +9,9 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from ..contract import Card, Effect, Workload, require
-from ..forward_weights import straight_through
-from ..shards import Shards, shards_of
+from ..forward.forward_weights import straight_through
+from ..parameters.accessor import shards_of
+from ..parameters.shards import Shards
 from . import patterns
 from .soft_masks import SoftMasking
 

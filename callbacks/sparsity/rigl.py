@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Card
-from ..shards import Shards
+from ..parameters.shards import Shards
 from . import saliency
 from .dynamic import DynamicSparse
 

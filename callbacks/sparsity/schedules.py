@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..clock import Clock, Duration
+from ..accounting.clock import Clock, Duration
 from ..contract import Technique, require
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..contract import Card
-from ..shards import Shards
+from ..parameters.shards import Shards
 from .dynamic import DynamicSparse
 
 

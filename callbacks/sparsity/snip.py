@@ -9,8 +9,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ..aside import loss_of
 from ..contract import Card
+from ..forward.aside import loss_of
 from . import saliency
 from .at_init import PruneAtInit, Weights, gradients_of
 

@@ -14,8 +14,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ..forward_weights import ForwardWeights, straight_through
-from ..shards import Shards, shards_of
+from ..forward.forward_weights import ForwardWeights, straight_through
+from ..parameters.accessor import shards_of
+from ..parameters.shards import Shards
 from .masks import Pruning, complete, must_find
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ShoestringError
-from ..cut import Cut
+from ..parameters.cut import Cut
 
 INSTALL = "pip install 'shoestring[compress]'"
 # the names under which attention layers keep their projections, and what they keep about heads

@@ -10,13 +10,14 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ..aside import loss_of, set_apart
-from ..clock import Duration, clock_of
+from ..accounting.clock import Duration, clock_of
 from ..contract import Card, Effect, Technique, Unfit, Workload, require
-from ..cut import rebuild_model, tell_configurations
-from ..layers import check_skip
-from ..reshape import reshape
-from ..shards import Shards, shards_of
+from ..forward.aside import loss_of, set_apart
+from ..parameters.accessor import shards_of
+from ..parameters.cut import rebuild_model, tell_configurations
+from ..parameters.layers import check_skip
+from ..parameters.reshape import reshape
+from ..parameters.shards import Shards
 from .structured_groups import CannotTrace, choose, torch_pruning
 
 IMPORTANCES = ("magnitude", "taylor", "lasso")
@@ -224,8 +225,8 @@ class StructuredPruning(Technique, pl.Callback):
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches or not self.reshapes_next(trainer):
             return
-        door = shards_of(trainer, pl_module)
-        scores = {name: door.gather(name, local).clone() for name, local in self._saliency.items()}
+        shards = shards_of(trainer, pl_module)
+        scores = {name: shards.gather(name, local).clone() for name, local in self._saliency.items()}
 
         def chosen(masters: Mapping[str, Tensor]) -> dict[str, Any]:
             squares = scores if self.importance == "taylor" else {n: w.square() for n, w in masters.items()}

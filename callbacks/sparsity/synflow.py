@@ -12,8 +12,8 @@ from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..aside import loss_of
 from ..contract import Card, Unfit
+from ..forward.aside import loss_of
 from . import saliency, schedules
 from .at_init import PruneAtInit, Weights, gradients_of
 

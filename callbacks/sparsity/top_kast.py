@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from ..contract import Card, Effect, Workload, require
-from ..shards import Shards
+from ..parameters.shards import Shards
 from . import saliency
 from .masks import require_distribution, select
 from .soft_masks import SoftMasking

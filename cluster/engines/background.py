@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from ..config.reading import ClusterError
 from ..engine import Heard, JobRecord
 from ..job import Job
-from ..reading import ClusterError
 
 LOG = "output.log"
 POLL = 0.2  # seconds

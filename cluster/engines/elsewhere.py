@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from ..attempts import LOG, exclude
 from ..job import Job
+from ..node.attempts import LOG, exclude
 
 
 class _Dumper(yaml.SafeDumper):
@@ -54,7 +54,7 @@ def facts_file(job: Job) -> str:
 
 def node_words(job: Job, files: str) -> list[str]:
     """What a node runs, but for `--node=`, `--master=` and the interpreter in front, which are the engine's to say."""
-    return ["-m", "shoestring.cluster.node", files, f"--nodes={job.nodes}"]
+    return ["-m", "shoestring.cluster.node.run", files, f"--nodes={job.nodes}"]
 
 
 def train_words(job: Job, files: str) -> list[str]:

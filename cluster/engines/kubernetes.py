@@ -1,9 +1,9 @@
 """Kubernetes: a JobSet (or a TrainJob, where an administrator gives runtimes), driven by kubectl.
 
 Pods see none of this machine's files: their files come in a ConfigMap, secrets in a Secret, and a run is kept on a
-volume. Every pod runs `cluster/node.py`; exit code 85 and evictions restart the JobSet, everything else ends it. After
-86 (a node has failed its checks) the pods' template cannot be changed any more: launch the run again, and the new job
-leaves that node out.
+volume. Every pod runs `cluster/node/run.py`; exit code 85 and evictions restart the JobSet, everything else ends it.
+After 86 (a node has failed its checks) the pods' template cannot be changed any more: launch the run again, and the new
+job leaves that node out.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import yaml
 
-from .. import attempts
+from ..config.reading import ClusterError
 from ..engine import Heard, JobRecord, call
 from ..job import Job, secret_sources
-from ..reading import ClusterError
+from ..node import attempts
 from .background import streamed
 from .elsewhere import as_yaml, keep, there
 from .manifests import manifests, secret

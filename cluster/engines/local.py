@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..config.reading import ClusterError
+from ..config.sections import Section
 from ..job import Job
-from ..reading import ClusterError
-from ..sections import Section
 from .background import InBackground
 from .scripts import controller, node_script
 

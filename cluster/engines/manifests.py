@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..config.reading import ClusterError
 from ..job import Job
-from ..reading import ClusterError
 from .elsewhere import facts_file, there
 from .pods import NODE, command, env, grace_seconds, image, mounts, options, placement, resources, volumes
 
 RESTART_RULE = "saved_or_evicted"
-START_SECONDS = 1800  # until all pods are there; see meeting.py
+START_SECONDS = 1800  # until all pods are there; see node/rendezvous.py
 KEPT_SECONDS = 7 * 86400  # how long a finished job can still be asked about
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .. import environment
+from ..config.sections import Count, Line, Section
 from ..job import Job
-from ..sections import Count, Line, Section
 from .elsewhere import node_words, train_words
 
 FILES = "/etc/shoestring"  # where a pod finds recipe.yaml and job.json

@@ -19,11 +19,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from .. import attempts
+from ..config.reading import ClusterError
+from ..config.sections import Count, Line, Section
 from ..engine import Heard, JobRecord, call
 from ..job import Job
-from ..reading import ClusterError
-from ..sections import Count, Line, Section
+from ..node import attempts
 from . import background
 from .ray_driver import GIVES_UP, bundle
 from .scripts import WAIT, head, torchrun

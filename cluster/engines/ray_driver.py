@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .. import attempts
+from ..node import attempts
 
 POLL = 1.0  # seconds
 CHUNK = 1 << 20  # bytes of output a node hands over at a time

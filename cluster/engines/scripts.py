@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 
+from ..config.reading import ClusterError
 from ..environment import prologue, quoted
 from ..job import Job
-from ..reading import ClusterError
 
-ATTEMPTS = '"$PYTHON" -m shoestring.cluster.attempts'
+ATTEMPTS = '"$PYTHON" -m shoestring.cluster.node.attempts'
 
 # all torchrun's answers are 1 or 0, whatever its workers said: their records are read instead
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -48,7 +48,7 @@ WAIT = 'while :; do wait "$child"; code=$?; kill -0 "$child" 2>/dev/null || brea
 
 
 def node_script(job: Job) -> str:
-    """A script for the tasks of one node. What it hears on its standard input is told in `cluster/lifeline.py`."""
+    """A script for the tasks of one node. `cluster/node/heartbeat.py` tells what it hears on its standard input."""
     if job.cluster.environment.container:
         raise ClusterError(
             f"environment.container: found {job.cluster.environment.container.image}; allowed with engine "
@@ -58,10 +58,10 @@ def node_script(job: Job) -> str:
     return (
         f"{head(job, 'The tasks of one node: bash node.sh NODE_RANK MASTER_ADDRESS MASTER_PORT ATTEMPT')}"
         'command -v "$PYTHON" >/dev/null || { echo "[shoestring] $(hostname): there is no $PYTHON" >&2; exit 3; }\n'
-        '"$PYTHON" -c "import shoestring.cluster.lifeline" ||\n'
+        '"$PYTHON" -c "import shoestring.cluster.node.heartbeat" ||\n'
         '  { echo "[shoestring] $(hostname): $PYTHON cannot import shoestring" >&2; exit 3; }\n'
         'export SHOESTRING_ATTEMPT="$4"\n'
-        'exec "$PYTHON" -m shoestring.cluster.lifeline \\\n'
+        'exec "$PYTHON" -m shoestring.cluster.node.heartbeat \\\n'
         f'  --node-rank "$1" --tasks {job.devices_per_node} --lead {job.lead_seconds} --master "$2" -- \\\n'
         f'  "$PYTHON" -m torch.distributed.run --nnodes={job.nodes} --node-rank="$1" \\\n'
         f'  --nproc-per-node={job.devices_per_node} --master-addr="$2" --master-port="$3" --max-restarts=0 \\\n'
@@ -93,7 +93,7 @@ def controller(job: Job, title: str, hosts: str, engine: str) -> str:
 
 
 _CONTROLLER = r"""
-attempts() { "$PYTHON" -m shoestring.cluster.attempts "$1" "$JOB" --attempt "$SHOESTRING_ATTEMPT" "${@:2}"; }
+attempts() { "$PYTHON" -m shoestring.cluster.node.attempts "$1" "$JOB" --attempt "$SHOESTRING_ATTEMPT" "${@:2}"; }
 close() {  # note how the attempt ended, and what comes next
   answer=$(attempts end --code "$code" --pool "$(IFS=,; echo "${HOSTS[*]}")" \
     --lost "$(IFS=,; echo "${lost[*]}")" ${ending:+--cancelled} ${warned:+--warned})

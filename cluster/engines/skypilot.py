@@ -1,6 +1,6 @@
 """SkyPilot: a managed job on whatever cloud has the machines, driven by the `sky` command.
 
-Every machine runs `cluster/node.py`; SkyPilot finds new machines when spot ones are taken and after exit codes 85
+Every machine runs `cluster/node/run.py`; SkyPilot finds new machines when spot ones are taken and after exit codes 85
 (saved) and 86 (a machine has failed its checks: new ones are other ones). It gives machines no time to save when it
 ends them itself, so a cancelled job goes back to its last checkpoint.
 """
@@ -19,12 +19,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from ..config.hardware import hardware
+from ..config.reading import ClusterError
+from ..config.sections import Line, Section
 from ..engine import Heard, JobRecord, call
 from ..environment import exports, quoted, variables
-from ..hardware import hardware
 from ..job import Job
-from ..reading import ClusterError
-from ..sections import Line, Section
 from .background import streamed
 from .elsewhere import as_yaml, facts_file, node_words, there, train_words
 

@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .. import attempts
+from ..config.reading import ClusterError
+from ..config.sections import Count, Section
 from ..engine import Heard, JobRecord, call
 from ..job import Job, as_time
-from ..reading import ClusterError
-from ..sections import Count, Section
+from ..node import attempts
 from . import background
 from .slurm_script import job_script, minutes, task_script
 

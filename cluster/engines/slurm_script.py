@@ -13,9 +13,9 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from ..config.reading import ClusterError
 from ..environment import quoted
 from ..job import Job, as_time
-from ..reading import ClusterError
 from .background import LOG
 from .scripts import ATTEMPTS, WAIT, head
 

@@ -15,10 +15,10 @@ from typing import Annotated
 
 from pydantic import Field
 
+from ..config.reading import ClusterError
+from ..config.sections import Line, Section
 from ..environment import exports, quoted, variables
 from ..job import Job
-from ..reading import ClusterError
-from ..sections import Line, Section
 from .background import InBackground
 from .scripts import controller, node_script
 

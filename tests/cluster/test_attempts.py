@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoestring.cluster import attempts, ranks
+from shoestring.cluster.node import attempts, ranks
 
 HOUR = 3600.0
 

@@ -10,10 +10,10 @@ import yaml
 from jobs import engines
 
 from shoestring.cluster import ClusterError, registry
-from shoestring.cluster.file import load_cluster
+from shoestring.cluster.config.reading import MAX_BYTES
 from shoestring.cluster.job import make_job
 from shoestring.cluster.launch import rendered
-from shoestring.cluster.reading import MAX_BYTES
+from shoestring.cluster.load import load_cluster
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "malformed_clusters.txt"
 EXAMPLES = Path(__file__).parents[2] / "cluster" / "examples"

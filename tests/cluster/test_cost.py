@@ -11,7 +11,7 @@ from jobs import a_cluster, a_job
 
 from shoestring.cluster import ClusterError, launch
 from shoestring.cluster.job import make_job, refuse_over_cap, worst_case
-from shoestring.trainer.cli import main
+from shoestring.trainer.cli.app import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HOUR = 3600.0

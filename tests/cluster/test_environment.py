@@ -16,12 +16,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jobs import OPTIONS, a_cluster, a_job
 
-from shoestring.cluster import ClusterError, environment, ranks
+from shoestring.cluster import ClusterError, environment
+from shoestring.cluster.config.sections import EnvironmentSpec, SecretSpec
 from shoestring.cluster.engines.kubernetes import Kubernetes
 from shoestring.cluster.engines.pods import literal
 from shoestring.cluster.engines.skypilot import SkyPilot
 from shoestring.cluster.launch import rendered
-from shoestring.cluster.sections import EnvironmentSpec, SecretSpec
+from shoestring.cluster.node import ranks
 
 AWKWARD = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40),

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from jobs import a_job
 
-from shoestring.cluster import ClusterError, attempts, launch, registry
+from shoestring.cluster import ClusterError, launch, registry
 from shoestring.cluster.engine import JobRecord
 from shoestring.cluster.engines import kubernetes, skypilot
 from shoestring.cluster.engines.elsewhere import there
+from shoestring.cluster.node import attempts
 
 
 def record(folder: Path, engine: str = "kubernetes") -> JobRecord:

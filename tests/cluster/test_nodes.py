@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.cluster import attempts, ranks
+from shoestring.cluster.node import attempts, ranks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 FACTS = {"id": "digits-0a1b2c", "nodes": 2, "devices_per_node": 1, "hours": 1, "attempt_hours": 1, "lead_seconds": 30,
@@ -43,7 +43,7 @@ class Nodes:
         for node in (0, 1):
             place = ["--nodes=2", f"--node={node}", "--master=127.0.0.1", f"--port={port}"]
             last = ["--message", str(self.files / f"message-{node}")]
-            words = ["-m", "shoestring.cluster.node", str(self.files), *place, *last, "--", *train]
+            words = ["-m", "shoestring.cluster.node.run", str(self.files), *place, *last, "--", *train]
             env = {**os.environ, "SHOESTRING_JOB_DIR": str(self.job_dir), "SHOESTRING_NODE": f"pod-{node}",
                    "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
             words = [sys.executable, *words, "--run-dir", str(self.run_dir)]

@@ -18,7 +18,7 @@ from processes import free_port
 from ray_cluster import Nodes, mentioned, ray_cluster, until
 from slow_job import STATES, write_recipe
 
-from shoestring.cluster import attempts
+from shoestring.cluster.node import attempts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launched_jobs import Job, Launcher, end_all, wait_for
 
-from shoestring.cluster import ranks
+from shoestring.cluster.node import ranks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 

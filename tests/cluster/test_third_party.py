@@ -13,7 +13,7 @@ ENGINE = '''
 """Runs a job by carrier pigeon."""
 
 from shoestring.cluster.engine import Heard
-from shoestring.cluster.sections import Section
+from shoestring.cluster.config.sections import Section
 
 
 class Options(Section):

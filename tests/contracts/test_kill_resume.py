@@ -26,7 +26,7 @@ from shoestring.callbacks.compose import compose
 from shoestring.callbacks.contract import Unfit
 from shoestring.callbacks.registry import names, technique_class
 from shoestring.trainer import Budget, Trainer
-from shoestring.trainer.checkpoint import DamagedCheckpoint
+from shoestring.trainer.checkpoint.format import DamagedCheckpoint
 from shoestring.trainer.ledger import read
 
 pytestmark = [

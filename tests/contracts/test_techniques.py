@@ -11,8 +11,8 @@ from toy import ACCUMULATE, STEPS, Explode, Exploded, fingerprint, held_out, loa
 
 from shoestring.callbacks.compose import compose
 from shoestring.callbacks.contract import PARTS, SAVINGS, Settings, Technique, Unfit
+from shoestring.callbacks.parameters.accessor import shards_of
 from shoestring.callbacks.registry import all_cards, make, names, technique_class
-from shoestring.callbacks.shards import shards_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from shoestring.trainer.cli import main
+from shoestring.trainer.cli.app import main
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:

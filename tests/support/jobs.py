@@ -6,8 +6,8 @@ from pathlib import Path
 import yaml
 
 from shoestring.cluster import registry
-from shoestring.cluster.file import load_cluster
 from shoestring.cluster.job import make_job
+from shoestring.cluster.load import load_cluster
 
 RECIPE = """\
 name: digits

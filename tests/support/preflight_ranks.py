@@ -13,9 +13,9 @@ import torch
 import train_script
 from processes import last_words, run
 
-from shoestring.cluster import preflight as cluster_preflight
-from shoestring.cluster.sections import PreflightSpec
-from shoestring.trainer.launched import as_task, preflight
+from shoestring.cluster.config.sections import PreflightSpec
+from shoestring.cluster.preflight.check import check as cluster_preflight
+from shoestring.trainer.jobs.worker import as_task, preflight
 
 
 def make_job(folder: Path, nodes: int, devices: int = 1, **limits: object) -> Path:

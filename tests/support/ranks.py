@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from toy import ACCUMULATE, DEVICE, STEPS, Explode, Exploded, fingerprint, held_out, loader, toy
 
 from shoestring.callbacks.contract import Technique
+from shoestring.callbacks.parameters.accessor import shards_of
 from shoestring.callbacks.registry import make, names, technique_class
-from shoestring.callbacks.shards import shards_of
 from shoestring.trainer import Trainer
 from shoestring.trainer.ledger import read
 

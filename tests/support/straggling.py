@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from toy import ACCUMULATE, Toy, Words, toy
 
 from shoestring.trainer import Trainer
-from shoestring.trainer.stragglers import Stragglers
+from shoestring.trainer.monitor.stragglers import Stragglers
 
 USUAL = 0.015  # seconds of a forward pass, and of reading a micro-batch
 

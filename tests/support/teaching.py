@@ -13,7 +13,7 @@ from toy import DEVICE, LENGTH, STEPS, VOCAB, Toy, fingerprint, loader, toy
 
 from shoestring.callbacks.compression.distillation import Distillation
 from shoestring.trainer import Trainer
-from shoestring.trainer.extensions import prepare_environment
+from shoestring.trainer.machine.extensions import prepare_environment
 
 EPOCH = 18  # steps, of four of 72 samples
 WIDE = 400  # its square is above DeepSpeed's 100 000 elements, below which a parameter is not cut

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ...callbacks.compression.quantization_aware import OFF, QuantizationAware
 from ...callbacks.compression.weight_clustering import WeightClustering
-from ...callbacks.layers import quantizable, trained_weights
+from ...callbacks.parameters.layers import quantizable, trained_weights
 from ...callbacks.registry import make
 from .encodings import Codebook, Grid
 

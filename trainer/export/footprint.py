@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...callbacks.flops import FlopCounter, Flops
+from ...callbacks.accounting.flops import FlopCounter, Flops
 from .runtimes import Batch, eager, needed
 from .trained import CannotExport
 

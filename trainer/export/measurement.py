@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..ledger import Journal, Ledger, next_attempt
-from ..machine import facts
+from ..machine.facts import facts
 from . import metrics
 from .footprint import forward_flops, onnx_parameters, parameters, peak_memory
 from .quality import quality
@@ -159,7 +159,7 @@ def _memory(subject: Subject, wish: Wish) -> dict[str, int]:
 
 
 def _watts() -> float | None:
-    from ...cluster import hardware
+    from ...cluster.config.hardware import hardware
 
     name = facts().hardware
     return hardware(name).watts if name else None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ShoestringError
-from ...callbacks.layers import quantizable
+from ...callbacks.parameters.layers import quantizable
 from ...callbacks.sparsity.saliency import wanda
 
 METHODS = ("magnitude", "wanda", "sparsegpt")

@@ -30,7 +30,7 @@ from ...callbacks.compression.fake_quantization import (
     quantized,
     scales,
 )
-from ...callbacks.layers import quantizable
+from ...callbacks.parameters.layers import quantizable
 
 INSTALL = "pip install 'torchao>=0.18'"
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...callbacks.seeding import seeded
-from ..machine import multiplies_bytes
+from ...callbacks.sampling.seeding import seeded
+from ..machine.facts import multiplies_bytes
 from .trained import CannotExport, Trained
 
 Batch = dict[str, Tensor]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from time import perf_counter, process_time
 from typing import Any
 
-from ...callbacks.energy import EnergyMeter
+from ...callbacks.accounting.energy import EnergyMeter
 
 ROUNDS, ROUND_SECONDS, MIN_CALLS = 7, 0.1, 3
 

@@ -135,7 +135,7 @@ def rebuilt(recipe: Recipe, run_dir: Path, run_id: str = "") -> Trained:
 def _reshape(module: nn.Module, recipe: Recipe, run_dir: Path) -> None:
     """The shapes that techniques gave the model while it trained, as the newest checkpoint tells them."""
     from ...callbacks.registry import make
-    from .. import checkpoint
+    from ..checkpoint import format as checkpoint
 
     folder, _ = checkpoint.newest_intact(run_dir / "checkpoints")
     states = checkpoint.read_state(folder / "state.pt")["callbacks"] if folder else {}

@@ -1,6 +1,6 @@
 """Tasks: from a recipe to a LightningModule and its data.
 
-`build_task(recipe, workdir=...)` is the door; the names below load torch only when they are first used.
+`build_task(recipe, workdir=...)` is the entry; the names below load torch only when they are first used.
 """
 
 from __future__ import annotations

@@ -1,0 +1,262 @@
+"""Stop exactly when the budget ends, annealed: the horizon is planned in steps and re-planned from measured cost.
+
+A budget has any of the limits below; the first one exhausted ends the run. Time, money and energy are not known in
+steps beforehand, so the guard turns them into a last step, again and again: last = step + (limit - spent - reserve) /
+cost of a step. The reserve is what must still happen after the last step: the final checkpoint and evaluation. Every
+schedule reads progress towards that last step, so the learning rate is at its floor when it comes
+(budgeted training: arXiv 1905.04753).
+
+This module imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+from ... import ShoestringError
+from .clock import Clock, Spend
+
+
+class ImpossibleBudget(ShoestringError):
+    """A budget that no run can respect."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Ceilings of a run; the first one reached ends it. `None` means no limit.
+
+    usd, kwh             money and energy of all attempts
+    hours, device_hours  wall time of all attempts, and that x devices
+    tokens, samples, steps, flops   work done by the run, all ranks together
+    """
+
+    usd: float | None = None
+    hours: float | None = None
+    device_hours: float | None = None
+    tokens: float | None = None
+    samples: float | None = None
+    steps: float | None = None
+    flops: float | None = None
+    kwh: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.given().items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ImpossibleBudget(f"budget {name}={value!r}: a limit is a positive number")
+            if name in ("steps", "samples", "tokens") and value < 1:
+                raise ImpossibleBudget(f"budget {name}={value!r}: there is no less than one")
+
+    def given(self) -> dict[str, float]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def limits(self) -> dict[str, float]:
+        """Limits in the clock's units: hours become seconds, device-hours stay hours."""
+        return {("seconds" if k == "hours" else k): (v * 3600 if k == "hours" else v) for k, v in self.given().items()}
+
+    def __bool__(self) -> bool:
+        return bool(self.given())
+
+
+def refuse_uncounted(limits: Mapping[str, float], first: Spend) -> None:
+    """`ImpossibleBudget` if the `first` step counted nothing of what is limited: such a run would never end."""
+    for name, why in _UNCOUNTED.items():
+        if name in limits and first.get(name) <= 0:
+            raise ImpossibleBudget(f"budget {name}={limits[name]:g}: {why}")
+
+
+_UNCOUNTED = {
+    "tokens": "the batches of the first step have no 'input_ids' to count. Budget samples or steps instead.",
+    "samples": "the batches of the first step hold no tensor whose first dimension could be counted. Budget steps.",
+    "flops": "the first step ran no matrix product that is counted. Budget steps, or let the accountant count_flops.",
+}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """When a budget ends, as seen from one step."""
+
+    last: int  # the last step that fits
+    binding: str  # the limit that decides
+
+
+class Guard:
+    """Turns spend into the last step that fits. Pure bookkeeping: rank 0 owns one, every rank follows its word.
+
+    `lag`: how many steps late a decision is heard and the ranks' sums are known (0 alone, 1 with company).
+    `reserve_seconds`: what must still happen after the last step: the final evaluation and checkpoint.
+    `pauses`: those to come before it, as name -> (every so many steps, seconds each).
+
+    The plan moves rarely: a step's cost jitters, and every move bends the schedules. A move is made when it is worth
+    `HYSTERESIS` of what remains, and after one move the next waits until only `PACE` of that is left, unless it is a
+    `LEAP`. So a run of n steps moves its end about log(n) / log(1 / PACE) times, and freely in its last few steps.
+    """
+
+    WINDOW = 100  # steps whose cost is remembered
+    FAR = 200  # steps from the end, where looking at every eighth is enough
+    MILE = 3  # the last steps, which are counted at what a dear one costs
+    HYSTERESIS, PACE, LEAP = 0.02, 0.8, 0.2
+
+    def __init__(self, limits: Mapping[str, float], lag: int = 0) -> None:
+        self.limits = dict(limits)
+        self.lag = lag
+        self.reserve_seconds = 0.0
+        self.pauses: dict[str, tuple[float, float]] = {}
+        self._costs: dict[str, deque[float]] = {name: deque(maxlen=self.WINDOW) for name in (*limits, "seconds")}
+        self._seen: dict[str, float] = {}
+        self._unfallen = dict.fromkeys(self._costs, 0)  # steps since a cost was lower than the one before
+        self._warming = set(_MEASURED)  # their only cost so far is the first step's, which also warms up
+        self._paced = math.inf  # steps that remained after the last move
+
+    # -- measuring --------------------------------------------------------------------------------------------------
+    def observe(self, clock: Clock) -> None:
+        """Note what the step that just ended has cost. Called once a step."""
+        for name, costs in self._costs.items():
+            total = clock.spend.get(name)
+            if name in self._seen:
+                if self.lag and name in _SUMMED and total == self._seen[name]:
+                    continue  # the ranks' sums are still under way
+                if costs and name in self._warming:
+                    costs.clear()
+                    self._warming.remove(name)
+                cost = total - self._seen[name]
+                self._unfallen[name] = 1 if costs and cost < costs[-1] else self._unfallen[name] + 1
+                costs.append(cost)
+            self._seen[name] = total
+
+    def skip(self, clock: Clock) -> None:
+        """A pause has ended (evaluation, checkpoint): it is spent, but it is not the cost of a step."""
+        for name in self._costs:
+            if name in _MEASURED or name not in self._seen:
+                self._seen[name] = clock.spend.get(name)
+
+    def step_seconds(self) -> float:
+        """What a step takes lately; 0 while none has been measured."""
+        return _mean(self._costs["seconds"])
+
+    # -- forecasting ------------------------------------------------------------------------------------------------
+    def forecast(self, clock: Clock) -> Forecast | None:
+        """The last step that fits, or None while no step has been measured."""
+        best: Forecast | None = None
+        for name, limit in self.limits.items():
+            last = self._last(name, limit, clock)
+            if last is not None and (best is None or last < best.last):
+                best = Forecast(last, name)
+        return best
+
+    def _last(self, name: str, limit: float, clock: Clock) -> int | None:
+        if name == "steps":
+            return int(limit)
+        costs = self._costs[name]
+        each = costs[-1] if costs and self._grows(name) else _mean(costs)
+        if each <= 0:
+            return None
+        fits = self._fits(name, limit, clock, each)
+        if fits > self.WINDOW:
+            return clock.step + fits
+        surely = self._fits(name, limit, clock, self._dear(name))
+        # counted amounts are never exceeded; of measured ones a rare dear step is no reason to creep for long
+        near = min(fits, surely) if name in _COUNTED else fits
+        return clock.step + (surely if near <= self.MILE + self.lag else fits)
+
+    def _fits(self, name: str, limit: float, clock: Clock, each: float) -> int:
+        """How many more steps fit at `each`, with the pauses between them and what comes after the last."""
+        per_second = self._per_second(name, clock)
+        late = self.lag * each if name in _SUMMED else 0.0
+        left = limit - clock.spend.get(name) - late - per_second * self.reserve_seconds
+        most = max(0, min(math.floor(left / each), _FAR))
+        if not per_second or not self.pauses:
+            return most
+        if most > 10 * self.WINDOW:  # far away an average will do
+            paused = sum(seconds / every for every, seconds in self.pauses.values())
+            return min(_FAR, math.floor(max(0.0, left) / (each + per_second * paused)))
+
+        def cost(steps: int) -> float:
+            paused = sum(seconds * _between(clock.step, steps, every) for every, seconds in self.pauses.values())
+            return steps * each + per_second * paused
+
+        return max(0, bisect_right(range(most + 1), left, key=cost) - 1)
+
+    def _dear(self, name: str) -> float:
+        """What a step may cost: of measured amounts the dearest tenth, of counted ones the most there can be."""
+        costs = list(self._costs[name])
+        if name in _MEASURED:
+            return max(_mean(costs), sorted(costs)[-max(1, len(costs) // 10)])
+        if not self._grows(name):
+            return max(costs)
+        rise = max((after - before for before, after in pairwise(costs)), default=0.0)
+        return costs[-1] + (1 + 2 * self.lag) * rise
+
+    def _grows(self, name: str) -> bool:
+        """Whether a counted cost has not fallen for as long as is remembered: it is constant, or warms up."""
+        return name in _COUNTED and self._unfallen[name] >= len(self._costs[name])
+
+    def _per_second(self, name: str, clock: Clock) -> float:
+        """What a second costs, of amounts that run on while no step is made."""
+        if name not in _MEASURED:
+            return 0.0
+        if name in self._warming:
+            return clock.spend.get(name) / max(clock.spend.seconds, 1e-9)
+        return _mean(self._costs[name]) / max(_mean(self._costs["seconds"]), 1e-9)
+
+    def is_overrun(self, clock: Clock, seconds: float) -> bool:
+        """Whether so many seconds more would go over a limit of time, money or energy."""
+        share = 1 + seconds / max(clock.spend.seconds, 1e-9)
+        return any(name in _MEASURED and clock.spend.get(name) * share > limit for name, limit in self.limits.items())
+
+    # -- deciding ---------------------------------------------------------------------------------------------------
+    def decide(self, clock: Clock) -> int | None:
+        """A new last step, if the end should move; otherwise None. While the end is far it is asked now and then."""
+        if clock.horizon is not None and clock.horizon - clock.step > self.FAR and clock.step % 8:
+            return None
+        forecast = self.forecast(clock)
+        if forecast is None:
+            return None
+        heard = clock.step + self.lag  # the first step at which the run could stop
+        last, planned = max(forecast.last, heard), clock.horizon
+        if planned is not None and not self._moves(last, planned, heard, clock.step):
+            return None
+        self._paced = last - clock.step
+        return last
+
+    def _moves(self, last: int, planned: int, heard: int, step: int) -> bool:
+        if planned <= heard or last == planned:
+            return False
+        if last == heard:
+            return True
+        remaining, moved = planned - step, abs(last - planned)
+        if moved < self.HYSTERESIS * remaining:
+            return False
+        return remaining <= self.PACE * self._paced or moved >= self.LEAP * remaining
+
+    # -- state: counted amounts repeat exactly after a resume, measured ones are measured anew -------------------------
+    def state_dict(self) -> dict[str, Any]:
+        counted = {name: list(costs) for name, costs in self._costs.items() if name in _COUNTED}
+        return {"costs": counted, "unfallen": dict(self._unfallen), "paced": self._paced}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, costs in state["costs"].items():
+            if name in self._costs:
+                self._costs[name].extend(costs)
+                self._unfallen[name] = state["unfallen"][name]
+        self._paced = state["paced"]
+
+
+_MEASURED = frozenset({"seconds", "device_hours", "usd", "kwh"})  # and noisy
+_COUNTED = frozenset({"samples", "tokens", "flops"})
+_SUMMED = _COUNTED | {"kwh"}  # over ranks
+_FAR = 10**12
+
+
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _between(step: int, steps: int, every: float) -> float:
+    """How many multiples of `every` lie from `step`, whose pause is still to come, to before `step + steps`."""
+    return (step + steps - 1) // every - (step - 1) // every if steps > 0 else 0.0

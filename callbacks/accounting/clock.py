@@ -1,0 +1,237 @@
+"""One clock for every schedule: what has been spent, and how far along the run is.
+
+What the clock counts
+  steps, samples, tokens   work that is part of the trained weights. Steps lost to a crash are done again and counted
+                           once here, but their time, money and energy stay spent.
+  seconds                  wall time of every attempt from the moment `fit` is entered (from process start under the
+                           command line) to its end: start-up, steps, waiting for data, evaluation and checkpoints.
+  device_seconds, usd      seconds x devices, and that x the price: what a bill counts.
+  flops, kwh               executed matrix FLOPs (recomputation included) and energy, summed over ranks.
+
+`progress` in [0, 1] is the share of the run that is done. It is a function of the step and of the recorded horizons
+alone, so every rank sees the same value without talking, and replaying the horizons replays the run.
+
+This module imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from ... import ShoestringError
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+# unit as written -> (what is counted, factor to the base unit)
+UNITS: dict[str, tuple[str, float]] = {
+    "%": ("progress", 0.01),
+    "step": ("steps", 1), "steps": ("steps", 1),
+    "epoch": ("epochs", 1), "epochs": ("epochs", 1),
+    "sample": ("samples", 1), "samples": ("samples", 1),
+    "token": ("tokens", 1), "tokens": ("tokens", 1),
+    "s": ("seconds", 1), "sec": ("seconds", 1), "second": ("seconds", 1), "seconds": ("seconds", 1),
+    "min": ("seconds", 60), "minute": ("seconds", 60), "minutes": ("seconds", 60),
+    "h": ("seconds", 3600), "hour": ("seconds", 3600), "hours": ("seconds", 3600),
+    "day": ("seconds", 86400), "days": ("seconds", 86400),
+    "$": ("usd", 1), "usd": ("usd", 1),
+    "kwh": ("kwh", 1), "wh": ("kwh", 1e-3),
+    "flop": ("flops", 1), "flops": ("flops", 1),
+}  # fmt: skip
+# amounts that differ between ranks and attempts: a schedule may not depend on them directly
+MEASURED = frozenset({"seconds", "usd", "kwh", "flops"})
+
+_PATTERN = re.compile(r"^\s*(\$)?\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([A-Za-z%$]*)\s*$")
+
+
+class BadDuration(ShoestringError):
+    """A duration that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Duration:
+    """An amount of one thing the clock counts: `Duration.parse("200 steps")`, `"$5"`, `"40%"` (of the budget)."""
+
+    amount: float
+    counts: str  # steps, epochs, samples, tokens, seconds, usd, kwh, flops or progress
+
+    @classmethod
+    def parse(cls, text: str | Duration) -> Duration:
+        if isinstance(text, Duration):
+            return text
+        match = _PATTERN.match(text) if isinstance(text, str) else None
+        unit = (match[1] or match[3] or "").lower() if match else ""
+        if match is None or unit not in UNITS or (match[1] and match[3]):
+            raise BadDuration(
+                f"{text!r} is not a duration; write a number and one of "
+                f"{', '.join(sorted(set(UNITS)))}, as in '200 steps', '30 min', '$5' or '40%'"
+            )
+        counts, factor = UNITS[unit]
+        return cls(float(match[2]) * factor, counts)
+
+
+@dataclass
+class Spend:
+    """Cumulative amounts of a run, all ranks and attempts together."""
+
+    steps: float = 0
+    samples: float = 0
+    tokens: float = 0
+    seconds: float = 0
+    device_seconds: float = 0
+    usd: float = 0
+    flops: float = 0
+    flops_counted: float = 0
+    kwh: float = 0
+
+    def get(self, counts: str) -> float:
+        return self.device_seconds / 3600 if counts == "device_hours" else float(getattr(self, counts))
+
+    def minus(self, other: Spend) -> Spend:
+        """What has come since `other`."""
+        before = other.as_dict()
+        return Spend(**{name: amount - before[name] for name, amount in self.as_dict().items()})
+
+    def as_dict(self) -> dict[str, float]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Spend:
+        return cls(**{f.name: values.get(f.name, 0) for f in fields(cls)})
+
+
+@dataclass
+class Clock:
+    """What everyone reads. Only the run's one observer writes it (see `accountant.py`)."""
+
+    spend: Spend = field(default_factory=Spend)
+    limits: dict[str, float] = field(default_factory=dict)  # as in Budget: usd, seconds, tokens, …
+    horizons: list[tuple[int, float, int]] = field(default_factory=list)  # (from step, progress there, last step)
+    steps_per_epoch: float | None = None
+    step: int = 0  # finished optimizer steps
+    counted: dict[str, float] = field(default_factory=dict)  # tokens and samples as schedules see them: see `count`
+    follows_trainer: bool = False  # in a plain `pl.Trainer`, which counts its own steps
+
+    @property
+    def horizon(self) -> int | None:
+        """The step at which the run ends, as planned now."""
+        return self.horizons[-1][2] if self.horizons else None
+
+    def replan(self, step: int, last: int) -> None:
+        """From `step` on, plan to end at `last`. Progress stays continuous and never falls."""
+        self.horizons.append((step, self.progress_at(step), max(last, step)))
+
+    def end_by_spend(self) -> int:
+        """Where the run would end under its limits if steps went on to cost what they have cost so far."""
+        ends = [
+            limit if name == "steps" else self.step * limit / self.spend.get(name)
+            for name, limit in self.limits.items()
+            if name == "steps" or self.spend.get(name) > 0
+        ]
+        return int(min(ends, default=self.step))
+
+    def stretch(self, last: int) -> None:
+        """Another budget: plan as if the run had been meant to end at `last` from its start. Progress may jump."""
+        self.horizons = [(0, 0.0, max(last, self.step))]
+
+    def progress_at(self, step: float, seen: float | None = None) -> float:
+        """Progress before optimizer step `step` (fractions of a step are allowed), as planned at step `seen` (now)."""
+        known = step if seen is None else max(0, min(step, seen))
+        for start, there, last in reversed(self.horizons):
+            if known >= start:
+                if step >= last:
+                    return 1.0
+                return there + (1.0 - there) * (step - start) / (last - start)
+        return 0.0
+
+    @property
+    def progress(self) -> float:
+        return self.progress_at(self.step)
+
+    def toward(self, duration: Duration, step: float | None = None, seen: float | None = None) -> float:
+        """How much of `duration` has passed before `step` (default: now), in [0, 1].
+
+        Who asks ahead of time, as loaders do, gives a step `seen` that has passed whenever it asks: then the answer is
+        the same in every rerun, wherever the plan was moved in between.
+        """
+        step = self.step if step is None else step
+        if duration.counts in MEASURED:
+            duration = self.as_progress(duration)
+        if duration.amount <= 0:
+            return 1.0
+        done: float
+        if duration.counts == "progress":
+            done = self.progress_at(step, seen)
+        elif duration.counts == "steps":
+            done = step
+        elif duration.counts == "epochs":
+            if not self.steps_per_epoch:
+                raise BadDuration("this run has no epochs; give the duration in steps or percent")
+            done = step / self.steps_per_epoch
+        elif self.follows_trainer:
+            raise BadDuration(f"nobody counts {duration.counts} in this trainer; add callbacks=[..., Accountant()]")
+        else:
+            done = self.counted.get(duration.counts, self.spend.get(duration.counts))
+        return min(1.0, done / duration.amount)
+
+    def count(self) -> None:
+        """Let schedules see the tokens and samples of `spend`: those through the step before, in company and alone.
+
+        Ranks learn their sums a step late, and at once where they save. Always late is the same in every rerun.
+        """
+        self.counted = {"tokens": self.spend.tokens, "samples": self.spend.samples}
+
+    def as_progress(self, duration: Duration) -> Duration:
+        """A measured duration as its share of the budget, on which all ranks agree."""
+        limit = self.limits.get(duration.counts)
+        if not limit:
+            raise BadDuration(
+                f"a schedule cannot wait for {duration.counts}: ranks and reruns would disagree. "
+                f"Give it in steps, tokens, samples, epochs or percent, or set a budget of {duration.counts}."
+            )
+        return Duration(duration.amount / limit, "progress")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "spend": self.spend.as_dict(),
+            "limits": dict(self.limits),
+            "horizons": [list(h) for h in self.horizons],
+            "step": self.step,
+            "counted": dict(self.counted),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.spend = Spend.from_dict(state["spend"])
+        self.limits = {name: float(limit) for name, limit in state["limits"].items()}
+        self.horizons = [(int(a), float(b), int(c)) for a, b, c in state["horizons"]]
+        self.step = int(state["step"])
+        self.counted = dict(state["counted"])
+
+
+def clock_of(trainer: pl.Trainer) -> Clock:
+    """The clock of this run. A plain `pl.Trainer` gets one that ends at its own `max_steps` or `max_epochs`."""
+    clock = getattr(trainer, "_shoestring_clock", None)
+    if clock is None:
+        clock = Clock(follows_trainer=True)
+        trainer._shoestring_clock = clock  # type: ignore[attr-defined]
+    if clock.follows_trainer:
+        _follow(trainer, clock)
+    return clock
+
+
+def _follow(trainer: pl.Trainer, clock: Clock) -> None:
+    """Keep the clock of a trainer that is not ours up to date: its step, and the end it was given."""
+    clock.step = trainer.global_step
+    clock.spend.steps = clock.step
+    if clock.horizons:
+        return
+    batches = trainer.num_training_batches
+    per_epoch = -(-batches // trainer.accumulate_grad_batches) if batches not in (0, float("inf")) else 0
+    clock.steps_per_epoch = per_epoch or None
+    ends = [trainer.max_steps] if trainer.max_steps and trainer.max_steps > 0 else []
+    if per_epoch and trainer.max_epochs and trainer.max_epochs > 0:
+        ends.append(int(per_epoch * trainer.max_epochs))
+    if ends:
+        clock.horizons = [(0, 0.0, min(ends))]

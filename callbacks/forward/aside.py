@@ -1,0 +1,56 @@
+"""Run a module's own training step aside from training: to score weights, or to trace what depends on what."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ... import ShoestringError
+
+LOGS = ("log", "log_dict")
+
+
+class NoLoss(ShoestringError):
+    """A training step that returns no loss."""
+
+
+@contextmanager
+def set_apart(module: pl.LightningModule) -> Iterator[None]:
+    """Inside, `training_step` logs nothing; buffers, modes and attributes that it adds are afterwards as they were."""
+    buffers = [(part, dict(part._buffers)) for part in module.modules()]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    modes = [(part, part.training) for part in module.modules()]
+    before = set(vars(module))
+    shadowed = {name: vars(module)[name] for name in LOGS if name in vars(module)}
+    for name in LOGS:
+        vars(module)[name] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        for left in set(vars(module)) - before:
+            delattr(module, left)
+        vars(module).update(shadowed)
+        for part, own in buffers:
+            part._buffers.update(own)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+        for part, training in modes:
+            part.training = training
+
+
+def loss_of(module: pl.LightningModule, batch: Any) -> Tensor:
+    """The loss of the module's training step on `batch`."""
+    given = copy.copy(batch) if isinstance(batch, dict) else batch  # which a step may take apart
+    step: Callable[..., Any] = module.training_step
+    out = step(given, 0)
+    loss = out["loss"] if isinstance(out, Mapping) else out
+    if not isinstance(loss, Tensor):
+        raise NoLoss(f"training_step returned {type(loss).__name__} and no loss")
+    return loss

@@ -1,0 +1,1 @@
+"""Parameters wherever they lie: the sharded-state accessor, which layers there are, and cuts of them."""

@@ -1,0 +1,41 @@
+"""Which sharded-state accessor a run has: its strategy decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from .shards import NoShard, Shards
+
+
+def shards_of(trainer: pl.Trainer, module: pl.LightningModule) -> Shards:
+    """The sharded-state accessor of this run. Cheap after the first call; valid from `on_fit_start` to the end."""
+    found = getattr(trainer, "_shoestring_shards", None)
+    if found is None or found[0] is not trainer.strategy.model:
+        found = (trainer.strategy.model, _open(trainer, module))
+        trainer._shoestring_shards = found  # type: ignore[attr-defined]
+    return found[1]
+
+
+def cut(trainer: pl.Trainer, module: pl.LightningModule, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's slices of whole tensors, by parameter name. Also before the strategy has set up its model."""
+    if getattr(trainer.strategy, "zero_stage_3", None) is None:  # not DeepSpeed: every rank holds everything
+        return {name: whole.reshape(-1) for name, whole in wholes.items()}
+    found = shards_of(trainer, module)
+    return {name: found.slices[name].cut(whole).clone() for name, whole in wholes.items()}
+
+
+def _open(trainer: pl.Trainer, module: pl.LightningModule) -> Shards:
+    engine = getattr(trainer.strategy, "deepspeed_engine", None)
+    if engine is None:
+        if any(type(p).__name__ == "DTensor" for p in module.parameters()):
+            raise NoShard("parameters sharded as DTensor are not reachable yet; use ddp or zero1/2/3")
+        return Shards(module, list(trainer.optimizers))
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        raise NoShard("DeepSpeed stage 0 keeps no masters; use ddp, or zero1")
+    from .zero_shards import Zero3Shards, Zero12Shards
+
+    return Zero3Shards(module, engine) if stage == 3 else Zero12Shards(module, engine)

@@ -1,0 +1,134 @@
+"""The sharded-state accessor: weights, gradients, optimizer state under one device, DDP and ZeRO-1/2/3 (offload too).
+
+Under every strategy each rank holds, of every trainable parameter, one contiguous slice of its flattened elements:
+all of it on one device and under DDP, a piece (maybe empty) under ZeRO. The accessor gives that slice of the master
+weight, of the gradient and of each optimizer state as a 1-D view: what is written there is what the optimizer uses.
+
+Two facts make local edits exact without communication:
+  * edits made at the accumulation boundary, before the step, reach every copy, because the step itself refreshes the
+    low-precision and the gathered weights from the masters (an edit of `p.data` is undone by the next step);
+  * an element whose weight, gradient and state are zero stays exactly zero under every element-wise optimizer.
+
+In ZeRO a gradient exists only between backward and step, so techniques act in `on_before_optimizer_step` and ask
+`at_boundary()` first: Lightning calls that hook on every micro-batch under DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import ShoestringError
+
+
+class NoShard(ShoestringError):
+    """The strategy keeps its parameters where no accessor can reach."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which elements of a flattened parameter this rank holds: [offset, offset + length) of `numel`."""
+
+    offset: int
+    length: int
+    shape: torch.Size
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This rank's elements of a tensor shaped like the parameter."""
+        return whole.reshape(-1)[self.offset : self.offset + self.length]
+
+
+class Shards:
+    """One device and DDP: every rank holds everything, and the parameter is its own master.
+
+    `parameters` are the trainable ones by name; `slices` says what this rank holds of each.
+    """
+
+    replicated = True  # every rank holds all elements
+
+    def __init__(self, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+        self.optimizers = optimizers
+        self.slices = {name: self._slice(p) for name, p in self.parameters.items()}
+
+    # -- views of this rank's slice ----------------------------------------------------------------------------------
+    def master(self, name: str) -> Tensor:
+        """The weights the optimizer updates, [length]."""
+        return self.parameters[name].data.view(-1)
+
+    def gradient(self, name: str) -> Tensor | None:
+        """The averaged gradient of the whole global batch, [length]; None where there is none. At the boundary only."""
+        grad = self.parameters[name].grad
+        return None if grad is None else grad.view(-1)
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Optimizer states that go element by element with the parameter (exp_avg, …), each [length]."""
+        p = self.parameters[name]
+        return {k: v.view(-1) for k, v in self._entries(p).items() if torch.is_tensor(v) and v.shape == p.shape}
+
+    def scalars(self, name: str) -> dict[str, Any]:
+        """The optimizer's other states of this parameter: step counts, factored moments."""
+        p = self.parameters[name]
+        return {k: v for k, v in self._entries(p).items() if not (torch.is_tensor(v) and v.shape == p.shape)}
+
+    def restore(self, name: str, state: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Put back what `state` and `scalars` gave; creates the optimizer's entries where it has not stepped yet."""
+        p = self.parameters[name]
+        entries = self._entries(p)
+        for key, value in state.items():
+            entries[key] = value.to(p.device, copy=True).view(p.shape)
+        for key, value in scalars.items():
+            entries[key] = value.clone() if torch.is_tensor(value) else value
+
+    def frozen(self) -> dict[str, tuple[Slice, Tensor]]:
+        """Parameters without gradients: this rank's slice and a view of it."""
+        return {n: (Slice(0, p.numel(), p.shape), p.data.view(-1)) for n, p in self._frozen.items()}
+
+    def set_gradient(self, name: str, value: Tensor) -> None:
+        """Replace the gradient at the boundary, [length]."""
+        view = self.gradient(name)
+        if view is not None:
+            view.copy_(value)
+
+    # -- the few moments that need more than the slice --------------------------------------------------------------
+    def at_boundary(self) -> bool:
+        """Whether the optimizer steps after this micro-batch."""
+        return True
+
+    def publish(self) -> None:
+        """After editing masters between steps: refresh every copy made of them."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the ranks that hold different slices. Collective where sharded."""
+        return values
+
+    def gather(self, name: str, local: Tensor) -> Tensor:
+        """The whole tensor from every rank's slice, in the parameter's shape. Collective where sharded."""
+        return self.gather_slice(self.slices[name], local)
+
+    def whole(self, name: str) -> Tensor:
+        """The whole master weight, in its shape. Collective where no rank has all of it."""
+        return self.gather(name, self.master(name))
+
+    def gather_slice(self, where: Slice, local: Tensor) -> Tensor:
+        """`gather` of a slice that is no parameter's."""
+        return local.view(where.shape)
+
+    def _slice(self, p: nn.Parameter) -> Slice:
+        return Slice(0, p.numel(), p.shape)
+
+    def _entries(self, p: nn.Parameter) -> dict[str, Any]:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if any(p is q for q in group["params"]):
+                    return optimizer.state[p]
+        return {}

@@ -1,0 +1,165 @@
+"""The accessor under DeepSpeed ZeRO: slices are views into the engine's own flat partitions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .shards import NoShard, Shards, Slice
+
+
+class _Zero(Shards):
+    """What ZeRO-1/2 and ZeRO-3 share: flat fp32 masters of which a parameter's slice is a narrow view."""
+
+    replicated = False
+
+    def __init__(self, module: nn.Module, engine: Any) -> None:
+        self.engine = engine
+        self.zero = engine.optimizer
+        super().__init__(module, [self.zero.optimizer])
+
+    def _flat(self, name: str) -> tuple[Tensor, int] | None:
+        """The flat master that holds this rank's slice, and where in it; None if the slice is empty."""
+        raise NotImplementedError
+
+    def master(self, name: str) -> Tensor:
+        return self._narrow(name, None)
+
+    def _narrow(self, name: str, flat: Tensor | None) -> Tensor:
+        place = self._flat(name)
+        if place is None:
+            return torch.empty(0)
+        return (place[0].data if flat is None else flat).view(-1).narrow(0, place[1], self.slices[name].length)
+
+    def _entries_at(self, name: str) -> tuple[Tensor, dict[str, Any]] | None:
+        place = self._flat(name)
+        return None if place is None else (place[0], self.zero.optimizer.state[place[0]])
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        if (found := self._entries_at(name)) is None:
+            return {}
+        flat, entries = found
+        return {k: self._narrow(name, v) for k, v in entries.items() if torch.is_tensor(v) and v.shape == flat.shape}
+
+    def scalars(self, name: str) -> dict[str, Any]:
+        if (found := self._entries_at(name)) is None:
+            return {}
+        flat, entries = found
+        return {k: v for k, v in entries.items() if not (torch.is_tensor(v) and v.shape == flat.shape)}
+
+    def restore(self, name: str, state: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        if (found := self._entries_at(name)) is None:
+            return
+        flat, entries = found
+        for key, value in state.items():
+            if key not in entries:
+                entries[key] = torch.zeros_like(flat.data)
+            self._narrow(name, entries[key]).copy_(value)
+        for key, value in scalars.items():
+            entries[key] = value.clone() if torch.is_tensor(value) else value
+
+    def _renorm(self, name: str, norm: Tensor) -> None:
+        """Offloaded: clipping reads norms that were taken when the gradient left the device."""
+        self.zero.norm_for_param_grads[self.zero.get_param_id(self.parameters[name])] = norm
+
+    def at_boundary(self) -> bool:
+        return bool(self.engine.is_gradient_accumulation_boundary())
+
+    def total(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values)
+        return values
+
+    def gather_slice(self, where: Slice, local: Tensor) -> Tensor:
+        whole = torch.zeros(where.numel, dtype=_summable(local.dtype), device=self.engine.device)
+        where.cut(whole).copy_(local)
+        dist.all_reduce(whole)  # slices do not overlap, so the sum is the whole
+        return whole.view(where.shape).to(local.dtype)
+
+
+class Zero12Shards(_Zero):
+    """ZeRO-1/2: every rank holds all low-precision weights, and masters and states of a flat partition."""
+
+    def _slice(self, p: nn.Parameter) -> Slice:
+        mapping = p._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return Slice(0, 0, p.shape)
+        return Slice(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel, p.shape)
+
+    def _flat(self, name: str) -> tuple[Tensor, int] | None:
+        mapping = self.parameters[name]._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        return self.zero.single_partition_of_fp32_groups[mapping.param_group_index], mapping.hp_fragment_address.start
+
+    def gradient(self, name: str) -> Tensor | None:
+        p = self.parameters[name]
+        if p._hp_mapping is None:  # type: ignore[attr-defined]
+            return None
+        fragment = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)  # type: ignore[attr-defined]
+        return None if fragment is None else fragment.view(-1)
+
+    def set_gradient(self, name: str, value: Tensor) -> None:
+        super().set_gradient(name, value)
+        if self.zero.cpu_offload and (view := self.gradient(name)) is not None:
+            self._renorm(name, view.double().norm(2))
+
+    def whole(self, name: str) -> Tensor:
+        p = self.parameters[name]
+        # in full precision every rank's copy is the master itself
+        return p.data if p.dtype == torch.float32 else super().whole(name)
+
+    def publish(self) -> None:
+        self.zero.update_lp_params()
+
+
+class Zero3Shards(_Zero):
+    """ZeRO-3: every parameter is cut into equal pieces, one a rank, the last ones padded."""
+
+    def _slice(self, p: nn.Parameter) -> Slice:
+        piece = p.ds_tensor.numel()  # type: ignore[attr-defined]
+        offset = min(dist.get_rank() * piece, p.ds_numel)  # type: ignore[attr-defined]
+        return Slice(offset, min(piece, p.ds_numel - offset), torch.Size(p.ds_shape))  # type: ignore[attr-defined]
+
+    def frozen(self) -> dict[str, tuple[Slice, Tensor]]:
+        found = {}
+        for name, p in self._frozen.items():
+            where = self._slice(p)
+            found[name] = (where, p.ds_tensor.data.view(-1)[: where.length])  # type: ignore[attr-defined]
+        return found
+
+    def _flat(self, name: str) -> tuple[Tensor, int] | None:
+        p = self.parameters[name]
+        if self.slices[name].length == 0:
+            return None
+        group, start, _ = self.zero.grad_position[self.zero.get_param_id(p)]
+        flat = self.zero.fp32_partitioned_groups_flat[group]
+        if flat is None or self.zero._swappable_optimizer_subgroup(group):
+            raise NoShard("optimizer state on NVMe cannot be edited in place; offload it to the CPU instead")
+        return flat, start
+
+    def gradient(self, name: str) -> Tensor | None:
+        if self.slices[name].length == 0:
+            return None
+        view, _ = self.zero._get_fp32_grad_state_partition(self.parameters[name], release_swap_buffers=True)
+        return view.view(-1)[: self.slices[name].length]
+
+    def set_gradient(self, name: str, value: Tensor) -> None:
+        if (view := self.gradient(name)) is None:
+            return
+        view.copy_(value)
+        if self.zero.offload_optimizer:
+            self._renorm(name, self.zero._constant_buffered_norm2(view))
+
+    def publish(self) -> None:
+        for group in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+
+def _summable(dtype: torch.dtype) -> torch.dtype:
+    return torch.uint8 if dtype == torch.bool else dtype

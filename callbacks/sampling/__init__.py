@@ -1,0 +1,1 @@
+"""Which samples a run sees, in which order, from which seeds."""

@@ -1,0 +1,1 @@
+"""Cluster files: how they are read, their sections, and the catalogue of hardware."""

@@ -1,0 +1,235 @@
+"""Node 0's part of the pre-flight: it asks, judges, and says what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ..config.reading import ClusterError
+from ..node import ranks
+from . import allreduce, verdict
+from .verdict import Pair, Report, Task, Verdict
+
+RETRIES = 3  # of suspects, with other nodes
+ROUND = 30.0  # seconds an all-reduce of a few megabytes may take before it counts as hung
+
+
+class Director:
+    """Directs the pre-flight of one attempt and fills in `found`, the verdict."""
+
+    def __init__(self, task: Task, store: Any, found: Verdict, answer: Callable[..., Any]) -> None:
+        self.task, self.store, self.found, self.answer = task, store, found, answer
+        self.limits, self.began = task.limits, time.monotonic()
+        self.reports: dict[int, Report] = {}
+        self.faults: dict[int, list[str]] = {}
+        self.pairs: dict[Pair, float] = {}
+        self._asked: dict[int, int] = {}
+        self._rounds = 0
+
+    def direct(self, report: Callable[[], Report]) -> Verdict:
+        """From this node's own report to the verdict, which everybody is told even if something goes wrong here."""
+        try:
+            self.reports[0] = report()
+            self._hear()
+            self._clocks()
+            self._judge()
+            if not self._bad() and self.task.nodes > 1:
+                self._ring()
+            if not self._bad() and self.task.nodes > 1:
+                self._everybody()
+            self._conclude()
+        except ClusterError as error:
+            self.found.error = str(error)
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            self.found.error = f"the pre-flight could not be done: {type(error).__name__}: {error}"
+            raise ClusterError(self.found.error) from error
+        finally:
+            self._tell()
+        return self.found
+
+    # -- asking ----------------------------------------------------------------------------------------------------
+    def _hear(self) -> None:
+        """Wait for the reports of all nodes, until the timeout."""
+        for node in range(1, self.task.nodes):
+            left = self.began + self.task.timeout - time.monotonic()
+            told = self._get(f"report/{node}", max(left, 0.05))
+            if told is not None:
+                self.reports[node] = Report(**{**told, **{k: tuple(told[k]) for k in ("problems", "matmul")}})
+        if len(self.reports) < self.task.nodes:
+            alive = {record.node_rank for record in ranks.read(*_place(self.task.folder))}
+            for node in verdict.absent(self.task.nodes, self.reports, alive):
+                why = f"has not reported within {self.task.timeout:g} s"
+                self._blame(node, "is reached by no other node" if node == 0 else why)
+
+    def _get(self, key: str, seconds: float) -> Any:
+        """What the store holds under `key`, waited for; None if it does not come in time."""
+        import torch.distributed as dist
+
+        try:
+            self.store.wait([key], timedelta(seconds=seconds))
+        except dist.DistStoreError:
+            return None
+        return json.loads(self.store.get(key))
+
+    def _ask(self, messages: Mapping[int, Mapping[str, Any]], seconds: float) -> dict[int, Any]:
+        """Ask several nodes at the same time; their answers, None from who is silent."""
+        told: dict[int, Any] = {}
+        for node, message in messages.items():
+            if node:
+                self.store.set(f"ask/{node}/{self._asked.setdefault(node, 0)}", json.dumps(message))
+        if 0 in messages:
+            told[0] = self.answer(self.task, self.store, messages[0])
+        end = time.monotonic() + seconds
+        for node in messages:
+            if node:
+                told[node] = self._get(f"told/{node}/{self._asked[node]}", max(end - time.monotonic(), 0.05))
+                self._asked[node] += 1
+                if told[node] is None:
+                    self._blame(node, f"has not answered within {seconds:g} s")
+        return told
+
+    def _clocks(self) -> None:
+        for node in [node for node in self.reports if node]:
+            before = time.time()
+            told = self._ask({node: {"what": "clock"}}, ROUND).get(node)
+            after = time.time()
+            if told is not None:
+                skew, error = told - (before + after) / 2, (after - before) / 2
+                self.reports[node] = replace(self.reports[node], skew=skew, skew_error=error)
+
+    # -- judging ---------------------------------------------------------------------------------------------------
+    def _judge(self) -> None:
+        """Each node by itself, then its devices beside all others'."""
+        if len(self.reports) == self.task.nodes and (short := verdict.shortage(self.reports.values(), self.limits)):
+            raise ClusterError(short)
+        for node, told in self.reports.items():
+            for fault in verdict.faults(told, self.limits):
+                self._blame(node, fault)
+        slow = self._slow_devices()
+        if slow and not self.task.on_gpus:  # what else runs on a CPU comes and goes: once more, and now alone
+            for node, speed in self._ask({node: {"what": "matmul"} for node in slow}, ROUND).items():
+                told = self.reports[node]
+                if isinstance(speed, float):
+                    self.reports[node] = replace(told, matmul=(max(speed, *told.matmul),))
+            slow = self._slow_devices()
+        for node, fault in slow.items():
+            self._blame(node, fault)
+
+    def _slow_devices(self) -> dict[int, str]:
+        return verdict.slow_devices({n: r.matmul for n, r in self.reports.items()}, self.limits.matmul)
+
+    def _ring(self) -> None:
+        """Pairs of neighbours; then who is slow with both, with others."""
+        for pairs in verdict.ring(range(self.task.nodes)):
+            self._reduce(pairs)
+            if self._bad():  # a node has fallen silent: its neighbours cannot be judged by it
+                return
+        suspects = verdict.slow_nodes(self.pairs, self.limits.allreduce)
+        for turn in range(RETRIES if suspects else 0):  # what else uses a machine or a link comes and goes
+            self._reduce(verdict.rematch(suspects, set(self.reports) - suspects, turn), times=4 * allreduce.TIMES)
+            suspects = verdict.slow_nodes(self.pairs, self.limits.allreduce)
+            if self._bad():
+                return
+            if not suspects:
+                break
+        best = verdict.better(self.pairs)
+        for node in suspects:
+            self._blame(node, f"all-reduce: {best[node] / 1e6:.3g} MB/s with every other node it was tried with, "
+                              f"wanted {self.limits.allreduce:.0%} of the median (preflight.allreduce)")  # fmt: skip
+        for a, b in verdict.slow_links(self.pairs, self.limits.allreduce, suspects):
+            self._warn(f"the link {self._name(a)} - {self._name(b)} is slow: {self.pairs[a, b] / 1e6:.3g} MB/s")
+        if self.task.nodes == 2:
+            self._lone_pair(next(iter(self.pairs.values())))
+
+    def _lone_pair(self, value: float) -> None:
+        """Nothing to compare with: only what no training could use condemns, and then both, since neither is known."""
+        _, floor, remarkable = allreduce.ON_GPUS if self.task.on_gpus else allreduce.ON_CPUS
+        if value < floor and self.limits.allreduce:
+            for node in (0, 1):
+                self._blame(node, f"all-reduce: {value / 1e6:.3g} MB/s between the two nodes, wanted {floor / 1e6:g}")
+        elif value < remarkable:
+            self._warn(f"all-reduce between the two nodes: only {value / 1e6:.3g} MB/s")
+
+    def _everybody(self) -> None:
+        nodes = range(self.task.nodes)
+        values = [self.pairs[0, 1]] if self.task.nodes == 2 else self._reduce([tuple(nodes)])
+        if min(values) <= 0 and not self._bad():
+            raise ClusterError("every pair of nodes can reduce, but not all of them together")
+        self.found.bandwidth = min(values)
+
+    def _reduce(self, groups: Sequence[Sequence[int]], times: int = allreduce.TIMES) -> list[float]:
+        """Let groups of nodes reduce at the same time; the bandwidth of each, as its slowest member saw it."""
+        seconds = min(ROUND, self.task.timeout)
+        self._rounds += 1
+        messages = {
+            node: {"what": "allreduce", "where": f"{self._rounds}/{group[0]}", "place": place, "size": len(group),
+                   "times": times, "timeout": seconds}
+            for group in groups for place, node in enumerate(group)
+        }  # fmt: skip
+        told = self._ask(messages, 2 * seconds + 2)  # to try, and to let go of the group
+        values = [min(told[node] or 0.0 for node in group) for group in groups]
+        for group, value in zip(groups, values, strict=True):
+            if len(group) == 2:
+                self.pairs[group[0], group[1]] = max(value, self.pairs.get((group[0], group[1]), 0.0))
+        return values
+
+    # -- saying ----------------------------------------------------------------------------------------------------
+    def _blame(self, node: int, fault: str) -> None:
+        self.faults.setdefault(node, []).append(fault)
+
+    def _bad(self) -> bool:
+        return bool(self.faults)
+
+    def _warn(self, text: str) -> None:
+        self.found.warnings.append(text)
+
+    def _name(self, node: int) -> str:
+        told = {number: report.name for number, report in self.reports.items()}
+        return verdict.names_of(self.task.nodes, self.task.listed, told)[node]
+
+    def _conclude(self) -> None:
+        best = verdict.better(self.pairs)
+        for node in range(self.task.nodes):
+            row: dict[str, Any] = {"node": node, "name": self._name(node), "faults": self.faults.get(node, [])}
+            if node in self.reports:
+                told = self.reports[node]
+                row |= {"disk": told.disk, "memory": told.memory, "matmul": list(told.matmul), "skew": told.skew,
+                        "bandwidth": best.get(node)}  # fmt: skip
+            self.found.nodes.append(row)
+        self.found.bad = [self._name(node) for node in sorted(self.faults)]
+        self.found.seconds = time.monotonic() - self.began
+        print(verdict.table(self.found.nodes, self.found.seconds), flush=True)
+        for warning in self.found.warnings:
+            print(f"[shoestring] pre-flight: {warning}", flush=True)
+        write(self.task.folder / "preflight.json", self.found.__dict__)
+
+    def _tell(self) -> None:
+        """Give the verdict, and keep the store until everybody has read it, or everybody who may still come."""
+        self.store.set("verdict", json.dumps(self.found.__dict__))
+        for node in self.reports:
+            self.store.set(f"ask/{node}/{self._asked.get(node, 0)}", json.dumps({"what": "end"}))
+        others = self.task.nodes * self.task.devices - 1
+        end = time.monotonic() + 3 if self.faults else max(self.began + self.task.timeout, time.monotonic() + 3)
+        while others and int(self.store.add("read", 0)) < others and time.monotonic() < end:
+            time.sleep(0.02)
+
+
+def write(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace `path`, whole or not at all."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=1))
+    partial.rename(path)
+
+
+def _place(folder: Path) -> tuple[Path, int]:
+    """(job's folder, attempt) of the folder of an attempt."""
+    return folder.parent.parent, int(folder.name)

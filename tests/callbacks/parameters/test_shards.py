@@ -1,0 +1,119 @@
+"""The door to parameters on one device: views that write through, and wholes from slices."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from small import QUIET, Small, loader
+from torch import nn
+
+from shoestring.callbacks.parameters.accessor import cut, shards_of
+from shoestring.callbacks.parameters.shards import NoShard, Shards, Slice
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
+
+
+@pytest.fixture
+def stepped():
+    """A frozen and a trainable layer after one AdamW step, and the door to them."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    module[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW([{"params": [module[1].weight]}, {"params": [module[1].bias], "lr": 1.0}], lr=0.1)
+    module(torch.ones(5, 3)).sum().backward()
+    optimizer.step()
+    return module, optimizer, Shards(module, [optimizer])
+
+
+def test_every_rank_holds_every_trainable_parameter_whole(stepped):
+    _, _, door = stepped
+    assert door.replicated and door.at_boundary()
+    assert door.slices == {"1.weight": Slice(0, 8, torch.Size([2, 4])), "1.bias": Slice(0, 2, torch.Size([2]))}
+    frozen = door.frozen()
+    assert {name: where.length for name, (where, _) in frozen.items()} == {"0.weight": 12, "0.bias": 4}
+
+
+def test_views_write_through(stepped):
+    module, optimizer, door = stepped
+    weight = module[1].weight
+    door.master("1.weight")[3] = 7.0
+    assert weight[0, 3] == 7.0
+    door.gradient("1.weight").zero_()
+    assert not weight.grad.any()
+    door.set_gradient("1.weight", torch.arange(8.0))
+    assert torch.equal(weight.grad, torch.arange(8.0).view(2, 4))
+    assert set(door.state("1.weight")) == {"exp_avg", "exp_avg_sq"}
+    door.state("1.weight")["exp_avg"][0] = 5.0
+    assert optimizer.state[weight]["exp_avg"][0, 0] == 5.0
+    assert set(door.scalars("1.weight")) == {"step"} and door.scalars("1.weight")["step"] == 1
+    door.frozen()["0.bias"][1].fill_(2.0)
+    assert (module[0].bias == 2.0).all()
+
+
+def test_a_parameter_without_gradient_has_none_and_takes_none(stepped):
+    module, _, door = stepped
+    module[1].bias.grad = None
+    assert door.gradient("1.bias") is None
+    door.set_gradient("1.bias", torch.ones(2))
+    assert module[1].bias.grad is None
+
+
+def test_state_is_restored_where_the_optimizer_has_not_stepped_yet(stepped):
+    module, _, door = stepped
+    state = {k: v.clone() for k, v in door.state("1.weight").items()}
+    scalars = door.scalars("1.weight")
+    fresh = torch.optim.AdamW(module[1].parameters(), lr=0.1)
+    other = Shards(module, [fresh])
+    other.restore("1.weight", state, scalars)
+    for key, value in state.items():
+        assert torch.equal(fresh.state[module[1].weight][key].view(-1), value)
+        assert fresh.state[module[1].weight][key].data_ptr() != value.data_ptr()  # its own memory
+    fresh.state[module[1].weight]["step"] += 1
+    assert scalars["step"] == 1
+    fresh.step()  # and it can go on
+
+
+def test_whole_and_slice_are_inverse(stepped):
+    module, _, door = stepped
+    assert torch.equal(door.gather("1.weight", door.master("1.weight")), module[1].weight)
+    assert torch.equal(door.total(torch.tensor([3])), torch.tensor([3]))
+    where = Slice(2, 3, torch.Size([2, 4]))
+    assert where.numel == 8
+    assert torch.equal(where.cut(torch.arange(8).view(2, 4)), torch.tensor([2, 3, 4]))
+    mask = torch.tensor([True, False]).repeat(4)
+    assert torch.equal(door.gather("1.weight", mask), mask.view(2, 4))
+
+
+SILENT = {
+    "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+    "enable_model_summary": False,
+}  # fmt: skip
+
+
+class Peek(pl.Callback):
+    def on_train_start(self, trainer, pl_module):
+        self.door = shards_of(trainer, pl_module)
+        assert shards_of(trainer, pl_module) is self.door  # opened once
+        whole = torch.arange(8.0).view(1, 8)
+        assert torch.equal(cut(trainer, pl_module, {"net.weight": whole})["net.weight"], whole.view(-1))
+
+
+def test_the_door_of_a_run_is_opened_once_and_belongs_to_its_model():
+    peek, module = Peek(), Small()
+    pl.Trainer(callbacks=[peek], max_steps=2, **SILENT).fit(module, loader())
+    assert peek.door.parameters["net.weight"] is module.net.weight
+    assert peek.door.state("net.weight")["exp_avg"].any()
+
+
+def test_what_it_cannot_reach_it_says():
+    class DTensor(nn.Parameter):
+        pass
+
+    class Sharded(Small):
+        def __init__(self):
+            super().__init__()
+            self.net.weight = DTensor(self.net.weight.data)
+            self.net.weight.__class__ = DTensor
+
+    trainer = pl.Trainer(max_steps=1, callbacks=[Peek()], **SILENT)
+    with pytest.raises(NoShard, match="use ddp or zero1/2/3"):
+        trainer.fit(Sharded(), loader())

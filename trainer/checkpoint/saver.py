@@ -1,0 +1,179 @@
+"""Save and resume a run: every rank writes its part, rank 0 makes it one checkpoint, damaged ones are passed over."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter, time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from ... import ShoestringError, __version__
+from ...callbacks.accounting.agreement import Agreement
+from . import format as checkpoint
+from . import state
+
+log = logging.getLogger("shoestring")
+
+
+class CannotSave(ShoestringError):
+    """The state of this run would not survive a checkpoint."""
+
+
+class CannotResume(ShoestringError):
+    """This run directory cannot be continued as asked."""
+
+
+def same_samples(manifest: Mapping[str, Any], seed: int, global_batch: int | None, run_dir: Path) -> None:
+    """The samples of every step depend on the seed and the global batch: neither may change within a run."""
+    where, before = f"the run in {run_dir}", manifest["global_batch"]
+    if manifest["seed"] != seed:
+        raise CannotResume(f"{where} has seed={manifest['seed']}, and this one {seed}. Choose another run directory.")
+    if global_batch is not None and before not in (None, global_batch):
+        raise CannotResume(
+            f"{where} has {before} samples a step, and this loader makes {global_batch}. "
+            "Choose batch size x ranks x accumulation to match."
+        )
+
+
+class Saver:
+    """Checkpoints of one run under `root`, the newest `keep` of them.
+
+    `report(event, **facts)` hears of every checkpoint written, failed, skipped as damaged or restored.
+    """
+
+    def __init__(self, root: Path, keep: int, agreement: Agreement, report: Callable[..., None]) -> None:
+        self.root, self.keep, self.agreement, self.report = root, keep, agreement, report
+        self.seconds = 0.0  # the dearest checkpoint so far, without reading it back
+        self._proven = False  # one checkpoint of this attempt has been read back
+
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule, step: int, about: dict[str, Any]) -> bool:
+        """Write a checkpoint of `step` on all ranks. False, with the reason reported, if the disk refuses it."""
+        began = perf_counter()
+        folder = checkpoint.working_directory(self.root, step)
+        first = trainer.global_rank == 0
+        if first:
+            checkpoint.clear_leftovers(self.root)
+        self._agree(self._attempt(lambda: folder.mkdir(parents=True) if first else None))
+        outcome = self._attempt(lambda: self._write(trainer, module, folder))
+        reports = self._agree(outcome)
+        failed = [r for r in reports if isinstance(r, str)]
+        if not failed and first:
+            files = {name: entry for report in reports for name, entry in report.items()}
+            about = {**about, "world_size": trainer.world_size, "version": __version__, "created": time()}
+            failed = [
+                r for r in [self._attempt(lambda: checkpoint.publish(self.root, step, files, about))] if type(r) is str
+            ]
+        failed = self.agreement.gather(failed)[0]
+        if failed:
+            if first:
+                shutil.rmtree(folder, ignore_errors=True)
+            self.report("checkpoint_failed", step=step, reason=failed[0])
+            log.warning("no checkpoint of step %d: %s. The previous one stays.", step, failed[0])
+            return False
+        self.seconds = max(self.seconds, perf_counter() - began)
+        self._prove(step, first)
+        if first:
+            checkpoint.prune(self.root, self.keep, step)
+        self.report("checkpoint", step=step, seconds_taken=perf_counter() - began)
+        return True
+
+    def _write(self, trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> dict[str, Any]:
+        rank = trainer.global_rank
+        common = state.common_state(trainer, module)
+        files = checkpoint.write_common(folder, common) if rank == 0 else {}
+        mine = checkpoint.write_rank(folder, rank, state.rank_state(trainer, module), state.tensors(trainer, module))
+        return {**files, **mine}
+
+    def _prove(self, step: int, first: bool) -> None:
+        """Read the first checkpoint of an attempt back: what cannot be loaded must fail now, not after the money."""
+        if self._proven:
+            return
+        self._proven = True
+        problem = None
+        if first:
+            folder = self.root / f"{step:09d}"
+            try:
+                checkpoint.verify(folder)
+                for path in folder.glob("*.pt"):
+                    checkpoint.read_state(path)
+                checkpoint.Pieces(folder)
+            except Exception as error:
+                problem = f"the checkpoint of step {step} cannot be read back: {error}"
+                shutil.rmtree(folder)  # or the next attempt would stumble over it
+        if problem := self.agreement.gather(problem)[0]:
+            raise CannotSave(
+                f"{problem}\nCallbacks and modules may keep only tensors and plain data in their state "
+                "(numbers, strings, lists, dicts)."
+            )
+
+    def restore(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[dict[str, Any], Any] | None:
+        """Resume from the newest intact checkpoint: (its manifest, random states or None). None if there is none."""
+        choice: Any = None
+        if trainer.global_rank == 0:
+            try:
+                folder, problems = checkpoint.newest_intact(self.root)
+                choice = (folder and folder.name, problems)
+            except checkpoint.DamagedCheckpoint as error:
+                choice = error
+        choice = self.agreement.gather(choice)[0]
+        if isinstance(choice, Exception):
+            raise choice
+        name, problems = choice
+        for problem in problems:
+            self.report("checkpoint_damaged", reason=problem)
+            log.warning("%s; the one before it is used", problem)
+        if name is None:
+            return None
+        folder = self.root / name
+        rng = state.restore(trainer, module, folder)
+        return checkpoint.read_manifest(folder), rng
+
+    def _attempt(self, action: Callable[[], Any]) -> Any:
+        """The result of `action`, or what the disk said against it."""
+        try:
+            return action()
+        except OSError as error:
+            return f"{error.strerror or error}"
+
+    def _agree(self, outcome: Any) -> list[Any]:
+        return self.agreement.gather(outcome)
+
+
+def save_final_weights(trainer: pl.Trainer, module: pl.LightningModule, path: Path) -> str | None:
+    """Write the whole model, every weight in its own shape, to one safetensors file. Collective; rank 0 writes.
+
+    Returns what the disk said against it, on rank 0.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from ...callbacks.parameters.accessor import shards_of
+
+    shards = shards_of(trainer, module)
+    whole: dict[str, torch.Tensor] = {}
+    first = trainer.global_rank == 0
+    for name in shards.slices:
+        tensor = shards.whole(name)
+        if first:
+            whole[name] = tensor.detach().to("cpu").contiguous().clone()
+    if not getattr(module, "reloads_frozen_weights", False):
+        for name, (where, view) in shards.frozen().items():
+            tensor = view.view(where.shape) if where.length == where.numel else shards.gather_slice(where, view)
+            if first:
+                whole[name] = tensor.detach().to("cpu").contiguous().clone()
+    if first:
+        for name, buffer in module.named_buffers():
+            whole[name] = buffer.detach().to("cpu").contiguous().clone()
+        partial = path.with_suffix(".writing")
+        try:
+            save_file(whole, partial)
+            partial.rename(path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            return str(error)
+    return None

@@ -1,0 +1,235 @@
+"""What a checkpoint holds of a run, taken from and put back into live objects.
+
+Parameter-shaped state goes through the sharded-state accessor as slices; everything else is plain data. The same code
+serves one device, DDP and ZeRO-1/2/3, and any change between them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from ... import ShoestringError
+from ...callbacks.contract import Technique, derive_seed
+from ...callbacks.parameters.accessor import shards_of
+from ...callbacks.parameters.shards import Shards, Slice
+from ...callbacks.sampling.seeding import reseed
+from . import format as checkpoint
+from .format import Piece, Pieces
+
+
+class AnotherModel(ShoestringError):
+    """The checkpoint is not of this model."""
+
+
+# -- taking --------------------------------------------------------------------------------------------------------
+def common_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """Rank 0's part: loops, callbacks, schedulers, parameter groups and what the module itself wants saved."""
+    extra: dict[str, Any] = {"state_dict": {}}
+    module.on_save_checkpoint(extra)
+    extra.pop("state_dict", None)
+    datamodule = trainer.datamodule
+    return {
+        "loops": trainer.fit_loop.state_dict(),
+        "callbacks": {c.state_key: c.state_dict() for c in trainer.callbacks if c.state_dict()},
+        "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "param_groups": [[_plain(group) for group in o.param_groups] for o in trainer.optimizers],
+        "precision": trainer.precision_plugin.state_dict(),
+        "datamodule": datamodule.state_dict() if datamodule is not None else {},
+        "module": extra,
+        "accumulate": trainer.accumulate_grad_batches,
+    }
+
+
+def rank_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """Each rank's part: random states, and the optimizer's states that are not shaped like parameters."""
+    shards = shards_of(trainer, module)
+    scalars = {name: shards.scalars(name) for name in shards.slices}
+    scaler = getattr(getattr(trainer.strategy.model, "optimizer", None), "loss_scaler", None)
+    return {
+        "rng": rng_state(),
+        "scalars": {name: found for name, found in scalars.items() if found},
+        "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)} if scaler else {},
+    }
+
+
+def tensors(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, tuple[Piece, torch.Tensor]]:
+    """This rank's slices: master/, optimizer/<state>/, technique/<name>/<state>/, frozen/, and rank 0's buffer/."""
+    shards = shards_of(trainer, module)
+    found: dict[str, tuple[Piece, torch.Tensor]] = {}
+    first = trainer.global_rank == 0
+    if first or not shards.replicated:
+        for name, where in shards.slices.items():
+            if where.length:
+                found[f"master/{name}"] = _piece(where, shards.master(name))
+                for state, view in shards.state(name).items():
+                    found[f"optimizer/{state}/{name}"] = _piece(where, view)
+        for technique in trainer.callbacks:
+            if isinstance(technique, Technique):
+                for state, named in technique.fragments().items():
+                    for name, local in named.items():
+                        if shards.slices[name].length:
+                            key = f"technique/{technique.state_key}/{state}/{name}"
+                            found[key] = _piece(shards.slices[name], local)
+    if not getattr(module, "reloads_frozen_weights", False):
+        for name, (where, view) in shards.frozen().items():
+            if (first or where.length != where.numel) and where.length:
+                found[f"frozen/{name}"] = _piece(where, view)
+    if first:
+        for name, buffer in module.named_buffers():
+            whole = Slice(0, buffer.numel(), buffer.shape)
+            found[f"buffer/{name}"] = _piece(whole, buffer.detach().reshape(-1))
+    return found
+
+
+def rng_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+# -- putting back --------------------------------------------------------------------------------------------------
+def restore(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> dict[str, Any] | None:
+    """Put a verified checkpoint back. Returns the random states to set when training starts, if they fit."""
+    common = checkpoint.read_state(folder / "state.pt")
+    manifest = checkpoint.read_manifest(folder)
+    mine = folder / f"rank-{trainer.global_rank:05d}.pt"
+    rank = checkpoint.read_state(mine if mine.exists() else folder / "rank-00000.pt")
+    shards = shards_of(trainer, module)
+    pieces = Pieces(folder)
+    _fits(shards, pieces)
+    _restore_parameters(shards, pieces, _scalars(folder, manifest["world_size"], shards, rank))
+    _restore_rest(module, shards, pieces)
+    _restore_callbacks(trainer, common, pieces, shards)
+    _restore_loops(trainer, module, common)
+    scaler = getattr(getattr(trainer.strategy.model, "optimizer", None), "loss_scaler", None)
+    for key, value in rank["loss_scaler"].items() if scaler is not None else ():
+        setattr(scaler, key, value)
+    return rank["rng"] if manifest["world_size"] == trainer.world_size else None
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_rank(seed: int, rank: int, step: int) -> None:
+    """Fresh random states for a rank that has none to resume from."""
+    mixed = derive_seed(seed, "rank", rank, step)
+    reseed(mixed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(mixed)
+
+
+def _fits(shards: Shards, pieces: Pieces) -> None:
+    for name, where in shards.slices.items():
+        key = f"master/{name}"
+        if key not in pieces:
+            raise AnotherModel(f"the checkpoint has no {name}. It is of another model, or has other trainable parts.")
+        if pieces.shape(key) != tuple(where.shape):
+            raise AnotherModel(f"{name} has shape {tuple(where.shape)}, and in the checkpoint {pieces.shape(key)}.")
+
+
+def _restore_parameters(shards: Shards, pieces: Pieces, scalars: Mapping[str, Mapping[str, Any]]) -> None:
+    states: dict[str, list[str]] = {}
+    for key in pieces:
+        if key.startswith("optimizer/"):
+            _, state, name = key.split("/", 2)
+            states.setdefault(name, []).append(state)
+    with torch.no_grad():
+        for name, where in shards.slices.items():
+            if not where.length:
+                continue
+            shards.master(name).copy_(pieces.cut(f"master/{name}", where.offset, where.length))
+            kept = {s: pieces.cut(f"optimizer/{s}/{name}", where.offset, where.length) for s in states.get(name, ())}
+            shards.restore(name, kept, scalars.get(name, {}))
+    shards.publish()
+
+
+def _scalars(folder: Path, world: int, shards: Shards, rank: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """Step counts and their like for every parameter this rank needs; another rank's file may hold them."""
+    found = dict(rank["scalars"])
+    if all(name in found for name in shards.slices):
+        return found
+    for other in range(world):
+        for name, values in checkpoint.read_state(folder / f"rank-{other:05d}.pt")["scalars"].items():
+            found.setdefault(name, values)
+    return found
+
+
+def _restore_rest(module: pl.LightningModule, shards: Shards, pieces: Pieces) -> None:
+    with torch.no_grad():
+        for name, (where, view) in shards.frozen().items():
+            if f"frozen/{name}" in pieces and where.length:
+                view.copy_(pieces.cut(f"frozen/{name}", where.offset, where.length))
+        for name, buffer in module.named_buffers():
+            if f"buffer/{name}" in pieces:
+                buffer.copy_(pieces.cut(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
+
+
+def _restore_callbacks(trainer: pl.Trainer, common: Mapping[str, Any], pieces: Pieces, shards: Shards) -> None:
+    for callback in trainer.callbacks:
+        if callback.state_key in common["callbacks"]:
+            callback.load_state_dict(common["callbacks"][callback.state_key])
+        if isinstance(callback, Technique):
+            fragments: dict[str, dict[str, torch.Tensor]] = {}
+            prefix = f"technique/{callback.state_key}/"
+            for key in pieces:
+                if key.startswith(prefix):
+                    state, name = key.removeprefix(prefix).split("/", 1)
+                    where = shards.slices[name]
+                    fragments.setdefault(state, {})[name] = pieces.cut(key, where.offset, where.length)
+            if fragments:
+                device = trainer.strategy.root_device
+                callback.load_fragments({s: {n: t.to(device) for n, t in f.items()} for s, f in fragments.items()})
+
+
+def _restore_loops(trainer: pl.Trainer, module: pl.LightningModule, common: Mapping[str, Any]) -> None:
+    trainer.fit_loop.load_state_dict(common["loops"])
+    if common["accumulate"] != trainer.accumulate_grad_batches:
+        _rescale(trainer, trainer.accumulate_grad_batches / common["accumulate"])
+    for optimizer, groups in zip(trainer.optimizers, common["param_groups"], strict=True):
+        for group, saved in zip(optimizer.param_groups, groups, strict=True):
+            group.update(saved)
+    for config, state in zip(trainer.lr_scheduler_configs, common["schedulers"], strict=True):
+        config.scheduler.load_state_dict(state)
+    trainer.precision_plugin.load_state_dict(common["precision"])
+    if trainer.datamodule is not None:
+        trainer.datamodule.load_state_dict(common["datamodule"])
+    module.on_load_checkpoint({"state_dict": {}, **common["module"]})
+
+
+def _rescale(trainer: pl.Trainer, factor: float) -> None:
+    """Lightning counts micro-batches: another accumulation means other counts for the same optimizer step."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    for counts in (progress.total, progress.current):
+        unfinished = counts.processed - counts.completed
+        for field in ("ready", "started", "processed"):
+            setattr(counts, field, round(getattr(counts, field) * factor))
+        counts.completed = counts.processed - unfinished
+
+
+def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    legal = (int, float, bool, str, tuple, list, type(None), torch.Tensor)
+    return {key: value for key, value in group.items() if key != "params" and isinstance(value, legal)}
+
+
+def _piece(where: Slice, view: torch.Tensor) -> tuple[Piece, torch.Tensor]:
+    return Piece(where.offset, where.length, tuple(where.shape)), view

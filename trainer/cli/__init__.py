@@ -1,0 +1,3 @@
+"""The command line: `shoestring`, or `python -m shoestring.trainer.cli`."""
+
+from .app import main as main

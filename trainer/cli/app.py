@@ -1,0 +1,280 @@
+"""The command line. Commands import what they need when they run, so `--help` answers at once and without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ... import ShoestringError, __version__
+from ..monitor.signals import is_first
+from . import jobs as job_commands
+from . import models as model_commands
+from .options import AllowCode, AsJson, print_json
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train and fine-tune models under a budget: plan before spending, never overspend, end annealed.",
+)
+runs_app = typer.Typer(no_args_is_help=True, help="What every run did and cost.")
+recipes_app = typer.Typer(no_args_is_help=True, help="The shipped recipes, and checking your own.")
+app.add_typer(runs_app, name="runs")
+app.add_typer(recipes_app, name="recipes")
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the recipe.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report here as JSON.")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="The run's home; default runs/<recipe name>.")]
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    report_file: JsonFile = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """Run a recipe to the end of its budget. The same command again resumes what was interrupted.
+
+    Exit codes: 0 finished, 1 failure, 2 bad input, 85 saved - run me again, 86 this node is bad.
+    """
+    from ...recipes import load_recipe
+
+    loaded = load_recipe(recipe, overrides or (), allow_code)
+    home = run_dir or Path("runs") / loaded.name
+    if _already_finished(home, loaded, report_file):
+        return
+    from ..jobs.worker import preflight
+    from ..planning.planner import plan
+    from ..run import fit
+    from .display import Bar, show_plan, show_report
+
+    made = plan(loaded)
+    first = is_first()
+    if first:
+        show_plan(made)
+    checked = preflight()
+    bar = Bar(made.budget.given()) if first else None
+    try:
+        report = fit(made, run_dir=home, display=bar, startup_seconds=_seconds_alive(), measurements=checked)
+    finally:
+        if bar is not None:
+            bar.close()
+    if report is not None:
+        show_report(report)
+        if report_file is not None:
+            _write_json(report_file, report.as_dict())
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run a few real steps to replace the predictions.")
+    ] = False,
+    allow_code: AllowCode = False,
+) -> None:
+    """Print every choice with its reason and what the run should need. Starts nothing."""
+    from ...recipes import load_recipe
+    from ..planning.planner import plan as make_plan
+
+    made = make_plan(load_recipe(recipe, overrides or (), allow_code))
+    if measure:
+        from ..planning.measured import measured
+
+        made = measured(made)
+    if as_json:
+        print_json(made.as_dict())
+    else:
+        from .display import show_plan
+
+        show_plan(made)
+
+
+@runs_app.command("list")
+def runs_list(as_json: AsJson = False, limit: Annotated[int, typer.Option(help="At most this many.")] = 50) -> None:
+    """Every run in the ledger, newest first."""
+    from ..ledger import Ledger
+
+    ledger = Ledger()
+    ledger.refresh()
+    found = ledger.runs(limit=limit)
+    if as_json:
+        print_json([_fields(run) for run in found])
+    else:
+        from .display import show_runs
+
+        show_runs(found)
+
+
+@runs_app.command("show")
+def runs_show(
+    run: Annotated[str, typer.Argument(help="Id, start of an id, or name.")], as_json: AsJson = False
+) -> None:
+    """One run: totals, claims, estimates, measurements and verdict."""
+    from ..ledger import Ledger
+
+    ledger = Ledger()
+    ledger.refresh()
+    found = ledger.run(run)
+    kinds = {kind: [row.fields for row in getattr(ledger, kind)(found.id)] for kind in _KINDS}
+    if as_json:
+        print_json({**_fields(found), **kinds})
+        return
+    from .display import show_fields
+
+    show_fields(_fields(found))
+    for kind, rows in kinds.items():
+        for fields in rows:
+            show_fields({kind[:-1]: fields})
+
+
+_KINDS = ("claims", "estimates", "measurements", "verdicts", "events")
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: AsJson = False) -> None:
+    """The recipes that come with Shoestring."""
+    from ...recipes import shipped_recipes
+
+    about = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in shipped_recipes().items()}
+    if as_json:
+        print_json(about)
+    else:
+        for name, line in about.items():
+            typer.echo(f"{name:20} {line}")
+
+
+@recipes_app.command("show")
+def recipes_show(recipe: RecipePath, overrides: Overrides = None, allow_code: AllowCode = False) -> None:
+    """A recipe in full: every default filled in."""
+    from ...recipes import dump_recipe, load_recipe
+
+    typer.echo(dump_recipe(load_recipe(recipe, overrides or (), allow_code)).rstrip())
+
+
+@recipes_app.command("validate")
+def recipes_validate(recipe: RecipePath, overrides: Overrides = None, allow_code: AllowCode = False) -> None:
+    """Check a recipe; every mistake is listed with its file and line."""
+    from ...recipes import load_recipe
+
+    loaded = load_recipe(recipe, overrides or (), allow_code)
+    typer.echo(f"{loaded.name} is valid ({loaded.hash})")
+
+
+app.command()(model_commands.export)
+app.command()(model_commands.measure)
+app.command()(model_commands.compress)
+runs_app.command("pareto")(model_commands.pareto)
+app.command()(job_commands.launch)
+app.command()(job_commands.jobs)
+app.command()(job_commands.logs)
+app.command()(job_commands.cancel)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine has, what is missing, and the command that mends it."""
+    from ..machine.doctor import diagnose, report
+
+    findings = diagnose()
+    if as_json:
+        print_json(report(findings))
+    else:
+        from .display import show_findings
+
+        show_findings(findings)
+    if any(finding.ok is False for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def techniques() -> None:
+    """The table of techniques, as in the README."""
+    from .reference import technique_table
+
+    typer.echo(technique_table())
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["SHOESTRING_DEBUG"] = "1"
+
+
+def main() -> None:
+    """Entry point: our own errors are one message and exit code 2, without a traceback."""
+    with _as_task():
+        try:
+            app()
+        except ShoestringError as error:
+            if os.environ.get("SHOESTRING_DEBUG"):
+                raise
+            if is_first():
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+
+def _as_task() -> AbstractContextManager[None]:
+    """What surrounds a task of a job; for everybody else nothing, and nothing to import."""
+    if "SHOESTRING_JOB_DIR" not in os.environ:
+        return nullcontext()
+    from ..jobs.worker import as_task
+
+    return as_task()
+
+
+def _already_finished(home: Path, recipe: Any, report_file: Path | None) -> bool:
+    """A run that has reached its end is shown again, not run again."""
+    from ..run import finished_report
+
+    report = finished_report(home, recipe)
+    if report is None:
+        return False
+    if is_first():
+        from .display import show_report
+
+        typer.echo(f"{home} is finished; give another --run-dir to run it again")
+        show_report(report)
+        if report_file is not None:
+            _write_json(report_file, report.as_dict())
+    return True
+
+
+def _seconds_alive() -> float:
+    """Seconds since this process began: a bill runs from there, not from the first step."""
+    import time
+
+    import psutil
+
+    return max(0.0, time.time() - psutil.Process().create_time())
+
+
+def _fields(run: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(run)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1, default=str) + "\n")

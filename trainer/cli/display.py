@@ -1,0 +1,294 @@
+"""What the terminal shows: the plan before, a line that moves during, a table after."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..export.compress import Compression
+    from ..export.write import Exported
+    from ..ledger import RunRow
+    from ..machine.doctor import Finding
+    from ..planning.planner import Plan
+    from ..run import Report
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """1234567 -> "1.23 M"; None -> "-"."""
+    if value is None:
+        return "-"
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".strip()
+
+
+def size(value: float | None) -> str:
+    """Bytes in binary units."""
+    if value is None:
+        return "-"
+    for amount, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= amount:
+            return f"{value / amount:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def dollars(value: float | None) -> str:
+    return "-" if value is None else f"${value:.4f}" if value < 1 else f"${value:,.2f}"
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if value < 120:
+        return f"{value:.1f} s"
+    return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.2f} h"
+
+
+# -- before --------------------------------------------------------------------------------------------------------
+def show_plan(plan: Plan) -> None:
+    """Choices with reasons, techniques in order, predictions."""
+    table = Table(title=f"plan: {plan.recipe.name} ({plan.recipe.hash})", title_justify="left", expand=False)
+    for column in ("what", "choice", "why"):
+        table.add_column(column, overflow="fold")
+    for choice in plan.choices:
+        table.add_row(choice.what, choice.value, choice.why)
+    for place, technique in enumerate(plan.techniques, 1):
+        table.add_row(f"technique {place}", technique.card.name, repr(technique).partition("(")[2][:-1])
+    console.print(table)
+    told = plan.predictions
+    if told.get("parameters"):
+        lines = [
+            ("parameters", f"{number(told['parameters'])} ({number(told['trainable'])} trained)"),
+            (
+                "memory a device",
+                f"{size(told.get('state_bytes'))} states + {size(told.get('activation_bytes'))} activations",
+            ),
+            ("a step", f"{number(told.get('flops_per_step'), 'FLOP')}, {seconds(told.get('seconds_per_step'))}"),
+        ]
+        if "binding" in told:
+            cost = f"{seconds(told.get('seconds'))}, {dollars(told.get('usd'))}, {told.get('kwh', 0):.2g} kWh"
+            lines.append(
+                ("the run", f"about {told['steps']:,} steps until the budget of {told['binding']} ends: {cost}")
+            )
+        console.print("predicted (estimates):")
+        for name, text in lines:
+            console.print(f"  {name:16} {text}")
+    for warning in plan.warnings:
+        console.print(f"[yellow]note[/] {warning}")
+
+
+# -- during --------------------------------------------------------------------------------------------------------
+class Bar:
+    """Loss, throughput, spend and what is left; a moving bar on a terminal, a line every few seconds elsewhere."""
+
+    EVERY = 10.0  # seconds between lines where nothing can move
+
+    def __init__(self, limits: Mapping[str, float]) -> None:
+        self._limits = dict(limits)
+        self._last: dict[str, Any] = {}
+        self._printed = 0.0
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.percentage:>5.1f} %"), BarColumn(), TextColumn("{task.description}"),
+                TimeElapsedColumn(), console=console, refresh_per_second=4,
+            )  # fmt: skip
+            self._task = self._bar.add_task("", total=1.0)
+            self._bar.start()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        self._last.update(row)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._last.get("progress", 0.0), description=self._text())
+        elif time.monotonic() - self._printed > self.EVERY:
+            self._printed = time.monotonic()
+            console.print(f"{self._last.get('progress', 0.0):6.1%}  {self._text()}")
+
+    def _text(self) -> str:
+        row = self._last
+        rate = row.get("tokens_per_second") or row.get("samples_per_second")
+        unit = "tokens/s" if row.get("tokens_per_second") else "samples/s"
+        parts = [f"step {row.get('step', 0):,}/{row.get('horizon') or '?'}"]
+        if row.get("loss") is not None:
+            parts.append(f"loss {row['loss']:.3f}")
+        parts += [f"{key} {row[key]:.3f}" for key in ("val_loss", "val_accuracy") if key in row]
+        parts += [f"{number(rate)} {unit}", f"spent {dollars(row.get('usd'))}"]
+        return "  ".join([*parts, *self._left()])
+
+    def _left(self) -> list[str]:
+        ways = {
+            "usd": ("usd", 1.0, dollars), "hours": ("seconds", 3600.0, seconds),
+            "tokens": ("tokens", 1.0, number), "samples": ("samples", 1.0, number),
+        }  # fmt: skip
+        return [
+            f"left {show(max(0.0, limit * ways[name][1] - self._last.get(ways[name][0], 0.0)))}"
+            for name, limit in self._limits.items()
+            for show in [ways.get(name, (None, None, None))[2]]
+            if show is not None
+        ]
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+# -- after ---------------------------------------------------------------------------------------------------------
+def show_report(report: Report) -> None:
+    """The closing table: quality beside its baselines, throughput, memory, cost, and the budget used."""
+    total = report.summary
+    metrics, table = total["metrics"], Table(title="run finished", title_justify="left", show_header=False)
+    rows: list[tuple[str, str]] = [(name, f"{value:.4f}") for name, value in metrics.items()]
+    rows += [(f"  baseline: {name}", f"{value:.4f}") for name, value in report.baselines.items()]
+    if report.goal_reached is not None:
+        goal = total["goal"]
+        target = f"{goal['metric']} {'above' if goal['above'] is not None else 'below'}"
+        limit = goal["above"] if goal["above"] is not None else goal["below"]
+        rows.append(("goal", f"{target} {limit:g}: {'reached' if report.goal_reached else 'NOT reached'}"))
+    rate, unit = (total["tokens_per_second"], "tokens/s")
+    if not total["tokens"]:
+        rate, unit = total["samples_per_second"], "samples/s"
+    rows += [
+        ("steps", f"{total['steps']:,}, stopped by {total['stopped_by']}"),
+        ("tokens / samples", f"{total['tokens']:,.0f} / {total['samples']:,.0f}"),
+        ("throughput", f"{number(rate)} {unit}" + (f", MFU {total['mfu']:.1%}" if total["mfu"] else "")),
+        ("data wait", f"{total['data_wait']:.1%} of training"),
+        ("FLOPs", f"{number(total['flops_counted'])} counted, {number(total['flops_realised'])} realised"),
+        ("peak memory", f"{size(total['peak_bytes'])} a device"),
+        ("time", f"{seconds(total['seconds'])} ({_windows(total['windows'])})"),
+        ("energy", f"{total['kwh']:.6f} kWh, {total['kwh_source']}"),
+        ("cost", dollars(total["usd"])),
+        ("budget used", _used(total)),
+        ("run", str(report.run_dir)),
+    ]
+    if report.exported:
+        rows.append(("model", str(report.exported)))
+    for name, text in rows:
+        table.add_row(name, text)
+    console.print(table)
+    if report.sample is not None:
+        console.print("sample:")
+        console.print(report.sample, markup=False)
+
+
+def _windows(windows: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {seconds(value)}" for name, value in windows.items() if value >= 0.05)
+
+
+def _used(total: Mapping[str, Any]) -> str:
+    scale = {"hours": ("seconds", 3600.0), "device_hours": ("device_seconds", 3600.0), "flops": ("flops_realised", 1.0)}
+    parts = []
+    for name, limit in total["budget"].items():
+        field, factor = scale.get(name, (name, 1.0))
+        parts.append(f"{total[field] / factor / limit:.1%} of {limit:g} {name}")
+    return ", ".join(parts)
+
+
+def show_export(made: Exported) -> None:
+    """What was written, how large it is, and how far its outputs are from the model's."""
+    rows = {
+        "written": made.path,
+        "size": f"{size(made.bytes)} ({made.bytes:,} bytes in {len(made.files)} files)",
+        "checked": f"reloaded: relative error {made.error:.2g} (allowed {made.tolerance:g})",
+    }
+    if made.quantize:
+        rows["quantized"] = f"{made.quantize}: relative error {made.from_original:.2g} to the trained model"
+    show_fields(rows)
+    for note in made.notes:
+        console.print(f"[yellow]note[/] {note}")
+
+
+def show_measurement(told: Mapping[str, Any]) -> None:
+    """One model: worth, footprint, then a line for each backend and batch, then the comparison with its baseline."""
+    rows = {name: told.get(name) for name in ("model", "loss", "perplexity", "accuracy") if told.get(name) is not None}
+    share = told["nonzero"] / max(1, told["parameters"])
+    rows["size"] = f"{size(told['bytes'])} on disk, {number(told['parameters'])} parameters, {share:.1%} not zero"
+    if told["flops_counted"] is not None:
+        rows["a sample"] = f"{number(told['flops_counted'])}FLOP counted, {number(told['flops_realised'])}FLOP realised"
+    if "peak_bytes" in told:
+        rows["memory"] = f"{size(told['peak_bytes'])} at most, {size(told['over_idle_bytes'])} over the bare libraries"
+    if "recall" in told:
+        rows["recall"] = ", ".join(f"{name} {share:.1%}" for name, share in told["recall"].items())
+    show_fields(rows)
+    table = Table(box=None, pad_edge=False, title_justify="left", title=f"{told['machine']}, {told['threads']} threads")
+    for column in ("backend, batch", "median ms", "p95 ms", "CPU ms", "samples/s", "J/sample"):
+        table.add_column(column)
+    for name, row in told["timings"].items():
+        figures = [
+            f"{row[key]:.3g}" for key in ("p50_ms", "p95_ms", "cpu_ms", "samples_per_second", "joules_per_sample")
+        ]
+        table.add_row(name, *figures[:-1], f"{figures[-1]} ({row['joules_source']})")
+    console.print(table)
+    if told.get("against"):
+        show_fields(told["against"])
+    show_fields({"ledger": "one row" if told["recorded"] else "no row: it is of no run (give --data RUN)"})
+    if told.get("note"):
+        console.print(f"[yellow]note[/] {told['note']}")
+
+
+def show_front(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
+    """The models on a Pareto front, the cheapest first."""
+    table = Table(box=None, pad_edge=False)
+    for column in (x, y, "backend", "run", "model"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        cost = f"{row[x]:,}" if isinstance(row[x], int) else f"{row[x]:.4g}"
+        table.add_row(cost, f"{row[y]:.4g}", str(row["backend"]), row["run"], row["model"])
+    console.print(table if rows else "no measured models yet: shoestring measure MODEL")
+
+
+def show_runs(runs: Sequence[RunRow]) -> None:
+    """One line a run, newest first."""
+    table = Table(box=None, pad_edge=False)
+    figures = ["steps", "loss", "tokens", "tokens/s", "memory", "kWh", "cost", "time"]
+    for column in ("id", "name", "status", *figures, "stopped by"):
+        table.add_column(column, overflow="fold", no_wrap=column != "name")
+    for run in runs:
+        loss = run.metrics.get("val_loss", run.metrics.get("loss"))
+        table.add_row(
+            run.id, run.name, run.status, f"{run.steps or 0:,}", "-" if loss is None else f"{loss:.3f}",
+            number(run.tokens), number(run.tokens_per_second), size(run.peak_bytes),
+            "-" if run.kwh is None else f"{run.kwh:.5f}", dollars(run.usd), seconds(run.seconds), run.stopped_by or "",
+        )  # fmt: skip
+    console.print(table if runs else "no runs yet")
+
+
+def show_fields(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        console.print(f"{name:20} {value}", markup=False)
+
+
+def show_findings(findings: Iterable[Finding]) -> None:
+    """What this machine has, what is missing, and the command that mends it."""
+    marks = {True: "[green]ok[/]", False: "[red]missing[/]", None: "[yellow]optional[/]"}
+    for finding in findings:
+        console.print(f"{marks[finding.ok]:>20}  {finding.name}: {finding.found}")
+        if finding.ok is not True and finding.mend:
+            console.print(f"            {finding.mend}", markup=False)
+
+
+def show_compression(found: Compression) -> None:
+    """The model before, every candidate tried, the smallest first, and the one that was kept."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("candidate", "backend", "bytes", "ms", "accuracy", "loss", ""):
+        table.add_column(column, overflow="fold")
+    for tried in (*found.before, *sorted(found.tried, key=lambda t: t.bytes or float("inf"))):
+        figures = [
+            f"{value:.4g}" if value is not None else "-" for value in (tried.latency_ms, tried.accuracy, tried.loss)
+        ]
+        verdict = tried.problem or "too large" * tried.skipped or "fits" * tried.fits
+        verdict = "chosen" if tried.name == found.chosen else verdict
+        table.add_row(tried.name, tried.backend, "-" if tried.bytes is None else f"{tried.bytes:,}", *figures, verdict)
+    console.print(table)
+    if found.path:
+        show_fields({"written": found.path})

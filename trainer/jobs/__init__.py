@@ -1,0 +1,1 @@
+"""Jobs on clusters, from both ends: what submits one, and what runs in each of its tasks."""

@@ -1,0 +1,92 @@
+"""A process that is a task of a job (`cluster/`): it says who it is, hears signals from its first moment on, and leaves
+a record of how it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ... import ShoestringError
+from ...cluster.environment import TaskStream, redacted
+from ...cluster.node import attempts, ranks
+from ..monitor import signals
+
+
+@contextmanager
+def as_task() -> Iterator[None]:
+    """Around everything a task does. Outside of a job it does nothing.
+
+    Python does not get to see how a task ends: it would print secrets that a traceback holds.
+    """
+    here = ranks.place()
+    if here is None:
+        yield
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signals.die_with_parent()
+    sys.stdout, sys.stderr = TaskStream(sys.stdout), TaskStream(sys.stderr)  # type: ignore[assignment]
+    signals.listen_early()  # a task may be asked to stop before it has a trainer
+    job_dir, attempt = here
+    record = ranks.begun()
+    ranks.write(job_dir, attempt, record)
+    try:
+        yield
+    except BaseException as error:
+        code, said = _outcome(error)
+        _ignore_signals()  # this end is the one to be told
+        where = "" if isinstance(error, SystemExit) else "".join(traceback.format_exception(error))
+        ranks.write(job_dir, attempt, ranks.ended(record, code, said, where))
+        if where or isinstance(getattr(error, "code", None), str):
+            print(redacted(f"[rank {record.rank} on {record.host}] {where or said}"), file=sys.stderr, flush=True)
+        raise SystemExit(int(os.environ.get(ranks.SAVED_EXIT, code)) if code == signals.SAVED else code) from None
+    _ignore_signals()
+    ranks.write(job_dir, attempt, ranks.ended(record, signals.FINISHED))
+
+
+def preflight() -> list[dict[str, Any]]:
+    """Check the nodes together with all other tasks of the job, where its cluster file asks for it (see
+    cluster/preflight/check.py): what rank 0 writes down of it. Exits with 86 where a node is bad. Outside of a job it
+    does nothing.
+    """
+    here = ranks.place()
+    if here is None:
+        return []
+    try:
+        facts = attempts.job_facts(here[0])
+    except OSError:  # not every engine's nodes see what was written where the job was launched
+        return []
+    if not facts.get("preflight", {}).get("enabled"):
+        return []
+    from ...cluster.preflight.check import BadNodes, check, this_task
+
+    task = this_task(*here, facts)
+    try:
+        found = check(task)
+    except BadNodes as error:
+        if task.local_rank == 0:
+            print(f"[shoestring] {error}", file=sys.stderr, flush=True)
+        raise SystemExit(signals.BAD_NODE) from error
+    if task.rank:
+        return []
+    about = {"window": "preflight", "seconds": found.seconds, "bandwidth": found.bandwidth, "nodes": task.nodes}
+    return [about, *({"window": "preflight", **row} for row in found.nodes)]
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """Exit code and what to say of it in one line."""
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        cause = error.__context__ if isinstance(error.__context__, ShoestringError) else None
+        return code, str(cause or (error.code if isinstance(error.code, str) else ""))
+    return signals.FAILURE, f"{type(error).__name__}: {error}"
+
+
+def _ignore_signals() -> None:
+    for number in signals.ASKS_TO_STOP:
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdout.flush()

@@ -1,0 +1,233 @@
+"""Where a run is written down: its journal, the ledger's index, W&B, and what the terminal shows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytorch_lightning as pl
+
+from ... import ShoestringError
+from ...callbacks.accounting.clock import Spend
+from ...callbacks.contract import Technique
+from ...cluster.environment import SECRET_NAMES, redacted_values
+from ..ledger import Journal, Ledger, Row, RunIdentity, WandbSink, next_attempt, read, write_summary
+
+if TYPE_CHECKING:
+    from ...recipes import Recipe
+
+log = logging.getLogger("shoestring")
+
+# a killed attempt may have worked this long after its last row, and it is charged for it
+UNSEEN_SECONDS = 0.25
+_TOTALS = ("seconds", "device_seconds", "usd", "kwh")
+
+
+# sections that may change between attempts of one run
+FREE = frozenset({"name", "budget", "strategy", "cluster", "tracking", "checkpoint", "evaluation", "goal", "export"})
+
+
+class AnotherRun(ShoestringError):
+    """The run directory belongs to a run of another recipe."""
+
+
+class Display(Protocol):
+    """What shows a run while it goes on."""
+
+    def step(self, row: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Records:
+    """One run's records. Rank 0 keeps steps and events; every rank keeps a journal of its attempts."""
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str] | None,
+        *,
+        name: str = "run",
+        recipe: Recipe | None = None,
+        ledger: bool = True,
+        wandb: Mapping[str, Any] | None = None,
+        estimates: Iterable[Mapping[str, Any]] = (),
+        hardware: str = "",
+    ) -> None:
+        self.given = Path(run_dir) if run_dir is not None else None
+        self.name, self.recipe, self.hardware = name, recipe, hardware
+        self.ledger, self.wandb, self.estimates = ledger, wandb, list(estimates)
+        self.display: Display | None = None
+        self.keeps = False  # this rank writes rows
+        self._journal: Journal | None = None
+        self._sink: WandbSink | None = None
+        self._before: list[tuple[str, dict[str, Any]]] = []
+
+    @property
+    def run_dir(self) -> Path:
+        assert self.given is not None, "known once the run has started"
+        return self.given
+
+    def open(self, trainer: pl.Trainer) -> None:
+        """All ranks: agree on the run's home, take its identity, and start this attempt's journal."""
+        fresh = Path("runs") / f"{self.name}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+        self.given = Path(trainer.strategy.broadcast(str(self.given or fresh)))
+        recipe = self.recipe
+        self.identity = RunIdentity.create_or_load(
+            self.run_dir,
+            name=self.name,
+            recipe_hash=recipe.hash if recipe is not None else "",
+            recipe=recipe.model_dump(mode="json") if recipe is not None else None,
+        )
+        self._same_run(recipe)
+        events = self.run_dir / "events"
+        self._attempt = trainer.strategy.broadcast(next_attempt(events))
+        self._journal = Journal(events, rank=trainer.global_rank, attempt=self._attempt)
+        self.keeps = trainer.is_global_zero
+        for kind, fields in self._before:
+            self._journal.write(kind, **fields)
+        self._before.clear()
+
+    def _same_run(self, recipe: Recipe | None) -> None:
+        """A run may go on with more or less budget; with anything else changed it would be another run."""
+        if recipe is None or self.identity.recipe_hash in ("", recipe.hash):
+            return
+        before, now = dict(self.identity.recipe), recipe.model_dump(mode="json")
+        changed = sorted(k for k in before.keys() | now.keys() if k not in FREE and before.get(k) != now.get(k))
+        if changed:
+            raise AnotherRun(
+                f"{self.run_dir} holds the run of another recipe ({self.identity.name}, {self.identity.recipe_hash}); "
+                f"this one is {recipe.name} ({recipe.hash}), and they differ in: {', '.join(changed)}. "
+                "Give another run directory."
+            )
+
+    def spent(self, checkpointed: Spend) -> Spend:
+        """What all attempts have cost: time, money and energy lost since the checkpoint stay spent."""
+        spend = Spend.from_dict(checkpointed.as_dict())
+        rows = [r for r in read(self.run_dir / "events", rank=0) if r.attempt < self._attempt]
+        told = [r for r in rows if r.kind in ("step", "event") and isinstance(r.fields.get("seconds"), int | float)]
+        if not told:
+            return spend
+        last = max(told, key=lambda r: float(r.fields["seconds"]))  # type: ignore[arg-type]
+        for field in _TOTALS:
+            setattr(spend, field, max(getattr(spend, field), float(last.fields.get(field) or 0)))  # type: ignore[arg-type]
+        if spend.seconds:
+            unseen = 1 + _unseen(rows, last) / spend.seconds
+            for field in _TOTALS:
+                setattr(spend, field, getattr(spend, field) * unseen)
+        return spend
+
+    def started(self, trainer: pl.Trainer, resumed_from: int | None, strategy: str, totals: Mapping[str, Any]) -> None:
+        techniques = [c for c in trainer.callbacks if isinstance(c, Technique)]
+        if self.wandb and self.keeps:
+            self._sink = WandbSink(
+                self.wandb["mode"], self.wandb.get("project", "shoestring"), self.identity,
+                self._config(techniques), self.run_dir,
+            )  # fmt: skip
+        self.event(
+            "start" if resumed_from is None else "resume",
+            step=resumed_from or 0,
+            hostname=os.uname().nodename,
+            strategy=strategy,
+            world_size=trainer.world_size,
+            hardware=self.hardware,
+            techniques=[t.card.name for t in techniques],
+            **totals,
+        )
+        if self.keeps and resumed_from is None:
+            for technique in techniques:
+                self._write("claim", **_claim(technique))
+            for estimate in self.estimates:
+                self._write("estimate", **estimate)
+
+    def step(self, step: int, row: Mapping[str, Any]) -> None:
+        if not self.keeps:
+            return
+        self._write("step", **row)
+        if self._sink is not None:
+            self._sink.put(step, row)
+        if self.display is not None:
+            self.display.step(row)
+
+    def event(self, event: str, **fields: Any) -> None:
+        self._write("event", event=event, **fields)
+
+    def measurement(self, **fields: Any) -> None:
+        """A window that was measured elsewhere."""
+        self._write("measurement", **fields)
+
+    def sync(self) -> None:
+        if self._journal is not None:
+            self._journal.sync()
+
+    def finished(self, summary: Mapping[str, Any], windows: Mapping[str, float]) -> None:
+        if self.keeps:
+            for window, seconds in windows.items():
+                self._write("measurement", window=window, seconds=seconds)
+            self._write("measurement", window="run", **{k: v for k, v in summary.items() if k != "windows"})
+            self._write("verdict", stopped_by=summary["stopped_by"], goal=summary.get("goal"),
+                        reached=summary.get("goal_reached"), budget=summary["budget"])  # fmt: skip
+            try:
+                write_summary(self.run_dir, summary)
+            except OSError as error:
+                log.warning("summary.json could not be written (%s); the journal has the same", error)
+        self.event("stop", **{k: v for k, v in summary.items() if k not in ("windows", "budget")})
+        self._close(0, summary)
+
+    def failed(self, step: int, reason: str | None, totals: Mapping[str, Any]) -> None:
+        if reason is not None:
+            self.event("error", step=step, reason=reason[:2000], **totals)
+        self._close(1, {})
+
+    def _close(self, code: int, summary: Mapping[str, Any]) -> None:
+        if self.display is not None:
+            self.display.close()
+        if self._sink is not None:
+            flat = {k: v for k, v in summary.items() if isinstance(v, int | float | str)}
+            self._sink.summarize({**flat, **summary.get("metrics", {})})
+            self._sink.finish(exit_code=code)
+        if self._journal is not None:
+            self._journal.close()
+        if self.keeps and self.ledger:
+            try:
+                Ledger().index(self.run_dir)
+            except Exception as error:  # the journal has everything; the index can be built again
+                log.warning("the ledger could not be updated (%s); the run's own journal is complete", error)
+        self.keeps = False
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        if SECRET_NAMES in os.environ:
+            fields = redacted_values(fields)
+        if self._journal is None:
+            self._before.append((kind, fields))
+        else:
+            self._journal.write(kind, **fields)
+
+    def _config(self, techniques: Iterable[Technique]) -> dict[str, Any]:
+        recipe = json.loads(self.recipe.model_dump_json()) if self.recipe is not None else {}
+        return {"recipe": recipe, "techniques": {t.card.name: repr(t) for t in techniques}}
+
+
+def _unseen(rows: Iterable[Row], last: Row) -> float:
+    """Seconds that killed attempts have worked after `last`, the row with the highest totals."""
+    seconds = 0.0
+    lived = (row for row in rows if row.kind != "measurement")  # a finished run's model may be measured later
+    for attempt, group in groupby(lived, key=lambda row: row.attempt):
+        *_, end = own = list(group)
+        if attempt >= last.attempt and end.fields.get("event") not in ("stop", "preempted", "error"):
+            seconds += end.mono - (last if attempt == last.attempt else own[0]).mono + UNSEEN_SECONDS
+    return seconds
+
+
+def _claim(technique: Technique) -> dict[str, Any]:
+    card = technique.card
+    return {
+        "technique": card.name, "does": card.does, "paper": card.paper, "saves": sorted(card.saves),
+        "keeps": card.keeps, "settings": {k: str(v) for k, v in technique.settings().items()},
+    }  # fmt: skip

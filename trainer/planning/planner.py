@@ -1,0 +1,253 @@
+"""From a recipe to a plan: every choice made, with its reason, and what the run should need. Starts nothing.
+
+A prediction is an estimate from formulas (states and activations: ZeRO, arXiv 1910.02054 §3; Korthikanti, 2205.05198;
+FLOPs: PaLM, 2204.02311 appendix B), never printed as a measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ... import ShoestringError
+from ...callbacks.accounting.budget import Budget
+from ...callbacks.compose import compose
+from ...callbacks.contract import BadSetting, Technique, Unfit
+from ...callbacks.own_code import CannotImport
+from ...callbacks.registry import NotATechnique, UnknownTechnique, make
+from ...cluster import Hardware
+from ...cluster.config.hardware import hardware
+from ...recipes import Recipe, RecipeError
+from ..machine.facts import Machine, usable_memory
+from ..machine.facts import facts as machine_facts
+from .predictions import predict, state_bytes
+from .sizes import Size, size_of
+
+USABLE_MEMORY = 0.85  # the rest is context, workspaces and fragmentation
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision of the plan and why it was taken."""
+
+    what: str
+    value: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything `fit` needs, decided. `predictions` are estimates; None where nothing can be said beforehand."""
+
+    recipe: Recipe
+    budget: Budget
+    techniques: tuple[Technique, ...]
+    accelerator: str
+    strategy: str
+    offload: str
+    devices: int
+    nodes: int
+    micro_batch: int
+    accumulate: int
+    hardware: str
+    usd_per_device_hour: float
+    watts_per_device: float | None
+    choices: tuple[Choice, ...]
+    warnings: tuple[str, ...]
+    predictions: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.nodes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for `--json` and the journal."""
+        return {
+            "recipe": self.recipe.name,
+            "recipe_hash": self.recipe.hash,
+            "choices": [{"what": c.what, "value": c.value, "why": c.why} for c in self.choices],
+            "techniques": [repr(t) for t in self.techniques],
+            "warnings": list(self.warnings),
+            "predictions": dict(self.predictions),
+            "world_size": self.world_size,
+        }
+
+
+def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
+    """Decide how to run `recipe` on `machine` (default: this one).
+
+    Raises `RecipeError` naming file and line where the recipe cannot be run there, `Unfit` where techniques conflict.
+    """
+    machine = machine or machine_facts()
+    chosen: list[Choice] = []
+    device = _device(recipe, machine, chosen)
+    size = size_of(recipe)
+    strategy, devices = _strategy(recipe, machine, device, size, chosen)
+    world = devices * recipe.strategy.nodes
+    micro, accumulate = _batch(recipe, device, machine, size, world, strategy, chosen)
+    budget = Budget(**recipe.budget.model_dump())
+    _possible(recipe, budget, size)
+    usd, watts = _price(recipe, device, chosen)
+    composition = compose(_techniques(recipe, machine, chosen), _facts(recipe, machine, strategy))
+    for reason in composition.reasons:
+        chosen.append(Choice("order", reason.partition(":")[0], reason.partition(": ")[2]))
+    return Plan(
+        recipe=recipe,
+        budget=budget,
+        techniques=composition.techniques,
+        accelerator=machine.accelerator,
+        strategy=strategy,
+        offload=recipe.strategy.offload,
+        devices=devices,
+        nodes=recipe.strategy.nodes,
+        micro_batch=micro,
+        accumulate=accumulate,
+        hardware=device.name,
+        usd_per_device_hour=usd,
+        watts_per_device=watts,
+        choices=tuple(chosen),
+        warnings=composition.warnings,
+        predictions=predict(recipe, machine, device, size, composition.techniques, world, strategy, micro, usd, watts),
+    )
+
+
+# -- choices -------------------------------------------------------------------------------------------------------
+def _device(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> Hardware:
+    name, why = recipe.cluster.hardware, "the recipe says so"
+    if name == "auto":
+        name, why = machine.hardware or machine.accelerator, "what this machine has"
+    found = hardware(name)
+    chosen.append(Choice("hardware", found.name, why))
+    return found
+
+
+def _strategy(recipe: Recipe, machine: Machine, device: Hardware, size: Size, chosen: list[Choice]) -> tuple[str, int]:
+    """Strategy and devices per node: the least sharding whose model states fit."""
+    asked, count = recipe.strategy.name, recipe.strategy.devices
+    if count == "auto":
+        if machine.accelerators:
+            count, why = (1 if asked == "single" else len(machine.accelerators)), "every GPU of the machine"
+        elif asked in ("auto", "single"):
+            count, why = 1, "no GPU: one process uses all cores"
+        else:
+            count, why = 2, "no GPU: two processes show the sharding"
+    else:
+        why = "the recipe says so"
+    chosen.append(Choice("devices", f"{count} x {recipe.strategy.nodes}", why))
+    world = count * recipe.strategy.nodes
+    if asked != "auto":
+        chosen.append(Choice("strategy", asked, "the recipe says so"))
+        return asked, count
+    name, why = _least_sharding(size, world, _memory(device, machine, count))
+    chosen.append(Choice("strategy", name, why))
+    return name, count
+
+
+def _least_sharding(size: Size, world: int, memory: float) -> tuple[str, str]:
+    if world == 1:
+        return "single", "one device"
+    if size.parameters is None:
+        return "ddp", "the model's size is not known beforehand"
+    for name in ("ddp", "zero1", "zero2"):
+        need = state_bytes(size, name, world)
+        if need < 0.6 * memory:  # the rest is for activations
+            return name, f"model states need {need / 2**30:.2f} GiB of {memory / 2**30:.1f} GiB a device"
+    return "zero3", f"model states need {state_bytes(size, 'zero2', world) / 2**30:.1f} GiB a device under zero2"
+
+
+def _batch(
+    recipe: Recipe, device: Hardware, machine: Machine, size: Size, world: int, strategy: str, chosen: list[Choice]
+) -> tuple[int, int]:
+    total, asked = recipe.data.batch_size, recipe.data.micro_batch_size
+    if total % world:
+        raise RecipeError(
+            [recipe.problem("data.batch_size", total, f"a multiple of the {world} ranks", "change it or the devices")]
+        )
+    if asked == "auto":
+        room = USABLE_MEMORY * _memory(device, machine, world) - state_bytes(size, strategy, world)
+        each = size.activation_bytes(recipe.data.sequence_length)
+        fits = [n for n in range(1, total // world + 1) if (total // world) % n == 0 and n * each <= max(room, 0)]
+        micro, why = max(fits, default=1), "the largest that should fit in memory"
+    else:
+        micro, why = asked, "the recipe says so"
+    if total % (micro * world):
+        text = f"a divisor of {total // world}, the samples of one rank a step"
+        raise RecipeError([recipe.problem("data.micro_batch_size", micro, text)])
+    accumulate = total // (micro * world)
+    chosen.append(Choice("batch", f"{total} = {micro} x {world} ranks x {accumulate} accumulated", why))
+    return micro, accumulate
+
+
+def _memory(device: Hardware, machine: Machine, processes: int) -> float:
+    if device.memory_bytes:
+        return float(device.memory_bytes)
+    return usable_memory() / max(1, processes)
+
+
+def _price(recipe: Recipe, device: Hardware, chosen: list[Choice]) -> tuple[float, float | None]:
+    usd, why = recipe.cluster.usd_per_device_hour, "the recipe says so"
+    if usd is None:
+        usd, why = device.usd_per_hour, f"{device.source}, {device.date}"
+    if usd is None:
+        if recipe.budget.usd is not None:
+            rule = "a budget in dollars needs cluster.usd_per_device_hour"
+            raise RecipeError([recipe.problem("budget.usd", recipe.budget.usd, rule, f"{device.name} has no price")])
+        usd, why = 0.0, "no public price is known; set cluster.usd_per_device_hour"
+    chosen.append(Choice("price", f"${usd:g} a device-hour", why))
+    return usd, recipe.cluster.watts_per_device or device.watts
+
+
+def _possible(recipe: Recipe, budget: Budget, size: Size) -> None:
+    """Refuse a budget that ends before the first step."""
+    per_step = {"samples": recipe.data.batch_size}
+    if size.tokens:
+        per_step["tokens"] = recipe.data.batch_size * recipe.data.sequence_length if recipe.data.pack else 0
+    for name, need in per_step.items():
+        limit = budget.given().get(name)
+        if limit is not None and limit < need:
+            rule = f"at least one optimizer step: {need} {name}"
+            raise RecipeError([recipe.problem(f"budget.{name}", f"{limit:g}", rule)])
+
+
+def _techniques(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> list[Technique]:
+    """The recipe's techniques, and those that its precision and schedule ask for."""
+    made, problems = [], []
+    for spec in recipe.techniques:
+        try:
+            made.append(make(spec.name, spec.settings))
+        except UnknownTechnique as error:
+            key = f"techniques.{spec.name}" + (f".{error.found}" if error.of else "")
+            problems.append(recipe.problem(key, error.found, " | ".join(error.legal), error.hint))
+        except (CannotImport, NotATechnique) as error:
+            problems.append(recipe.problem(f"techniques.{spec.name}", spec.name, f"a technique's class ({error})"))
+        except BadSetting as error:
+            key = f"techniques.{spec.name}.{error.setting}"
+            problems.append(recipe.problem(key, error.found, error.allowed))
+        except (ShoestringError, TypeError) as error:  # a duration that is none, a text where a number is compared
+            problems.append(recipe.problem(f"techniques.{spec.name}", repr(dict(spec.settings)), str(error)))
+    if problems:
+        raise RecipeError(problems)
+    present = {t.card.name for t in made}
+    if "mixed_precision" not in present:
+        dtype, why = recipe.precision, "the recipe says so"
+        if dtype == "auto":
+            dtype = "bf16" if machine.accelerators and machine.bf16 else "fp32"
+            why = "the device computes in bf16" if dtype == "bf16" else "no accelerator with bf16"
+        chosen.append(Choice("precision", dtype, why))
+        if dtype != "fp32":
+            made.append(make("mixed_precision", {"dtype": dtype}))
+    if "lr_schedule" not in present:
+        asked = recipe.optimizer
+        made.append(make("lr_schedule", {"shape": asked.schedule, "warmup": asked.warmup}))
+        chosen.append(Choice("schedule", f"{asked.schedule}, warmup {asked.warmup}", "ends when the budget ends"))
+    return made
+
+
+def _facts(recipe: Recipe, machine: Machine, strategy: str) -> frozenset[str]:
+    from ..trainer import facts
+
+    return facts(strategy, machine.accelerator, recipe.strategy.offload, recipe.optimizer.name)
+
+
+__all__ = ["Choice", "Plan", "Unfit", "plan", "state_bytes"]

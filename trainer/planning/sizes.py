@@ -1,0 +1,102 @@
+"""How large a recipe's model is, from its configuration alone: no weights are made, and torch is not imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ...recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Size:
+    """Counts of a model; None where its configuration does not tell.
+
+    `active` are the parameters a token is multiplied with (input embeddings are looked up, not multiplied).
+    """
+
+    parameters: int | None = None
+    trainable: int | None = None
+    active: int = 0
+    layers: int = 0
+    hidden: int = 0
+    intermediate: int = 0
+    kv_share: float = 1.0
+    vocabulary: int = 0
+    tokens: bool = False  # work is counted in tokens
+
+    def flops_per_token(self, length: int) -> float:
+        """Forward and backward: 6 a trained parameter, 4 a frozen one, 12 * layers * hidden * length for attention."""
+        trained = (self.trainable or 0) / max(1, self.parameters or 1)
+        return self.active * (4 + 2 * trained) + 12 * self.layers * self.hidden * length * self.tokens
+
+    def activation_bytes(self, length: int) -> float:
+        """Saved for backward by one sample: 2 bytes x hidden x (20 + 4k + 8i/h) a token and layer, and the logits."""
+        if not self.hidden:
+            return 4.0 * 2 * self.active
+        per_layer = self.hidden * (20 + 4 * self.kv_share + 8 * self.intermediate / self.hidden)
+        return length * (2 * self.layers * per_layer + 10 * self.vocabulary)
+
+
+def size_of(recipe: Recipe) -> Size:
+    """The size of the recipe's model; an unknown one is all None."""
+    config = dict(recipe.model.config or _config_of(recipe.model.name) or {})
+    if recipe.model.task == "image-classification":
+        return _perceptron(config) if config.get("kind") == "mlp" else Size()
+    layers = _first(config, "num_hidden_layers", "n_layer", "num_layers")
+    hidden = _first(config, "hidden_size", "n_embd", "d_model")
+    if not layers or not hidden:
+        return Size(tokens=recipe.model.task == "causal-lm")
+    vocabulary = _first(config, "vocab_size") or getattr(recipe.model.tokenizer, "vocab_size", 0) or 32000
+    return _transformer(recipe, config, layers, hidden, vocabulary)
+
+
+def _transformer(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden: int, vocabulary: int) -> Size:
+    intermediate = _first(config, "intermediate_size", "n_inner") or 4 * hidden
+    heads = _first(config, "num_attention_heads", "n_head") or 1
+    share = (_first(config, "num_key_value_heads") or heads) / heads
+    gated = config.get("model_type") not in ("bert", "gpt2", "roberta", "distilbert", "opt", "gpt_neox")
+    inside = layers * (hidden * hidden * (2 + 2 * share) + (3 if gated else 2) * hidden * intermediate)
+    causal = recipe.model.task == "causal-lm"
+    tied = bool(config.get("tie_word_embeddings", config.get("model_type") in ("gpt2", "bert")))
+    head = hidden * vocabulary if causal else 0
+    parameters = int(inside + hidden * vocabulary + (0 if tied or not causal else head))
+    trainable = parameters
+    if (adapter := recipe.model.adapter) is not None:
+        trainable = int(
+            layers * adapter.rank * (2 * hidden * (3 + share) + (3 if gated else 2) * (hidden + intermediate))
+        )
+        parameters += trainable
+    return Size(
+        parameters=parameters, trainable=trainable, active=int(inside + head), layers=layers, hidden=hidden,
+        intermediate=intermediate, kv_share=share, vocabulary=vocabulary if causal else 0, tokens=True,
+    )  # fmt: skip
+
+
+def _perceptron(config: Mapping[str, Any]) -> Size:
+    widths = [64, *config.get("hidden", [128]), 10]  # scikit-learn's digits are 8 x 8, ten classes
+    count = sum(a * b + b for a, b in pairwise(widths))
+    return Size(parameters=count, trainable=count, active=count)
+
+
+def _config_of(name: str | None) -> Mapping[str, Any] | None:
+    """The `config.json` of a local model, or of the one that a package carries."""
+    if name is None:
+        return None
+    folder = Path(name)
+    if name == "minilm":
+        from ..tasks.models import resolve_name
+
+        folder = Path(resolve_name(name))
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _first(config: Mapping[str, Any], *keys: str) -> int | None:
+    return next((int(config[key]) for key in keys if config.get(key)), None)
