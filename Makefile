@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SLOW_BENCHMARKS := sparsity.py large_then_compressed.py quantization.py low_rank.py distillation.py structured.py
 
-.PHONY: quickstart test test-cluster test-gpu lint bench clean
+# whose results may depend on the CPU's instructions
+NUMERICAL := tests/callbacks tests/contracts/test_ranks.py tests/contracts/test_techniques.py tests/trainer/export
+
+.PHONY: quickstart test test-cpus test-cluster test-gpu lint bench clean
 
 # torch first: where pip has a CPU build of its own, the rest then keeps it
 $(READY): pyproject.toml
@@ -22,6 +25,14 @@ quickstart: $(READY)
 # files go whole to one process each: many share a training among their tests
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
+
+# as CPUs without AVX-512, and without AVX2, compute; and ONNX Runtime on an emulated Haswell, where QEMU can be installed
+test-cpus: $(READY)
+	bash tests/support/install_qemu.sh
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+		$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(NUMERICAL)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+		$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(NUMERICAL)
 
 # on a real Slurm, sshd and Ray that the tests start on this machine, in network namespaces of their own: Debian, root
 test-cluster: $(READY)

@@ -1,5 +1,6 @@
 """int8 products as x86 CPUs without VNNI compute them: one emulation in NumPy, and ONNX Runtime on a CPU of QEMU."""
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-QEMU = shutil.which("qemu-x86_64")
+QEMU = shutil.which("qemu-x86_64") if platform.machine() in ("x86_64", "AMD64") else None
 WEAK = "Haswell"  # AVX2 and FMA, nothing newer
 
 RUN = """

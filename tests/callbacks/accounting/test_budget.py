@@ -318,7 +318,9 @@ def test_measured_budgets_end_within_a_step_with_the_last_evaluation_and_checkpo
     assert limit - under < summary[unit] <= limit + over
     assert rate(trainer) == 0.0 and trainer.observer.clock.progress == 1.0
     assert 0.8 * trainer.wall < summary["seconds"] <= trainer.wall  # nothing that was waited for is left out
-    assert summary["windows"]["evaluation"] > 4 * PAUSE and summary["windows"]["checkpoint"] > 0
+    # the whole evaluation, unless this machine was slow just then: then what is left out is said
+    cut = [row.fields["batches"] for row in read(tmp_path / "events") if row.fields.get("event") == "evaluation_cut"]
+    assert summary["windows"]["evaluation"] > min([4, *cut]) * PAUSE and summary["windows"]["checkpoint"] > 0
     assert (tmp_path / "checkpoints" / f"{summary['steps']:09d}").is_dir() and summary["metrics"]
     assert len(trainer.observer.clock.horizons) <= few(summary["steps"])
 

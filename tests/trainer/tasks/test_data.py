@@ -89,7 +89,7 @@ def racer(*args: object) -> subprocess.Popen[str]:
 def test_racing_processes_build_once_and_a_killed_one_leaves_nothing(tmp_path: Path) -> None:
     target, log = tmp_path / "cache" / "thing", tmp_path / "log"
     victim = racer(target, log, 60)
-    while not log.exists():
+    while not (log.exists() and log.read_text()):
         time.sleep(0.01)
     victim.kill()
     victim.wait()
