@@ -8,7 +8,7 @@ SLOW_BENCHMARKS := sparsity.py large_then_compressed.py quantization.py low_rank
 # whose results may depend on the CPU's instructions
 NUMERICAL := tests/callbacks tests/contracts/test_ranks.py tests/contracts/test_techniques.py tests/trainer/export
 
-.PHONY: quickstart test test-cpus test-cluster test-gpu lint bench clean
+.PHONY: quickstart test test-cpus test-cluster test-gpu lint docs bench clean
 
 # torch first: where pip has a CPU build of its own, the rest then keeps it
 $(READY): pyproject.toml
@@ -48,6 +48,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	ln -sfn "$(CURDIR)" $(VENV)/shoestring  # the package's name, whatever the clone is called
 	$(BIN)/mypy $(VENV)/shoestring
+
+# the site, without a network; a warning fails the build
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "Open build/docs/index.html"
 
 # what is quick; the others train many models each, and say how in their first lines
 bench: $(READY)
