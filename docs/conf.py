@@ -26,6 +26,7 @@ myst_heading_anchors = 3
 default_role = "code"  # `name` in a docstring is code
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False  # what Lightning says of its hooks is in its own documents
 autodoc_class_signature = "mixed"
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Source", "Sources"]

@@ -61,7 +61,7 @@ def _sections(path: str, model: type[BaseModel]) -> Iterator[str]:
                 "each key below has its default" if isinstance(field.default, BaseModel) else code(_default(field))
             )
             yield f"If it is left out: {default}."
-        yield table(HEAD, _rows(name, section))
+        yield table(HEAD, _rows(_below(name, field.annotation), section))
 
 
 def _rows(path: str, model: type[BaseModel]) -> list[list[str]]:
@@ -69,8 +69,16 @@ def _rows(path: str, model: type[BaseModel]) -> list[list[str]]:
     for name, field in model.model_fields.items():
         rows.append(_row(f"{path}.{name}", field))
         if (section := section_of(field.annotation)) is not None:
-            rows += _rows(f"{path}.{name}", section)
+            rows += _rows(_below(f"{path}.{name}", field.annotation), section)
     return rows
+
+
+def _below(path: str, annotation: Any) -> str:
+    """Where the keys of a section stand: in a mapping of sections below a name, in a list below an item."""
+    kinds = type_of(annotation).split(" or ") if section_of(annotation) is not annotation else []
+    if "list" in kinds:
+        return f"{path}[]"
+    return f"{path}.NAME" if any(get_origin(part) is dict for part in (annotation, *get_args(annotation))) else path
 
 
 def _row(path: str, field: FieldInfo) -> list[str]:
@@ -86,6 +94,8 @@ def _default(field: FieldInfo) -> str:
         return "null"
     if isinstance(default, bool):
         return str(default).lower()
+    if isinstance(default, float):
+        return f"{default:g}"
     return str(list(default)) if isinstance(default, tuple) else str(default)
 
 
