@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -59,6 +60,59 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
             r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text()
         )
         assert not loaded, page
+
+
+STYLES = {
+    "google": """Do `this` to **options of *all* kinds, `x`ed.
+
+        Args:
+            weights: the weight [out, in], or `None`; a name_ ends in an underscore.
+                It goes on here | and there.
+            *others: more.
+
+        Returns:
+            A dict {name: [B, T]}.
+
+        Raises:
+            ValueError: if |x| is *not* small.
+
+        Example:
+            trainer = Trainer(
+                budget=Budget(usd=20),
+            )
+
+            >>> f(1)
+            2
+
+        Source: arXiv 1503.02531.
+        """,
+    "plain": """Ends the run (a | b | *).
+
+        budget: the first limit ends it,
+            also over restarts.
+        seed: a number.
+
+            one(budget)  # indented: as it stands
+        usd, kwh       money and energy
+        hours          wall time
+
+        No list: it just goes on
+          like this.
+        """,
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_docstrings_of_every_style_are_read_without_a_warning(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS)
+    from docutils.core import publish_doctree
+    from generate.docstrings import rendered
+    from sphinx.ext.napoleon import Config, GoogleDocstring
+
+    lines = rendered(inspect.cleandoc(STYLES[style]).splitlines(), {"budget", "seed"})
+    text = str(GoogleDocstring(lines, Config(napoleon_use_param=True), what="function"))
+    read = publish_doctree(text, settings_overrides={"report_level": 2, "halt_level": 2, "warning_stream": None})
+    assert not list(read.findall(lambda node: node.tagname in ("system_message", "problematic"))), read.pformat()
 
 
 def commands() -> dict[str, set[str]]:

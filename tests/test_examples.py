@@ -22,31 +22,31 @@ def output_of(script: str, *arguments: str, cwd: Path) -> str:
 
 
 def accuracy(text: str) -> float:
-    found = re.search(r"([0-9.]+)% of the digits", text)
-    assert found, text
-    return float(found[1])
+    share = re.search(r"([0-9.]+)% of the digits", text)
+    assert share, text
+    return float(share[1])
 
 
 def test_one_callback_in_a_plain_trainer(tmp_path: Path) -> None:
-    said = output_of("plain_lightning.py", cwd=tmp_path)
-    assert "90% of the weights are zero" in said
-    assert accuracy(said) > 85
+    output = output_of("plain_lightning.py", cwd=tmp_path)
+    assert "90% of the weights are zero" in output
+    assert accuracy(output) > 85
     assert not list(tmp_path.iterdir()), "a plain trainer leaves nothing behind"
 
 
 def test_a_budget_ends_the_run_and_the_same_command_knows_it(tmp_path: Path) -> None:
-    said = output_of("budgeted_training.py", "run", cwd=tmp_path)
-    assert "250 steps, 8000 samples" in said and "stopped by samples" in said
-    assert accuracy(said) > 85
+    output = output_of("budgeted_training.py", "run", cwd=tmp_path)
+    assert "250 steps, 8000 samples" in output and "stopped by samples" in output
+    assert accuracy(output) > 85
     assert (tmp_path / "run" / "summary.json").is_file()
     again = output_of("budgeted_training.py", "run", cwd=tmp_path)
     assert "250 steps, 8000 samples" in again, "nothing is trained twice"
 
 
 def test_a_technique_of_ones_own(tmp_path: Path) -> None:
-    said = output_of("own_technique.py", cwd=tmp_path)
-    assert "GradientNoise(scale=0.01)" in said
-    assert accuracy(said) > 85
+    output = output_of("own_technique.py", cwd=tmp_path)
+    assert "GradientNoise(scale=0.01)" in output
+    assert accuracy(output) > 85
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -52,12 +52,10 @@ def _exists(package: str, home: str) -> bool:
 
 
 def _documented(module: str, name: str) -> str:
-    found = getattr(import_module(module), name)
-    if not inspect.isclass(found):
-        kind = "autofunction" if callable(found) else "autodata"
+    member = getattr(import_module(module), name)
+    if not inspect.isclass(member):
+        kind = "autofunction" if callable(member) else "autodata"
         return f"## {name}\n\n" + directive(kind, f"{module}.{name}")
-    data = issubclass(found, BaseException) or hasattr(
-        found, "model_fields"
-    )  # a recipe's keys have a page of their own
-    options = () if data else (":members:", ":member-order: bysource")
+    plain = issubclass(member, BaseException) or hasattr(member, "model_fields")  # keys of a recipe have their own page
+    options = () if plain else (":members:", ":member-order: bysource")
     return f"## {name}\n\n" + directive("autoclass", f"{module}.{name}", *options)

@@ -22,18 +22,26 @@ def rendered(lines: list[str], parameters: Set[str] = frozenset()) -> list[str]:
     """The docstring's lines, as reStructuredText. `parameters`: names that begin an item of a list of settings."""
     blocks = [list(block) for empty, block in groupby(lines, key=lambda line: not line.strip()) if not empty]
     out: list[str] = []
-    section = False
+    section = ""
     for block in blocks:
-        indented = block[0].startswith(" ")
-        if SECTION.match(block[0]):
-            section = True
-            out += [*map(inline, block), ""]
-        elif section and indented:  # goes on with what the section's name began
-            out += [*(line if line.lstrip().startswith(">>>") else inline(line) for line in block), ""]
+        if match := SECTION.match(block[0]):
+            section = match[1]
+            out += [block[0], *_in_section(section, block[1:]), ""]
+        elif section and block[0].startswith(" "):  # goes on with what the section's name began
+            out += [*_in_section(section, block), ""]
         else:
-            section = False
-            out += [*_paragraph(block, indented, parameters), ""]
+            section = ""
+            out += [*_paragraph(block, block[0].startswith(" "), parameters), ""]
     return out
+
+
+def _in_section(section: str, block: list[str]) -> list[str]:
+    """Lines of a section, which napoleon reads on; an example's lines are code, whether it has prompts or not."""
+    if not section.startswith("Example"):
+        return [inline(line) for line in block]
+    if not block or block[0].lstrip().startswith((">>>", "..", "::")):
+        return block
+    return ["    ::", "", *(f"    {line}" for line in block)]
 
 
 def _paragraph(block: list[str], indented: bool, parameters: Set[str]) -> list[str]:

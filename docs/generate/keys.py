@@ -117,7 +117,7 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     """The section in an annotation such as `AdapterSpec | None`; None for plain values."""
     if isinstance(annotation, type) and get_origin(annotation) is None and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := section_of(part))), None)
+    return next((inner for part in get_args(annotation) if (inner := section_of(part))), None)
 
 
 def literals(annotation: Any) -> list[str]:

@@ -111,18 +111,18 @@ def _documented(name: str, cls: type[Technique]) -> str:
 
 
 def _neighbours(name: str, together: dict[tuple[str, str], Verdict]) -> str:
-    found: dict[str, list[tuple[str, str]]] = {"refused": [], "warned": [], "ordered": [], "free": []}
+    by_verdict: dict[str, list[tuple[str, str]]] = {"refused": [], "warned": [], "ordered": [], "free": []}
     for pair, (verdict, sentence) in together.items():
         if name in pair:
             other = pair[1] if pair[0] == name else pair[0]
-            found[verdict].append((other, sentence))
-    said = {"refused": "refused", "warned": "allowed, with a warning", "ordered": "allowed, in this order"}
+            by_verdict[verdict].append((other, sentence))
+    meanings = {"refused": "refused", "warned": "allowed, with a warning", "ordered": "allowed, in this order"}
     rows = [
         [f"[`{other}`]({other}.md)", meaning, cell(sentence)]
-        for verdict, meaning in said.items()
-        for other, sentence in found[verdict]
+        for verdict, meaning in meanings.items()
+        for other, sentence in by_verdict[verdict]
     ]
-    free = ", ".join(f"[`{other}`]({other}.md)" for other, _ in found["free"])
+    free = ", ".join(f"[`{other}`]({other}.md)" for other, _ in by_verdict["free"])
     return page(
         "This is what `compose` says of each pair before anything is spent.",
         table(["with", "verdict", "why"], rows) if rows else "",
