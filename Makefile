@@ -62,4 +62,4 @@ bench: $(READY)
 	@for name in $(SLOW_BENCHMARKS); do echo "  $(BIN)/python benchmarks/$$name"; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist docs/generated *.egg-info

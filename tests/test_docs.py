@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shoestring import __version__
 from shoestring.callbacks.registry import names
 from shoestring.recipes import load_recipe, shipped_recipes
 from shoestring.trainer.cli.reference import with_table
@@ -34,6 +35,11 @@ def test_the_first_recipe_is_a_valid_one(tmp_path: Path) -> None:
 def test_every_shipped_recipe_is_named(tmp_path: Path) -> None:
     text = README.read_text()
     assert all(f"`{name}`" in text for name in shipped_recipes())
+
+
+def test_versions_agree() -> None:
+    assert f"version: {__version__}\n" in (README.parent / "CITATION.cff").read_text()
+    assert __version__ in (README.parent / "CHANGELOG.md").read_text()
 
 
 def test_make_targets_exist() -> None:
