@@ -26,9 +26,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from .. import ShoestringError
 
@@ -151,7 +151,29 @@ def silence(cls: type) -> type:
     return cls
 
 
-class Technique:
+class ReshapeListener:
+    """A callback that is told when a technique changes the shapes of the model in mid-run (parameters/reshape.py)."""
+
+    def on_cut(self, trainer: Any, pl_module: Any, cut: Any) -> None:
+        """Parts of parameters are gone; told before `on_reshape`.
+
+        cut: a `parameters.cut.Cut`, which says what has been kept of every parameter.
+        """
+
+    def on_reshape(self, trainer: Any, pl_module: Any) -> None:
+        """The model has new parameters, on the device and in the engine: fragments have been cut with them, and hooks
+        on parameters are gone."""
+
+
+@runtime_checkable
+class Resuming(Protocol):
+    """A trainer that knows, before `setup`, what the checkpoint holds that it will resume from: ours does."""
+
+    def saved_state(self, key: str) -> dict[str, Any] | None:
+        """The saved state of the callback `key`, or None where nothing is resumed. Collective."""
+
+
+class Technique(ReshapeListener):
     """Mixed into `pl.Callback`. See the module's docstring for the rules."""
 
     card: ClassVar[Card]
@@ -175,6 +197,22 @@ class Technique:
     def predict(self, workload: Workload) -> Effect:
         """The factors this technique puts on `workload`: an estimate, never printed as a saving."""
         return Effect()
+
+    # -- what the run's account and monitor ask -----------------------------------------------------------------------
+    def densities(self) -> dict[str, float]:
+        """By parameter name: the share of its elements that layers compute with, where that is not all of them."""
+        return {}
+
+    def step_kind(self) -> Hashable:
+        """What decides, besides shapes, which FLOPs the next step has: the version of masks, the blocks that are on.
+
+        Steps of one kind are counted once. Asked when all techniques have had their `on_train_batch_start`.
+        """
+        return None
+
+    def reshapes_next(self, trainer: Any) -> bool:
+        """Whether the model gets other shapes before the next step: then the run is saved first, in the old ones."""
+        return False
 
     # -- for the contract suite -------------------------------------------------------------------------------------
     @classmethod

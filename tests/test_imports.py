@@ -84,7 +84,7 @@ def test_no_circles_between_packages() -> None:
 
 def test_no_circles_between_modules() -> None:
     arrows = {str(path): {str(target) for target in imported(path)} for path in MODULES if path.name != "__init__.py"}
-    assert circle(arrows) == {"trainer/monitor/accounts.py", "trainer/monitor/monitor.py"}
+    assert not circle(arrows)
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parts[0] == "callbacks"], ids=str)

@@ -106,8 +106,8 @@ def fit(
         num_sanity_val_steps=2,
         **{**_evaluation(plan, task), **lightning},
     )
-    trainer.observer.evaluate_every(recipe.evaluation.every, at_end=recipe.evaluation.at_end)
-    trainer.observer.goal = recipe.goal
+    trainer.monitor.evaluations.plan_every(recipe.evaluation.every, at_end=recipe.evaluation.at_end)
+    trainer.monitor.evaluations.goal = recipe.goal
     trainer.batches_planned = task.train is not None
     data = task.datamodule if task.train is None else TaskData(task, plan.micro_batch, recipe.data.workers)
     trainer.fit(task.module, datamodule=data, startup_seconds=startup_seconds)
@@ -127,7 +127,7 @@ def quiet() -> None:
 
 
 def _evaluation(plan: Plan, task: Any) -> dict[str, Any]:
-    from .monitor.monitor import NEVER
+    from .monitor.evaluations import NEVER
 
     wanted = plan.recipe.evaluation
     if (task.train is not None and task.validation is None) or not (wanted.at_end or wanted.every):

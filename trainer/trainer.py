@@ -5,7 +5,7 @@ The loop, with the hooks in it (`A` micro-batches make one optimizer step):
     fit(module, data)
       setup                         techniques prepare the module
       strategy.setup                DDP wraps it, or DeepSpeed makes its engine
-      on_fit_start                  the observer takes over the sample order and restores the newest intact checkpoint
+      on_fit_start                  the monitor takes over the sample order and restores the newest intact checkpoint
       on_train_start                base rates are read, random states are set
       for step in clock:            until the horizon, which the guard re-plans from measured cost
         for micro in range(A):
@@ -13,7 +13,7 @@ The loop, with the hooks in it (`A` micro-batches make one optimizer step):
           training_step, backward
           on_before_optimizer_step  masks, at the accumulation boundary only
           optimizer step
-          on_train_batch_end        averages; then the observer: spend, decisions, journal, checkpoint, signals
+          on_train_batch_end        averages; then the monitor: spend, decisions, journal, checkpoint, signals
       validation                    with averaged weights, at `evaluation.every` and once at the end
       on_train_end                  averages become the model; rates at their floor; final weights, summary
 """
@@ -39,7 +39,7 @@ from .checkpoint import format as checkpoint
 from .checkpoint.saver import CannotResume
 from .machine.facts import facts as machine_facts
 from .machine.facts import peak
-from .monitor.monitor import Observer
+from .monitor.monitor import Monitor
 from .monitor.records import Records
 from .monitor.signals import die_with_parent, launched_here, will_launch
 from .monitor.stragglers import Stragglers
@@ -106,7 +106,7 @@ class Trainer(pl.Trainer):
         self.batches_planned = False  # micro-batches and accumulation have been chosen for this number of ranks
         self.records = records or Records(run_dir, ledger=ledger, wandb=_wandb(wandb))
         self.composition = composition
-        self.observer = Observer(
+        self.monitor = Monitor(
             budget,
             seed=seed,
             records=self.records,
@@ -129,27 +129,27 @@ class Trainer(pl.Trainer):
             num_nodes=num_nodes,
             precision=settings.precision,
             accumulate_grad_batches=settings.accumulate_grad_batches,
-            callbacks=[*given, *composition.techniques, self.observer],
+            callbacks=[*given, *composition.techniques, self.monitor],
             **lightning,
         )
         self.fit_loop.__class__ = _EndedLoop
         if self.num_devices * self.num_nodes > 1:
-            self.callbacks.append(Stragglers(self.observer))  # type: ignore[attr-defined]
+            self.callbacks.append(Stragglers(self.monitor))  # type: ignore[attr-defined]
 
     @property
     def summary(self) -> dict[str, Any]:
         """What the last `fit` cost and reached."""
-        return self.observer.summary
+        return self.monitor.summary
 
     def fit(self, *args: Any, startup_seconds: float = 0.0, **kwargs: Any) -> None:
         """As `pl.Trainer.fit`. Resumes from `run_dir` where there is something to resume.
 
         Ends with `SystemExit(85)` after a signal, when everything is saved and the same command should run again.
         """
-        self.observer.begin(startup_seconds)
+        self.monitor.begin(startup_seconds)
         self._same_global_batch()
-        if self.observer.peak_flops is None and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            self.observer.peak_flops = peak(_dtype(str(self.precision)), machine_facts().hardware)[0]
+        if self.monitor.totals.peak_flops is None and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            self.monitor.totals.peak_flops = peak(_dtype(str(self.precision)), machine_facts().hardware)[0]
         will_launch()
         super().fit(*args, **kwargs)
 
@@ -159,15 +159,15 @@ class Trainer(pl.Trainer):
         Collective; for callbacks that in `setup` give the module the shapes it was saved in. None: nothing to resume.
         """
         found = None
-        if self.is_global_zero and self.observer.resume and self.records.given is not None:
-            with suppress(checkpoint.DamagedCheckpoint):  # the observer reports it, on all ranks
+        if self.is_global_zero and self.monitor.resume and self.records.given is not None:
+            with suppress(checkpoint.DamagedCheckpoint):  # the monitor reports it, on all ranks
                 folder, _ = checkpoint.newest_intact(Path(self.records.given) / "checkpoints")
                 found = checkpoint.read_state(folder / "state.pt")["callbacks"].get(key) if folder else None
         return self.strategy.broadcast(found)
 
     def _same_global_batch(self) -> None:
         """Resumed on another number of ranks: accumulate more or less, so that every step sees the same samples."""
-        if not self.observer.resume or self.records.given is None or self.batches_planned:
+        if not self.monitor.resume or self.records.given is None or self.batches_planned:
             return
         root = Path(self.records.given) / "checkpoints"
         for step in reversed(checkpoint.steps(root)):
@@ -193,7 +193,7 @@ class _EndedLoop(_FitLoop):
 
     @property
     def skip(self) -> bool:
-        resumed = self.trainer.observer.resumed_from is not None  # type: ignore[attr-defined]
+        resumed = self.trainer.monitor.resumed_from is not None  # type: ignore[attr-defined]
         return super().skip if not resumed or self.trainer.limit_train_batches == 0 else self.max_batches == 0
 
 

@@ -104,7 +104,7 @@ class Spend:
 
 @dataclass
 class Clock:
-    """What everyone reads. Only the run's one observer writes it (see `accountant.py`)."""
+    """What everyone reads. Only the run's account writes it (see `account.py`)."""
 
     spend: Spend = field(default_factory=Spend)
     limits: dict[str, float] = field(default_factory=dict)  # as in Budget: usd, seconds, tokens, …

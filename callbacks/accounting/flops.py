@@ -20,6 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from ..contract import Technique
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -102,11 +104,12 @@ class FlopCounter(TorchDispatchMode):
 class StepFlops:
     """The FLOPs of micro-batches: counted for each new kind of them, looked up for the others.
 
-    `masked` are techniques with `densities()` (share of weights kept, by parameter name) and a `mask_version`.
+    techniques: are asked for their `densities` and for the `step_kind`.
     """
 
-    def __init__(self, module: nn.Module, masked: Sequence[Any]) -> None:
-        self._module, self._masked = module, masked
+    def __init__(self, module: nn.Module, techniques: Sequence[Technique]) -> None:
+        self._module, self._techniques = module, techniques
+        self._kinds = [t.step_kind for t in techniques if type(t).step_kind is not Technique.step_kind]
         self._parameters = list(module.parameters())
         self._known: dict[Any, Flops] = {}
         self._kind: Any = None
@@ -119,7 +122,7 @@ class StepFlops:
     def begin(self, shape: tuple[int, ...], steps: bool) -> None:
         """A micro-batch of this shape begins; `steps`: the optimizer, which may multiply matrices, steps after it."""
         trainable = bytes([p.requires_grad for p in self._parameters])
-        self._kind = (shape, trainable, steps, tuple(t.mask_version for t in self._masked))
+        self._kind = (shape, trainable, steps, *[kind() for kind in self._kinds])
         if self._kind not in self._known:
             self._counter = FlopCounter(self._densities())
             self._counter.__enter__()
@@ -139,6 +142,6 @@ class StepFlops:
         return counter.flops
 
     def _densities(self) -> dict[int, float]:
-        kept = {name: density for t in self._masked for name, density in t.densities().items()}
+        kept = {name: density for t in self._techniques for name, density in t.densities().items()}
         named = self._module.named_parameters() if kept else ()
         return {p.untyped_storage().data_ptr(): kept[name] for name, p in named if name in kept}

@@ -23,7 +23,7 @@ from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor
 
 from ... import ShoestringError
-from ..contract import Technique
+from ..contract import ReshapeListener, Technique
 from .accessor import shards_of
 from .cut import Cut, renew, shrink, shrink_tensor
 from .shards import Shards
@@ -78,8 +78,7 @@ def reshape(
     Call it where an accumulation window begins. `choose(masters)` sees the module unwrapped and whole, with the whole
     fp32 masters by name, and returns the state of a `Cut`, or None; rank 0's is used. `check()` sees it cut, before
     anything is made of it. Returns what was chosen.
-    Callbacks with a method `on_reshape(trainer, module)` hear of it afterwards; those with `on_cut(trainer, module,
-    cut)` are told before that what was cut. Collective.
+    Every `ReshapeListener` among the callbacks is told afterwards. Collective.
     """
     generators = _collect_rng_states()
     sharded = getattr(trainer.strategy, "deepspeed_engine", None) is not None
@@ -100,9 +99,9 @@ def reshape(
     _open(trainer, module, groups, sharded)
     _restore(trainer, shards_of(trainer, module), kept)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if chosen is not None and hasattr(callback, "on_cut"):
-            callback.on_cut(trainer, module, Cut.of(chosen))
-        if hasattr(callback, "on_reshape"):
+        if isinstance(callback, ReshapeListener):
+            if chosen is not None:
+                callback.on_cut(trainer, module, Cut.of(chosen))
             callback.on_reshape(trainer, module)
     _set_rng_states(generators)
     return chosen

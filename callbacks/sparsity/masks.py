@@ -149,6 +149,9 @@ class Pruning(Technique, pl.Callback):
         """Share of weights that layers compute with, by parameter name."""
         return dict(getattr(self, "_kept", {}))
 
+    def step_kind(self) -> int:
+        return self.mask_version
+
     def state_dict(self) -> dict[str, Any]:
         return {"kept": self.densities(), "mask_version": getattr(self, "mask_version", 0)}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..accounting.clock import Duration, clock_of
-from ..contract import Card, Effect, Technique, Unfit, Workload, require
+from ..contract import Card, Effect, Resuming, Technique, Unfit, Workload, require
 from ..forward.aside import loss_of, set_apart
 from ..parameters.accessor import shards_of
 from ..parameters.cut import rebuild_model, tell_configurations
@@ -134,7 +134,7 @@ class StructuredPruning(Technique, pl.Callback):
         if not self.ratio:
             return
         torch_pruning()
-        if hasattr(trainer, "saved_state"):
+        if isinstance(trainer, Resuming):
             self.rebuild(pl_module, trainer.saved_state(self.state_key) or {})
             return
 
@@ -154,7 +154,7 @@ class StructuredPruning(Technique, pl.Callback):
             return
         if not pl_module.automatic_optimization:
             raise Unfit("structured_pruning traces training_step, which must leave the optimizer to Lightning")
-        if hasattr(trainer.strategy, "deepspeed_engine") and not hasattr(trainer, "saved_state"):
+        if hasattr(trainer.strategy, "deepspeed_engine") and not isinstance(trainer, Resuming):
             raise Unfit("structured_pruning opens DeepSpeed's engine anew: use shoestring.trainer.Trainer for it")
 
     def _stop_waiting(self) -> None:

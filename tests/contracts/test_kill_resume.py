@@ -272,7 +272,7 @@ class Replan(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         last = {3: 30, 7: 14}.get(trainer.global_step)
         if last and batch_idx % ACCUMULATE == 0:
-            trainer.observer.clock.replan(trainer.global_step, last)
+            trainer.monitor.account.clock.replan(trainer.global_step, last)
 
 
 def test_samples_chosen_ahead_are_chosen_again(tmp_path):

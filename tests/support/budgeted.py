@@ -44,7 +44,7 @@ def fit_all(folder: Path) -> None:
             techniques=[SequenceLengthWarmup(start=8, until="60%", multiple=1)] if grows else [],
         )  # fmt: skip
         told[name] = {
-            **trainer.summary, "horizons": trainer.observer.clock.horizons, "rate": rate(trainer),
-            "reserve": trainer.observer.guard.reserve_seconds,
+            **trainer.summary, "horizons": trainer.monitor.account.clock.horizons, "rate": rate(trainer),
+            "reserve": trainer.monitor.account.horizon.guard.reserve_seconds,
         }  # fmt: skip
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(told))

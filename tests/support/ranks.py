@@ -31,7 +31,7 @@ OFFLOADS = {"zero2": "optimizer", "zero3": "parameters"}
 
 
 class Watch(pl.Callback):
-    """Sees every step after all techniques and the observer have acted."""
+    """Sees every step after all techniques and the monitor have acted."""
 
     def __init__(self, case: str, folder: Path) -> None:
         self.case, self.folder = case, folder

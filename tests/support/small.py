@@ -65,7 +65,7 @@ def train(
 ) -> Trainer:
     """Fit `module` (default: `Small`) under `budget` with the records in `folder`; the trainer, which took `wall` s."""
     trainer = Trainer(budget, run_dir=folder, **{"ledger": False, "accelerator": "cpu", **options})
-    trainer.observer.peak_flops = 1e9  # not measured: it would take half a second
+    trainer.monitor.totals.peak_flops = 1e9  # not measured: it would take half a second
     began = time.perf_counter()
     trainer.fit(module or Small(), loader() if data is None else data, validation)
     trainer.wall = time.perf_counter() - began

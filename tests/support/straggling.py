@@ -55,4 +55,4 @@ def train(folder: Path, world: int, *, computing: tuple = (), reading: int = -1,
         Sleeper.slow_rank, Sleeper.more, Sleeper.steps = computing
     trainer.fit(model, DataLoader(words, batch_size=2, shuffle=True))
     assert watching._hook is None, "the module is let go"
-    assert trainer.observer.each_step is None
+    assert trainer.monitor.each_step is None

@@ -25,7 +25,7 @@ from ...callbacks.contract import silence
 from ...cluster.preflight.health import node_name
 
 if TYPE_CHECKING:
-    from .monitor import Observer
+    from .monitor import Monitor
 
 log = logging.getLogger("shoestring")
 
@@ -90,32 +90,35 @@ class Stragglers(pl.Callback):
     Writes the events `straggler` and `straggler_over` to the journal of rank 0.
     """
 
-    def __init__(self, observer: Observer, every: float = 30.0) -> None:
-        self.observer, self.every = observer, every
+    def __init__(self, monitor: Monitor, every: float = 30.0) -> None:
+        self.monitor, self.every = monitor, every
         self.streaks = Streaks()
         self._began: Any = None
         self._hook: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.trainer = trainer
-        self.hosts = self.observer.agreement.gather(node_name())
+        self.hosts = self.monitor.account.agreement.gather(node_name())
         self.cuda = trainer.strategy.root_device.type == "cuda"
         self._under_way: tuple[Callable[[], list[list[float]]], int] | None = None  # the answer, its window's steps
         self._last: Window | None = None
         self._open(LEAST)
         # a wrapper (DDP) has spread rank 0's buffers by then, for which the others wait
         self._hook = pl_module.register_forward_pre_hook(self._before_forward())
-        self.observer.each_step = self.step
+        self.monitor.each_step = self.step
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._hook is not None:
             self._hook.remove()
-        self._hook = self.observer.each_step = None
+        self._hook = self.monitor.each_step = None
 
     def _open(self, steps: int) -> None:
         self.window = Window(steps)
         self._left = steps
-        self._waited, self._trained = self.observer.data_wait, self.observer.windows.spent("train")
+        self._waited, self._trained = (
+            self.monitor.account.spending.data_wait,
+            self.monitor.account.spending.windows.spent("train"),
+        )
 
     def _before_forward(self) -> Callable[[Any, Any], None]:
         """A hook that copies of the module share; a method would take the whole trainer into the copy."""
@@ -153,13 +156,13 @@ class Stragglers(pl.Callback):
     # -- between windows ---------------------------------------------------------------------------------------------
     def _look(self) -> None:
         """Start telling the others how this window went, and hear how the last one went."""
-        observer, window = self.observer, self.window
-        window.waited = observer.data_wait - self._waited
-        trained = observer.windows.spent("train") - self._trained
+        account, window = self.monitor.account, self.window
+        window.waited = account.spending.data_wait - self._waited
+        trained = account.spending.windows.spent("train") - self._trained
         told = self._last if self.cuda else window
         busy = told.seconds() if told is not None else 0.0
         before, self._last = self._under_way, window
-        self._under_way = observer.agreement.start_gather([busy, trained]), window.steps
+        self._under_way = account.agreement.start_gather([busy, trained]), window.steps
         self._open(window.steps if before is None else self._hear(before[0](), before[1]))
 
     def _hear(self, told: Sequence[Sequence[float]], steps: int) -> int:
@@ -176,8 +179,9 @@ class Stragglers(pl.Callback):
             return
         usual = max(median(busy), 1e-9)
         ratio, host = busy[rank] / usual, self.hosts[rank]
-        self.observer.records.event(
-            event, step=self.observer.clock.step, rank=rank, host=host, ratio=round(ratio, 3), window_steps=steps,
+        self.monitor.records.event(
+            event, step=self.monitor.account.clock.step, rank=rank, host=host, ratio=round(ratio, 3),
+            window_steps=steps,
             own_seconds_a_step=busy[rank] / steps, median_seconds_a_step=usual / steps,
         )  # fmt: skip
         if event == "straggler":

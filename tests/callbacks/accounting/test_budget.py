@@ -52,7 +52,7 @@ def test_limits_are_in_the_clocks_units():
 # -- simulated runs ----------------------------------------------------------------------------------------------------
 @dataclass
 class Simulation:
-    """A run as the observer leads it, with costs from a function instead of a machine.
+    """A run as an account leads it, with costs from a function instead of a machine.
 
     `cost(step, progress)` -> what the step costs. With `lag` 1 the ranks' sums and the guard's word are heard a step
     late, but for the first step. `pauses` are those of the guard; `tail` seconds follow the last step.
@@ -268,10 +268,10 @@ def test_counted_budgets_end_exactly_and_annealed(tmp_path, limit, steps):
     spent = {"steps": steps, "samples": 4 * steps, "tokens": 64 * steps, "flops": summary["flops_realised"]}
     assert all(spent[name] <= ceiling for name, ceiling in limit.items())
     assert summary["samples"] == 4 * steps and summary["flops_realised"] == 128 * steps
-    assert rate(trainer) == 0.0 and trainer.observer.clock.progress == 1.0
+    assert rate(trainer) == 0.0 and trainer.monitor.account.clock.progress == 1.0
     assert summary["stopped_by"] == min(limit, key=lambda name: limit[name] / spent[name])
     assert "val_loss" in summary["metrics"]
-    assert len(trainer.observer.clock.horizons) == 1
+    assert len(trainer.monitor.account.clock.horizons) == 1
 
 
 PAUSE = 0.04
@@ -281,14 +281,14 @@ class Watch(pl.Callback):
     """What had been set aside before the last step. A busy machine may need more, and longer for a step."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.reserve = trainer.observer.guard.reserve_seconds
+        self.reserve = trainer.monitor.account.horizon.guard.reserve_seconds
 
     def slack(self, trainer):
         """(seconds that may be left, seconds that may be overspent): a step, and what could not be foreseen."""
         rows = read(Path(trainer.summary["run_dir"]) / "events")
         last = max(row.fields["seconds"] for row in rows if row.kind == "step" and "seconds" in row.fields)
         surprise = trainer.summary["seconds"] - last - self.reserve  # after the last step
-        steps = sorted(trainer.observer.guard._costs["seconds"])
+        steps = sorted(trainer.monitor.account.horizon.guard._costs["seconds"])
         noise = steps[-1] - steps[len(steps) // 2]
         return 2 * steps[-1] + noise + max(0.0, -surprise), noise + max(0.0, surprise) + 1e-3
 
@@ -316,13 +316,13 @@ def test_measured_budgets_end_within_a_step_with_the_last_evaluation_and_checkpo
     if unit == "kwh":  # the power is not the same at all times
         under, over = under + 0.05 * limit, over + 0.05 * limit
     assert limit - under < summary[unit] <= limit + over
-    assert rate(trainer) == 0.0 and trainer.observer.clock.progress == 1.0
+    assert rate(trainer) == 0.0 and trainer.monitor.account.clock.progress == 1.0
     assert 0.8 * trainer.wall < summary["seconds"] <= trainer.wall  # nothing that was waited for is left out
     # the whole evaluation, unless this machine was slow just then: then what is left out is said
     cut = [row.fields["batches"] for row in read(tmp_path / "events") if row.fields.get("event") == "evaluation_cut"]
     assert summary["windows"]["evaluation"] > min([4, *cut]) * PAUSE and summary["windows"]["checkpoint"] > 0
     assert (tmp_path / "checkpoints" / f"{summary['steps']:09d}").is_dir() and summary["metrics"]
-    assert len(trainer.observer.clock.horizons) <= few(summary["steps"])
+    assert len(trainer.monitor.account.clock.horizons) <= few(summary["steps"])
 
 
 def test_no_evaluation_is_begun_that_would_leave_no_time_for_another_at_the_end(tmp_path):
@@ -377,8 +377,8 @@ def test_a_run_resumed_under_a_token_budget_is_the_same_run(tmp_path):
     with pytest.raises(RuntimeError, match="crashed"):
         fit("parts", callbacks=[Crash()], checkpoint_every="6 steps")
     resumed = fit("parts")
-    assert resumed.observer.resumed_from == 12
-    assert resumed.observer.clock.horizons == whole.observer.clock.horizons
+    assert resumed.monitor.resumed_from == 12
+    assert resumed.monitor.account.clock.horizons == whole.monitor.account.clock.horizons
     assert 1400 < resumed.summary["tokens"] == whole.summary["tokens"] <= 1500
     assert torch.equal(resumed.lightning_module.net.weight, whole.lightning_module.net.weight)
 

@@ -217,7 +217,7 @@ def test_factors_may_stay(tmp_path):
     assert kept == technique.ranks().keys() and "head" not in kept
     dense = 4 * 23 * 11
     assert sum(r * (23 + 11) for r in technique.ranks().values()) <= 0.6 * dense
-    assert trainer.observer.trainable == sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert trainer.monitor.totals.trainable == sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def test_what_saves_nothing_is_left_alone_and_said(tmp_path, caplog):

@@ -61,7 +61,7 @@ def weights_after_three_steps(home: Path, micro: int, blind: bool = False) -> to
         Budget(steps=3), run_dir=home / f"run-{micro}-{blind}", accelerator="cpu", accumulate_grad_batches=8 // micro
     )
     if blind:
-        trainer.observer.on_train_batch_start = lambda *args: None  # type: ignore[method-assign]
+        trainer.monitor.on_train_batch_start = lambda *args: None  # type: ignore[method-assign]
     trainer.fit(task.module, datamodule=TaskData(task, micro))
     return torch.cat([p.detach().flatten() for p in task.module.parameters()])
 

@@ -152,7 +152,7 @@ def test_scaling_for_the_global_batch_once_even_if_resumed(tmp_path):
             checkpoint_every="4 steps", **options,
         )  # fmt: skip
     found, trainer, seen = rates(tmp_path / "run", *techniques(), **options)
-    assert trainer.observer.resumed_from == 4
+    assert trainer.monitor.resumed_from == 4
     assert found == pytest.approx([0.2] * 6) and seen.betas[0] == pytest.approx((0.6, 0.996))
 
 

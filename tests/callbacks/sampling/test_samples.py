@@ -244,7 +244,7 @@ def test_an_interrupted_run_goes_on_with_the_very_next_sample(tmp_path, name):
     with pytest.raises(RuntimeError, match="crashed"):
         train(tmp_path / "run", module=broken, data=make(), callbacks=[Crash()], checkpoint_every="3 steps", **limit)
     trainer = train(tmp_path / "run", module=resumed, data=make(), **limit)
-    assert trainer.observer.resumed_from == 6
+    assert trainer.monitor.resumed_from == 6
     assert broken.seen == whole.seen[:8]
     assert resumed.seen == whole.seen[6:]
     assert len(whole.seen) == (15 if "stream" in name else 13)

@@ -245,14 +245,17 @@ def test_validating_by_itself_is_no_part_of_the_run(tmp_path):
     """Before a fit, and after it: nothing is recorded or counted, and it works as in any trainer."""
     data = loader(8, shuffle=False)
     trainer = Trainer(Budget(steps=4), run_dir=tmp_path, ledger=False, accelerator="cpu")
-    trainer.observer.peak_flops = 1e9
+    trainer.monitor.totals.peak_flops = 1e9
     module = Small()
     (before,) = trainer.validate(module, data, verbose=False)
     trainer.fit(module, loader(), data)
     told = dict(trainer.summary)
     (after,) = trainer.validate(module, data, verbose=False)
     assert after["val_loss"] == told["metrics"]["val_loss"] < before["val_loss"]
-    assert trainer.summary == told and trainer.observer.windows.seconds["evaluation"] == told["windows"]["evaluation"]
+    assert (
+        trainer.summary == told
+        and trainer.monitor.account.spending.windows.seconds["evaluation"] == told["windows"]["evaluation"]
+    )
 
 
 # -- what a killed attempt has cost ------------------------------------------------------------------------------------

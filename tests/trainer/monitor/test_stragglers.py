@@ -83,4 +83,4 @@ def test_one_rank_has_no_part_in_it(tmp_path: Path) -> None:
     assert not [callback for callback in trainer.callbacks if isinstance(callback, Stragglers)]
     model = toy()
     trainer.fit(model, loader())
-    assert trainer.observer.each_step is None and not model._forward_pre_hooks
+    assert trainer.monitor.each_step is None and not model._forward_pre_hooks

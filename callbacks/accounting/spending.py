@@ -1,0 +1,107 @@
+"""What this attempt of a run spends: counted by every rank for itself, summed over ranks with a `Tally`."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import pytorch_lightning as pl
+
+from ..contract import Technique
+from .clock import Clock, Spend
+from .energy import EnergyMeter, SteadyEnergy
+from .flops import StepFlops
+from .meter import Windows, batch_size
+from .tally import Tally
+
+
+class Spending:
+    """Counts samples, tokens, FLOPs, seconds, money and energy, and keeps them in `clock.spend`.
+
+    Args:
+        clock: whose `spend` is written here and nowhere else.
+        usd_per_device_hour: the price of a device.
+        watts_per_device: for energy where no counter can be read.
+        count_flops: watch every new kind of step once; see `flops`.
+    """
+
+    def __init__(
+        self, clock: Clock, *, usd_per_device_hour: float, watts_per_device: float | None, count_flops: bool
+    ) -> None:
+        self.clock = clock
+        self.usd_per_device_hour, self.watts_per_device = usd_per_device_hour, watts_per_device
+        self.count_flops = count_flops
+        self.windows = Windows()
+        self.mine = Tally()
+        self.data_wait = 0.0
+        self.world = 1
+        self._before = Spend()  # of earlier attempts
+        self._flops: StepFlops | None = None
+        self._batch_ended = perf_counter()
+
+    def open(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The fit has begun; nothing has been restored yet."""
+        self.world = trainer.world_size
+        self.energy = SteadyEnergy(EnergyMeter(self.watts_per_device, 1), self.windows.total())
+        self._before = self.clock.spend
+        self._flops = StepFlops(module, [c for c in trainer.callbacks if isinstance(c, Technique)])
+
+    def start(self) -> None:
+        """Training begins: what is restored by now was spent before."""
+        self._before = Spend.from_dict(self.clock.spend.as_dict())
+
+    # -- batches ----------------------------------------------------------------------------------------------------
+    def batch_begins(self, batch: Any, steps: bool) -> None:
+        """A micro-batch, as techniques have left it, is about to run. steps: the optimizer steps after it."""
+        self.data_wait += perf_counter() - self._batch_ended
+        samples, tokens, shape = batch_size(batch)
+        self.mine.samples += samples
+        self.mine.tokens += tokens
+        if self.count_flops and self._flops is not None:
+            self._flops.begin(shape, steps)
+
+    def batch_ends(self) -> None:
+        """It has run, and the optimizer has stepped where it was to."""
+        if self.count_flops and self._flops is not None:
+            flops = self._flops.end()
+            self.mine.flops_counted += flops.counted
+            self.mine.flops_realised += flops.realised
+
+    def wait_for_data(self) -> None:
+        """From now on the loop waits for the next batch."""
+        self._batch_ended = perf_counter()
+
+    # -- totals -----------------------------------------------------------------------------------------------------
+    def refresh(self, *, exact: bool = False) -> None:
+        """Bring what this process measures itself up to now; energy `exact`ly, or as last known."""
+        spend, before = self.clock.spend, self._before
+        elapsed = self.windows.total()
+        spend.steps = self.clock.step
+        spend.seconds = before.seconds + elapsed
+        spend.device_seconds = before.device_seconds + elapsed * self.world
+        spend.usd = before.usd + elapsed * self.world * self.usd_per_device_hour / 3600
+        self.mine.joules = self.energy.at(elapsed, exact=exact)
+
+    def receive(self, total: Tally) -> None:
+        """The sums over all ranks."""
+        spend, before = self.clock.spend, self._before
+        spend.samples = before.samples + total.samples
+        spend.tokens = before.tokens + total.tokens
+        spend.flops_counted = before.flops_counted + total.flops_counted
+        spend.flops = before.flops + total.flops_realised
+        spend.kwh = before.kwh + total.joules / 3.6e6
+
+    def this_attempt(self) -> Spend:
+        """What this attempt has spent."""
+        return self.clock.spend.minus(self._before)
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+    def reshaped(self) -> None:
+        """The model has other shapes now: its steps are watched anew."""
+        if self._flops is not None:
+            self._flops.forget()
+
+    def abort(self) -> None:
+        """A step has failed in the middle."""
+        if self._flops is not None:
+            self._flops.abort()

@@ -1,0 +1,42 @@
+"""What the ranks of a run tell one another after every step, in one vector of named numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(slots=True)
+class Tally:
+    """One rank's message; summed over ranks it is everybody's.
+
+    The first five are totals of this attempt, the others are about this moment.
+
+    Args:
+        samples, tokens: of the micro-batches of this rank.
+        flops_counted, flops_realised: of its steps; see `flops`.
+        joules: of its devices.
+        stop: 1 where this rank has been asked to stop.
+        save: 1 from rank 0 where a checkpoint is due by a measured amount, such as time.
+        horizon: from rank 0, a new last step of the run; 0 leaves it.
+        exhausted: 1 from rank 0 where the budget is, in the middle of an evaluation.
+    """
+
+    samples: float = 0.0
+    tokens: float = 0.0
+    flops_counted: float = 0.0
+    flops_realised: float = 0.0
+    joules: float = 0.0
+    stop: float = 0.0
+    save: float = 0.0
+    horizon: float = 0.0
+    exhausted: float = 0.0
+
+    def as_list(self) -> list[float]:
+        return [getattr(self, name) for name in FIELDS]
+
+    def clear_requests(self) -> None:
+        """Leave the totals; nothing is asked for any more."""
+        self.stop = self.save = self.horizon = self.exhausted = 0.0
+
+
+FIELDS = tuple(field.name for field in fields(Tally))

@@ -1,0 +1,72 @@
+"""When a run is saved: at its first and last step, every interval, before it changes shape, and when it is told to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from ...callbacks.accounting.account import Account, Upcoming
+from ...callbacks.accounting.clock import MEASURED, Clock
+from ...callbacks.contract import Technique
+from ..checkpoint.saver import Saver
+from .intervals import interval, passed, steps_in
+
+
+class Checkpoints:
+    """Decides when the `Saver` saves.
+
+    Args:
+        every: a duration such as "10 min"; None: at the first and the last step only.
+        keep: how many stay on disk.
+    """
+
+    def __init__(self, every: str | None, keep: int) -> None:
+        self.every = interval(every) if every else None
+        self.keep = keep
+        self.saved_step = -1
+        self._next = 0.0
+        self._techniques: list[Technique] = []
+
+    def open(self, trainer: pl.Trainer, account: Account, root: Path, report: Callable[..., None]) -> None:
+        self.saver = Saver(root, self.keep, account.agreement, report)
+        self._techniques = [c for c in trainer.callbacks if _may_reshape(c)]
+
+    def start(self, clock: Clock) -> None:
+        self._next = passed(clock, self.every) if self.every else 0
+
+    def due(self, trainer: pl.Trainer, account: Account) -> bool:
+        """After a step, alike on all ranks; an interval of a measured amount passes when rank 0 says so."""
+        last = any(technique.reshapes_next(trainer) for technique in self._techniques)  # in these shapes
+        if self.saved_step < 0 or trainer.should_stop or account.stop_requested or last:
+            return True
+        if self.every is None:
+            return False
+        over = passed(account.clock, self.every) > self._next
+        if self.every.counts not in MEASURED:
+            return over
+        account.spending.mine.save = float(trainer.is_global_zero and over)
+        return account.save_requested
+
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule, account: Account, about: dict[str, Any]) -> None:
+        """Save this step. Collective. about: facts for the manifest."""
+        account.receive(account.agreement.settle())  # the sums of this very step belong to it
+        self.saved_step, account.save_requested, account.spending.mine.save = account.clock.step, False, 0.0
+        self.saver.save(trainer, module, account.clock.step, about)
+        self.start(account.clock)
+
+    def add_to(self, upcoming: Upcoming, account: Account) -> Upcoming:
+        """What is to come, with checkpoints."""
+        seconds = self.saver.seconds
+        # the final weights take no longer than a checkpoint; the same again for a machine that is slow just then
+        account.closing_seconds = 2 * seconds
+        upcoming.after_seconds += seconds + account.closing_seconds
+        if self.every is not None:
+            upcoming.pauses["checkpoint"] = (steps_in(account.clock, self.every), seconds)
+        return upcoming
+
+
+def _may_reshape(callback: Any) -> bool:
+    return isinstance(callback, Technique) and type(callback).reshapes_next is not Technique.reshapes_next
