@@ -1,13 +1,20 @@
-"""The repeated blocks of any model: find them, and see or replay what they return."""
+"""The repeated blocks of any model: find them, wrap them, and see or replay what they return.
+
+Several techniques may wrap one block. Whose call is inside whose is declared by `PLACES`, not by who came first: what
+watches a block sees what it finally returns, and a block that is skipped is not recomputed either.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
+
+Place = Literal["watch", "skip", "recompute"]
+PLACES: tuple[Place, ...] = get_args(Place)  # from the outside in
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
@@ -20,8 +27,7 @@ def blocks(module: nn.Module) -> list[nn.Module]:
         by_class: dict[type, list[nn.Module]] = {}
         for child in module:
             if any(True for _ in child.children()):
-                kind = getattr(child, "_shoestring_original", type(child))  # checkpointing gives each its own class
-                by_class.setdefault(kind, []).append(child)
+                by_class.setdefault(getattr(child, "_shoestring_original", type(child)), []).append(child)
         found = [block for group in by_class.values() if len(group) > 1 for block in group]
     inside = {id(block) for block in found}
     for child in module.children():
@@ -30,20 +36,45 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-@contextmanager
-def _calling(block: nn.Module, call: Any) -> Iterator[None]:
-    """Let `block(...)` be `call(plain, ...)` inside, around everything that hooks on the block do."""
-    original = type(block)
-    plain = partial(original.__call__, block)
+def wrap_block(block: nn.Module, place: Place, call: Callable[..., Any]) -> Callable[[], None]:
+    """Let `block(...)` be `call(inner, ...)`, around everything that hooks on the block do.
 
+    Args:
+        block: one of `blocks`. Its class is exchanged for a subclass; names, parameters and hooks stay.
+        place: where among the block's other calls, of `PLACES`; within one place the newest is outermost.
+        call: gets what is inside it, the block itself at last, and the arguments; returns the block's output.
+
+    Returns:
+        What takes `call` away again. Harmless the second time.
+    """
+    entry = (place, call)
+    layers: list[tuple[Place, Callable[..., Any]]] | None = vars(type(block)).get("_shoestring_layers")
+    if layers is None:
+        layers = []
+        block.__class__ = _wrapped_class(type(block), layers)
+    # from the inside out: an entry goes outside all of its place, and inside those of places further out
+    at = sum(PLACES.index(other) >= PLACES.index(place) for other, _ in layers)
+    layers.insert(at, entry)
+
+    def remove() -> None:
+        if not any(each is entry for each in layers):
+            return
+        layers[:] = [each for each in layers if each is not entry]
+        if not layers:
+            block.__class__ = block._shoestring_original  # type: ignore[assignment]
+
+    return remove
+
+
+def _wrapped_class(original: type, layers: list[tuple[Place, Callable[..., Any]]]) -> type:
     def instead(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return call(plain, *args, **kwargs)
+        inner = partial(original.__call__, self)  # type: ignore[operator]
+        for _, call in layers:
+            inner = partial(call, inner)
+        return inner(*args, **kwargs)
 
-    block.__class__ = type(original.__name__, (original,), {"__call__": instead})
-    try:
-        yield
-    finally:
-        block.__class__ = original
+    own = {"__call__": instead, "_shoestring_original": original, "_shoestring_layers": layers}
+    return type(original.__name__, (original,), own)
 
 
 @contextmanager
@@ -91,7 +122,7 @@ def replayed(found: Sequence[nn.Module], outputs: list[Any], last: int, fresh: S
 def _all_calling(found: Sequence[nn.Module], calls: Sequence[Any]) -> Iterator[None]:
     with ExitStack() as stack:
         for block, call in zip(found, calls, strict=True):
-            stack.enter_context(_calling(block, call))
+            stack.callback(wrap_block(block, "watch", call))
         yield
 
 

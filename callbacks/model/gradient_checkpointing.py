@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..contract import Card, Effect, Technique, Unfit, Workload, require
-from ..forward.blocks import blocks
+from ..forward.blocks import blocks, wrap_block
 
 MODES = ("full", "selective")
 
@@ -26,27 +27,21 @@ def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def wrap(block: nn.Module, mode: str) -> None:
-    """Make `block` recompute in backward while training. Its class is exchanged for a subclass, its names stay.
+def recomputing(block: nn.Module, mode: str) -> Callable[..., Any]:
+    """A call for `wrap_block` that makes `block` recompute in backward while training.
 
     The whole call is recomputed, hooks included, so parameters that ZeRO-3 has released are gathered again.
     """
-    original = type(block)
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
 
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        inner = partial(original.__call__, self)
-        if not (self.training and torch.is_grad_enabled()):
+    def call(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not (block.training and torch.is_grad_enabled()):
             return inner(*args, **kwargs)
         return checkpoint(inner, *args, **options, **kwargs)
 
-    block.__class__ = type(original.__name__, (original,), {"__call__": call, "_shoestring_original": original})
-
-
-def unwrap(block: nn.Module) -> None:
-    block.__class__ = block._shoestring_original  # type: ignore[assignment]
+    return call
 
 
 class GradientCheckpointing(Technique, pl.Callback):
@@ -88,17 +83,16 @@ class GradientCheckpointing(Technique, pl.Callback):
         return cls(every=0)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._wrapped: list[nn.Module] = []
+        self._unwrap: list[Callable[[], None]] = []
         if stage != "fit" or not self.every:
             return
         found = blocks(pl_module)
         if not found:
             raise Unfit(f"gradient_checkpointing finds no repeated blocks in {type(pl_module).__name__}")
         for block in found[:: self.every]:
-            wrap(block, self.mode)
-            self._wrapped.append(block)
+            self._unwrap.append(wrap_block(block, "recompute", recomputing(block, self.mode)))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for block in getattr(self, "_wrapped", []):
-            unwrap(block)
-        self._wrapped = []
+        for unwrap in getattr(self, "_unwrap", []):
+            unwrap()
+        self._unwrap = []

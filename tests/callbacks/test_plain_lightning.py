@@ -140,7 +140,9 @@ def test_spend_goes_on_in_lightnings_own_checkpoint(tmp_path: Path) -> None:
     resumed.fit(Foreign(), loader(), ckpt_path=tmp_path / "step=8.ckpt")
     assert again.clock.spend.samples == 8 * 20 and resumed.global_step == 20
     assert again.clock.spend.usd == pytest.approx(again.clock.spend.seconds)
-    assert again.clock.spend.seconds > again.account.spending.windows.total()  # what the first attempt had spent at its checkpoint
+    assert (
+        again.clock.spend.seconds > again.account.spending.windows.total()
+    )  # what the first attempt had spent at its checkpoint
     assert resumed.optimizers[0].param_groups[0]["lr"] == 0
 
 
