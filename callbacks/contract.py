@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -73,24 +73,19 @@ class Card:
     name: str
     does: str
     paper: str = ""  # arXiv id
-    saves: frozenset[str] = frozenset()
+    saves: Set[Saving] = frozenset()
     keeps: Literal["bits", "result", "quality"] = "quality"
-    reads: frozenset[str] = frozenset()
-    writes: frozenset[str] = frozenset()
-    needs: frozenset[str] = frozenset()
-    refuses: frozenset[str] = frozenset()
+    reads: Set[Part] = frozenset()
+    writes: Set[Part] = frozenset()
+    needs: Set[str] = frozenset()
+    refuses: Set[str] = frozenset()
 
     def __post_init__(self) -> None:
-        for label, given, legal in (
-            ("reads", self.reads, PARTS),
-            ("writes", self.writes, PARTS),
-            ("saves", self.saves, SAVINGS),
-        ):
-            object.__setattr__(self, label, frozenset(given))
-            if stray := frozenset(given) - legal:
+        for label in ("saves", "reads", "writes", "needs", "refuses"):
+            object.__setattr__(self, label, frozenset(getattr(self, label)))
+        for label, legal in (("reads", PARTS), ("writes", PARTS), ("saves", SAVINGS)):
+            if stray := getattr(self, label) - legal:
                 raise Misconfigured(f"card {self.name!r}: {label} {sorted(stray)} is not among {sorted(legal)}")
-        object.__setattr__(self, "needs", frozenset(self.needs))
-        object.__setattr__(self, "refuses", frozenset(self.refuses))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +181,7 @@ class Technique(ReshapeListener):
     def check(self) -> None:
         """Raise `Misconfigured` where a setting is outside its range."""
 
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Set[str]:
         """Facts this instance needs; overridden where a setting decides (fp16 needs "cuda")."""
         return self.card.needs
 

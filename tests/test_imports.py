@@ -87,7 +87,10 @@ def test_no_circles_between_modules() -> None:
     assert not circle(arrows)
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p.parts[0] == "callbacks"], ids=str)
+# the room's own `__init__.py` names every technique, for type checkers
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if p.parts[0] == "callbacks" and p.parts[1:] != ("__init__.py",)], ids=str
+)
 def test_perspectives_do_not_know_one_another(path: Path) -> None:
     """Packages of techniques import what is neutral beside them, never each other, and nothing neutral imports them."""
     inside = {t.parts[1] for t in imported(path) if t.parts[0] == "callbacks" and len(t.parts) > 2}

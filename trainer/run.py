@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from ..callbacks.accounting.budget import Budget
+from .lightning_options import LightningOptions
 from .monitor.records import Display, Records
 from .planning.planner import Plan
 
@@ -48,7 +49,7 @@ def fit(
     startup_seconds: float = 0.0,
     weights: Mapping[str, Any] | None = None,
     measurements: Iterable[Mapping[str, Any]] = (),
-    **lightning: Any,
+    **lightning: Unpack[LightningOptions],
 ) -> Report | None:
     """Run a plan to the end of its budget; resumes what `run_dir` (default: runs/<recipe name>) holds.
 
@@ -63,6 +64,7 @@ def fit(
     from .trainer import Trainer
 
     quiet()
+    options: dict[str, Any] = {**lightning}
     recipe = plan.recipe
     run_dir = Path(run_dir or Path("runs") / recipe.name)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,7 @@ def fit(
         from pytorch_lightning.plugins.environments import LightningEnvironment
 
         # RANK and its like are set; Lightning would look at Slurm's own and ask them to agree with its arguments
-        lightning.setdefault("plugins", []).append(LightningEnvironment())
+        options.setdefault("plugins", []).append(LightningEnvironment())
     trainer = Trainer(
         plan.budget or Budget(),
         plan.techniques,
@@ -104,7 +106,7 @@ def fit(
         accumulate_grad_batches=plan.accumulate,
         gradient_clip_val=recipe.optimizer.clip,
         num_sanity_val_steps=2,
-        **{**_evaluation(plan, task), **lightning},
+        **{**_evaluation(plan, task), **options},
     )
     trainer.monitor.evaluations.plan_every(recipe.evaluation.every, at_end=recipe.evaluation.at_end)
     trainer.monitor.evaluations.goal = recipe.goal

@@ -24,7 +24,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import pytorch_lightning as pl
 import torch
@@ -37,6 +37,7 @@ from ..callbacks.optimization.lr_schedule import LRSchedule
 from ..cluster.config.hardware import hardware
 from .checkpoint import format as checkpoint
 from .checkpoint.saver import CannotResume
+from .lightning_options import LightningOptions
 from .machine.facts import facts as machine_facts
 from .machine.facts import peak
 from .monitor.monitor import Monitor
@@ -44,6 +45,9 @@ from .monitor.records import Records
 from .monitor.signals import die_with_parent, launched_here, will_launch
 from .monitor.stragglers import Stragglers
 from .zero import NAMES, make_strategy
+
+if TYPE_CHECKING:
+    from pytorch_lightning.strategies import Strategy
 
 
 class Trainer(pl.Trainer):
@@ -68,14 +72,14 @@ class Trainer(pl.Trainer):
         self,
         budget: Budget | None = None,
         techniques: Sequence[Technique] = (),
-        strategy: Any = "auto",
-        devices: Any = "auto",
+        strategy: str | Strategy = "auto",
+        devices: list[int] | str | int = "auto",
         num_nodes: int = 1,
         seed: int = 0,
         run_dir: str | os.PathLike[str] | None = None,
         resume: Literal["auto", "must", False] = "auto",
         ledger: bool = True,
-        wandb: Any = None,
+        wandb: str | Mapping[str, Any] | bool | None = None,
         checkpoint_every: str | None = "5 min",
         *,
         offload: str = "none",
@@ -84,24 +88,25 @@ class Trainer(pl.Trainer):
         watts_per_device: float | None = None,
         log_every: int = 10,
         records: Records | None = None,
-        **lightning: Any,
+        **lightning: Unpack[LightningOptions],
     ) -> None:
+        options: dict[str, Any] = {**lightning}
         budget = budget or Budget()
-        accelerator = _accelerator(lightning.get("accelerator", "auto"))
+        accelerator = _accelerator(options.get("accelerator", "auto"))
         if devices == "auto" and accelerator == "cpu":
             devices = 1
         name = _strategy_name(strategy, devices, num_nodes)
         own_schedule = budget and not any(t.card.name == "lr_schedule" for t in techniques)
         chosen = [*techniques, LRSchedule()] if own_schedule else list(techniques)
         composition = compose(chosen, facts(name, accelerator, offload))
-        settings = _fold(composition.techniques, lightning)
+        settings = _fold(composition.techniques, options)
         made = strategy
         if isinstance(name, str) and name in NAMES:
             made = make_strategy(name, accelerator=accelerator, offload=offload, options=settings.strategy_options)
         if launched_here():
             die_with_parent()
-        if budget and not lightning.keys() & {"max_epochs", "max_steps"}:
-            lightning["max_epochs"] = -1
+        if budget and not options.keys() & {"max_epochs", "max_steps"}:
+            options["max_epochs"] = -1
         self.seed = seed
         self.batches_planned = False  # micro-batches and accumulation have been chosen for this number of ranks
         self.records = records or Records(run_dir, ledger=ledger, wandb=_wandb(wandb))
@@ -119,10 +124,10 @@ class Trainer(pl.Trainer):
             log_every=log_every,
         )
         self._guess = next((t for t in composition.techniques if own_schedule and t.card.name == "lr_schedule"), None)
-        given = lightning.pop("callbacks", None) or []
+        given = options.pop("callbacks", None) or []
         given = [given] if isinstance(given, pl.Callback) else list(given)
         for quiet in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"):
-            lightning.setdefault(quiet, False)
+            options.setdefault(quiet, False)
         super().__init__(
             strategy=made,
             devices=devices,
@@ -130,7 +135,7 @@ class Trainer(pl.Trainer):
             precision=settings.precision,
             accumulate_grad_batches=settings.accumulate_grad_batches,
             callbacks=[*given, *composition.techniques, self.monitor],
-            **lightning,
+            **options,
         )
         self.fit_loop.__class__ = _EndedLoop
         if self.num_devices * self.num_nodes > 1:
@@ -141,7 +146,17 @@ class Trainer(pl.Trainer):
         """What the last `fit` cost and reached."""
         return self.monitor.summary
 
-    def fit(self, *args: Any, startup_seconds: float = 0.0, **kwargs: Any) -> None:
+    def fit(
+        self,
+        model: pl.LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
+        *,
+        startup_seconds: float = 0.0,
+    ) -> None:
         """As `pl.Trainer.fit`. Resumes from `run_dir` where there is something to resume.
 
         Ends with `SystemExit(85)` after a signal, when everything is saved and the same command should run again.
@@ -151,7 +166,7 @@ class Trainer(pl.Trainer):
         if self.monitor.totals.peak_flops is None and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             self.monitor.totals.peak_flops = peak(_dtype(str(self.precision)), machine_facts().hardware)[0]
         will_launch()
-        super().fit(*args, **kwargs)
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)  # type: ignore[arg-type]
 
     def saved_state(self, key: str) -> dict[str, Any] | None:
         """What the checkpoint that this fit resumes from holds of the callback `key`, before any model is restored.

@@ -47,8 +47,8 @@ class Distillation(Technique, pl.Callback):
         name="distillation",
         does="learns from the outputs of a frozen teacher as well as from labels",
         paper="1503.02531",
-        saves=frozenset({"size"}),
-        writes=frozenset({"loss"}),
+        saves={"size"},
+        writes={"loss"},
     )
 
     def __init__(

@@ -153,9 +153,9 @@ class EarlyExit(Technique, pl.Callback):
         name="early_exit",
         does="trains the final layers to answer after intermediate blocks too",
         paper="2404.16710",
-        saves=frozenset({"time"}),
-        reads=frozenset({"modules"}),
-        writes=frozenset({"loss", "activations"}),  # those of the final layers, once for each exit
+        saves={"time"},
+        reads={"modules"},
+        writes={"loss", "activations"},  # those of the final layers, once for each exit
     )
 
     def __init__(self, *, weight: float = 0.5, exits: Sequence[int] | None = None, rotate: int = 1) -> None:

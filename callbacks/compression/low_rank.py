@@ -40,8 +40,8 @@ class LowRank(Technique, pl.Callback):
         name="low_rank",
         does="replaces linear layers by two thin factors of their weights, and trains those",
         paper="2103.03936",
-        saves=frozenset({"flops", "memory", "communication", "size"}),
-        writes=frozenset({"modules", "weights"}),
+        saves={"flops", "memory", "communication", "size"},
+        writes={"modules", "weights"},
     )
 
     def __init__(

@@ -61,9 +61,9 @@ class QuantizationAware(Technique, pl.Callback):
         name="quantization_aware",
         does="trains weights, and activations, for 2 to 8 bits",
         paper="1712.05877",
-        saves=frozenset({"size"}),
-        reads=frozenset({"weights"}),
-        writes=frozenset({"numerics"}),
+        saves={"size"},
+        reads={"weights"},
+        writes={"numerics"},
     )
 
     def __init__(

@@ -49,8 +49,8 @@ class WeightClustering(Technique, pl.Callback):
         name="weight_clustering",
         does="makes the weights of a layer share a few values",
         paper="1510.00149",
-        saves=frozenset({"size"}),
-        writes=frozenset({"weights"}),
+        saves={"size"},
+        writes={"weights"},
     )
 
     def __init__(

@@ -64,8 +64,8 @@ class CompetenceCurriculum(Technique, pl.Callback):
         name="competence_curriculum",
         does="draws easy samples first and all samples once competent",
         paper="1903.09848",
-        saves=frozenset({"steps"}),
-        writes=frozenset({"samples"}),
+        saves={"steps"},
+        writes={"samples"},
     )
 
     def __init__(self, *, difficulty: Difficulty = "rarity", start: float = 0.1, until: str = "50%") -> None:

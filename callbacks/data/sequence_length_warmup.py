@@ -41,8 +41,8 @@ class SequenceLengthWarmup(Technique, pl.Callback):
         name="sequence_length_warmup",
         does="starts with short sequences and grows them to full length",
         paper="2108.06084",
-        saves=frozenset({"flops", "time", "memory"}),
-        writes=frozenset({"batch"}),
+        saves={"flops", "time", "memory"},
+        writes={"batch"},
     )
 
     def __init__(self, *, start: int = 64, until: str = "30%", multiple: int = 8) -> None:

@@ -56,10 +56,10 @@ class GradientCheckpointing(Technique, pl.Callback):
         name="gradient_checkpointing",
         does="recomputes activations of repeated blocks in backward",
         paper="1604.06174",
-        saves=frozenset({"memory"}),
+        saves={"memory"},
         keeps="bits",
-        reads=frozenset({"modules"}),
-        writes=frozenset({"activations"}),
+        reads={"modules"},
+        writes={"activations"},
     )
 
     def __init__(self, *, every: int = 1, mode: str = "full") -> None:

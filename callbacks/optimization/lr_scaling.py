@@ -45,9 +45,9 @@ class LRScaling(Technique, pl.Callback):
         name="lr_scaling",
         does="scales lr, betas and eps with the global batch and warms up",
         paper="2205.10287",
-        saves=frozenset({"steps", "time"}),
-        reads=frozenset({"samples"}),
-        writes=frozenset({"lr"}),
+        saves={"steps", "time"},
+        reads={"samples"},
+        writes={"lr"},
     )
 
     def __init__(self, *, base_batch: int | None = None, rule: str = "auto", warmup: str = "0%") -> None:

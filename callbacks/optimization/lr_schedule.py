@@ -44,8 +44,8 @@ class LRSchedule(Technique, pl.Callback):
         name="lr_schedule",
         does="anneals the learning rate to its floor exactly when the budget ends",
         paper="1905.04753",
-        saves=frozenset({"steps"}),
-        writes=frozenset({"lr"}),
+        saves={"steps"},
+        writes={"lr"},
     )
 
     def __init__(self, *, shape: str = "linear", warmup: str = "0%", floor: float = 0.0, cycles: int = 1) -> None:

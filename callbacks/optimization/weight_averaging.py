@@ -33,9 +33,9 @@ class WeightAveraging(Technique, pl.Callback):
         name="weight_averaging",
         does="evaluates and keeps the average of the weights along the run",
         paper="2209.14981",
-        saves=frozenset({"steps"}),
-        reads=frozenset({"weights"}),
-        writes=frozenset({"weights"}),
+        saves={"steps"},
+        reads={"weights"},
+        writes={"weights"},
     )
 
     def __init__(

@@ -36,9 +36,9 @@ class GradualPruning(Masking):
         name="gradual_pruning",
         does="prunes the smallest weights along a cubic schedule",
         paper="1710.01878",
-        saves=frozenset({"size"}),
-        writes=frozenset({"weights", "gradients", "optimizer"}),
-        refuses=frozenset({"muon"}),  # its update mixes elements: zeros would not stay
+        saves={"size"},
+        writes={"weights", "gradients", "optimizer"},
+        refuses={"muon"},  # its update mixes elements: zeros would not stay
     )
 
     def __init__(

@@ -33,9 +33,9 @@ class GraSP(PruneAtInit):
         name="grasp",
         does="prunes before training what carries least of the gradient flow",
         paper="2002.07376",
-        saves=frozenset({"size"}),
-        writes=frozenset({"weights", "gradients", "optimizer"}),
-        refuses=frozenset({"muon"}),
+        saves={"size"},
+        writes={"weights", "gradients", "optimizer"},
+        refuses={"muon"},
     )
 
     def scores(self, module: pl.LightningModule, weights: Weights, batches: Sequence[Any]) -> dict[str, Tensor]:

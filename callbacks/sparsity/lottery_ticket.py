@@ -30,9 +30,9 @@ class LotteryTicket(Masking):
         name="lottery_ticket",
         does="prunes after training, rewinds what is left and trains it again",
         paper="1803.03635",
-        saves=frozenset({"size"}),
-        writes=frozenset({"weights", "gradients", "optimizer"}),
-        refuses=frozenset({"muon"}),
+        saves={"size"},
+        writes={"weights", "gradients", "optimizer"},
+        refuses={"muon"},
     )
 
     def __init__(

@@ -30,8 +30,8 @@ class MovementPruning(SoftMasking):
         name="movement_pruning",
         does="keeps the weights that fine-tuning moves away from zero",
         paper="2005.07683",
-        saves=frozenset({"size"}),
-        writes=frozenset({"weights", "gradients", "optimizer"}),
+        saves={"size"},
+        writes={"weights", "gradients", "optimizer"},
     )
 
     def __init__(

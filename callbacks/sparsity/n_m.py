@@ -28,8 +28,8 @@ class NM(SoftMasking):
         name="n_m",
         does="uses at most N of every M neighbouring weights, 2 of 4 as tensor cores want them",
         paper="2102.04010",
-        saves=frozenset({"size"}),
-        writes=frozenset({"weights", "gradients"}),
+        saves={"size"},
+        writes={"weights", "gradients"},
     )
 
     def __init__(self, *, n: int = 2, m: int = 4, decay: float = 2e-4, skip: Sequence[str] = ()) -> None:

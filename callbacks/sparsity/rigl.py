@@ -21,9 +21,9 @@ class RigL(DynamicSparse):
         name="rigl",
         does="trains sparse from the start; connections grow where the gradient is largest",
         paper="1911.11134",
-        saves=frozenset({"size"}),
-        writes=frozenset({"weights", "gradients", "optimizer"}),
-        refuses=frozenset({"muon"}),
+        saves={"size"},
+        writes={"weights", "gradients", "optimizer"},
+        refuses={"muon"},
     )
 
     def growth(self, shards: Shards, name: str, step: int) -> Tensor:

@@ -19,9 +19,9 @@ class SET(DynamicSparse):
         name="set",
         does="trains sparse from the start; connections move at random",
         paper="1707.04780",
-        saves=frozenset({"size"}),
-        writes=frozenset({"weights", "gradients", "optimizer"}),
-        refuses=frozenset({"muon"}),
+        saves={"size"},
+        writes={"weights", "gradients", "optimizer"},
+        refuses={"muon"},
     )
 
     def growth(self, shards: Shards, name: str, step: int) -> Tensor:

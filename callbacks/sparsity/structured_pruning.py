@@ -75,9 +75,9 @@ class StructuredPruning(Technique, pl.Callback):
         name="structured_pruning",
         does="cuts whole channels, neurons and attention heads out of the model and its optimizer",
         paper="1608.08710",
-        saves=frozenset({"flops", "time", "memory", "communication", "size"}),
-        writes=frozenset({"modules", "weights", "optimizer", "activations"}),
-        refuses=frozenset({"muon"}),  # its state goes with no element
+        saves={"flops", "time", "memory", "communication", "size"},
+        writes={"modules", "weights", "optimizer", "activations"},
+        refuses={"muon"},  # its state goes with no element
     )
 
     def __init__(

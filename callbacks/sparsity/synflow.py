@@ -32,9 +32,9 @@ class SynFlow(PruneAtInit):
         name="synflow",
         does="prunes before training, in rounds that cut no layer off",
         paper="2006.05467",
-        saves=frozenset({"size"}),
-        writes=frozenset({"weights", "gradients", "optimizer"}),
-        refuses=frozenset({"muon"}),
+        saves={"size"},
+        writes={"weights", "gradients", "optimizer"},
+        refuses={"muon"},
     )
 
     def wanted(self) -> int:

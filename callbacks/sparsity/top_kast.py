@@ -30,8 +30,8 @@ class TopKAST(SoftMasking):
         name="top_kast",
         does="computes with the largest weights and learns a somewhat larger set of them",
         paper="2106.03517",
-        saves=frozenset({"size"}),
-        writes=frozenset({"weights", "gradients", "optimizer"}),
+        saves={"size"},
+        writes={"weights", "gradients", "optimizer"},
     )
 
     def __init__(

@@ -22,9 +22,9 @@ class MixedPrecision(Technique, pl.Callback):
         name="mixed_precision",
         does="computes in bf16 or fp16 and keeps fp32 master weights",
         paper="1710.03740",
-        saves=frozenset({"time", "memory", "communication"}),
+        saves={"time", "memory", "communication"},
         keeps="result",
-        writes=frozenset({"numerics"}),
+        writes={"numerics"},
     )
 
     def __init__(self, *, dtype: str = "bf16") -> None:
