@@ -3,14 +3,15 @@
 A technique is an ordinary Lightning `Callback` plus a declaration. It acts twice: `edit` changes the settings that must
 be known before a trainer exists (precision, accumulation, strategy options), then Lightning's own hooks act on the run.
 
+    @dataclass(kw_only=True, eq=False, repr=False)    # makes the constructor; hash and repr stay those of Technique
     class MyTechnique(Technique, pl.Callback):
         card = Card(name="my_technique", does="one line", writes={"weights"}, ...)
 
-        def __init__(self, *, strength: float = 0.5) -> None:
-            self.strength = strength                  # store, nothing else
+        strength: float = 0.5                         # a setting
 
 Rules that the contract suite checks for every registered technique:
-  1. `__init__` stores its keyword arguments under their own names and does nothing else; `check` judges them.
+  1. Settings are the fields of a dataclass, all with a default; a constructor written by hand stores its keyword
+     arguments under their own names and does nothing else. `check` judges them.
   2. `edit` is pure and idempotent.
   3. It writes only the parts on its card, and never imports or looks for another technique.
   4. Small state lives in `state_dict`; tensors shaped like parameters live in `fragments` (see below).
@@ -267,17 +268,18 @@ class Technique(ReshapeListener):
 
         self.load_fragments({state: cut(trainer, pl_module, named) for state, named in wholes.items()})
 
+    @classmethod
+    def setting_names(cls) -> list[str]:
+        """The names of the keyword arguments, in the order they are written."""
+        return list(inspect.signature(cls).parameters)
+
     def settings(self) -> dict[str, Any]:
         """The keyword arguments this instance was made with."""
-        return {name: getattr(self, name) for name in _arguments(type(self))}
+        return {name: getattr(self, name) for name in self.setting_names()}
 
     def __repr__(self) -> str:
         inside = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
         return f"{type(self).__name__}({inside})"
-
-
-def _arguments(cls: type) -> list[str]:
-    return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]  # type: ignore[misc]
 
 
 def require(condition: bool, technique: Technique, setting: str, allowed: str) -> None:

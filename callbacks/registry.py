@@ -92,10 +92,8 @@ def technique_class(name: str) -> type[Technique]:
 
 def make(name: str, settings: Mapping[str, Any] | None = None) -> Technique:
     """The technique `name` with `settings`; `check`ed."""
-    import inspect
-
     cls = technique_class(name)
-    legal = [p for p in inspect.signature(cls.__init__).parameters if p != "self"]  # type: ignore[misc]
+    legal = cls.setting_names()
     for key in settings or {}:
         if key not in legal:
             raise UnknownTechnique(key, legal, of=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ from .positions import Positions, keys_of, positions_of
 from .teachers import DTYPES, NoTeacher, Teacher, fingerprint, frozen_copy, load
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Distillation(Technique, pl.Callback):
     """Add `weight` * T^2 * KL(teacher || student) to the module's own loss, which counts `labels` times.
 
@@ -51,36 +53,19 @@ class Distillation(Technique, pl.Callback):
         writes={"loss"},
     )
 
-    def __init__(
-        self,
-        *,
-        teacher: str | nn.Module = "initial",
-        weight: float = 1.0,
-        labels: float = 1.0,
-        temperature: float = 2.0,
-        hidden: float = 0.0,
-        attention: float = 0.0,
-        layers: Mapping[int, int] | None = None,
-        of: str = "",
-        shift: bool = True,
-        top_k: int | None = None,
-        cache: str | None = None,
-        teacher_dtype: str = "bfloat16",
-        shard_teacher: bool = False,
-    ) -> None:
-        self.teacher = teacher
-        self.weight = weight
-        self.labels = labels
-        self.temperature = temperature
-        self.hidden = hidden
-        self.attention = attention
-        self.layers = layers
-        self.of = of
-        self.shift = shift
-        self.top_k = top_k
-        self.cache = cache
-        self.teacher_dtype = teacher_dtype
-        self.shard_teacher = shard_teacher
+    teacher: str | nn.Module = "initial"
+    weight: float = 1.0
+    labels: float = 1.0
+    temperature: float = 2.0
+    hidden: float = 0.0
+    attention: float = 0.0
+    layers: Mapping[int, int] | None = None
+    of: str = ""
+    shift: bool = True
+    top_k: int | None = None
+    cache: str | None = None
+    teacher_dtype: str = "bfloat16"
+    shard_teacher: bool = False
 
     def check(self) -> None:
         given = isinstance(self.teacher, nn.Module) or bool(self.teacher)

@@ -137,6 +137,7 @@ def checked_exits(exits: Sequence[int] | None, count: int) -> list[int]:
 
 
 # -- the technique -----------------------------------------------------------------------------------------------------
+@dataclass(kw_only=True, eq=False, repr=False)
 class EarlyExit(Technique, pl.Callback):
     """Add the task's own loss at intermediate exits, `weight` in all, deeper exits more.
 
@@ -158,10 +159,9 @@ class EarlyExit(Technique, pl.Callback):
         writes={"loss", "activations"},  # those of the final layers, once for each exit
     )
 
-    def __init__(self, *, weight: float = 0.5, exits: Sequence[int] | None = None, rotate: int = 1) -> None:
-        self.weight = weight
-        self.exits = exits
-        self.rotate = rotate
+    weight: float = 0.5
+    exits: Sequence[int] | None = None
+    rotate: int = 1
 
     def check(self) -> None:
         require(self.weight >= 0, self, "weight", "a number of at least 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import pytorch_lightning as pl
@@ -21,6 +22,7 @@ class OtherRanks(ShoestringError):
     """The factors of a checkpoint are not of the ranks that this run has chosen."""
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class LowRank(Technique, pl.Callback):
     """Replace linear layers by factors of their weights' truncated SVD before training starts, and train these.
 
@@ -44,18 +46,10 @@ class LowRank(Technique, pl.Callback):
         writes={"modules", "weights"},
     )
 
-    def __init__(
-        self,
-        *,
-        energy: float = 0.9,
-        budget: float | None = None,
-        skip: Sequence[str] = (),
-        keep_factors: bool = False,
-    ) -> None:
-        self.energy = energy
-        self.budget = budget
-        self.skip = skip
-        self.keep_factors = keep_factors
+    energy: float = 0.9
+    budget: float | None = None
+    skip: Sequence[str] = ()
+    keep_factors: bool = False
 
     def check(self) -> None:
         require(0 < self.energy <= 1, self, "energy", "a share in (0, 1]; 1 is off")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import pytorch_lightning as pl
@@ -28,6 +29,7 @@ from .learned_steps import LearnedSteps
 OFF = (None, 16)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class QuantizationAware(Technique, pl.Callback):
     """From `start` on, let linear and convolution layers compute with weights of `weight_bits` bits.
 
@@ -66,28 +68,15 @@ class QuantizationAware(Technique, pl.Callback):
         writes={"numerics"},
     )
 
-    def __init__(
-        self,
-        *,
-        weight_bits: int | None = 8,
-        activation_bits: int | None = None,
-        cpu: str = "any",
-        group_size: int | None = None,
-        scale: str = "absmax",
-        scale_lr: float = 1.0,
-        adapters: str = "apart",
-        start: str = "0%",
-        skip: Sequence[str] = (),
-    ) -> None:
-        self.weight_bits = weight_bits
-        self.activation_bits = activation_bits
-        self.cpu = cpu
-        self.group_size = group_size
-        self.scale = scale
-        self.scale_lr = scale_lr
-        self.adapters = adapters
-        self.start = start
-        self.skip = skip
+    weight_bits: int | None = 8
+    activation_bits: int | None = None
+    cpu: str = "any"
+    group_size: int | None = None
+    scale: str = "absmax"
+    scale_lr: float = 1.0
+    adapters: str = "apart"
+    start: str = "0%"
+    skip: Sequence[str] = ()
 
     def check(self) -> None:
         require(self.weight_bits in (*OFF, *range(2, 9)), self, "weight_bits", "2 to 8, or 16 or None for off")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import pytorch_lightning as pl
@@ -33,6 +34,7 @@ def _portions(names: Sequence[str], shards: Shards) -> list[list[str]]:
     return portions
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class WeightClustering(Technique, pl.Callback):
     """From `start` on, layers compute with `clusters` distinct weights each; at the end these are their weights.
 
@@ -53,24 +55,13 @@ class WeightClustering(Technique, pl.Callback):
         writes={"weights"},
     )
 
-    def __init__(
-        self,
-        *,
-        clusters: int = 16,
-        start: str = "50%",
-        every: int = 100,
-        init: str = "linear",
-        keep_zero: bool = True,
-        iterations: int = 20,
-        skip: Sequence[str] = (),
-    ) -> None:
-        self.clusters = clusters
-        self.start = start
-        self.every = every
-        self.init = init
-        self.keep_zero = keep_zero
-        self.iterations = iterations
-        self.skip = skip
+    clusters: int = 16
+    start: str = "50%"
+    every: int = 100
+    init: str = "linear"
+    keep_zero: bool = True
+    iterations: int = 20
+    skip: Sequence[str] = ()
 
     def check(self) -> None:
         least = 2 + bool(self.keep_zero)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -52,6 +53,7 @@ def score(dataset: Any, difficulty: Difficulty) -> np.ndarray:
     return np.array([sum(cost[t] for t in sample) / max(1, len(sample)) for sample in tokens])
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class CompetenceCurriculum(Technique, pl.Callback):
     """Draw each global batch from the easiest share of the data; the share grows from `start` to 1 over `until`.
 
@@ -68,10 +70,9 @@ class CompetenceCurriculum(Technique, pl.Callback):
         writes={"samples"},
     )
 
-    def __init__(self, *, difficulty: Difficulty = "rarity", start: float = 0.1, until: str = "50%") -> None:
-        self.difficulty = difficulty
-        self.start = start
-        self.until = until
+    difficulty: Difficulty = "rarity"
+    start: float = 0.1
+    until: str = "50%"
 
     def check(self) -> None:
         require(0 < self.start <= 1, self, "start", "a share in (0, 1]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import pytorch_lightning as pl
@@ -30,6 +31,7 @@ def truncate(batch: MutableMapping[str, Any], length: int) -> None:
             batch[key] = value[:, :length].contiguous()
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SequenceLengthWarmup(Technique, pl.Callback):
     """Train on the first `start` tokens of every sequence, growing linearly to the whole over `until`.
 
@@ -45,10 +47,9 @@ class SequenceLengthWarmup(Technique, pl.Callback):
         writes={"batch"},
     )
 
-    def __init__(self, *, start: int = 64, until: str = "30%", multiple: int = 8) -> None:
-        self.start = start
-        self.until = until
-        self.multiple = multiple
+    start: int = 64
+    until: str = "30%"
+    multiple: int = 8
 
     def check(self) -> None:
         require(self.start > 0, self, "start", "a positive number of tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
@@ -44,6 +45,7 @@ def recomputing(block: nn.Module, mode: str) -> Callable[..., Any]:
     return call
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class GradientCheckpointing(Technique, pl.Callback):
     """Recompute every `every`-th repeated block in backward instead of keeping its activations. `every=0` is off.
 
@@ -62,9 +64,8 @@ class GradientCheckpointing(Technique, pl.Callback):
         writes={"activations"},
     )
 
-    def __init__(self, *, every: int = 1, mode: str = "full") -> None:
-        self.every = every
-        self.mode = mode
+    every: int = 1
+    mode: str = "full"
 
     def check(self) -> None:
         require(self.every >= 0, self, "every", "0 (off), 1 (every block), 2 (every second), …")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Self
 
 import pytorch_lightning as pl
@@ -34,6 +35,7 @@ def scaled(group: dict[str, Any], ratio: float, rule: str) -> dict[str, Any]:
     return changed
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class LRScaling(Technique, pl.Callback):
     """Set learning rate (and Adam's betas and eps) for this run's global batch from values tuned at `base_batch`.
 
@@ -50,10 +52,9 @@ class LRScaling(Technique, pl.Callback):
         writes={"lr"},
     )
 
-    def __init__(self, *, base_batch: int | None = None, rule: str = "auto", warmup: str = "0%") -> None:
-        self.base_batch = base_batch
-        self.rule = rule
-        self.warmup = warmup
+    base_batch: int | None = None
+    rule: str = "auto"
+    warmup: str = "0%"
 
     def check(self) -> None:
         require(self.rule in RULES, self, "rule", " | ".join(RULES))

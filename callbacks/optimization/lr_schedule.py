@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self
 
 import pytorch_lightning as pl
@@ -31,6 +32,7 @@ def within_cycle(progress: float, cycles: int) -> float:
     return progress * cycles % 1.0 if progress < 1.0 else 1.0
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class LRSchedule(Technique, pl.Callback):
     """Multiply every parameter group's learning rate by a function of the run's progress.
 
@@ -48,11 +50,10 @@ class LRSchedule(Technique, pl.Callback):
         writes={"lr"},
     )
 
-    def __init__(self, *, shape: str = "linear", warmup: str = "0%", floor: float = 0.0, cycles: int = 1) -> None:
-        self.shape = shape
-        self.warmup = warmup
-        self.floor = floor
-        self.cycles = cycles
+    shape: str = "linear"
+    warmup: str = "0%"
+    floor: float = 0.0
+    cycles: int = 1
 
     def check(self) -> None:
         require(self.shape in SHAPES, self, "shape", " | ".join(SHAPES))

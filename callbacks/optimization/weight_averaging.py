@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import pytorch_lightning as pl
@@ -20,6 +21,7 @@ def ema_(average: Tensor, weights: Tensor, decay: float) -> None:
     average.lerp_(weights, 1.0 - decay)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class WeightAveraging(Technique, pl.Callback):
     """Keep an average of the master weights; validate with it and leave it as the final model.
 
@@ -38,14 +40,11 @@ class WeightAveraging(Technique, pl.Callback):
         writes={"weights"},
     )
 
-    def __init__(
-        self, *, kind: str = "ema", decay: float = 0.99, every: int = 10, keep: int = 6, start: str = "0%"
-    ) -> None:
-        self.kind = kind
-        self.decay = decay
-        self.every = every
-        self.keep = keep
-        self.start = start
+    kind: str = "ema"
+    decay: float = 0.99
+    every: int = 10
+    keep: int = 6
+    start: str = "0%"
 
     def check(self) -> None:
         require(self.kind in ("ema", "lawa"), self, "kind", "ema | lawa")

@@ -7,6 +7,7 @@ nothing but that moment. All ranks read the same samples and take rank 0's decis
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ from .masks import Masking, must_find, require_distribution
 Weights = Mapping[str, nn.Parameter]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class PruneAtInit(Masking):
     """Base of SNIP, GraSP and SynFlow, which differ in `scores` alone.
 
@@ -38,18 +40,10 @@ class PruneAtInit(Masking):
     The training data must be there when the run is set up, and the model whole (not made under zero.Init).
     """
 
-    def __init__(
-        self,
-        *,
-        sparsity: float = 0.9,
-        samples: int = 128,
-        distribution: str | Mapping[str, float] = "global",
-        skip: Sequence[str] = (),
-    ) -> None:
-        self.sparsity = sparsity
-        self.samples = samples
-        self.distribution = distribution
-        self.skip = skip
+    sparsity: float = 0.9
+    samples: int = 128
+    distribution: str | Mapping[str, float] = "global"
+    skip: Sequence[str] = ()
 
     def check(self) -> None:
         super().check()

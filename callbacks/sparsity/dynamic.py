@@ -8,6 +8,7 @@ at in those steps alone, and there they are the true dense ones of the global ba
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import pytorch_lightning as pl
@@ -22,6 +23,7 @@ from . import distributions, saliency, schedules
 from .masks import Masking, require_distribution, select_counts, shapes_of
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class DynamicSparse(Masking):
     """Base of SET and RigL, which differ in `growth` alone.
 
@@ -36,26 +38,14 @@ class DynamicSparse(Masking):
     With small batches `every` should be larger: a grown weight needs time to grow (arXiv 2102.02887).
     """
 
-    def __init__(
-        self,
-        *,
-        sparsity: float = 0.9,
-        distribution: str | Mapping[str, float] = "erk",
-        drop_fraction: float = 0.3,
-        every: int = 100,
-        stop: str = "75%",
-        rescale: bool = True,
-        start_from: str = "random",
-        skip: Sequence[str] = (),
-    ) -> None:
-        self.sparsity = sparsity
-        self.distribution = distribution
-        self.drop_fraction = drop_fraction
-        self.every = every
-        self.stop = stop
-        self.rescale = rescale
-        self.start_from = start_from
-        self.skip = skip
+    sparsity: float = 0.9
+    distribution: str | Mapping[str, float] = "erk"
+    drop_fraction: float = 0.3
+    every: int = 100
+    stop: str = "75%"
+    rescale: bool = True
+    start_from: str = "random"
+    skip: Sequence[str] = ()
 
     def check(self) -> None:
         super().check()

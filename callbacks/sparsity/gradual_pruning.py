@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import pytorch_lightning as pl
@@ -19,6 +20,7 @@ CRITERIA = ("magnitude", "taylor", "gradient")
 RAMPS = {"cubic": schedules.cubic, "one_shot": schedules.one_shot}
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class GradualPruning(Masking):
     """Raise the sparsity of linear and convolution weights from 0 to `sparsity` between `start` and `end`.
 
@@ -41,28 +43,15 @@ class GradualPruning(Masking):
         refuses={"muon"},  # its update mixes elements: zeros would not stay
     )
 
-    def __init__(
-        self,
-        *,
-        sparsity: float = 0.5,
-        start: str = "10%",
-        end: str = "70%",
-        every: int = 10,
-        ramp: str = "cubic",
-        criterion: str = "magnitude",
-        distribution: str | Mapping[str, float] = "uniform",
-        pattern: str = "unstructured",
-        skip: Sequence[str] = (),
-    ) -> None:
-        self.sparsity = sparsity
-        self.start = start
-        self.end = end
-        self.every = every
-        self.ramp = ramp
-        self.criterion = criterion
-        self.distribution = distribution
-        self.pattern = pattern
-        self.skip = skip
+    sparsity: float = 0.5
+    start: str = "10%"
+    end: str = "70%"
+    every: int = 10
+    ramp: str = "cubic"
+    criterion: str = "magnitude"
+    distribution: str | Mapping[str, float] = "uniform"
+    pattern: str = "unstructured"
+    skip: Sequence[str] = ()
 
     def check(self) -> None:
         super().check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import pytorch_lightning as pl
@@ -16,6 +17,7 @@ from . import distributions, schedules
 from .masks import Masking, require_distribution, select
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class LotteryTicket(Masking):
     """Iterative magnitude pruning with rewinding, inside one budget.
 
@@ -35,20 +37,11 @@ class LotteryTicket(Masking):
         refuses={"muon"},
     )
 
-    def __init__(
-        self,
-        *,
-        sparsity: float = 0.8,
-        rounds: int = 3,
-        rewind: str = "2%",
-        distribution: str | Mapping[str, float] = "global",
-        skip: Sequence[str] = (),
-    ) -> None:
-        self.sparsity = sparsity
-        self.rounds = rounds
-        self.rewind = rewind
-        self.distribution = distribution
-        self.skip = skip
+    sparsity: float = 0.8
+    rounds: int = 3
+    rewind: str = "2%"
+    distribution: str | Mapping[str, float] = "global"
+    skip: Sequence[str] = ()
 
     def check(self) -> None:
         super().check()

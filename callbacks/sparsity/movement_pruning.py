@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import pytorch_lightning as pl
@@ -18,6 +19,7 @@ from .schedules import between, cubic, require_ramp
 from .soft_masks import SoftMasking
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class MovementPruning(SoftMasking):
     """For fine-tuning: scores sum -w dL/dw over all steps, and layers compute with the weights of the largest scores.
 
@@ -34,22 +36,12 @@ class MovementPruning(SoftMasking):
         writes={"weights", "gradients", "optimizer"},
     )
 
-    def __init__(
-        self,
-        *,
-        sparsity: float = 0.8,
-        start: str = "10%",
-        end: str = "70%",
-        every: int = 10,
-        distribution: str | Mapping[str, float] = "global",
-        skip: Sequence[str] = (),
-    ) -> None:
-        self.sparsity = sparsity
-        self.start = start
-        self.end = end
-        self.every = every
-        self.distribution = distribution
-        self.skip = skip
+    sparsity: float = 0.8
+    start: str = "10%"
+    end: str = "70%"
+    every: int = 10
+    distribution: str | Mapping[str, float] = "global"
+    skip: Sequence[str] = ()
 
     def check(self) -> None:
         super().check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import pytorch_lightning as pl
@@ -16,6 +17,7 @@ from . import patterns
 from .soft_masks import SoftMasking
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class NM(SoftMasking):
     """In each forward, of every `m` neighbours in a row the `n` largest are used; all are learned, straight through.
 
@@ -32,11 +34,10 @@ class NM(SoftMasking):
         writes={"weights", "gradients"},
     )
 
-    def __init__(self, *, n: int = 2, m: int = 4, decay: float = 2e-4, skip: Sequence[str] = ()) -> None:
-        self.n = n
-        self.m = m
-        self.decay = decay
-        self.skip = skip
+    n: int = 2
+    m: int = 4
+    decay: float = 2e-4
+    skip: Sequence[str] = ()
 
     def check(self) -> None:
         require(self.m >= 1, self, "m", "a positive number of neighbours")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Self
 
@@ -56,6 +57,7 @@ def try_out(module: pl.LightningModule, batch: Any) -> None:
             ) from error
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class StructuredPruning(Technique, pl.Callback):
     """Cut the `ratio` of least important channels, neurons and attention heads of every layer at the moment `at`.
 
@@ -80,22 +82,12 @@ class StructuredPruning(Technique, pl.Callback):
         refuses={"muon"},  # its state goes with no element
     )
 
-    def __init__(
-        self,
-        *,
-        ratio: float = 0.5,
-        at: str | Sequence[str] = "50%",
-        importance: str = "magnitude",
-        strength: float = 0.1,
-        round_to: int = 16,
-        skip: Sequence[str] = (),
-    ) -> None:
-        self.ratio = ratio
-        self.at = at
-        self.importance = importance
-        self.strength = strength
-        self.round_to = round_to
-        self.skip = skip
+    ratio: float = 0.5
+    at: str | Sequence[str] = "50%"
+    importance: str = "magnitude"
+    strength: float = 0.1
+    round_to: int = 16
+    skip: Sequence[str] = ()
 
     def check(self) -> None:
         require(0 <= self.ratio < 1, self, "ratio", "a share in [0, 1)")

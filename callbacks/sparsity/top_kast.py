@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import pytorch_lightning as pl
@@ -15,6 +16,7 @@ from .masks import require_distribution, select
 from .soft_masks import SoftMasking
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TopKAST(SoftMasking):
     """Forward passes use the largest weights A; gradients reach the larger set B, from which A is chosen anew.
 
@@ -34,22 +36,12 @@ class TopKAST(SoftMasking):
         writes={"weights", "gradients", "optimizer"},
     )
 
-    def __init__(
-        self,
-        *,
-        sparsity: float = 0.8,
-        backward_sparsity: float = 0.5,
-        penalty: float = 1e-4,
-        every: int = 10,
-        distribution: str | Mapping[str, float] = "uniform",
-        skip: Sequence[str] = (),
-    ) -> None:
-        self.sparsity = sparsity
-        self.backward_sparsity = backward_sparsity
-        self.penalty = penalty
-        self.every = every
-        self.distribution = distribution
-        self.skip = skip
+    sparsity: float = 0.8
+    backward_sparsity: float = 0.5
+    penalty: float = 1e-4
+    every: int = 10
+    distribution: str | Mapping[str, float] = "uniform"
+    skip: Sequence[str] = ()
 
     def check(self) -> None:
         super().check()

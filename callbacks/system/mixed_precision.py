@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Self
 
 import pytorch_lightning as pl
@@ -11,6 +12,7 @@ from ..contract import Card, Effect, Settings, Technique, Unfit, Workload, requi
 _LIGHTNING = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class MixedPrecision(Technique, pl.Callback):
     """Run matrix products in `dtype`: "bf16" (no loss scaling), "fp16" (dynamic loss scaling, CUDA) or "fp32" (off).
 
@@ -27,8 +29,7 @@ class MixedPrecision(Technique, pl.Callback):
         writes={"numerics"},
     )
 
-    def __init__(self, *, dtype: str = "bf16") -> None:
-        self.dtype = dtype
+    dtype: str = "bf16"
 
     def check(self) -> None:
         require(self.dtype in _LIGHTNING, self, "dtype", " | ".join(sorted(_LIGHTNING)))
