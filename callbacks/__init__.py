@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from .compression.quantization_aware import QuantizationAware as QuantizationAware
     from .compression.weight_clustering import WeightClustering as WeightClustering
     from .contract import Card as Card
-    from .contract import Effect as Effect
     from .contract import Misconfigured as Misconfigured
     from .contract import Settings as Settings
     from .contract import Technique as Technique
     from .contract import Unfit as Unfit
-    from .contract import Workload as Workload
     from .data.competence_curriculum import CompetenceCurriculum as CompetenceCurriculum
     from .data.sequence_length_warmup import SequenceLengthWarmup as SequenceLengthWarmup
+    from .effect import Effect as Effect
+    from .effect import Workload as Workload
     from .model.gradient_checkpointing import GradientCheckpointing as GradientCheckpointing
     from .optimization.lr_scaling import LRScaling as LRScaling
     from .optimization.lr_schedule import LRSchedule as LRSchedule
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from .system.mixed_precision import MixedPrecision as MixedPrecision
 
 _HOMES = {
-    "Card": "contract", "Technique": "contract", "Settings": "contract", "Effect": "contract", "Workload": "contract",
+    "Card": "contract", "Technique": "contract", "Settings": "contract", "Effect": "effect", "Workload": "effect",
     "Unfit": "contract", "Misconfigured": "contract",
     "Budget": "accounting.budget", "Clock": "accounting.clock", "Duration": "accounting.clock",
     "clock_of": "accounting.clock", "Accountant": "accounting.accountant", "Measurement": "accounting.meter",

@@ -27,9 +27,24 @@ class Composition:
 def compose(
     techniques: Iterable[Technique], facts: Iterable[str] = (), rules: Sequence[Rule] = INTERACTIONS
 ) -> Composition:
-    """Check and order `techniques` for a run with these `facts` ("cuda", "bf16", "zero-3", "adamw", …).
+    """Check techniques against one another and this run, and put them in the order in which they act.
 
-    Raises `Unfit` on an unmet need, a refused fact, a duplicate, two writers without a rule, or a cycle.
+    Args:
+        techniques: In any order: the result does not depend on it.
+        facts: What is true of the run, such as "cuda", "bf16", "zero-3", "adamw".
+        rules: What is known of pairs of techniques.
+
+    Returns:
+        The techniques in order, with warnings and the reasons for the order.
+
+    Raises:
+        Unfit: An unmet need, a refused fact, a duplicate, two writers of one part without a rule, or a cycle.
+        Misconfigured: A setting is outside its range.
+
+    Example:
+        >>> from shoestring.callbacks import LRSchedule, RigL, compose
+        >>> [technique.card.name for technique in compose([RigL(), LRSchedule()], {"cpu"}).techniques]
+        ['lr_schedule', 'rigl']
     """
     known = frozenset(facts)
     by_name: dict[str, Technique] = {}

@@ -32,6 +32,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from .. import ShoestringError
+from .effect import Effect as Effect
+from .effect import Workload as Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,8 +69,24 @@ class BadSetting(Misconfigured):
 class Card:
     """What a technique claims: printed in the docs, checked by the tests, written to the ledger as a claim.
 
-    `keeps`: "bits" = the same weights bit for bit, "result" = the same up to rounding, "quality" = a different path to
-    the same goal. `needs` / `refuses` are facts of the run such as "cuda", "bf16", "zero-3", "muon".
+    Args:
+        name: The name in recipes, in snake_case.
+        does: One line, without a full stop.
+        paper: arXiv id.
+        saves: What it saves, of `SAVINGS`.
+        keeps: "bits", the same weights bit for bit; "result", the same up to rounding; "quality", a different path to
+            the same goal.
+        reads: Parts of the run it reads, of `PARTS`.
+        writes: Parts of the run it changes, of `PARTS`.
+        needs: Facts of the run it cannot do without, such as "cuda", "bf16", "zero-3".
+        refuses: Facts of the run it does not work with, such as "muon".
+
+    Raises:
+        Misconfigured: A part or a saving is not among the known ones.
+
+    Example:
+        >>> sorted(Card(name="rigl", does="trains sparse", saves={"size"}, writes={"weights", "gradients"}).writes)
+        ['gradients', 'weights']
     """
 
     name: str
@@ -91,7 +109,17 @@ class Card:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What must be known before a `pl.Trainer` exists. Techniques return changed copies (`replace`)."""
+    """What must be known before a `pl.Trainer` exists. Techniques return changed copies (`replace`).
+
+    Args:
+        precision: As `pl.Trainer` takes it.
+        accumulate_grad_batches: Micro-batches in an optimizer step.
+        strategy_options: Keyword arguments for the strategy's constructor.
+
+    Example:
+        >>> Settings().replace(precision="bf16-mixed").precision
+        'bf16-mixed'
+    """
 
     precision: str = "32-true"
     accumulate_grad_batches: int = 1
@@ -99,33 +127,6 @@ class Settings:
 
     def replace(self, **changes: Any) -> Settings:
         return replace(self, **changes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """The run a technique predicts its effect on. FLOPs and bytes are per device and optimizer step."""
-
-    parameters: int
-    layers: int
-    sequence_length: int
-    tokens_per_step: float
-    steps: int
-    world_size: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effect:
-    """Factors a technique puts on a workload; 1 means untouched.
-
-    `realised` is False where the saving exists only in counted FLOPs (a masked dense weight runs at full cost).
-    """
-
-    flops: float = 1.0
-    activations: float = 1.0
-    states: float = 1.0
-    communication: float = 1.0
-    steps: float = 1.0
-    realised: bool = True
 
 
 HOT_HOOKS = (
@@ -170,7 +171,17 @@ class Resuming(Protocol):
 
 
 class Technique(ReshapeListener):
-    """Mixed into `pl.Callback`. See the module's docstring for the rules."""
+    """Mixed into `pl.Callback`. See the module's docstring for the rules.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> @dataclass(kw_only=True, eq=False, repr=False)
+        ... class Damp(Technique, pl.Callback):
+        ...     card = Card(name="damp", does="makes gradients smaller", writes={"gradients"})
+        ...     factor: float = 0.9
+        >>> Damp(factor=0.5)
+        Damp(factor=0.5)
+    """
 
     card: ClassVar[Card]
 

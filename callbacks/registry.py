@@ -91,7 +91,23 @@ def technique_class(name: str) -> type[Technique]:
 
 
 def make(name: str, settings: Mapping[str, Any] | None = None) -> Technique:
-    """The technique `name` with `settings`; `check`ed."""
+    """Make a technique by its name in recipes, and check its settings.
+
+    Args:
+        name: Of a registered technique, or `module:attr` of the user's own.
+        settings: Keyword arguments of its class.
+
+    Returns:
+        The technique.
+
+    Raises:
+        UnknownTechnique: There is no technique, or no setting, of this name.
+        Misconfigured: A setting is outside its range.
+
+    Example:
+        >>> make("sequence_length_warmup", {"start": 32})
+        SequenceLengthWarmup(start=32, until='30%', multiple=8)
+    """
     cls = technique_class(name)
     legal = cls.setting_names()
     for key in settings or {}:

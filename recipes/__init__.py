@@ -3,7 +3,8 @@
 from .dump import dump_recipe
 from .load import load_recipe, recipe_from, shipped_recipes
 from .problems import Problem, RecipeError
-from .schema import BudgetSpec, Goal, Recipe, TechniqueSpec
+from .recipe import Recipe
+from .schema import BudgetSpec, Goal, TechniqueSpec
 
 __all__ = [
     "BudgetSpec",

@@ -12,8 +12,8 @@ from . import tree as trees
 from .fields import allowed, hint, homes, resolve
 from .problems import Problem, RecipeError, nearest
 from .reader import Node
+from .recipe import Recipe
 from .rules import Broken, broken
-from .schema import Recipe
 from .tree import Path, dot, plain, shown
 
 # stands in for required values that are in error, so that the rules between the others can still be checked

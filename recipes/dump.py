@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from .reader import scalar
-from .schema import Recipe
+from .recipe import Recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from . import tree as trees
 from .problems import did_you_mean, nearest
 from .reader import Node, scalar
-from .schema import Recipe
+from .recipe import Recipe
 from .tree import Path
 
 ELSEWHERE_CALLED = {  # by the names that other tools use

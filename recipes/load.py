@@ -19,7 +19,7 @@ from .check import validate
 from .overrides import override
 from .problems import Problem, RecipeError, clip, nearest
 from .reader import MAX_BYTES, Node, collection, read_yaml
-from .schema import Recipe
+from .recipe import Recipe
 from .tree import graft, merge, shown
 
 MAX_FILES = 64  # that one recipe may extend
@@ -27,15 +27,37 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name, alphabetically."""
+    """The recipes that come with the package.
+
+    Returns:
+        Name -> file, alphabetically.
+
+    Example:
+        >>> "quickstart" in shipped_recipes()
+        True
+    """
     return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = (), allow_code: bool = False) -> Recipe:
-    """The recipe in the file `path`, or the shipped one of that name, with `overrides` applied, all of it checked.
+    """Read a recipe from a file, or the shipped one of that name, and check all of it.
 
-    `overrides` are `key.path=value`, see `overrides.py`. `allow_code` lets the recipe name code of the user's own
-    (`module:attr`), which is only ever the caller's decision. Raises `RecipeError` with every problem there is.
+    Args:
+        path: A YAML or JSON file, or the name of a shipped recipe.
+        overrides: `key.path=value` each, see `overrides.py`.
+        allow_code: Let the recipe name code of the user's own (`module:attr`), which is only ever the caller's
+            decision.
+
+    Returns:
+        The recipe, validated and frozen.
+
+    Raises:
+        RecipeError: With every problem there is, each with file and line.
+
+    Example:
+        >>> recipe = load_recipe("quickstart", ["budget.hours=10 min", "seed=1"])
+        >>> recipe.name, recipe.seed, recipe.budget.steps
+        ('quickstart', 1, None)
     """
     files = _Files()
     tree = files.tree(_found(str(path), Path(), str(path), ""))
@@ -49,7 +71,25 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), allow_code: boo
 
 
 def recipe_from(values: Mapping[str, Any], name: str = "recipe", allow_code: bool = False) -> Recipe:
-    """The recipe that plain values describe: the same checks as for a file, `extends` aside."""
+    """Make a recipe of plain values, with the same checks as for a file; `extends` is not followed.
+
+    Args:
+        values: As a file would hold them.
+        name: What the recipe is called where the values do not say.
+        allow_code: Let the values name code of the user's own (`module:attr`).
+
+    Returns:
+        The recipe, validated and frozen.
+
+    Raises:
+        RecipeError: With every problem there is.
+
+    Example:
+        >>> model = {"task": "image-classification", "config": {"kind": "mlp"}}
+        >>> recipe = recipe_from({"model": model, "data": {"source": "digits"}, "budget": {"steps": 10}})
+        >>> recipe.optimizer.name
+        'adamw'
+    """
     return validate(_named(graft(dict(values), name), name), (), allow_code)
 
 

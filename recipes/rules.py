@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .problems import did_you_mean, distance
-from .schema import CODE, BudgetSpec, Recipe
+from .recipe import Recipe
+from .schema import CODE, BudgetSpec
 
 TEXT_TASKS = ("causal-lm", "sequence-classification")
 BUILTIN_DATA = {  # source -> the tasks it has what it takes for

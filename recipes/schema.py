@@ -1,21 +1,19 @@
 """Every section of a recipe: what may be written, what it means, what holds if it is left out.
 
 Each field's description is the sentence that an error message shows after `allowed:`; where there is none, the field's
-choices are shown. Rules between fields stand in `rules.py`, the translation of errors in `check.py`.
+choices are shown. All sections together are `recipe.py`; rules between fields stand in `rules.py`, the translation of
+errors in `check.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_serializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer
 from pydantic_core import PydanticCustomError
 
 from . import units
-from .problems import Problem
 
 CODE = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"  # module:attr
 SLUG = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"  # also a folder's name, so no slashes and no leading dot
@@ -143,7 +141,7 @@ TECHNIQUE = "a technique's name, or one name with a mapping of settings: `- grad
 TECHNIQUE_NAME = rf"^[a-z][a-z0-9_]*$|{CODE}"
 
 
-def _technique(item: object) -> object:
+def technique_item(item: object) -> object:
     """`"lr_scaling"` and `{"lr_scaling": {...}}` as the two fields of a `TechniqueSpec`."""
     if isinstance(item, TechniqueSpec):
         return item
@@ -233,56 +231,3 @@ class ExportSpec(Section):
 
     to: Literal["hf"] = "hf"
     path: Text | None = Field(None, description="null, or a folder")
-
-
-class Recipe(Section):
-    """A whole run as data: validated, frozen, with a content hash. Make one with `load_recipe`."""
-
-    name: str = Field(pattern=SLUG, description="letters, digits, dots, dashes and underscores, at most 100")
-    seed: int = Field(0, ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
-    model: ModelSpec
-    data: DataSpec
-    goal: Goal | None = Field(None, description="null, or a mapping like {metric: val_loss, below: 3.2}")
-    budget: BudgetSpec
-    techniques: Annotated[tuple[Annotated[TechniqueSpec, BeforeValidator(_technique)], ...], Field(strict=False)] = (
-        Field((), description=f"a list, each item {TECHNIQUE}")
-    )
-    optimizer: OptimizerSpec = OptimizerSpec.model_construct()
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    strategy: StrategySpec = StrategySpec.model_construct()
-    cluster: ClusterSpec = ClusterSpec.model_construct()
-    tracking: TrackingSpec = TrackingSpec.model_construct()
-    checkpoint: CheckpointSpec = CheckpointSpec.model_construct()
-    evaluation: EvaluationSpec = EvaluationSpec.model_construct()
-    export: ExportSpec | None = Field(None, description="null, or a mapping like {to: hf}")
-
-    _places: dict[str, str] = PrivateAttr(default_factory=dict)  # key path -> file:line; not part of the content
-
-    def where(self, key: str) -> str:
-        """The `file:line` (or override) that set `key`, or else what stands nearest above it.
-
-        `key` is a dotted path, for techniques `techniques.<name>` and `techniques.<name>.<setting>`.
-        """
-        while key and key not in self._places:
-            key = key.rpartition(".")[0]
-        return self._places.get(key, f"recipe {self.name}")
-
-    def problem(self, key: str, found: object, allowed: str, hint: str = "") -> Problem:
-        """A problem that only shows once the recipe meets the rest (an unknown technique, a missing column).
-
-        `key` is as of `where`, which tells the place. Wrap one or many: `raise RecipeError([recipe.problem(…)])`.
-        """
-        return Problem(self.where(key), key, found if isinstance(found, str) else repr(found), allowed, hint)
-
-    @property
-    def hash(self) -> str:
-        """16 hex digits that name the content: equal for equal runs, however spelled; the name is not part of it."""
-        content = self.model_dump(exclude={"name"})
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Recipe) and self.__dict__ == other.__dict__
-
-    def __hash__(self) -> int:
-        return int(self.hash, 16)

@@ -19,7 +19,21 @@ from .planning.planner import Plan
 
 @dataclass(frozen=True)
 class Report:
-    """A finished run: its totals, whether its goal was reached, and what it left behind."""
+    """A finished run: its totals, whether its goal was reached, and what it left behind.
+
+    Attributes:
+        run_dir: The run's home.
+        summary: Its totals and final metrics, as `Trainer.summary`.
+        baselines: What must be beaten before a loss means anything, by name.
+        goal_reached: None where the recipe has no goal.
+        sample: The completion of the recipe's prompt, if it has one.
+        exported: The folder of the exported model, if there is one.
+        recipe_hash: Of the recipe that was run.
+
+    Example:
+        >>> Report(run_dir=Path("runs/mine"), summary={"steps": 3}).as_dict()["steps"]
+        3
+    """
 
     run_dir: Path
     summary: Mapping[str, Any]
@@ -30,6 +44,7 @@ class Report:
     recipe_hash: str = ""
 
     def as_dict(self) -> dict[str, Any]:
+        """Plain data, for `--json`."""
         return {
             **self.summary,
             "run_dir": str(self.run_dir),
@@ -51,13 +66,30 @@ def fit(
     measurements: Iterable[Mapping[str, Any]] = (),
     **lightning: Unpack[LightningOptions],
 ) -> Report | None:
-    """Run a plan to the end of its budget; resumes what `run_dir` (default: runs/<recipe name>) holds.
+    """Run a plan to the end of its budget; resumes what `run_dir` holds.
 
-    weights: the module's state dict to begin with, where the recipe's own model is not to begin from scratch.
-    measurements: what has been measured beforehand (`window` names it), for the journal.
+    Exits with 85 when asked to stop: everything is saved, and the same call goes on.
 
-    Returns the report on rank 0 and None on the others. Exits with 85 when asked to stop: everything is saved, and the
-    same call goes on.
+    Args:
+        plan: What to run.
+        run_dir: The run's home; by default runs/<recipe name>.
+        display: What the terminal shows of every step.
+        startup_seconds: Spent before this call, to be charged to the run.
+        weights: The module's state dict to begin with, where the recipe's own model is not to begin from scratch.
+        measurements: What has been measured beforehand (`window` names it), for the journal.
+        **lightning: Further arguments of `pl.Trainer`.
+
+    Returns:
+        The report on rank 0 and None on the others.
+
+    Example:
+        >>> import tempfile
+        >>> from shoestring.recipes import load_recipe
+        >>> from shoestring.trainer import plan
+        >>> changes = ["budget={steps: 3}", "strategy.name=single", "tracking.ledger=false", "evaluation.at_end=false"]
+        >>> report = fit(plan(load_recipe("digits", changes)), run_dir=tempfile.mkdtemp())
+        >>> report.summary["steps"]
+        3
     """
     from .tasks import build_task
     from .tasks.build import TaskData

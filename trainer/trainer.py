@@ -51,21 +51,41 @@ if TYPE_CHECKING:
 
 
 class Trainer(pl.Trainer):
-    """Everything `pl.Trainer` takes still works; these come first.
+    """A `pl.Trainer` that composes techniques, keeps a budget, records what it cost, and resumes exactly.
 
-    budget: ends the run, annealed, when the first limit is reached.
-    techniques: composed and ordered by their cards; `Unfit` says what does not go together.
-    strategy: single | ddp | zero1 | zero2 | zero3 | auto, or anything Lightning knows. `offload` as in `make_strategy`.
-    run_dir: the run's home (checkpoints/, events/, summary.json, final.safetensors); the same command with the same
-        run_dir resumes. None makes a new one under runs/.
-    resume: "auto", "must" (fail if there is nothing to resume) or False (start over only where nothing is).
-    ledger: index the run in the user's ledger. wandb: "offline", "online", a mapping with mode and project, or None.
-    checkpoint_every: a duration such as "10 min" or "500 steps"; None saves at the first and the last step only.
-    usd_per_device_hour: what a device costs; None takes the catalogue's price of this machine's, if it has one.
-    watts_per_device: what a device draws under load, for energy where no counter can be read.
+    Everything `pl.Trainer` takes still works; these come first. After `fit`, `summary` holds steps, tokens, samples,
+    seconds, device_seconds, usd, kwh (+ kwh_source), flops_counted, flops_realised, peak_bytes, tokens_per_second, mfu,
+    stopped_by and final metrics.
 
-    After `fit`, `summary` holds steps, tokens, samples, seconds, device_seconds, usd, kwh (+ kwh_source),
-    flops_counted, flops_realised, peak_bytes, tokens_per_second, mfu, stopped_by and final metrics.
+    Args:
+        budget: Ends the run, annealed, when the first limit is reached.
+        techniques: Composed and ordered by their cards.
+        strategy: single | ddp | zero1 | zero2 | zero3 | auto, or anything Lightning knows.
+        devices: Per node: a number, a list, or "auto".
+        num_nodes: How many nodes take part.
+        seed: Of the order of samples and of everything random in techniques.
+        run_dir: The run's home (checkpoints/, events/, summary.json, final.safetensors); the same command with the same
+            run_dir resumes. None makes a new one under runs/.
+        resume: "auto", "must" (fail if there is nothing to resume) or False (start over only where nothing is).
+        ledger: Index the run in the user's ledger.
+        wandb: "offline", "online", a mapping with mode and project, or None.
+        checkpoint_every: A duration such as "10 min" or "500 steps"; None saves at the first and the last step only.
+        offload: none | optimizer | parameters: what ZeRO keeps in host memory.
+        keep_checkpoints: How many of the newest stay.
+        usd_per_device_hour: What a device costs; None takes the catalogue's price of this machine's, if it has one.
+        watts_per_device: What a device draws under load, for energy where no counter can be read.
+        log_every: Steps between rows in the journal.
+        records: Where the run is written down, if not as `run_dir`, `ledger` and `wandb` say.
+        **lightning: All other arguments of `pl.Trainer`.
+
+    Raises:
+        Unfit: Techniques do not go together, or not with this run.
+
+    Example:
+        >>> from shoestring.callbacks import RigL
+        >>> trainer = Trainer(Budget(steps=100), [RigL(sparsity=0.9)], accelerator="cpu", ledger=False)
+        >>> [technique.card.name for technique in trainer.composition.techniques]
+        ['lr_schedule', 'rigl']
     """
 
     def __init__(

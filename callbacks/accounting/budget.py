@@ -29,11 +29,24 @@ class ImpossibleBudget(ShoestringError):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Ceilings of a run; the first one reached ends it. `None` means no limit.
+    """Limits of a run; the first one reached ends it, with the learning rate fully decayed. None means no limit.
 
-    usd, kwh             money and energy of all attempts
-    hours, device_hours  wall time of all attempts, and that x devices
-    tokens, samples, steps, flops   work done by the run, all ranks together
+    Args:
+        usd: Money of all attempts, in US dollars.
+        hours: Wall time of all attempts.
+        device_hours: Wall time of all attempts times devices.
+        tokens: Trained on by all ranks together.
+        samples: Trained on by all ranks together.
+        steps: Optimizer steps.
+        flops: Executed matrix FLOPs of all ranks together.
+        kwh: Energy of all attempts.
+
+    Raises:
+        ImpossibleBudget: A limit is not a positive number.
+
+    Example:
+        >>> Budget(usd=20, hours=2.5).given()
+        {'usd': 20, 'hours': 2.5}
     """
 
     usd: float | None = None
@@ -53,6 +66,7 @@ class Budget:
                 raise ImpossibleBudget(f"budget {name}={value!r}: there is no less than one")
 
     def given(self) -> dict[str, float]:
+        """The limits that are set, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
     def limits(self) -> dict[str, float]:

@@ -52,13 +52,27 @@ class BadDuration(ShoestringError):
 
 @dataclass(frozen=True)
 class Duration:
-    """An amount of one thing the clock counts: `Duration.parse("200 steps")`, `"$5"`, `"40%"` (of the budget)."""
+    """An amount of one thing the clock counts, as a schedule's `start` or `until`.
+
+    Args:
+        amount: In base units: seconds, US dollars, kWh, FLOPs; for progress a share in [0, 1].
+        counts: steps, epochs, samples, tokens, seconds, usd, kwh, flops or progress.
+
+    Example:
+        >>> Duration.parse("30 min")
+        Duration(amount=1800.0, counts='seconds')
+        >>> Duration.parse("40%")  # of the budget
+        Duration(amount=0.4, counts='progress')
+    """
 
     amount: float
     counts: str  # steps, epochs, samples, tokens, seconds, usd, kwh, flops or progress
 
     @classmethod
     def parse(cls, text: str | Duration) -> Duration:
+        """Read "200 steps", "3 epochs", "1.5e9 tokens", "30 min", "$5", "2 kWh" or "40%"; `BadDuration` if it cannot be
+        read.
+        """
         if isinstance(text, Duration):
             return text
         match = _PATTERN.match(text) if isinstance(text, str) else None
@@ -104,7 +118,23 @@ class Spend:
 
 @dataclass
 class Clock:
-    """What everyone reads. Only the run's account writes it (see `account.py`)."""
+    """How far the run is: what every schedule reads. Only the run's account writes it.
+
+    Args:
+        spend: What the run has cost so far, all ranks and attempts together.
+        limits: As in `Budget`, in the clock's units: usd, seconds, tokens, …
+        horizons: Every plan of the end: (from which step, progress there, last step).
+        steps_per_epoch: None where there are no epochs.
+        step: Finished optimizer steps.
+        counted: Tokens and samples as schedules see them (see `count`).
+        follows_trainer: In a plain `pl.Trainer`, which counts its own steps.
+
+    Example:
+        >>> clock = Clock(step=50)
+        >>> clock.replan(0, last=200)
+        >>> clock.progress, clock.toward(Duration.parse("50%"))
+        (0.25, 0.5)
+    """
 
     spend: Spend = field(default_factory=Spend)
     limits: dict[str, float] = field(default_factory=dict)  # as in Budget: usd, seconds, tokens, …
@@ -211,7 +241,19 @@ class Clock:
 
 
 def clock_of(trainer: pl.Trainer) -> Clock:
-    """The clock of this run. A plain `pl.Trainer` gets one that ends at its own `max_steps` or `max_epochs`."""
+    """The clock of this run; a plain `pl.Trainer` gets one that ends at its own `max_steps` or `max_epochs`.
+
+    Args:
+        trainer: Of any kind.
+
+    Returns:
+        The one clock that all techniques of this trainer read.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> clock_of(pl.Trainer(max_steps=1000)).horizon
+        1000
+    """
     clock = getattr(trainer, "_shoestring_clock", None)
     if clock is None:
         clock = Clock(follows_trainer=True)

@@ -20,8 +20,24 @@ import torch
 class Measurement:
     """What one window of a run cost, all ranks together unless said otherwise.
 
-    seconds, data_wait: wall seconds of rank 0. peak_bytes: the highest of any rank so far. comm_bytes: sent by each
-    rank, from the strategy's formula. energy_source: "nvml" and "rapl" are measured, "estimated" is not.
+    Args:
+        window: Its name: startup, train, evaluation, checkpoint, other or run.
+        seconds: Wall time of rank 0.
+        steps: Optimizer steps.
+        samples: How many were trained on.
+        tokens: How many were trained on, padding included.
+        flops_counted: Matrix FLOPs of the model as it is masked, without recomputation.
+        flops_realised: Matrix FLOPs that were executed.
+        peak_bytes: The most memory of any rank so far.
+        comm_bytes: Sent by each rank, from the strategy's formula.
+        data_wait: Seconds rank 0 waited for data.
+        joules: Energy.
+        energy_source: "nvml" and "rapl" are measured, "estimated" is not.
+        usd: Money.
+
+    Example:
+        >>> Measurement(window="train", seconds=2.0, tokens=4096).as_dict()["tokens"]
+        4096
     """
 
     window: str

@@ -24,24 +24,38 @@ from .teachers import DTYPES, NoTeacher, Teacher, fingerprint, frozen_copy, load
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Distillation(Technique, pl.Callback):
-    """Add `weight` * T^2 * KL(teacher || student) to the module's own loss, which counts `labels` times.
+    """Learn from a frozen teacher too: add `weight` * T^2 * KL(teacher || student) to the module's own loss.
 
-    `teacher`: "initial" is the student as it is when the fit begins, frozen; a folder or hub name of a Hugging Face
-    model; in Python also any nn.Module that takes the student's inputs. It runs in evaluation mode in `teacher_dtype`,
-    on the very inputs the student got, and is in no state_dict, optimizer or engine of the student's. `shard_teacher`
-    gives it a ZeRO-3 engine of its own, so each rank holds a part of it.
+    The teacher runs in evaluation mode on the very inputs the student got, and is in no state_dict, optimizer or engine
+    of the student's. Cached logits are looked up by the content of a sample, never by its number, so crops, dropped
+    tokens and growing lengths are safe; a sample keeps the logits of the batch in which it was first seen, and rounding
+    is the same whether they were just computed or read.
 
-    `of`: dotted name of the submodule that returns logits; by default `model`, the LightningModule's own `forward`, or
-    its only child. Of sequences, the positions that predict a label count; `shift` as in causal models, where a
-    position predicts the next label. `top_k` keeps the teacher's likeliest classes and lumps the others together.
+    Source: arXiv 1503.02531.
 
-    `cache`: a folder for the teacher's logits as float16. They are looked up by the content of a sample, never by its
-    number, so crops, dropped tokens and growing lengths are safe. A sample keeps the logits of the batch in which it
-    was first seen. Rounding is the same whether they were just computed or read.
+    Args:
+        teacher: "initial", the student as it is when the fit begins; a folder or hub name of a Hugging Face model; in
+            Python also any nn.Module that takes the student's inputs.
+        weight: Of the divergence between the outputs; 0 leaves it out.
+        labels: How many times the module's own loss counts.
+        temperature: T, by which the logits of both are divided.
+        hidden: Weight of matching block outputs (mean squared error, or batch similarities where widths differ, arXiv
+            1907.09682).
+        attention: Weight of matching attention maps (arXiv 1612.03928, 2002.10957; of transformers with eager attention
+            only).
+        layers: Student block -> teacher block, numbered from 0; by default spread evenly.
+        of: Dotted name of the submodule that returns logits [B, T, V] or [B, C]; by default `model`, the
+            LightningModule's own `forward`, or its only child.
+        shift: As in causal models: a position predicts the next label. Positions that predict a label count.
+        top_k: Keep the teacher's likeliest classes and take the others together; None keeps all.
+        cache: A folder for the teacher's logits as float16; None computes them anew.
+        teacher_dtype: In which the teacher is kept: float32 | bfloat16 | float16.
+        shard_teacher: Give the teacher a ZeRO-3 engine of its own, so each rank holds a part of it.
 
-    `hidden` and `attention` weigh the matching of block outputs (mean squared error, or batch similarities where widths
-    differ, arXiv 1907.09682) and of attention maps (arXiv 1612.03928, 2002.10957; of transformers with eager
-    attention only). `layers` maps student blocks to teacher blocks, by default spread evenly.
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import Distillation
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[Distillation(teacher="gpt2-large", weight=0.5, labels=0.5)])
     """
 
     # that "modules" is not read lets the techniques that change them act after "initial" was copied

@@ -139,15 +139,24 @@ def checked_exits(exits: Sequence[int] | None, count: int) -> list[int]:
 # -- the technique -----------------------------------------------------------------------------------------------------
 @dataclass(kw_only=True, eq=False, repr=False)
 class EarlyExit(Technique, pl.Callback):
-    """Add the task's own loss at intermediate exits, `weight` in all, deeper exits more.
+    """Add the task's own loss at intermediate exits, deeper exits more; `run_until_sure` uses the exits.
 
-    An exit is the model's own final norm and head on the hidden state after a block (a shared head: no new parameters);
-    the loss is `training_step` itself, run again with every block answering what it has just computed. So any model
-    with repeated blocks will do. `exits`: blocks to exit after, from 0; by default all but the last. `rotate`: each
-    step trains every `rotate`-th exit, in turn. All blocks run once on every rank, whatever the exits.
+    An exit is the model's own final norm and head on the hidden state [B, T, D] after a block (a shared head: no new
+    parameters); the loss is `training_step` itself, run again with every block answering what it has just computed. So
+    any model with repeated blocks will do. All blocks run once on every rank, whatever the exits. Dropout outside the
+    blocks is drawn anew at each exit; buffers and logged metrics are those of the whole model.
 
-    Dropout outside the blocks is drawn anew at each exit; buffers and logged metrics are those of the whole model.
-    `run_until_sure` uses the exits.
+    Source: arXiv 2404.16710.
+
+    Args:
+        weight: Of the losses of all exits together, beside the model's own at 1; 0 is off.
+        exits: Numbers of the blocks to exit after, from 0; None is all but the last.
+        rotate: Each step trains every `rotate`-th exit, in turn.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import EarlyExit
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[EarlyExit(weight=0.5, exits=[3, 7])])
     """
 
     card = Card(

@@ -26,16 +26,25 @@ class OtherRanks(ShoestringError):
 class LowRank(Technique, pl.Callback):
     """Replace linear layers by factors of their weights' truncated SVD before training starts, and train these.
 
-    `energy`: the share of the squared singular values that every layer keeps; 1.0 is off. `budget`, where given,
-    decides instead: the share of the parameters of all these layers together, allotted where they keep the most energy.
-    Only layers that shrink are replaced. `skip`: patterns of layer names to leave as they are.
-
     The optimizer, DDP and ZeRO see only the factors, and so does `final.safetensors`; `factors.apply_low_rank` makes a
-    module fit to load them. After the fit the module has its own layers back, with the product of the factors as
-    weight; `keep_factors=True` leaves the factors in it. Under ZeRO-3 they stay in any case: there a module is left in
-    pieces, and the file is the result.
+    module fit to load them. Ranks follow from the initial weights, so a run resumes from the command that began it;
+    rank 0 decides for all. Only layers that shrink are replaced.
 
-    Ranks follow from the initial weights, so a run resumes from the command that began it; rank 0 decides for all.
+    Source: arXiv 2103.03936.
+
+    Args:
+        energy: Share of the squared singular values that every layer keeps, in (0, 1]; 1 is off.
+        budget: Where given, it decides instead of `energy`: the share of the parameters of all these layers together,
+            allotted where they keep the most energy.
+        skip: Patterns of layer names to leave as they are.
+        keep_factors: Leave the factors in the module after the fit; by default it has its own layers back, with the
+            product of the factors as weight. Under ZeRO-3 the factors stay in any case: there a module is left in
+            pieces, and the file is the result.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import LowRank
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[LowRank(energy=0.9, skip=["*.head"])])
     """
 
     card = Card(

@@ -36,27 +36,36 @@ class QuantizationAware(Technique, pl.Callback):
     The trained weights stay what they are, and what is saved. Validation during the fit sees the quantized model too,
     and `shoestring export --quantize trained` writes that one.
 
-    torchao's `QATConfig` is not used: as of 0.18 it has no fake quantization for the int8 product that is fast on CPUs
-    (it refuses Int8DynamicActivationInt8WeightConfig), and it puts layers of its own in the place of the model's, which
-    ZeRO-3's hooks do not follow in mid-run. So the grid is ours, and export puts it into torchao's tensors.
-
-    weight_bits: 2 to 8, or 16 (or None) for off. One symmetric scale per output channel, or per `group_size` inputs.
-    activation_bits: 8 quantizes what enters linear layers too, per token; None leaves it.
-    cpu: with activation_bits=8, which CPUs are to compute the int8 products right: "any" trains weights of at most 7
-    bits, since x86 without VNNI would overflow with 8; "vnni" trains all 8, for machines that are known to have it.
-    scale: "absmax", or "mse", which clips and is better at 4 bits and fewer (see `fake_quantization.scales`), or "lsq":
-    steps are trained with the weights (arXiv 1902.08153), at `scale_lr` times the optimizer's learning rate of the
-    moment relative to their size (`learned_steps`). At the end the weights are put on the grid so learned, where
-    export finds it again. Not for frozen layers or 16-bit floats with loss scaling.
-    adapters: with PEFT LoRA, "apart" quantizes the frozen base and leaves the adapters in full precision beside it;
-    "merged" trains the adapters so that base + adapter, quantized as one, is good: x Q(W + BA) in place of
-    x Q(W) + x BA. Adapter dropout is then noise on the difference. "merged" does not work under ZeRO-3, which never has
-    base and adapter at hand together.
-    skip: patterns of parameter names to leave in full precision.
+    torchao's `QATConfig` is not used: as of 0.18 it refuses the int8 product that is fast on CPUs, and it replaces
+    layers of the model, which ZeRO-3's hooks do not follow in mid-run. So the grid is ours, and export puts it into
+    torchao's tensors.
 
     It costs one more pass over the weights a forward, no communication and no state; zeros stay zero. Under ZeRO with
     16-bit weights the levels are rounded to that type. "lsq" keeps the steps on every rank, and sums their gradients
     over ranks in every step: one blocking collective of a float per step size, which gradient clipping does not see.
+
+    Source: arXiv 1712.05877.
+
+    Args:
+        weight_bits: 2 to 8, or 16 (or None) for off.
+        activation_bits: 8 quantizes what enters linear layers too, per token; None leaves it.
+        cpu: With activation_bits=8, which CPUs are to compute the int8 products right: "any" trains weights of at most
+            7 bits, since x86 without VNNI would overflow with 8; "vnni" trains all 8.
+        group_size: Inputs that share a symmetric scale; None is one scale per output channel.
+        scale: "absmax"; "mse", which clips and is better at 4 bits and fewer; or "lsq", whose steps are trained with
+            the weights (arXiv 1902.08153) and on whose grid the weights end. "lsq" is not for frozen layers, nor for
+            16-bit floats with loss scaling.
+        scale_lr: Of "lsq": the steps' learning rate relative to their size, in units of the optimizer's.
+        adapters: With PEFT LoRA, "apart" quantizes the frozen base and leaves the adapters beside it in full precision;
+            "merged" trains them so that base + adapter, quantized as one, is good: x Q(W + BA) in place of x Q(W) + x
+            BA. Adapter dropout is then noise on the difference. Not under ZeRO-3.
+        start: Duration before which layers compute in full precision.
+        skip: Patterns of parameter names to leave in full precision.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import QuantizationAware
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[QuantizationAware(weight_bits=4, group_size=32)])
     """
 
     card = Card(

@@ -57,9 +57,23 @@ def score(dataset: Any, difficulty: Difficulty) -> np.ndarray:
 class CompetenceCurriculum(Technique, pl.Callback):
     """Draw each global batch from the easiest share of the data; the share grows from `start` to 1 over `until`.
 
-    `difficulty`: "rarity", "length", one number a sample, or a function of a sample. Batch k is a pure function of
-    (seed, k, progress at k), so it does not depend on the number of ranks and resumes exactly. Once everything may be
-    drawn, the loader's own order is used.
+    Batch k is a pure function of (seed, k, progress at k), so it does not depend on the number of ranks and resumes
+    exactly. Once everything may be drawn, the loader's own order is used.
+
+    Source: arXiv 1903.09848.
+
+    Args:
+        difficulty: "rarity" (mean -log p(token) under the data's unigrams), "length" (tokens), one number a sample [N],
+            or a function from a sample to a number.
+        start: Share of the data, easiest first, that the first batches come from, in (0, 1]; 1 is off.
+        until: Duration after which all of the data is drawn from; any unit but tokens.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import CompetenceCurriculum
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[CompetenceCurriculum(difficulty="length", until="40%")])
+        >>> round(competence(0.5, start=0.1), 3)  # share of the data, half-way to `until`
+        0.711
     """
 
     card = Card(

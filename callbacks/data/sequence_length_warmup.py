@@ -35,8 +35,22 @@ def truncate(batch: MutableMapping[str, Any], length: int) -> None:
 class SequenceLengthWarmup(Technique, pl.Callback):
     """Train on the first `start` tokens of every sequence, growing linearly to the whole over `until`.
 
-    Lengths are multiples of `multiple`, so kernels stay fast and few shapes occur. Batches are mappings with
-    `input_ids` [B, T]; what is cut off is not seen in this pass.
+    Batches are mappings with `input_ids` [B, T]; every tensor [B, T, …] in them is cut alike. What is cut off is not
+    seen in this pass.
+
+    Source: arXiv 2108.06084.
+
+    Args:
+        start: Tokens of a sequence at first.
+        until: Duration after which sequences are whole, such as "30%" or "500 steps".
+        multiple: Lengths are multiples of this many tokens, so kernels stay fast and few shapes occur.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import SequenceLengthWarmup
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[SequenceLengthWarmup(start=64, until="30%")])
+        >>> length_at(0.5, start=64, full=512, multiple=8)  # tokens, half-way to `until`
+        288
     """
 
     card = Card(

@@ -47,11 +47,21 @@ def recomputing(block: nn.Module, mode: str) -> Callable[..., Any]:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class GradientCheckpointing(Technique, pl.Callback):
-    """Recompute every `every`-th repeated block in backward instead of keeping its activations. `every=0` is off.
+    """Recompute repeated blocks in the backward pass instead of keeping their activations.
 
-    `mode="full"` keeps only a block's input; "selective" also keeps matrix products and recomputes the cheap rest.
     Works on any model with repeated blocks. Randomness inside a block is replayed, so the weights are the same bit for
     bit.
+
+    Source: arXiv 1604.06174.
+
+    Args:
+        every: Every how many blocks one is recomputed: 1 is all of them, 0 is off.
+        mode: "full" keeps only a block's input; "selective" also keeps matrix products and recomputes the cheap rest.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import GradientCheckpointing
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[GradientCheckpointing(mode="selective")])
     """
 
     card = Card(

@@ -37,10 +37,21 @@ def scaled(group: dict[str, Any], ratio: float, rule: str) -> dict[str, Any]:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class LRScaling(Technique, pl.Callback):
-    """Set learning rate (and Adam's betas and eps) for this run's global batch from values tuned at `base_batch`.
+    """Set the learning rate (and Adam's betas and eps) for this run's global batch from values tuned at another one.
 
-    `rule`: "auto" takes linear for SGD and sqrt for optimizers with betas. `warmup`: a duration over which the factor
-    rises from 1, which large batches need (arXiv 1706.02677 §2.2). `base_batch=None` leaves everything as it is.
+    Source: arXiv 2205.10287.
+
+    Args:
+        base_batch: Samples per optimizer step at which the values were tuned; None leaves everything as it is.
+        rule: "linear", "sqrt", or "auto": linear for SGD and sqrt for optimizers with betas.
+        warmup: Duration over which the factor rises from 1, which large batches need (arXiv 1706.02677 §2.2).
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import LRScaling
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[LRScaling(base_batch=256, warmup="5%")])
+        >>> scaled({"lr": 0.1}, ratio=4, rule="linear")  # what changes for batches of 1024
+        {'lr': 0.4}
     """
 
     card = Card(

@@ -36,10 +36,22 @@ def within_cycle(progress: float, cycles: int) -> float:
 class LRSchedule(Technique, pl.Callback):
     """Multiply every parameter group's learning rate by a function of the run's progress.
 
-    `shape`: linear | cosine | wsd | rex | constant. `warmup`: a duration ("200 steps", "5%") of linear rise from 0.
-    `floor`: where it ends, as a share of the peak. `cycles`: how often it is run, warmup included once (for
-    `lottery_ticket`, its rounds + 1). A step takes the rate of its middle; when the run has ended the rate
-    is at its floor.
+    A step takes the rate of its middle; when the run has ended the rate is at its floor.
+
+    Source: arXiv 1905.04753.
+
+    Args:
+        shape: linear | cosine | wsd | rex | constant.
+        warmup: Duration of a linear rise from 0, such as "200 steps" or "5%".
+        floor: Where the rate ends, as a share of the peak in [0, 1].
+        cycles: How often the shape is run, warmup included once; for `lottery_ticket`, its rounds + 1.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import LRSchedule
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[LRSchedule(shape="cosine", warmup="5%")])
+        >>> factor("cosine", progress=0.5, warmed=1.0, floor=0.1)  # share of the peak rate, half-way
+        0.55
     """
 
     card = Card(

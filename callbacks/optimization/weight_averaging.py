@@ -25,10 +25,22 @@ def ema_(average: Tensor, weights: Tensor, decay: float) -> None:
 class WeightAveraging(Technique, pl.Callback):
     """Keep an average of the master weights; validate with it and leave it as the final model.
 
-    `kind="ema"`: exponential, `decay` per optimizer step. `kind="lawa"`: the mean of the last `keep` weights, taken
-    every `every` steps. `start`: a duration before which nothing is averaged. Averages are kept on this rank's slices:
-    there is no communication but one refresh of the copies per evaluation. A weight that is exactly 0 is 0 in the
-    average too, so masks survive. `decay=0` is off.
+    Averages are kept on this rank's slices: there is no communication but one refresh of the copies per evaluation. A
+    weight that is exactly 0 is 0 in the average too, so masks survive.
+
+    Source: arXiv 2209.14981.
+
+    Args:
+        kind: "ema", an exponential average, or "lawa", the mean of the last `keep` weights.
+        decay: Of "ema", per optimizer step, in [0, 1). 0 is off, for both kinds.
+        every: Steps between the weights that "lawa" keeps.
+        keep: How many weights "lawa" keeps.
+        start: Duration before which nothing is averaged.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import WeightAveraging
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[WeightAveraging(decay=0.999, start="10%")])
     """
 
     card = Card(

@@ -11,7 +11,28 @@ from .shards import NoShard, Shards
 
 
 def shards_of(trainer: pl.Trainer, module: pl.LightningModule) -> Shards:
-    """The sharded-state accessor of this run. Cheap after the first call; valid from `on_fit_start` to the end."""
+    """The sharded-state accessor of this run: weights, gradients and optimizer states as this rank's slices.
+
+    Args:
+        trainer: Of any kind, with any strategy.
+        module: Which it trains.
+
+    Returns:
+        The accessor: cheap after the first call; valid from `on_fit_start` to the end.
+
+    Raises:
+        NoShard: The strategy keeps its parameters where no accessor can reach.
+
+    Example:
+        >>> from pytorch_lightning.demos.boring_classes import BoringModel
+        >>> class Look(pl.Callback):
+        ...     def on_train_start(self, trainer, pl_module):
+        ...         shards = shards_of(trainer, pl_module)
+        ...         print({name: shards.master(name).shape for name in shards.slices})
+        >>> quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        >>> pl.Trainer(fast_dev_run=True, callbacks=[Look()], **quiet).fit(BoringModel())
+        {'layer.weight': torch.Size([64]), 'layer.bias': torch.Size([2])}
+    """
     found = getattr(trainer, "_shoestring_shards", None)
     if found is None or found[0] is not trainer.strategy.model:
         found = (trainer.strategy.model, _open(trainer, module))

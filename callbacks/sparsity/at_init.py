@@ -30,15 +30,7 @@ Weights = Mapping[str, nn.Parameter]
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class PruneAtInit(Masking):
-    """Base of SNIP, GraSP and SynFlow, which differ in `scores` alone.
-
-    sparsity      share of weights that are 0, from the first step to the last
-    samples       how many training samples to look at, drawn by the run's seed
-    distribution  global (all layers ranked together) | uniform | erk, or name patterns with each its own sparsity
-    skip          patterns of parameter names to leave dense
-
-    The training data must be there when the run is set up, and the model whole (not made under zero.Init).
-    """
+    """Base of SNIP, GraSP and SynFlow, which differ in `scores` alone. What the settings mean stands there."""
 
     sparsity: float = 0.9
     samples: int = 128

@@ -25,18 +25,7 @@ from .masks import Masking, require_distribution, select_counts, shapes_of
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class DynamicSparse(Masking):
-    """Base of SET and RigL, which differ in `growth` alone.
-
-    sparsity       share of weights that are 0, from the first step to the last
-    distribution   erk | uniform, or name patterns with each its own sparsity
-    drop_fraction  share of connections that move at first; 0 leaves them where they are (static sparse training)
-    every, stop    steps between updates, and the duration after which connections stay
-    rescale        divide initial weights by the root of their layer's density, which keeps activations as large
-    start_from     which connections there are at first: random, or magnitude (for a model that is trained already)
-    skip           patterns of parameter names to leave dense
-
-    With small batches `every` should be larger: a grown weight needs time to grow (arXiv 2102.02887).
-    """
+    """Base of SET and RigL, which differ in `growth` alone. What the settings mean stands there."""
 
     sparsity: float = 0.9
     distribution: str | Mapping[str, float] = "erk"

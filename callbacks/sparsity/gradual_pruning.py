@@ -24,14 +24,28 @@ RAMPS = {"cubic": schedules.cubic, "one_shot": schedules.one_shot}
 class GradualPruning(Masking):
     """Raise the sparsity of linear and convolution weights from 0 to `sparsity` between `start` and `end`.
 
-    every         steps between prunings
-    ramp          cubic, or one_shot: all of it at `end`
-    criterion     what is kept: the largest magnitude |w|, taylor |w dL/dw| or gradient |dL/dw| of one global batch
-    distribution  uniform | erk | global (all layers ranked together), or name patterns with each its own sparsity
-    pattern       unstructured, or blocks such as 4x4, 1x16, 1x* (whole output neurons)
-    skip          patterns of parameter names to leave dense
-
     What is pruned stays pruned. A masked dense weight runs at full cost: the saving in FLOPs is counted, not realised.
+
+    Source: arXiv 1710.01878.
+
+    Args:
+        sparsity: Share of weights that are 0 in the end, in [0, 1).
+        start: Duration after which pruning begins.
+        end: Duration after which `sparsity` is reached.
+        every: Steps between prunings.
+        ramp: "cubic", or "one_shot": all of it at `end`.
+        criterion: What is kept: the largest "magnitude" |w|, "taylor" |w dL/dw| or "gradient" |dL/dw| of one global
+            batch.
+        distribution: uniform | erk | global (all layers ranked together), or name patterns with each its own sparsity.
+        pattern: "unstructured", or blocks such as "4x4", "1x16", "1x*" (whole output neurons).
+        skip: Patterns of parameter names to leave dense.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import GradualPruning
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[GradualPruning(sparsity=0.8, skip=["head.*"])])
+        >>> round(schedules.cubic(0.5, 0.8), 3)  # sparsity half-way between `start` and `end`
+        0.7
     """
 
     card = Card(

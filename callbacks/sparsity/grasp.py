@@ -25,8 +25,21 @@ def hessian_times(loss: Tensor, weights: Sequence[Tensor], vectors: Sequence[Ten
 class GraSP(PruneAtInit):
     """Before training, keep the weights with the largest w (H g): without them the gradient's norm would fall most.
 
-    The model must have second derivatives; attention runs as plain products while it looks. Settings: see
-    `PruneAtInit`.
+    The model must have second derivatives; attention runs as plain products while it looks. The training data must be
+    there when the run is set up, and the model whole (not made under zero.Init).
+
+    Source: arXiv 2002.07376.
+
+    Args:
+        sparsity: Share of weights that are 0 from the first step to the last, in [0, 1).
+        samples: How many training samples to look at, drawn by the run's seed.
+        distribution: global (all layers ranked together) | uniform | erk, or name patterns with each its own sparsity.
+        skip: Patterns of parameter names to leave dense.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import GraSP
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[GraSP(sparsity=0.8)])
     """
 
     card = Card(

@@ -19,13 +19,27 @@ from .masks import Masking, require_distribution, select
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class LotteryTicket(Masking):
-    """Iterative magnitude pruning with rewinding, inside one budget.
+    """Prune by magnitude in rounds, and after each rewind what is left to its early values: all inside one budget.
 
     The run has `rounds` + 1 equal parts. After each but the last, the smallest weights go, an equal share of what is
-    left, until `sparsity`; all parameters return to what they were after `rewind` of the run (0% is initialization; a
-    little later suits larger models, arXiv 1912.05671) and the optimizer starts afresh. Give the learning rate its
-    cycles too: `lr_schedule` with cycles = rounds + 1. `distribution`: global | uniform | erk, or name patterns with
-    each its own sparsity; `skip`: names to leave dense. Keeps one more copy of the weights.
+    left, until `sparsity`; all parameters return to what they were after `rewind` and the optimizer starts afresh. Give
+    the learning rate its cycles too: `lr_schedule` with cycles = rounds + 1. Keeps one more copy of the weights.
+
+    Source: arXiv 1803.03635.
+
+    Args:
+        sparsity: Share of weights that are 0 in the end, in [0, 1).
+        rounds: How often is pruned.
+        rewind: Duration after which weights are noted for the return: 0% is initialization; a little later suits larger
+            models (arXiv 1912.05671).
+        distribution: global (all layers ranked together) | uniform | erk, or name patterns with each its own sparsity.
+        skip: Patterns of parameter names to leave dense.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import LotteryTicket, LRSchedule
+        >>> tickets = [LotteryTicket(sparsity=0.9, rounds=4), LRSchedule(cycles=5)]
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=tickets)
     """
 
     card = Card(

@@ -21,11 +21,25 @@ from .soft_masks import SoftMasking
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class MovementPruning(SoftMasking):
-    """For fine-tuning: scores sum -w dL/dw over all steps, and layers compute with the weights of the largest scores.
+    """Compute with the weights that fine-tuning moves away from zero: those of the largest sum of -w dL/dw.
 
-    Sparsity follows the cubic schedule from `start` to `end`, chosen anew every `every` steps; a pruned weight keeps
-    its value and its score goes on, so it may come back. Weights learn where they are used, scores everywhere.
-    `distribution`: uniform | erk | global, or name patterns with each its own sparsity; `skip`: names to leave dense.
+    Sparsity follows the cubic schedule from `start` to `end`. A pruned weight keeps its value and its score goes on, so
+    it may come back. Weights learn where they are used, scores everywhere.
+
+    Source: arXiv 2005.07683.
+
+    Args:
+        sparsity: Share of weights that are 0 in the end, in [0, 1).
+        start: Duration after which pruning begins.
+        end: Duration after which `sparsity` is reached.
+        every: Steps between choices.
+        distribution: uniform | erk | global, or name patterns with each its own sparsity.
+        skip: Patterns of parameter names to leave dense.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import MovementPruning
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[MovementPruning(sparsity=0.85, skip=["*embeddings*"])])
     """
 
     card = Card(

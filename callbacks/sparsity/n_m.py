@@ -19,11 +19,26 @@ from .soft_masks import SoftMasking
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class NM(SoftMasking):
-    """In each forward, of every `m` neighbours in a row the `n` largest are used; all are learned, straight through.
+    """Compute with the `n` largest of every `m` neighbouring weights in a row; all are learned, straight through.
 
-    `decay` pulls the unused ones toward 0 (the sparse-refined term), so that masks settle. 2:4 is what sparse tensor
-    cores run; elsewhere the saving in FLOPs is counted, not realised. A row whose length is no multiple of `m` ends in
-    a shorter group. `skip`: patterns of parameter names to leave dense.
+    2:4 is what sparse tensor cores run; elsewhere the saving in FLOPs is counted, not realised. A row whose length is
+    no multiple of `m` ends in a shorter group.
+
+    Source: arXiv 2102.04010.
+
+    Args:
+        n: How many neighbours are used; `n` = `m` is off.
+        m: How many neighbours make a group.
+        decay: Pulls the unused weights toward 0 (the sparse-refined term), so that masks settle.
+        skip: Patterns of parameter names to leave dense.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> import torch
+        >>> from shoestring.callbacks import NM
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[NM(n=2, m=4)])
+        >>> patterns.n_m(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), n=2, m=4)  # the mask of a row
+        tensor([[ True, False, False,  True]])
     """
 
     card = Card(

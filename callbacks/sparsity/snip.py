@@ -18,7 +18,20 @@ from .at_init import PruneAtInit, Weights, gradients_of
 class SNIP(PruneAtInit):
     """Before training, keep the weights with the largest |w dL/dw|: without them the loss would change most.
 
-    Settings: see `PruneAtInit`.
+    The training data must be there when the run is set up, and the model whole (not made under zero.Init).
+
+    Source: arXiv 1810.02340.
+
+    Args:
+        sparsity: Share of weights that are 0 from the first step to the last, in [0, 1).
+        samples: How many training samples to look at, drawn by the run's seed.
+        distribution: global (all layers ranked together) | uniform | erk, or name patterns with each its own sparsity.
+        skip: Patterns of parameter names to leave dense.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import SNIP
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[SNIP(sparsity=0.9, samples=256)])
     """
 
     card = Card(

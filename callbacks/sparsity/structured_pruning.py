@@ -59,18 +59,31 @@ def try_out(module: pl.LightningModule, batch: Any) -> None:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class StructuredPruning(Technique, pl.Callback):
-    """Cut the `ratio` of least important channels, neurons and attention heads of every layer at the moment `at`.
-
-    Several moments cut in as many equal parts. `importance`: "magnitude", the norm of a group of weights that go
-    together; "taylor", the first-order change of the loss without it (arXiv 1906.10771), averaged exponentially over
-    the steps before; "lasso", the norm after `strength` x rate has been taken off the norm of every row of every layer
-    at each step before (the proximal step of a group lasso, arXiv 1608.03665). Widths stay multiples of `round_to`
-    where they have as many. `skip`: patterns of parameter names that keep their shapes.
+    """Cut the least important channels, neurons and attention heads out of every layer, in the middle of a run.
 
     Weights, optimizer states, averages and masks are cut by the same indices, and training goes on: nothing is masked,
     so the saving is realised. Outputs, the residual stream of transformers and attention of unknown make stay whole.
     Configurations of Hugging Face models keep describing the whole model and carry the cuts as `structured_cut`, for
     `rebuild_model`.
+
+    Source: arXiv 1608.08710.
+
+    Args:
+        ratio: Share of the channels, neurons and heads that are cut, in [0, 1); 0 is off.
+        at: Duration after which they are cut; of several rising ones, each cuts an equal part.
+        importance: "magnitude", the norm of a group of weights that go together; "taylor", the first-order change of
+            the loss without it (arXiv 1906.10771), averaged exponentially over the steps before; "lasso", the norm
+            after a group lasso in the steps before.
+        strength: Of "lasso": each step takes `strength` x learning rate off the norm of every row of every layer (the
+            proximal step, arXiv 1608.03665).
+        round_to: Widths stay multiples of this where they have as many.
+        skip: Patterns of parameter names that keep their shapes.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import StructuredPruning
+        >>> pruning = StructuredPruning(ratio=0.5, at=["20%", "40%"], importance="taylor")
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[pruning])
     """
 
     card = Card(

@@ -24,8 +24,21 @@ class SynFlow(PruneAtInit):
     """Before training, keep the weights that carry most of the flow from input to output, in a hundred rounds.
 
     The flow is the sum of the last pruned layer's outputs when all parameters are positive and inputs are 1 (token ids
-    stay as they are); a weight's share is |w dR/dw|. One sample is looked at, whatever `samples` says.
-    Settings: see `PruneAtInit`.
+    stay as they are); a weight's share is |w dR/dw|. The training data must be there when the run is set up, and the
+    model whole (not made under zero.Init).
+
+    Source: arXiv 2006.05467.
+
+    Args:
+        sparsity: Share of weights that are 0 from the first step to the last, in [0, 1).
+        samples: Has no effect here: one sample is looked at.
+        distribution: global (all layers ranked together) | uniform | erk, or name patterns with each its own sparsity.
+        skip: Patterns of parameter names to leave dense.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import SynFlow
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[SynFlow(sparsity=0.95)])
     """
 
     card = Card(

@@ -18,14 +18,22 @@ from .soft_masks import SoftMasking
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TopKAST(SoftMasking):
-    """Forward passes use the largest weights A; gradients reach the larger set B, from which A is chosen anew.
+    """Compute with the largest weights A; gradients reach the larger set B, from which A is chosen anew.
 
-    sparsity           share of weights outside A
-    backward_sparsity  share of weights outside B, at most `sparsity`
-    penalty            L2 on A, and 1 / (1 - sparsity) times as much on B outside A: newcomers must earn their place
-    every              steps between choices
-    distribution       uniform | erk | global, or name patterns with each its own sparsity
-    skip               patterns of parameter names to leave dense
+    Source: arXiv 2106.03517.
+
+    Args:
+        sparsity: Share of weights outside A, in [0, 1).
+        backward_sparsity: Share of weights outside B, at most `sparsity`.
+        penalty: L2 on A, and 1 / (1 - sparsity) times as much on B outside A, so that only what grows enters A.
+        every: Steps between choices.
+        distribution: uniform | erk | global, or name patterns with each its own sparsity.
+        skip: Patterns of parameter names to leave dense.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import TopKAST
+        >>> trainer = pl.Trainer(max_steps=1000, callbacks=[TopKAST(sparsity=0.9, backward_sparsity=0.8)])
     """
 
     card = Card(

@@ -14,10 +14,24 @@ _LIGHTNING = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class MixedPrecision(Technique, pl.Callback):
-    """Run matrix products in `dtype`: "bf16" (no loss scaling), "fp16" (dynamic loss scaling, CUDA) or "fp32" (off).
+    """Compute matrix products in 16 bits and keep master weights in 32.
 
-    Under DDP and one device this is autocast over fp32 weights; under ZeRO the weights are 16 bit and the optimizer
-    keeps sharded fp32 masters.
+    Under DDP and on one device this is autocast over fp32 weights; under ZeRO the weights are 16 bit and the optimizer
+    keeps sharded fp32 masters. A `pl.Trainer` has to be made with the precision that goes with it.
+
+    Source: arXiv 1710.03740.
+
+    Args:
+        dtype: "bf16" (no loss scaling), "fp16" (dynamic loss scaling, CUDA only) or "fp32" (off).
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from shoestring.callbacks import MixedPrecision, Settings
+        >>> technique = MixedPrecision(dtype="bf16")
+        >>> precision = technique.edit(Settings()).precision
+        >>> trainer = pl.Trainer(precision=precision, max_steps=1000, callbacks=[technique])
+        >>> precision
+        'bf16-mixed'
     """
 
     card = Card(

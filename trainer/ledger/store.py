@@ -23,11 +23,18 @@ __all__ = ["Ledger", "LedgerError"]
 
 
 class Ledger:
-    """The index of all runs, by default `$SHOESTRING_HOME/ledger.sqlite`.
+    """The index of all runs: what each did and what it cost.
 
-    Making one touches no disk; asking a ledger that does not exist gives empty answers and creates nothing. Every call
-    opens and closes the file, so one object may be used by several threads, and one file by many processes.
-    Errors: `LedgerError` names the file or the run that was asked for.
+    Making one touches no disk; asking one that does not exist gives empty answers and creates nothing. Every call opens
+    and closes the file, so one object may be used by several threads, and one file by many processes. Errors:
+    `LedgerError` names the file or the run that was asked for.
+
+    Args:
+        path: The SQLite file; by default `$SHOESTRING_HOME/ledger.sqlite`.
+
+    Example:
+        >>> Ledger(Path("elsewhere/ledger.sqlite")).runs()
+        []
     """
 
     def __init__(self, path: Path | None = None) -> None:

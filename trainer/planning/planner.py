@@ -38,7 +38,31 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything `fit` needs, decided. `predictions` are estimates; None where nothing can be said beforehand."""
+    """Everything `fit` needs, decided.
+
+    Attributes:
+        recipe: What was asked for.
+        budget: Its limits.
+        techniques: In the order in which they act.
+        accelerator: "cuda" or "cpu".
+        strategy: single | ddp | zero1 | zero2 | zero3.
+        offload: none | optimizer | parameters: what ZeRO keeps in host memory.
+        devices: Per node.
+        nodes: How many there are.
+        micro_batch: Samples per rank and forward pass.
+        accumulate: Micro-batches in an optimizer step.
+        hardware: The device's name in the catalogue.
+        usd_per_device_hour: What a device costs.
+        watts_per_device: What a device draws under load; None where nobody knows.
+        choices: Every decision with its reason.
+        warnings: What the user should know before paying.
+        predictions: Estimates of memory, time, money and energy; None where nothing can be said beforehand.
+
+    Example:
+        >>> from shoestring.recipes import load_recipe
+        >>> plan(load_recipe("quickstart", ["strategy.devices=1"])).world_size
+        1
+    """
 
     recipe: Recipe
     budget: Budget
@@ -59,6 +83,7 @@ class Plan:
 
     @property
     def world_size(self) -> int:
+        """Devices of all nodes."""
         return self.devices * self.nodes
 
     def as_dict(self) -> dict[str, Any]:
@@ -75,9 +100,23 @@ class Plan:
 
 
 def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
-    """Decide how to run `recipe` on `machine` (default: this one).
+    """Decide how to run a recipe on a machine. Starts nothing.
 
-    Raises `RecipeError` naming file and line where the recipe cannot be run there, `Unfit` where techniques conflict.
+    Args:
+        recipe: What to run.
+        machine: Its facts; by default those of this one.
+
+    Returns:
+        The plan: every choice with its reason, and estimates of what the run needs.
+
+    Raises:
+        RecipeError: The recipe cannot be run there; names file and line.
+        Unfit: Techniques conflict.
+
+    Example:
+        >>> from shoestring.recipes import load_recipe
+        >>> print(plan(load_recipe("quickstart")).choices[0].what)
+        hardware
     """
     machine = machine or machine_facts()
     chosen: list[Choice] = []
