@@ -126,6 +126,7 @@ class Settings:
     strategy_options: Mapping[str, Any] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> Settings:
+        """A copy with these changes."""
         return replace(self, **changes)
 
 
@@ -243,6 +244,7 @@ class Technique(ReshapeListener):
     # -- state ------------------------------------------------------------------------------------------------------
     @property
     def state_key(self) -> str:
+        """Under which Lightning's checkpoints keep this technique's state."""
         return self.card.name
 
     def fragments(self) -> dict[str, dict[str, Tensor]]:

@@ -62,6 +62,18 @@ def test_every_public_name_is_explained(name: str) -> None:
         assert found.get("Returns"), f"{name} does not say what it returns"
 
 
+@pytest.mark.parametrize("name", [name for name, public in PUBLIC.items() if isinstance(public, type)])
+def test_every_public_method_is_explained(name: str) -> None:
+    """Hooks by their base class."""
+    methods = [
+        method
+        for method, found in vars(PUBLIC[name]).items()
+        if inspect.isroutine(found) or isinstance(found, property)
+    ]
+    bare = [method for method in methods if method[0] != "_" and not inspect.getdoc(getattr(PUBLIC[name], method))]
+    assert not bare, f"no docstring: {bare}"
+
+
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_techniques_name_their_source(name: str) -> None:
     technique = technique_class(name)

@@ -24,11 +24,12 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loops.fit_loop import _FitLoop
+from pytorch_lightning.strategies import Strategy
 
 from ..callbacks.accounting.budget import Budget
 from ..callbacks.compose import compose
@@ -45,9 +46,6 @@ from .monitor.records import Records
 from .monitor.signals import die_with_parent, launched_here, will_launch
 from .monitor.stragglers import Stragglers
 from .zero import NAMES, make_strategy
-
-if TYPE_CHECKING:
-    from pytorch_lightning.strategies import Strategy
 
 
 class Trainer(pl.Trainer):
@@ -177,9 +175,19 @@ class Trainer(pl.Trainer):
         *,
         startup_seconds: float = 0.0,
     ) -> None:
-        """As `pl.Trainer.fit`. Resumes from `run_dir` where there is something to resume.
+        """Train, to the end of the budget; resumes from `run_dir` where there is something to resume.
 
-        Ends with `SystemExit(85)` after a signal, when everything is saved and the same command should run again.
+        Args:
+            model: As `pl.Trainer.fit` takes it, like what follows.
+            train_dataloaders: Batches to train on.
+            val_dataloaders: Batches to validate on.
+            datamodule: Instead of these two.
+            ckpt_path: A checkpoint of Lightning's own to begin with.
+            weights_only: How Lightning reads it.
+            startup_seconds: Spent before this call, to be charged to the run.
+
+        Raises:
+            SystemExit: 85 after a signal, when everything is saved and the same command should run again.
         """
         self.monitor.begin(startup_seconds)
         self._same_global_batch()

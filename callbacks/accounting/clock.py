@@ -178,6 +178,7 @@ class Clock:
 
     @property
     def progress(self) -> float:
+        """The share of the run that is done, in [0, 1]."""
         return self.progress_at(self.step)
 
     def toward(self, duration: Duration, step: float | None = None, seen: float | None = None) -> float:
@@ -224,6 +225,7 @@ class Clock:
         return Duration(duration.amount / limit, "progress")
 
     def state_dict(self) -> dict[str, Any]:
+        """Plain data, for the checkpoint."""
         return {
             "spend": self.spend.as_dict(),
             "limits": dict(self.limits),
@@ -233,6 +235,7 @@ class Clock:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
         self.spend = Spend.from_dict(state["spend"])
         self.limits = {name: float(limit) for name, limit in state["limits"].items()}
         self.horizons = [(int(a), float(b), int(c)) for a, b, c in state["horizons"]]

@@ -55,6 +55,7 @@ class Measurement:
     usd: float = 0
 
     def as_dict(self) -> dict[str, Any]:
+        """Plain data, for the journal."""
         return asdict(self)
 
 

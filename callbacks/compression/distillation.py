@@ -190,6 +190,7 @@ class Distillation(Technique, pl.Callback):
     # -- the term in the loss ---------------------------------------------------------------------------------------
     @contextmanager
     def watch(self) -> Iterator[tuple[list[Call], list[Any]]]:
+        """Inside, note what the student is called with and returns."""
         with ExitStack() as stack:
             outputs = stack.enter_context(recorded(self._student_blocks))
             if self.attention and hasattr(self._student, "config"):
@@ -197,6 +198,7 @@ class Distillation(Technique, pl.Callback):
             yield stack.enter_context(calls_of(self._student)), outputs
 
     def extra(self, watched: tuple[list[Call], list[Any]], loss: Tensor, step: Step) -> Tensor:
+        """What is added to the loss of this micro-batch."""
         calls, outputs = watched
         if not calls:
             raise NoLogits(f"distillation: {self._of or 'forward'!r} took no part in training_step; set `of`")

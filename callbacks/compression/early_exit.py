@@ -207,10 +207,12 @@ class EarlyExit(Technique, pl.Callback):
     # -- the term in the loss ---------------------------------------------------------------------------------------
     @contextmanager
     def watch(self) -> Iterator[list[Any]]:
+        """Inside, note what every block returns."""
         with recorded(self._blocks) as outputs:
             yield outputs
 
     def extra(self, watched: list[Any], loss: Tensor, step: Step) -> Tensor:
+        """The loss at the exits whose turn it is."""
         if missing := [index for index, output in enumerate(watched) if output is None]:
             raise Misconfigured(f"early_exit: blocks {missing} took no part in training_step")
         turn = self._trainer.global_step % self.rotate
