@@ -31,16 +31,16 @@ MODULES = sorted({public.__module__ for public in PUBLIC.values()})
 
 def sections(text: str) -> dict[str, list[str]]:
     """Section -> its lines, of a docstring in Google style."""
-    found: dict[str, list[str]] = {"": []}
+    lines_of: dict[str, list[str]] = {"": []}
     current = ""
     for line in inspect.cleandoc(text).splitlines():
         if heading := re.fullmatch(r"(Args|Attributes|Returns|Raises|Example):", line):
             current = heading[1]
-            found[current] = []
+            lines_of[current] = []
         elif current and line and not line.startswith(" "):
             current = ""
-        found[current].append(line)
-    return found
+        lines_of[current].append(line)
+    return lines_of
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -51,15 +51,15 @@ def test_every_public_name_is_explained(name: str) -> None:
         return
     if name == "callbacks.Accountant":
         pytest.xfail("its arguments are not told one by one yet")
-    found = sections(public.__doc__)
-    assert found[""][0].endswith((".", "?")), f"{name}: the first line is a sentence"
-    lines = [*found.get("Args", ()), *found.get("Attributes", ())]
+    parts = sections(public.__doc__)
+    assert parts[""][0].endswith((".", "?")), f"{name}: the first line is a sentence"
+    lines = [*parts.get("Args", ()), *parts.get("Attributes", ())]
     explained = [match[1] for line in lines if (match := re.match(r"    \**(\w+): \S", line))]
     parameters = list(getattr(public, "model_fields", None) or inspect.signature(public).parameters)
     assert explained == parameters, f"{name}: Args are the signature's, in its order"
-    assert any(">>>" in line for line in found.get("Example", ())), f"{name} has no example that runs"
+    assert any(">>>" in line for line in parts.get("Example", ())), f"{name} has no example that runs"
     if not isinstance(public, type):
-        assert found.get("Returns"), f"{name} does not say what it returns"
+        assert parts.get("Returns"), f"{name} does not say what it returns"
 
 
 @pytest.mark.parametrize("name", [name for name, public in PUBLIC.items() if isinstance(public, type)])
@@ -67,8 +67,8 @@ def test_every_public_method_is_explained(name: str) -> None:
     """Hooks by their base class."""
     methods = [
         method
-        for method, found in vars(PUBLIC[name]).items()
-        if inspect.isroutine(found) or isinstance(found, property)
+        for method, value in vars(PUBLIC[name]).items()
+        if inspect.isroutine(value) or isinstance(value, property)
     ]
     bare = [method for method in methods if method[0] != "_" and not inspect.getdoc(getattr(PUBLIC[name], method))]
     assert not bare, f"no docstring: {bare}"

@@ -90,11 +90,11 @@ def mypy(folder: Path) -> dict[int, list[str]]:
     command = [sys.executable, "-m", "mypy", f"--cache-dir={folder / 'cache'}", "client.py"]
     environment = {**os.environ, "MYPYPATH": "libraries"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    found: dict[int, list[str]] = {}
-    for line, said in re.findall(r"^client\.py:(\d+): (.*)$", done.stdout, re.MULTILINE):
-        found.setdefault(int(line), []).append(said)
-    assert found, done.stdout + done.stderr
-    return found
+    diagnostics: dict[int, list[str]] = {}
+    for line, message in re.findall(r"^client\.py:(\d+): (.*)$", done.stdout, re.MULTILINE):
+        diagnostics.setdefault(int(line), []).append(message)
+    assert diagnostics, done.stdout + done.stderr
+    return diagnostics
 
 
 def pyright(folder: Path) -> dict[int, list[str]]:
@@ -103,20 +103,20 @@ def pyright(folder: Path) -> dict[int, list[str]]:
     (folder / "pyrightconfig.json").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "-p", str(folder)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    found: dict[int, list[str]] = {}
+    diagnostics: dict[int, list[str]] = {}
     for one in json.loads(done.stdout)["generalDiagnostics"]:
         line = one["range"]["start"]["line"] + 1
-        found.setdefault(line, []).append(f"{one['severity']}: {one['message']}")
-    return found
+        diagnostics.setdefault(line, []).append(f"{one['severity']}: {one['message']}")
+    return diagnostics
 
 
 @pytest.mark.parametrize("checker", [mypy, pyright])
 def test_a_checker_finds_what_is_misspelt_and_nothing_else(checker, client) -> None:
-    said = checker(client)
-    errors = {line: texts for line, texts in said.items() if any(text.startswith("error") for text in texts)}
+    diagnostics = checker(client)
+    errors = {line: messages for line, messages in diagnostics.items() if "error:" in " ".join(messages)}
     assert errors.keys() == WRONG, {line: errors.get(line) for line in errors.keys() ^ WRONG}
     lines = CLIENT.splitlines()
-    revealed = [" ".join(said[number]) for number, line in enumerate(lines, 1) if line.startswith("reveal_type")]
+    revealed = [" ".join(diagnostics[number]) for number, line in enumerate(lines, 1) if line.startswith("reveal_type")]
     trainer, planned, reported, summary = revealed
     assert re.search(r"(-> shoestring\.trainer\.trainer\.Trainer|type\[Trainer\])\"$", trainer)
     assert re.search(r"(\.|\")Plan\"$", planned) and re.search(r"Report \| None\"", reported)
@@ -127,7 +127,7 @@ def test_every_registered_technique_is_imported_for_checkers() -> None:
     """`callbacks/__init__.py` and `trainer/__init__.py` list by hand what they load on first use."""
     for module in (shoestring.callbacks, shoestring.trainer, shoestring.trainer.ledger):
         source = Path(module.__file__ or "")
-        seen = {
+        imported = {
             alias.asname: "." * node.level + (node.module or "")
             for guard in ast.parse(source.read_text()).body
             if isinstance(guard, ast.If)
@@ -136,9 +136,11 @@ def test_every_registered_technique_is_imported_for_checkers() -> None:
             for alias in node.names
         }
         homes = {name: home if home.startswith(".") else f".{home}" for name, home in module._HOMES.items()}
-        missing = [f"    from {home} import {name} as {name}" for name, home in homes.items() if seen.get(name) != home]
+        missing = [
+            f"    from {home} import {name} as {name}" for name, home in homes.items() if imported.get(name) != home
+        ]
         assert not missing, f"add to `if TYPE_CHECKING` in {source.relative_to(ROOT)}:\n" + "\n".join(missing)
-        assert seen.keys() == homes.keys(), f"{source.relative_to(ROOT)} imports what it does not load: remove it"
+        assert imported.keys() == homes.keys(), f"{source.relative_to(ROOT)} imports what it does not load: remove it"
     assert {home.partition(":")[2] for home in TECHNIQUES.values()} <= set(shoestring.callbacks.__all__)
 
 

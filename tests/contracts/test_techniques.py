@@ -153,6 +153,7 @@ def test_constructor_only_stores(cls):
         assert vars(made) == made.settings(), "something was computed or renamed before the run"
         again = eval(repr(made), {cls.__name__: cls})
         assert again.settings() == made.settings() and repr(again) == repr(made)
+        assert again != made and hash(again) != hash(made), "Lightning tells callbacks apart by identity: eq=False"
         assert cls(**made.settings()).settings() == made.settings()
 
 
