@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from ..spelling import nearest
 from . import tree as trees
 from .fields import allowed, hint, homes, resolve
-from .problems import Problem, RecipeError, nearest
+from .problems import Problem, RecipeError
 from .reader import Node
 from .recipe import Recipe
 from .rules import Broken, broken

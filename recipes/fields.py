@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from ..spelling import did_you_mean, nearest
 from . import tree as trees
-from .problems import did_you_mean, nearest
 from .reader import Node, scalar
 from .recipe import Recipe
 from .tree import Path

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..spelling import nearest
 from .check import validate
 from .overrides import override
-from .problems import Problem, RecipeError, clip, nearest
+from .problems import Problem, RecipeError, clip
 from .reader import MAX_BYTES, Node, collection, read_yaml
 from .recipe import Recipe
 from .tree import graft, merge, shown

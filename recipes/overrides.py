@@ -16,7 +16,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .problems import Problem, RecipeError, clip, did_you_mean
+from ..spelling import did_you_mean
+from .problems import Problem, RecipeError, clip
 from .reader import Node, collection, read_yaml, scalar
 from .tree import put, shown
 

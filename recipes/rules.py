@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .problems import did_you_mean, distance
+from ..spelling import did_you_mean, distance
 from .recipe import Recipe
 from .schema import CODE, BudgetSpec
 

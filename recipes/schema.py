@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer
 from pydantic_core import PydanticCustomError
 
-from . import units
+from ..units import UnitError
+from . import amounts
 
 CODE = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"  # module:attr
 SLUG = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"  # also a folder's name, so no slashes and no leading dot
@@ -31,15 +32,15 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
-def _said(error: units.UnitError) -> PydanticCustomError:
+def _said(error: UnitError) -> PydanticCustomError:
     return PydanticCustomError("amount", "{allowed}", {"allowed": error.allowed, "hint": error.hint})
 
 
 def _duration(zero: bool) -> BeforeValidator:
     def check(value: object) -> object:
         try:
-            return None if value is None else units.duration(value, zero)
-        except units.UnitError as error:
+            return None if value is None else amounts.duration(value, zero)
+        except UnitError as error:
             raise _said(error) from None
 
     return BeforeValidator(check)
@@ -48,8 +49,8 @@ def _duration(zero: bool) -> BeforeValidator:
 def _amount(base: str, scale: int = 1, whole: bool = False) -> BeforeValidator:
     def check(value: object) -> object:
         try:
-            return None if value is None else units.amount(value, base, scale, whole)
-        except units.UnitError as error:
+            return None if value is None else amounts.amount(value, base, scale, whole)
+        except UnitError as error:
             raise _said(error) from None
 
     return BeforeValidator(check)
@@ -181,7 +182,7 @@ class OptimizerSpec(Section):
     momentum: Share = Field(0.0, description="a number from 0 to below 1")
     clip: Positive | None = Field(1.0, description="null, or a number above 0: the largest gradient norm")
     schedule: Literal["linear", "cosine", "wsd", "rex", "constant"] = "linear"
-    warmup: Annotated[str, _duration(zero=True)] = Field("2%", description=units.DURATION)
+    warmup: Annotated[str, _duration(zero=True)] = Field("2%", description=amounts.DURATION)
 
 
 class StrategySpec(Section):
@@ -213,14 +214,14 @@ class TrackingSpec(Section):
 class CheckpointSpec(Section):
     """How often the run is saved (null: only at its end) and how many of the newest checkpoints stay."""
 
-    every: Annotated[str | None, _duration(zero=False)] = Field("300 s", description=units.DURATION)
+    every: Annotated[str | None, _duration(zero=False)] = Field("300 s", description=amounts.DURATION)
     keep: Count = Field(2, description="a whole number from 1")
 
 
 class EvaluationSpec(Section):
     """When validation runs, over how many batches (null: all), and a prompt to complete when training is over."""
 
-    every: Annotated[str | None, _duration(zero=False)] = Field(None, description=units.DURATION)
+    every: Annotated[str | None, _duration(zero=False)] = Field(None, description=amounts.DURATION)
     batches: Count | None = Field(None, description="null, or a whole number from 1")
     at_end: bool = Field(True, description="true | false")
     generate: Text | None = Field(None, description="null, or a prompt to complete")

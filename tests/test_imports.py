@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[1]
 ROOMS = ("trainer", "callbacks", "recipes", "cluster")
 MODULES = sorted(p.relative_to(ROOT) for room in ROOMS for p in (ROOT / room).rglob("*.py"))
+GROUND = sorted(p.relative_to(ROOT) for p in ROOT.glob("*.py") if p.name != "__init__.py")  # what rooms share
 LIGHT = ("recipes", "cluster", "trainer", "trainer.cli", "trainer.ledger", "callbacks", "callbacks.contract",
          "callbacks.compose", "callbacks.accounting.clock", "callbacks.accounting.budget",
          "callbacks.registry")  # fmt: skip
@@ -24,7 +25,7 @@ LIGHT = ("recipes", "cluster", "trainer", "trainer.cli", "trainer.ledger", "call
 NEUTRAL = {"accounting", "parameters", "sampling", "forward"}  # of callbacks: what techniques of any kind act through
 
 
-FILES = {p.with_suffix("").parts: p for p in MODULES}  # a package's own is (…, "__init__")
+FILES = {p.with_suffix("").parts: p for p in [*MODULES, *GROUND]}  # a package's own is (…, "__init__")
 
 
 @cache
@@ -40,7 +41,7 @@ def imported(path: Path) -> set[Path]:
             target = (*base, *(node.module.split(".") if node.module else ()))
             for name in node.names:
                 places = ((*target, name.name), (*target, name.name, "__init__"), target, (*target, "__init__"))
-                found |= {FILES[place] for place in places if place in FILES} if target else set()
+                found |= {FILES[place] for place in places if place in FILES}
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
             assert not any((n or "").split(".")[0] == "shoestring" for n in names), f"{path} imports itself absolutely"
@@ -48,8 +49,8 @@ def imported(path: Path) -> set[Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """The rooms that a module reaches into, its own aside."""
-    return {target.parts[0] for target in imported(path)} - {path.parts[0]}
+    """The rooms that a module reaches into, its own and the ground floor aside."""
+    return {target.parts[0] for target in imported(path) if target not in GROUND} - {path.parts[0]}
 
 
 def circle(arrows: dict[str, set[str]]) -> set[str]:
@@ -83,7 +84,11 @@ def test_no_circles_between_packages() -> None:
 
 
 def test_no_circles_between_modules() -> None:
-    arrows = {str(path): {str(target) for target in imported(path)} for path in MODULES if path.name != "__init__.py"}
+    arrows = {
+        str(path): {str(target) for target in imported(path)}
+        for path in [*MODULES, *GROUND]
+        if path.name != "__init__.py"
+    }
     assert not circle(arrows)
 
 
@@ -102,6 +107,12 @@ def test_perspectives_do_not_know_one_another(path: Path) -> None:
 def test_only_the_trainer_knows_the_others(path: Path) -> None:
     if path.parts[0] != "trainer":
         assert imports(path) == set()
+
+
+@pytest.mark.parametrize("path", GROUND, ids=str)
+def test_the_ground_floor_knows_no_room(path: Path) -> None:
+    assert imported(path) <= set(GROUND)
+    assert {room for room in ROOMS if any(path in imported(p) for p in MODULES if p.parts[0] == room)}, "unused"
 
 
 def test_the_trainer_does_know_them() -> None:
@@ -123,13 +134,13 @@ def test_techniques_do_not_know_one_another() -> None:
 
 
 def test_light_packages_load_without_torch() -> None:
-    names = ", ".join(f"shoestring.{name}" for name in LIGHT)
+    names = ", ".join(f"shoestring.{name}" for name in (*LIGHT, *(path.stem for path in GROUND)))
     check = f"import sys, {names}; heavy = {{'torch', 'pytorch_lightning', 'transformers', 'wandb'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", f"{check}; assert not heavy, heavy"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", MODULES, ids=str)
+@pytest.mark.parametrize("path", [*GROUND, *MODULES], ids=str)
 def test_every_module_imports(path: Path) -> None:
     name = ".".join(("shoestring", *path.with_suffix("").parts)).removesuffix(".__init__")
     assert importlib.import_module(name).__name__ == name

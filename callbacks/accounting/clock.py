@@ -16,34 +16,23 @@ This module imports neither torch nor Lightning.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from ... import ShoestringError
+from ...units import UNITS, UnitError, quantity
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-# unit as written -> (what is counted, factor to the base unit)
-UNITS: dict[str, tuple[str, float]] = {
-    "%": ("progress", 0.01),
-    "step": ("steps", 1), "steps": ("steps", 1),
-    "epoch": ("epochs", 1), "epochs": ("epochs", 1),
-    "sample": ("samples", 1), "samples": ("samples", 1),
-    "token": ("tokens", 1), "tokens": ("tokens", 1),
-    "s": ("seconds", 1), "sec": ("seconds", 1), "second": ("seconds", 1), "seconds": ("seconds", 1),
-    "min": ("seconds", 60), "minute": ("seconds", 60), "minutes": ("seconds", 60),
-    "h": ("seconds", 3600), "hour": ("seconds", 3600), "hours": ("seconds", 3600),
-    "day": ("seconds", 86400), "days": ("seconds", 86400),
-    "$": ("usd", 1), "usd": ("usd", 1),
-    "kwh": ("kwh", 1), "wh": ("kwh", 1e-3),
-    "flop": ("flops", 1), "flops": ("flops", 1),
+# base unit of an amount -> what the clock counts in it
+COUNTS = {
+    "s": "seconds", "$": "usd", "kWh": "kwh", "%": "progress",
+    **{unit: unit for unit in ("steps", "epochs", "samples", "tokens", "flops")},
 }  # fmt: skip
 # amounts that differ between ranks and attempts: a schedule may not depend on them directly
 MEASURED = frozenset({"seconds", "usd", "kwh", "flops"})
-
-_PATTERN = re.compile(r"^\s*(\$)?\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([A-Za-z%$]*)\s*$")
 
 
 class BadDuration(ShoestringError):
@@ -70,20 +59,23 @@ class Duration:
 
     @classmethod
     def parse(cls, text: str | Duration) -> Duration:
-        """Read "200 steps", "3 epochs", "1.5e9 tokens", "30 min", "$5", "2 kWh" or "40%"; `BadDuration` if it cannot be
-        read.
+        """An amount from text with a unit, such as "200 steps", "3 epochs", "30 min", "$5" or "40%".
+
+        Raises:
+            BadDuration: For anything else; `shoestring/units.py` has all units.
         """
         if isinstance(text, Duration):
             return text
-        match = _PATTERN.match(text) if isinstance(text, str) else None
-        unit = (match[1] or match[3] or "").lower() if match else ""
-        if match is None or unit not in UNITS or (match[1] and match[3]):
+        try:
+            number, base = quantity(text) if isinstance(text, str) else (Fraction(), "")
+        except UnitError:
+            base = ""
+        if not base or number < 0:
             raise BadDuration(
                 f"{text!r} is not a duration; write a number and one of "
-                f"{', '.join(sorted(set(UNITS)))}, as in '200 steps', '30 min', '$5' or '40%'"
+                f"{', '.join(sorted(UNITS))}, as in '200 steps', '30 min', '$5' or '40%'"
             )
-        counts, factor = UNITS[unit]
-        return cls(float(match[2]) * factor, counts)
+        return cls(float(number / 100 if base == "%" else number), COUNTS[base])
 
 
 @dataclass

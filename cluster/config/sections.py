@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ...units import BYTES, TIME, quantity
 from .hardware import HardwareError, hardware
 
-_HOURS = {"s": 1 / 3600, "sec": 1 / 3600, "min": 1 / 60, "h": 1.0, "hour": 1.0, "d": 24.0, "day": 24.0}
-_BYTES = {"": 1} | {f"{p}{b}": k**i for b, k in (("b", 1000), ("ib", 1024)) for i, p in enumerate("kmgt", 1)}
 NAME = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"  # fits a DNS label with something added on both sides
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
@@ -24,20 +22,17 @@ class Section(BaseModel):
 def _hours(value: Any) -> Any:
     """Hours from `"90 min"`, `"4 h"`, `"2 days"` or a bare number of hours."""
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]+?)s?\s*", value.lower())
-        if not match or (match[2] not in _HOURS and match[2] + "s" not in _HOURS):
-            raise ValueError("no duration")
-        return float(match[1]) * _HOURS.get(match[2], _HOURS["s"])
+        number, base = quantity(value, TIME)
+        if not base:
+            raise ValueError("no unit")
+        return float(number / 3600)
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _bytes(value: Any) -> Any:
     """Bytes from `"20 GB"`, `"512 MiB"` or a bare number of bytes."""
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]*)\s*", value.lower())
-        if not match or match[2] not in _BYTES:
-            raise ValueError("no size")
-        return int(float(match[1]) * _BYTES[match[2]])
+        return int(quantity(value, BYTES)[0])
     return value
 
 

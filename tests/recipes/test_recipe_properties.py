@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from shoestring.recipes import BudgetSpec, RecipeError, dump_recipe, load_recipe, recipe_from, shipped_recipes
+from shoestring.recipes.amounts import duration
 from shoestring.recipes.fields import section_of
 from shoestring.recipes.recipe import Recipe
-from shoestring.recipes.units import UnitError, duration
+from shoestring.units import UnitError
 
 few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -7,15 +7,16 @@ a little, as any choice by a figure does. Latency is measured for all candidates
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ... import ShoestringError
+from ...units import BYTES, TIME, UnitError, Vocabulary, quantity
 from . import onnx_file, torch_file
 from .candidates import Candidate, all_candidates, least_bytes
 from .footprint import weight_bytes
@@ -26,10 +27,8 @@ from .subject import Subject
 from .trained import AS_TRAINED, WEIGHTS, CannotExport, Trained
 from .write import beside, clear_leftovers, export, whole
 
-SIZES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 MARGIN = 1.1  # tensors may take this much more than the limit before a candidate is given up unwritten
 SAMPLES = 1000  # held-out samples that candidates are judged by, at most
-TIMES = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 
 class NothingFits(ShoestringError):
@@ -49,8 +48,8 @@ class Limits:
         if size is None and latency is None:
             raise CannotExport("compress needs --budget-bytes, --max-latency or both: without a limit nothing is best.")
         return cls(
-            bytes=_amount("--budget-bytes", size, SIZES, "25MB"),
-            milliseconds=_amount("--max-latency", latency, TIMES, "5ms"),
+            bytes=_amount("--budget-bytes", size, BYTES, "25MB"),
+            milliseconds=_amount("--max-latency", latency, TIME, "5ms", scale=1000),
         )
 
 
@@ -269,11 +268,14 @@ def _judged(tried: Tried, limits: Limits) -> Tried:
     return replace(tried, fits=fits)
 
 
-def _amount(option: str, text: str | None, units: dict[str, float] | dict[str, int], example: str) -> float | None:
+def _amount(option: str, text: str | None, units: Vocabulary, example: str, scale: int = 1) -> float | None:
+    """What an option says, in base units x `scale`; bytes need no unit."""
     if text is None:
         return None
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
-    unit = (match[2] or "b") if match else ""
-    if match is None or unit not in units or not float(match[1]):
+    try:
+        number, base = quantity(text, units)
+    except UnitError:
+        number = Fraction(0)
+    if number <= 0 or not (base or units is BYTES):
         raise CannotExport(f"{option} {text}: write an amount above 0 like {example}; units: {', '.join(units)}.")
-    return float(match[1]) * units[unit]
+    return float(number * scale)

@@ -1,33 +1,16 @@
-"""Amounts with a unit, as recipes write them: `2 min`, `1.5e9 tokens`, `$5`, `500 Wh`, `40%`.
+"""What a recipe's durations (`warmup`, `every`) and budgets accept, on top of the units that all files share.
 
-`quantity` reads one; `duration` and `amount` are what durations (`warmup`, `every`) and budgets accept. Numbers are
-converted as exact fractions, so that two spellings of one amount become the same float and a recipe the same hash.
+`duration` gives one in its canonical spelling, `amount` a budget in the units of its key: two spellings of one amount
+become the same value, and a recipe the same hash.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from fractions import Fraction
 
-from .problems import did_you_mean
+from ..units import UnitError, quantity
 
-# unit as written (any case) -> (base unit, factor to it)
-UNITS: dict[str, tuple[str, int | Fraction]] = {
-    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), ("s", 1)),
-    **dict.fromkeys(("min", "mins", "minute", "minutes"), ("s", 60)),
-    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), ("s", 3600)),
-    **dict.fromkeys(("d", "day", "days"), ("s", 86400)),
-    **dict.fromkeys(("step", "steps"), ("steps", 1)),
-    **dict.fromkeys(("epoch", "epochs"), ("epochs", 1)),
-    **dict.fromkeys(("token", "tokens"), ("tokens", 1)),
-    **dict.fromkeys(("sample", "samples"), ("samples", 1)),
-    **dict.fromkeys(("flop", "flops"), ("flops", 1)),
-    **dict.fromkeys(("kwh",), ("kWh", 1)),
-    **dict.fromkeys(("wh",), ("kWh", Fraction(1, 1000))),
-    **dict.fromkeys(("$", "usd"), ("$", 1)),
-    **dict.fromkeys(("%", "percent"), ("%", 1)),
-}
 SPELLING = {  # base unit -> what to write, for messages
     "s": "s, min, h, days",
     "kWh": "kWh, Wh",
@@ -48,31 +31,6 @@ DURATION = (
     'a duration like "200 steps", "5%", "30 min" or "1e9 tokens" '
     "(units: s, min, h, days, steps, epochs, tokens, samples, flops, kWh, Wh, $, %)"
 )
-_NUMBER = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-_QUANTITY = re.compile(rf"(\$?)\s*({_NUMBER})\s*([A-Za-z%$]*)", re.ASCII)
-
-
-class UnitError(ValueError):
-    """An amount that cannot be read or used. `allowed` is the rule, `hint` the way out, or empty."""
-
-    def __init__(self, allowed: str, hint: str = "") -> None:
-        self.allowed, self.hint = allowed, hint
-        super().__init__(f"{allowed}; {hint}" if hint else allowed)
-
-
-def quantity(text: str) -> tuple[Fraction, str]:
-    """`"2 min"` as `(Fraction(120), "s")`: the exact number in the base unit, and that unit (empty: no unit written).
-
-    Raises `UnitError` for an unknown unit, text without a number, and numbers beyond a 64-bit float.
-    """
-    match = _QUANTITY.fullmatch(text.strip())
-    if not match or (match[1] and match[3]) or len(match[2]) > 40:
-        raise UnitError("a number and a unit")
-    unit = (match[1] or match[3]).lower()
-    if unit and unit not in UNITS:
-        raise UnitError("a number and a unit", did_you_mean(unit, UNITS))
-    base, factor = UNITS.get(unit, ("", 1))
-    return _exact(match[2]) * factor, base
 
 
 def duration(value: object, zero: bool = False) -> str:
@@ -132,10 +90,3 @@ def _read(value: int | float | str, base: str, scale: int, allowed: str) -> Frac
     if found != base:
         raise UnitError(allowed)
     return number / scale
-
-
-def _exact(digits: str) -> Fraction:
-    rough = float(digits)
-    if math.isinf(rough) or abs(rough) > 1e300:
-        raise UnitError("a number below 1e300")
-    return Fraction(digits) if abs(rough) > 1e-300 else Fraction(0)  # 1e-999999999 would be built digit by digit
