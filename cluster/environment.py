@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..exits import BAD_INPUT
 from .config.reading import ClusterError
 from .config.sections import SecretSpec
 from .job import Job, secret_sources
@@ -71,14 +72,14 @@ def _gpu_defaults() -> dict[str, str]:
 def prologue(job: Job) -> str:
     """What every bash script of a job does first: the folder, modules, the virtual environment, variables, secrets."""
     environment = job.cluster.environment
-    lines = [f"cd {quoted(job.workdir)} || exit 2"]
+    lines = [f"cd {quoted(job.workdir)} || exit {BAD_INPUT}"]
     if environment.modules:
         lines += ["module purge", *(f"module load {quoted(name)}" for name in environment.modules)]
     if environment.venv:
-        lines.append(f". {quoted(environment.venv.rstrip('/') + '/bin/activate')} || exit 2")
-    lines.append(f". {quoted(job.job_dir + '/env.sh')} || exit 2")
+        lines.append(f". {quoted(environment.venv.rstrip('/') + '/bin/activate')} || exit {BAD_INPUT}")
+    lines.append(f". {quoted(job.job_dir + '/env.sh')} || exit {BAD_INPUT}")
     if job.cluster.secrets:
-        lines.append(f". {quoted(job.job_dir + '/secrets.sh')} || exit 2")
+        lines.append(f". {quoted(job.job_dir + '/secrets.sh')} || exit {BAD_INPUT}")
     return "\n".join(lines) + "\n"
 
 

@@ -36,6 +36,7 @@ from ..callbacks.compose import compose
 from ..callbacks.contract import Settings, Technique, Unfit
 from ..callbacks.optimization.lr_schedule import LRSchedule
 from ..cluster.config.hardware import hardware
+from ..exits import die_with_parent
 from .checkpoint import format as checkpoint
 from .checkpoint.saver import CannotResume
 from .lightning_options import LightningOptions
@@ -43,7 +44,7 @@ from .machine.facts import facts as machine_facts
 from .machine.facts import peak
 from .monitor.monitor import Monitor
 from .monitor.records import Records
-from .monitor.signals import die_with_parent, launched_here, will_launch
+from .monitor.signals import launched_here, will_launch
 from .monitor.stragglers import Stragglers
 from .zero import NAMES, make_strategy
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...exits import AGAIN
 from ..config.reading import ClusterError
 from ..job import Job
 from .elsewhere import facts_file, there
@@ -81,7 +82,7 @@ def job_set(job: Job) -> dict[str, Any]:
     # a Job that fails by this policy is started again, any other failure is the JobSet's end (maxRestarts 0)
     policy = {"rules": [
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {"action": "FailJob", "onExitCodes": {"containerName": NODE, "operator": "In", "values": [85]}},
+        {"action": "FailJob", "onExitCodes": {"containerName": NODE, "operator": "In", "values": [AGAIN]}},
     ]}  # fmt: skip
     nodes = {
         "parallelism": job.nodes, "completions": job.nodes, "completionMode": "Indexed", "backoffLimit": 0,

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ... import exits
 from ..node import attempts
 
 POLL = 1.0  # seconds
@@ -228,7 +229,7 @@ def attempt(job_dir: Path, number: int, facts: Mapping[str, Any], group: Any, as
     on = [known.get(id, id) for id in ids]
     seconds = attempts.begin(job_dir, number, on)
     if not seconds:
-        return "exhausted", attempts.SAVED
+        return "exhausted", exits.AGAIN
     nodes: list[Node] = []
     try:
         command = ["bash", str(job_dir / "node.sh"), str(number), str(seconds), ",".join(on)]

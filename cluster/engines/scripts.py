@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from ...exits import AGAIN, BAD_INPUT, BAD_NODE, NO_SHOESTRING
 from ..config.reading import ClusterError
 from ..environment import prologue, quoted
 from ..job import Job
@@ -19,7 +20,8 @@ def head(job: Job, title: str) -> str:
     return (
         "#!/bin/bash\n"
         f"# {title}\n"
-        "set -o pipefail  # and not -e: exit codes are the protocol (85 saved, run me again; 86 a bad node)\n"
+        "set -o pipefail  # and not -e: exit codes are the protocol "
+        f"({AGAIN} saved, run me again; {BAD_NODE} a bad node)\n"
         f"{prologue(job)}"
         f"JOB={quoted(job.job_dir)}\n"  # after the job's own variables, which may have the same names
         f"PYTHON={quoted(job.python)}\n"
@@ -57,9 +59,9 @@ def node_script(job: Job) -> str:
     command = " ".join(map(shlex.quote, job.train()[1:]))
     return (
         f"{head(job, 'The tasks of one node: bash node.sh NODE_RANK MASTER_ADDRESS MASTER_PORT ATTEMPT')}"
-        'command -v "$PYTHON" >/dev/null || { echo "[shoestring] $(hostname): there is no $PYTHON" >&2; exit 3; }\n'
+        f'command -v "$PYTHON" >/dev/null || {_refuse("there is no $PYTHON")}\n'
         '"$PYTHON" -c "import shoestring.cluster.node.heartbeat" ||\n'
-        '  { echo "[shoestring] $(hostname): $PYTHON cannot import shoestring" >&2; exit 3; }\n'
+        f"  {_refuse('$PYTHON cannot import shoestring')}\n"
         'export SHOESTRING_ATTEMPT="$4"\n'
         'exec "$PYTHON" -m shoestring.cluster.node.heartbeat \\\n'
         f'  --node-rank "$1" --tasks {job.devices_per_node} --lead {job.lead_seconds} --master "$2" -- \\\n'
@@ -67,6 +69,10 @@ def node_script(job: Job) -> str:
         f'  --nproc-per-node={job.devices_per_node} --master-addr="$2" --master-port="$3" --max-restarts=0 \\\n'
         f"  {command}\n"
     )
+
+
+def _refuse(why: str) -> str:
+    return f'{{ echo "[shoestring] $(hostname): {why}" >&2; exit {NO_SHOESTRING}; }}'
 
 
 def controller(job: Job, title: str, hosts: str, engine: str) -> str:
@@ -85,7 +91,7 @@ def controller(job: Job, title: str, hosts: str, engine: str) -> str:
         "trap '' PIPE\n"
         f"JOB={quoted(job.job_dir)}\n"
         "PYTHON=${SHOESTRING_PYTHON:-python3}\n"
-        f"cd {quoted(job.workdir)} || exit 2\n"
+        f"cd {quoted(job.workdir)} || exit {BAD_INPUT}\n"
         f"HOSTS=({hosts})\n"
         f"{engine}"
         f"{_CONTROLLER.replace('NODES', str(job.nodes)).replace('LEAD', str(job.lead_seconds))}"

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from ...exits import AGAIN, BAD_INPUT, BAD_NODE
 from ..config.hardware import hardware
 from ..config.reading import ClusterError
 from ..config.sections import Line, Section
@@ -175,7 +176,7 @@ def _resources(job: Job) -> dict[str, Any]:
         "job_recovery": {
             "strategy": chosen.strategy,
             "max_restarts_on_errors": 0,
-            "recover_on_exit_codes": [85, 86],
+            "recover_on_exit_codes": [AGAIN, BAD_NODE],
         },
     }
     return {key: value for key, value in asked.items() if value is not None}
@@ -184,17 +185,19 @@ def _resources(job: Job) -> dict[str, Any]:
 def _run(job: Job) -> str:
     """The script of every machine."""
     environment = job.cluster.environment
-    lines = [f"# Job {job.id}, one of {job.nodes} machines: 85 saved, run me again; 86 this machine is bad"]
+    lines = [
+        f"# Job {job.id}, one of {job.nodes} machines: {AGAIN} saved, run me again; {BAD_NODE} this machine is bad"
+    ]
     if job.cluster.workdir:
-        lines.append(f"cd {quoted(job.cluster.workdir)} || exit 2")
+        lines.append(f"cd {quoted(job.cluster.workdir)} || exit {BAD_INPUT}")
     lines += [
-        f"mkdir -p {FILES} || exit 2",
+        f"mkdir -p {FILES} || exit {BAD_INPUT}",
         _heredoc(f"{FILES}/recipe.yaml", job.recipe) + _heredoc(f"{FILES}/job.json", facts_file(job)).rstrip("\n"),
         exports(variables(job)).rstrip("\n"),
         'export SHOESTRING_NODE="$(hostname)"',
     ]
     if environment.venv:
-        lines.append(f". {quoted(environment.venv.rstrip('/') + '/bin/activate')} || exit 2")
+        lines.append(f". {quoted(environment.venv.rstrip('/') + '/bin/activate')} || exit {BAD_INPUT}")
     place = '--node="$SKYPILOT_NODE_RANK" --master="$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"'
     own, train = (" ".join(map(shlex.quote, words(job, FILES))) for words in (node_words, train_words))
     python = environment.python or "python3"  # not the launching machine's

@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from ...exits import AGAIN, BAD_INPUT, BAD_NODE, FINISHED
 from ..config.reading import ClusterError
 from ..environment import quoted
 from ..job import Job, as_time
@@ -135,20 +136,20 @@ exit "${verdict:-1}"
 
 def task_script(job: Job) -> str:
     """task.sh: one process on one device, inside of the container if there is one."""
-    secrets = [f". {quoted(job.job_dir + '/secrets.sh')} || exit 2"] if job.cluster.secrets else []
+    secrets = [f". {quoted(job.job_dir + '/secrets.sh')} || exit {BAD_INPUT}"] if job.cluster.secrets else []
     lines = [
         "#!/bin/bash",
         "# One task of the job, as srun starts it.",
         "trap '' USR1 TERM  # the training handles them; before it does, and here, they must not kill",
-        f"cd {quoted(job.workdir)} || exit 2",
-        f". {quoted(job.job_dir + '/env.sh')} || exit 2",
+        f"cd {quoted(job.workdir)} || exit {BAD_INPUT}",
+        f". {quoted(job.job_dir + '/env.sh')} || exit {BAD_INPUT}",
         *secrets,
         "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID NODE_RANK=$SLURM_NODEID WORLD_SIZE=$SLURM_NTASKS",
         f"export LOCAL_WORLD_SIZE={job.devices_per_node}",
         shlex.join(job.train()),
         "code=$?",
         "# srun ends all tasks as soon as one fails; these two are no failures, and the task's record keeps them",
-        '[ "$code" != 85 ] && [ "$code" != 86 ] || code=0',
+        f'[ "$code" != {AGAIN} ] && [ "$code" != {BAD_NODE} ] || code={FINISHED}',
         'exit "$code"',
     ]
     return "\n".join(lines) + "\n"

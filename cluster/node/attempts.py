@@ -30,10 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...exits import AGAIN, BAD_NODE, FAILURE, FINISHED
 from . import ranks
 from .ranks import RankRecord
 
-FINISHED, FAILURE, SAVED, BAD_NODE = 0, 1, 85, 86
 FINAL = ("finished", "cancelled", "exhausted", "failed")
 LOG = "attempts.jsonl"
 
@@ -137,8 +137,8 @@ def end(job_dir: Path, number: int, code: int, *, cancelled: bool = False, warne
     facts, told = job_facts(job_dir), ranks.read(job_dir, number)
     verdict, reason = _verdict(told, facts["nodes"] * facts["devices_per_node"], code, lost)
     if cancelled and not told:
-        verdict, reason = SAVED, "the job was cancelled before anything began"
-    elif verdict == SAVED:
+        verdict, reason = AGAIN, "the job was cancelled before anything began"
+    elif verdict == AGAIN:
         reason = "the job was cancelled" if cancelled else "its time was over" if warned else reason
     after = "requeue" if again and verdict != FINISHED else _next(verdict, cancelled)
     if verdict == BAD_NODE and after == "requeue":
@@ -178,19 +178,19 @@ def _verdict(told: Sequence[RankRecord], tasks: int, code: int, lost: Sequence[s
         return BAD_NODE, "a node has failed its checks"
     if lost:  # before what the others met with: they failed because somebody was gone
         return BAD_NODE, f"lost {', '.join(lost)}"
-    if not told and code == SAVED:
-        return SAVED, "asked to stop before any task began"
-    wrong = [r for r in told if r.code not in (None, FINISHED, SAVED)]
+    if not told and code == AGAIN:
+        return AGAIN, "asked to stop before any task began"
+    wrong = [r for r in told if r.code not in (None, FINISHED, AGAIN)]
     if wrong:
         first = min(wrong, key=lambda record: record.ended or 0.0)
         assert first.code is not None
         return first.code if 0 < first.code < 128 else FAILURE, f"rank {first.rank} on {first.host}: {first.error}"
     silent = [r for r in told if r.code is None]
     if len(told) == tasks and not silent:
-        if SAVED in codes:
-            return SAVED, "asked to stop; saved"
+        if AGAIN in codes:
+            return AGAIN, "asked to stop; saved"
         return FINISHED, "the run is finished"
-    if told and not silent and code in (FINISHED, SAVED) and codes == {code}:
+    if told and not silent and code in (FINISHED, AGAIN) and codes == {code}:
         return code, "the run is finished" if code == FINISHED else "asked to stop; saved"
     if silent:
         who = ", ".join(f"{r.rank} on {r.host}" for r in silent[:4]) + (" and others" if len(silent) > 4 else "")
@@ -206,11 +206,11 @@ def _next(verdict: int, cancelled: bool) -> str:
         return "finished"
     if cancelled:
         return "cancelled"
-    return "requeue" if verdict in (SAVED, BAD_NODE) else "failed"
+    return "requeue" if verdict in (AGAIN, BAD_NODE) else "failed"
 
 
 def _story(told: Sequence[RankRecord], verdict: int, number: int, after: str, reason: str) -> Iterable[str]:
-    wrong = sorted((r for r in told if r.code not in (None, FINISHED, SAVED, BAD_NODE)), key=lambda r: r.ended or 0.0)
+    wrong = sorted((r for r in told if r.code not in (None, FINISHED, AGAIN, BAD_NODE)), key=lambda r: r.ended or 0.0)
     for record in wrong[:1]:
         yield f"[shoestring] rank {record.rank} on {record.host} was the first to fail, with exit code {record.code}:"
         yield (record.traceback or record.error).rstrip()
@@ -279,16 +279,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds = begin(given.job_dir, given.attempt, [n for n in given.nodes.split(",") if n], given.engine_id)
         if not seconds:
             print("[shoestring] the job has used up its hours", file=sys.stderr, flush=True)
-            return 1
+            return FAILURE
         print(seconds)
-        return 0
+        return FINISHED
     lost, pool = ([node for node in names.split(",") if node] for names in (given.lost, given.pool))
     after, code = end(
         given.job_dir, given.attempt, given.code, cancelled=given.cancelled, warned=given.warned, lost=lost,
         pool=pool, again=given.again,
     )  # fmt: skip
     print(after, code)
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

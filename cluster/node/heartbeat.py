@@ -15,7 +15,6 @@ every one of them has said that it listens.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import select
 import signal
@@ -30,13 +29,13 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ...exits import AGAIN, FINISHED, KILLED, die_with_parent
 from . import ranks
 
 SILENCE = 30.0  # seconds without a word after which the line counts as broken
 POLL = 0.2
 AFTERWARDS = 15.0  # seconds for tasks that have saved, and for torchrun, to come to their ends
 CONSEQUENCE = 5.0  # tasks that fail within so many seconds of a killed one have failed because of it
-KILLED = 128 + signal.SIGKILL
 ASKS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
@@ -90,7 +89,7 @@ class Tasks:
             return
         self.gone |= gone
         told, now = ranks.read(self.job_dir, self.attempt), time.time()
-        first = min((r.ended for r in told if r.ended and r.code not in (None, 0, 85)), default=now)
+        first = min((r.ended for r in told if r.ended and r.code not in (None, FINISHED, AGAIN)), default=now)
         ended = first - 0.001 if now - first < CONSEQUENCE else now
         for record in told:
             if record.rank in gone and record.code is None:
@@ -138,12 +137,6 @@ def run(command: Sequence[str], tasks: Tasks, line: LifeLine, lead: float) -> in
     if process.returncode:
         tasks.kill()
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies (Linux; elsewhere nothing)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _alive(pid: int) -> bool:
@@ -195,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if found:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
     # to torchrun 85 is a failure: it would end the tasks that are still busy after having saved
-    os.environ[ranks.SAVED_EXIT] = "0"
+    os.environ[ranks.SAVED_EXIT] = str(FINISHED)
     first = given.node_rank * given.tasks
     job_dir, attempt = Path(os.environ["SHOESTRING_JOB_DIR"]), int(os.environ["SHOESTRING_ATTEMPT"])
     tasks = Tasks(job_dir, attempt, range(first, first + given.tasks))

@@ -26,6 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ... import exits
 from . import attempts, ranks
 from .rendezvous import Followers, Leader, Lost
 
@@ -84,7 +85,7 @@ class Node:
     def well(self) -> bool:
         """Whether every task here has ended as it should."""
         codes = [record.code for record in self.records()]
-        good = (attempts.FINISHED, attempts.SAVED)
+        good = (exits.FINISHED, exits.AGAIN)
         return len(codes) == self.facts["devices_per_node"] and all(code in good for code in codes)
 
     def kill(self) -> None:
@@ -117,7 +118,7 @@ def lead(node: Node, others: Followers) -> tuple[str, int, list[str]]:
     node.kill()
     child = node.child
     after, code = attempts.end(
-        node.job_dir, node.attempt, child.returncode if child is not None else attempts.FAILURE,
+        node.job_dir, node.attempt, child.returncode if child is not None else exits.FAILURE,
         cancelled=(node.job_dir / "cancelled").exists(), warned=node.warned, lost=sorted(others.lost),
     )  # fmt: skip
     return after, code, sorted(others.lost)
@@ -137,7 +138,7 @@ def follow(node: Node, leader: Leader) -> int:
             time.sleep(POLL)
     except Lost:
         print("[shoestring] node 0 is lost", file=sys.stderr, flush=True)
-        return attempts.SAVED
+        return exits.AGAIN
     finally:
         node.kill()
 
@@ -145,10 +146,10 @@ def follow(node: Node, leader: Leader) -> int:
 def exit_code(after: str, code: int, lost: Sequence[str]) -> int:
     """What the engine is told."""
     if after == "finished":
-        return attempts.FINISHED
+        return exits.FINISHED
     if after == "requeue":
-        return attempts.SAVED if lost else code  # a lost node is the engine's to replace
-    return attempts.FAILURE if code in (attempts.FINISHED, attempts.SAVED, attempts.BAD_NODE) else code
+        return exits.AGAIN if lost else code  # a lost node is the engine's to replace
+    return exits.FAILURE if code in (exits.FINISHED, exits.AGAIN, exits.BAD_NODE) else code
 
 
 def prepare(files: Path, job_dir: Path) -> None:
@@ -208,7 +209,7 @@ def _first(given: argparse.Namespace, facts: dict[str, Any], job_dir: Path, name
     seconds = attempts.begin(job_dir, number, [name])
     with Followers(facts["id"], given.nodes - 1, given.port - 1) as others:
         if not seconds:
-            code = attempts.FAILURE
+            code = exits.FAILURE
         elif others.wait(number, seconds, lambda: bool(early)):
             attempts.note(job_dir, number, nodes=[name, *others.names])
             node = Node(facts, job_dir, 0, number, seconds - (time.monotonic() - began))
@@ -216,7 +217,7 @@ def _first(given: argparse.Namespace, facts: dict[str, Any], job_dir: Path, name
             node.start(others.address, given.port, given.command)
             code = exit_code(*lead(node, others))
         else:
-            ended = attempts.end(job_dir, number, attempts.SAVED if early else attempts.FAILURE)
+            ended = attempts.end(job_dir, number, exits.AGAIN if early else exits.FAILURE)
             code = exit_code(*ended, ())
         if given.message:
             leave_message(given.message, job_dir)
@@ -229,7 +230,7 @@ def _other(given: argparse.Namespace, facts: dict[str, Any], job_dir: Path, name
         leader = Leader(facts["id"], given.master, given.port - 1, given.node, name, lambda: bool(early))
     except Lost as error:
         print(f"[shoestring] {error}", file=sys.stderr, flush=True)
-        return attempts.SAVED
+        return exits.AGAIN
     with leader:
         node = Node(facts, job_dir, given.node, leader.attempt, facts["hours"] * 3600)
         _listen(node, early)

@@ -29,8 +29,9 @@ sys.exit(any(task.wait() for task in tasks))
 TASK = """
 import os, signal, sys, time
 time.sleep(1.0)  # imports: a signal here would be the end
-from shoestring.cluster.node import heartbeat, ranks
-heartbeat.die_with_parent()
+from shoestring.cluster.node import ranks
+from shoestring.exits import die_with_parent
+die_with_parent()
 told = []
 signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
 job_dir, attempt = ranks.place()

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ... import ShoestringError, __version__
+from ...exits import BAD_INPUT, FAILURE
 from ..monitor.signals import is_first
 from . import jobs as job_commands
 from . import models as model_commands
@@ -195,7 +196,7 @@ def doctor(as_json: AsJson = False) -> None:
 
         show_findings(findings)
     if any(finding.ok is False for finding in findings):
-        raise typer.Exit(1)
+        raise typer.Exit(FAILURE)
 
 
 @app.command()
@@ -231,7 +232,7 @@ def main() -> None:
                 raise
             if is_first():
                 print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(BAD_INPUT)
 
 
 def _as_task() -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ... import ShoestringError
+from ... import ShoestringError, exits
 from ...cluster.environment import TaskStream, redacted
 from ...cluster.node import attempts, ranks
 from ..monitor import signals
@@ -28,7 +28,7 @@ def as_task() -> Iterator[None]:
         yield
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        signals.die_with_parent()
+        exits.die_with_parent()
     sys.stdout, sys.stderr = TaskStream(sys.stdout), TaskStream(sys.stderr)  # type: ignore[assignment]
     signals.listen_early()  # a task may be asked to stop before it has a trainer
     job_dir, attempt = here
@@ -43,9 +43,9 @@ def as_task() -> Iterator[None]:
         ranks.write(job_dir, attempt, ranks.ended(record, code, said, where))
         if where or isinstance(getattr(error, "code", None), str):
             print(redacted(f"[rank {record.rank} on {record.host}] {where or said}"), file=sys.stderr, flush=True)
-        raise SystemExit(int(os.environ.get(ranks.SAVED_EXIT, code)) if code == signals.SAVED else code) from None
+        raise SystemExit(int(os.environ.get(ranks.SAVED_EXIT, code)) if code == exits.AGAIN else code) from None
     _ignore_signals()
-    ranks.write(job_dir, attempt, ranks.ended(record, signals.FINISHED))
+    ranks.write(job_dir, attempt, ranks.ended(record, exits.FINISHED))
 
 
 def preflight() -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def preflight() -> list[dict[str, Any]]:
     except BadNodes as error:
         if task.local_rank == 0:
             print(f"[shoestring] {error}", file=sys.stderr, flush=True)
-        raise SystemExit(signals.BAD_NODE) from error
+        raise SystemExit(exits.BAD_NODE) from error
     if task.rank:
         return []
     about = {"window": "preflight", "seconds": found.seconds, "bandwidth": found.bandwidth, "nodes": task.nodes}
@@ -80,10 +80,10 @@ def preflight() -> list[dict[str, Any]]:
 def _outcome(error: BaseException) -> tuple[int, str]:
     """Exit code and what to say of it in one line."""
     if isinstance(error, SystemExit):
-        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        code = error.code if isinstance(error.code, int) else exits.FINISHED if error.code is None else exits.FAILURE
         cause = error.__context__ if isinstance(error.__context__, ShoestringError) else None
         return code, str(cause or (error.code if isinstance(error.code, str) else ""))
-    return signals.FAILURE, f"{type(error).__name__}: {error}"
+    return exits.FAILURE, f"{type(error).__name__}: {error}"
 
 
 def _ignore_signals() -> None:

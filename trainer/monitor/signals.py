@@ -1,7 +1,4 @@
-"""Signals become a sticky flag; the ranks agree on it at a step boundary (see callbacks/accounting/agreement.py).
-
-Exit codes of a run: 0 finished, 1 failure, 2 bad input, 85 saved - run me again, 86 this node is bad.
-"""
+"""Signals become a sticky flag; the ranks agree on it at a step boundary (see callbacks/accounting/agreement.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-FINISHED, FAILURE, BAD_INPUT, SAVED, BAD_NODE = 0, 1, 2, 85, 86
+from ...exits import AGAIN, FINISHED
 
 # a scheduler's warning, its end, and Ctrl-C (a second Ctrl-C interrupts at once)
 ASKS_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -21,14 +18,14 @@ _LAUNCHER = "SHOESTRING_LAUNCHER"  # process id of the rank that launches the ot
 class Preempted(SystemExit):
     """The run was asked to stop, has saved, and goes on when the same command is given again. Exits with 85."""
 
-    def __init__(self, code: int = SAVED) -> None:
+    def __init__(self, code: int = AGAIN) -> None:
         super().__init__(code)
 
 
 def preempted() -> Preempted:
     """How this rank ends a run that goes on later."""
     # the launcher kills rank 0 when a rank that it started returns anything but 0
-    return Preempted(0) if launched_here() else Preempted()
+    return Preempted(FINISHED) if launched_here() else Preempted()
 
 
 def will_launch() -> None:
@@ -86,12 +83,3 @@ class StopRequest:
             for number, handler in self._before.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies, so that no rank outlives a killed rank 0 (Linux)."""
-    import ctypes
-    import sys
-
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
