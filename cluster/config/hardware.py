@@ -15,9 +15,7 @@ it entry by entry and key by key: an own cluster's price is three lines.
 from __future__ import annotations
 
 import difflib
-import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,6 +25,7 @@ from typing import Any
 import yaml
 
 from ... import ShoestringError
+from ...directories import home
 
 CATALOGUE = Path(__file__).with_name("hardware.yaml")
 DTYPES = ("bf16", "fp16", "tf32", "fp32", "fp8")
@@ -64,16 +63,6 @@ class Hardware:
     note: str = ""
     aliases: tuple[str, ...] = ()
     patterns: tuple[str, ...] = field(default=(), repr=False)
-
-
-def home() -> Path:
-    """`$SHOESTRING_HOME`, else the user's data directory (`~/.local/share/shoestring`). Not created here."""
-    given = os.environ.get("SHOESTRING_HOME")
-    if given:
-        return Path(given).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "shoestring"
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "shoestring"
 
 
 def known_hardware() -> dict[str, Hardware]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -32,13 +31,6 @@ _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 class LedgerError(ShoestringError):
     """The ledger's file cannot be used, or no run matches what was asked for."""
-
-
-def home() -> Path:
-    """`SHOESTRING_HOME`, by default `shoestring` in the user's data folder (`XDG_DATA_HOME`, `~/.local/share`)."""
-    if chosen := os.environ.get("SHOESTRING_HOME"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "shoestring"
 
 
 class LedgerBusy(LedgerError):

@@ -12,8 +12,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ...directories import home
 from . import lock
-from .database import TABLES, LedgerBusy, LedgerError, home, reading, writing
+from .database import TABLES, LedgerBusy, LedgerError, reading, writing
 from .identity import IdentityError, RunIdentity, read_summary
 from .journal import LOCK_NAME
 from .lines import Problem, Row, read, segments

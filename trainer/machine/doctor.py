@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from ...callbacks.accounting.energy import POWERCAP, Nvml, Rapl
-from ...cluster.config.hardware import HardwareError, home, known_hardware
+from ...cluster.config.hardware import HardwareError, known_hardware
+from ...directories import home
 from .extensions import BUILDERS, extensions_dir, lock_holder
 from .facts import Machine, facts, version
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO
 
 from ... import ShoestringError
-from ...cluster.config.hardware import home
+from ...directories import home
 from .facts import cpu_flags, version
 
 BUILDERS = {  # extension -> class of DeepSpeed that builds it

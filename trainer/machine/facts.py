@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ... import ShoestringError
-from ...cluster.config.hardware import HardwareError, hardware, home, match
+from ...cluster.config.hardware import HardwareError, hardware, match
+from ...directories import home
 
 PACKAGES = ("torch", "pytorch-lightning", "deepspeed", "transformers", "peft")
 BUDGET_SECONDS = 0.25  # of one peak measurement
