@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
 from .. import ShoestringError
+from ..spelling import nearest
 from .contract import Technique
 from .own_code import import_code, is_code
 
@@ -52,8 +52,8 @@ class UnknownTechnique(ShoestringError):
 
     def __init__(self, found: str, legal: list[str], of: str | None = None) -> None:
         self.found, self.legal, self.of = found, legal, of
-        near = get_close_matches(found, legal, n=1)
-        self.hint = f"did you mean {near[0]!r}?" if near else ""
+        near = nearest(found, legal)
+        self.hint = f"did you mean {near!r}?" if near else ""
         said = f"{of} has no setting {found!r}; it has" if of else f"no technique is called {found!r}; there are"
         super().__init__(f"{said} {', '.join(legal) or 'none'}. {self.hint}".rstrip())
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..spelling import did_you_mean
 from . import environment, registry
-from .config.reading import ClusterError, nearest
+from .config.reading import ClusterError
 from .engine import Heard, JobRecord
 from .job import Job, refuse_over_cap
 from .node import attempts
@@ -175,7 +176,7 @@ def find(wanted: str, known: list[JobRecord]) -> JobRecord:
             raise ClusterError(f"{wanted!r} means {len(same)} jobs: {', '.join(r.id for r in same)}. Give more of it.")
         if same:
             return same[0]
-    hint = nearest(wanted, [r.id for r in known]) or f"there are {', '.join(r.id for r in known[:8]) or 'none'}"
+    hint = did_you_mean(wanted, [r.id for r in known]) or f"there are {', '.join(r.id for r in known[:8]) or 'none'}"
     raise ClusterError(f"no job {wanted!r}; {hint}")
 
 

@@ -16,9 +16,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from ..spelling import did_you_mean
 from . import registry
 from .config.hardware import known_hardware
-from .config.reading import ClusterError, Document, Where, nearest, read, shown
+from .config.reading import ClusterError, Document, Where, read, shown
 from .config.sections import Cluster
 
 # texts by nature: `012` and `yes` stay what was written
@@ -66,7 +67,7 @@ def _keep_spelling(document: Document) -> None:
 def _engine_problems(document: Document, name: str) -> list[str]:
     names = registry.names()
     if name not in names:
-        return [document.complain(("engine",), name, " | ".join(names), nearest(name, names))]
+        return [document.complain(("engine",), name, " | ".join(names), did_you_mean(name, names))]
     options = registry.engine(name).Options
     given = document.values.get("options")
     try:
@@ -143,7 +144,7 @@ def _held(kind: Any) -> tuple[type[BaseModel] | None, Any]:
 def _complaint(document: Document, detail: dict[str, Any], spot: Spot) -> str:
     if detail["type"] == "extra_forbidden":
         keys = list(spot.section.model_fields)
-        return document.complain(spot.at, "an unknown key", _keys(spot.section), nearest(str(spot.at[-1]), keys))
+        return document.complain(spot.at, "an unknown key", _keys(spot.section), did_you_mean(str(spot.at[-1]), keys))
     if spot.key:
         return document.complain(spot.at, str(spot.at[-1]), "names of letters, digits and underscores")
     if detail["type"] == "missing":
@@ -156,9 +157,9 @@ def _complaint(document: Document, detail: dict[str, Any], spot: Spot) -> str:
         said = "a text, which is not repeated here"  # it may be the secret itself
     hint = ""
     if spot.at == ("hardware",):
-        hint = nearest(said, [spelling for e in known_hardware().values() for spelling in (e.name, *e.aliases)])
+        hint = did_you_mean(said, [spelling for e in known_hardware().values() for spelling in (e.name, *e.aliases)])
     elif isinstance(value, str):
-        hint = nearest(value, _choices(spot.field))
+        hint = did_you_mean(value, _choices(spot.field))
     return document.complain(spot.at, said, _rule(spot, detail), hint)
 
 

@@ -6,7 +6,6 @@ several layers share is named once, as `named_parameters` names it, and a patter
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ...spelling import most_similar
 from ..contract import Unfit
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -35,8 +35,8 @@ def check_skip(module: nn.Module, skip: Sequence[str], technique: str, *, layers
     known = names | {name.removesuffix(".weight") for name in names if layers}
     for pattern in skip:
         if not fnmatch.filter(known, pattern):
-            near = difflib.get_close_matches(pattern, sorted(names), n=1, cutoff=0.0)
-            hint = f" Nearest: {near[0]}." if near else ""
+            near = most_similar(pattern, names)
+            hint = f" Nearest: {near}." if near else ""
             raise Unfit(f"{technique}: skip={pattern!r} matches no parameter of {type(module).__name__}.{hint}")
 
 

@@ -14,7 +14,6 @@ it entry by entry and key by key: an own cluster's price is three lines.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ import yaml
 
 from ... import ShoestringError
 from ...directories import home
+from ...spelling import all_near, nearest
 
 CATALOGUE = Path(__file__).with_name("hardware.yaml")
 DTYPES = ("bf16", "fp16", "tf32", "fp32", "fp8")
@@ -101,7 +101,7 @@ def _bare(device_name: str) -> str:
 
 def _unknown(name: str, spelled: str, known: Mapping[str, Hardware]) -> str:
     spellings = {spelling: entry.name for entry in known.values() for spelling in (entry.name, *entry.aliases)}
-    near = difflib.get_close_matches(spelled, spellings, n=3, cutoff=0.5)
+    near = all_near(spelled, spellings)[:3]
     hint = f"Did you mean {' or '.join(dict.fromkeys(near))}?" if near else f"Known: {', '.join(sorted(known))}."
     return f"unknown hardware {name!r}. {hint} Add your own under `hardware:` in {home() / 'hardware.yaml'}."
 
@@ -139,8 +139,8 @@ def _check(where: str, change: Any) -> None:
     if not isinstance(change, dict):
         raise HardwareError(f"{where} must be a mapping such as {{usd_per_hour: 1.10}}, found {change!r}.")
     for key in set(change) - _KEYS:
-        near = difflib.get_close_matches(str(key), _KEYS, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Keys: {', '.join(sorted(_KEYS))}."
+        near = nearest(str(key), _KEYS)
+        hint = f"Did you mean {near!r}?" if near else f"Keys: {', '.join(sorted(_KEYS))}."
         raise HardwareError(f"{where} has the unknown key {key!r}. {hint}")
     for key in (*_REQUIRED, "spot"):
         _check_number(f"{where}.{key}", change.get(key))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,12 +109,6 @@ def _value(node: Any, at: Where, document: Document, above: set[int]) -> Any:
             raise ClusterError(document.complain((*at, name), f"{name} a second time", "each key once"))
         found[name] = _value(child, (*at, name), document, above)
     return found
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """`did you mean X?`, or an empty string when nothing is near."""
-    found = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
-    return f"did you mean {found[0]}?" if found else ""
 
 
 def _sibling(path: Path) -> str:

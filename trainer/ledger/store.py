@@ -8,11 +8,11 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import astuple, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ...directories import home
+from ...spelling import nearest
 from . import lock
 from .database import TABLES, LedgerBusy, LedgerError, reading, writing
 from .identity import IdentityError, RunIdentity, read_summary
@@ -238,8 +238,8 @@ def _run_dirs(folder: Path) -> Iterator[Path]:
 
 def _no_run(wanted: str, runs: list[RunRow], path: Path) -> str:
     names = sorted({name for run in runs for name in (run.name, run.id)})
-    near = get_close_matches(wanted, names, n=1, cutoff=0.4)
+    near = nearest(wanted, names)
     if not runs:
         return f"no run {wanted!r}: the ledger {path} is empty."
-    hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(names[:8])}."
+    hint = f"Did you mean {near!r}?" if near else f"There are {', '.join(names[:8])}."
     return f"no run {wanted!r} in {path}. {hint}"

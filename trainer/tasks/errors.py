@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 from ... import ShoestringError
+from ...spelling import nearest
 
 
 class TaskError(ShoestringError):
@@ -15,7 +15,7 @@ class TaskError(ShoestringError):
 def unknown(what: str, found: object, allowed: Iterable[str]) -> TaskError:
     """An error for a name that is not in a closed list: says what was found, what was probably meant, what exists."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(str(found), names, n=1)
-    guess = f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(str(found), names)
+    guess = f" Did you mean {near!r}?" if near else ""
     listed = ", ".join(names) if len(names) <= 40 else f"{len(names)} names, such as {', '.join(names[:8])}"
     return TaskError(f"{what}: {found!r} is unknown.{guess} Known: {listed}.")
