@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..files import replace_file
 from ..spelling import did_you_mean
 from . import environment, registry
 from .config.reading import ClusterError
@@ -192,7 +193,4 @@ def cancel(record: JobRecord) -> None:
 
 def _write(record: JobRecord) -> None:
     own = {key: value for key, value in record.__dict__.items() if key != "facts"}
-    path = Path(record.job_dir, "job.json")
-    partial = path.with_suffix(".writing")
-    partial.write_text(json.dumps({**record.facts, "record": own}, indent=1))
-    partial.rename(path)
+    replace_file(Path(record.job_dir, "job.json"), json.dumps({**record.facts, "record": own}, indent=1))

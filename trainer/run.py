@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ..callbacks.accounting.budget import Budget
+from ..files import replace_file
 from .lightning_options import LightningOptions
 from .monitor.records import Display, Records
 from .planning.planner import Plan
@@ -195,7 +196,7 @@ def _report(plan: Plan, run_dir: Path, summary: Mapping[str, Any], task: Any) ->
         exported=exported,
         recipe_hash=recipe.hash,
     )
-    (run_dir / "report.json").write_text(json.dumps(report.as_dict(), indent=1, default=str))
+    replace_file(run_dir / "report.json", json.dumps(report.as_dict(), indent=1, default=str))
     return report
 
 

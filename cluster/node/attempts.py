@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from ...exits import AGAIN, BAD_NODE, FAILURE, FINISHED
+from ...files import replace_file
 from . import ranks
 from .ranks import RankRecord
 
@@ -238,7 +239,7 @@ def excluded(job_dir: str | Path) -> list[str]:
 def exclude(job_dir: Path, nodes: Iterable[str]) -> None:
     """Do not use these nodes again for this job."""
     both = dict.fromkeys([*excluded(job_dir), *nodes])
-    (job_dir / "excluded").write_text("".join(f"{node}\n" for node in both))
+    replace_file(job_dir / "excluded", "".join(f"{node}\n" for node in both))
 
 
 def forget_secrets(job_dir: str | Path) -> None:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from ...files import replace_file
 from ..environment import redacted
 
 # with which code a task ends that has saved, where that is not 85; its record says 85 all the same
@@ -68,10 +69,7 @@ def write(job_dir: str | Path, attempt: int, record: RankRecord) -> None:
     folder = attempt_dir(job_dir, attempt)
     path = folder / f"rank-{record.rank:05d}.json"
     with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(asdict(record)))
-        partial.rename(path)
+        replace_file(path, json.dumps(asdict(record)))
 
 
 def read(job_dir: str | Path, attempt: int) -> list[RankRecord]:

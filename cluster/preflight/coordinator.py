@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ...files import replace_file
 from ..config.reading import ClusterError
 from ..node import ranks
 from . import allreduce, verdict
@@ -210,7 +210,7 @@ class Director:
         print(verdict.table(self.found.nodes, self.found.seconds), flush=True)
         for warning in self.found.warnings:
             print(f"[shoestring] pre-flight: {warning}", flush=True)
-        write(self.task.folder / "preflight.json", self.found.__dict__)
+        replace_file(self.task.folder / "preflight.json", json.dumps(self.found.__dict__, indent=1))
 
     def _tell(self) -> None:
         """Give the verdict, and keep the store until everybody has read it, or everybody who may still come."""
@@ -221,13 +221,6 @@ class Director:
         end = time.monotonic() + 3 if self.faults else max(self.began + self.task.timeout, time.monotonic() + 3)
         while others and int(self.store.add("read", 0)) < others and time.monotonic() < end:
             time.sleep(0.02)
-
-
-def write(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace `path`, whole or not at all."""
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1))
-    partial.rename(path)
 
 
 def _place(folder: Path) -> tuple[Path, int]:

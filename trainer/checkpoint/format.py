@@ -25,6 +25,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from ... import ShoestringError
+from ...files import replace_file, sync_directory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,15 +81,12 @@ def publish(root: Path, step: int, files: Mapping[str, Any], about: Mapping[str,
     """Complete the working directory: manifest, fsync, rename, then the pointer. Returns the final directory."""
     folder, final = working_directory(root, step), root / f"{step:09d}"
     manifest = {"format": FORMAT, "step": step, **about, "files": dict(sorted(files.items()))}
-    _write(folder / MANIFEST, json.dumps(manifest, indent=1))
-    _sync_directory(folder)
+    replace_file(folder / MANIFEST, json.dumps(manifest, indent=1))
     if final.exists():
         shutil.rmtree(final)
     folder.rename(final)
-    _sync_directory(root)
-    _write(root / ".latest", final.name)
-    (root / ".latest").rename(root / "latest")
-    _sync_directory(root)
+    sync_directory(root)
+    replace_file(root / "latest", final.name)
     return final
 
 
@@ -229,18 +227,3 @@ def _seal(path: Path) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import ShoestringError, __version__
+from ...files import replace_file, write_beside
 from .lines import finite
 
 _RECORDED = (
@@ -81,9 +82,7 @@ def write_summary(run_dir: Path, values: Mapping[str, Any]) -> None:
 
     Final metrics go in under `metrics`. Raises `OSError` if the disk refuses it.
     """
-    path = Path(run_dir) / "summary.json"
-    temporary = _write_beside(path, json.dumps(finite(values), indent=1))
-    os.replace(temporary, path)
+    replace_file(Path(run_dir) / "summary.json", json.dumps(finite(values), indent=1))
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
@@ -95,25 +94,10 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _write_beside(path: Path, text: str) -> Path:
-    """A durable file with this text in the folder of `path`; it is for the caller to give it its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
-
-
 def _publish(path: Path, text: str) -> None:
     """Write `text` to `path` unless it exists by now."""
     try:
-        temporary = _write_beside(path, text)
+        temporary = write_beside(path, text)
         try:
             os.link(temporary, path)  # unlike a rename, a link never replaces what another rank has just made
         except FileExistsError:

@@ -21,6 +21,7 @@ from pathlib import Path
 from time import monotonic, time
 
 from ... import ShoestringError
+from ...files import sync_directory
 from . import lock
 from .lines import KINDS, RESERVED, Problem, Row, finite, next_attempt, plain, read, resume_point, seal, segment_name
 
@@ -72,7 +73,7 @@ class Journal:
             fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._size, self._seq = resume_point(self.path)
             os.ftruncate(fd, self._size)
-            _fsync_directory(self.path.parent)
+            sync_directory(self.path.parent)
         except OSError as error:
             self._unlock()
             raise JournalError(
@@ -214,11 +215,3 @@ def _writable(fields: Mapping[str, object]) -> object:
         return finite(fields)
     except Exception as error:
         return {"unwritable": f"{type(error).__name__}: {error}"}
-
-
-def _fsync_directory(directory: Path) -> None:
-    """Make the new file's name as durable as its content."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    with suppress(OSError):  # some network file systems refuse this
-        os.fsync(descriptor)
-    os.close(descriptor)

@@ -24,6 +24,7 @@ from typing import Any
 from ... import ShoestringError
 from ...cluster.config.hardware import HardwareError, hardware, match
 from ...directories import home
+from ...files import replace_file
 
 PACKAGES = ("torch", "pytorch-lightning", "deepspeed", "transformers", "peft")
 BUDGET_SECONDS = 0.25  # of one peak measurement
@@ -158,11 +159,8 @@ def _read_peaks(store: Path) -> dict[str, float]:
 
 
 def _write_peaks(store: Path, peaks: dict[str, float]) -> None:
-    fresh = store.with_name(f"{store.name}.{platform.node()}.{os.getpid()}")
     with contextlib.suppress(OSError):  # a read-only home costs 0.3 s a run, no more
-        store.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps({**_read_peaks(store), **peaks}, indent=1, sort_keys=True))
-        fresh.replace(store)
+        replace_file(store, json.dumps({**_read_peaks(store), **peaks}, indent=1, sort_keys=True))
 
 
 def _measure_threads(dtype: str) -> float:
