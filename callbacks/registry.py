@@ -9,9 +9,9 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from .. import ShoestringError
+from ..own_code import import_code, is_code
 from ..spelling import nearest
 from .contract import Technique
-from .own_code import import_code, is_code
 
 # name -> where its class lives; imported on first use, because the classes need torch and Lightning
 TECHNIQUES: dict[str, str] = {

@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from ..own_code import is_code
 from ..spelling import did_you_mean, distance
 from .recipe import Recipe
-from .schema import CODE, BudgetSpec
+from .schema import BudgetSpec
 
 TEXT_TASKS = ("causal-lm", "sequence-classification")
 BUILTIN_DATA = {  # source -> the tasks it has what it takes for
@@ -43,11 +44,6 @@ def broken(recipe: Recipe, allow_code: bool, bad: Callable[[str], bool]) -> Iter
             yield from check(recipe)
     if not allow_code:
         yield from (found for found in code(recipe) if not bad(found.key))
-
-
-def is_code(text: str) -> bool:
-    """Whether `text` is a `module:attr` of the user's own."""
-    return re.match(CODE, text) is not None
 
 
 def reading(*keys: str) -> Callable[[Check], Check]:

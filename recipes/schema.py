@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer
 from pydantic_core import PydanticCustomError
 
+from ..own_code import CODE
 from ..units import UnitError
 from . import amounts
 
-CODE = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"  # module:attr
 SLUG = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"  # also a folder's name, so no slashes and no leading dot
 
 Code = Annotated[str, Field(pattern=CODE)]

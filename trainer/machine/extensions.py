@@ -17,7 +17,6 @@ What this module does.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import platform
@@ -27,7 +26,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 from ... import ShoestringError
 from ...directories import home
@@ -208,23 +206,21 @@ def _build(folder: Path, name: str, patience: float) -> None:
 @contextlib.contextmanager
 def _turn(path: Path, name: str, patience: float) -> Iterator[None]:
     """One builder at a time. The kernel drops this lock with its process, so it cannot go stale."""
-    with path.open("a") as handle:
-        _acquire(handle, name, patience)
-        yield
+    from filelock import FileLock, Timeout
 
-
-def _acquire(handle: IO[str], name: str, patience: float) -> None:
-    started, told = time.monotonic(), False
-    while True:
+    turn = FileLock(path)
+    try:
+        turn.acquire(blocking=False)
+    except Timeout:
+        _say(f"waiting for another process to build {name} ...")
         try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() - started > patience:
-                raise ExtensionsError(f"another process has been building {name} for {patience:.0f} s.") from None
-        if not told:
-            _say(f"waiting for another process to build {name} ...")
-            told = True
-        time.sleep(0.2)
+            turn.acquire(timeout=patience)
+        except Timeout:
+            raise ExtensionsError(f"another process has been building {name} for {patience:.0f} s.") from None
+    try:
+        yield
+    finally:
+        turn.release()
 
 
 def _choose_accelerator(accelerator: str) -> None:

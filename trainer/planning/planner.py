@@ -14,10 +14,10 @@ from ... import ShoestringError
 from ...callbacks.accounting.budget import Budget
 from ...callbacks.compose import compose
 from ...callbacks.contract import BadSetting, Technique, Unfit
-from ...callbacks.own_code import CannotImport
 from ...callbacks.registry import NotATechnique, UnknownTechnique, make
 from ...cluster import Hardware
 from ...cluster.config.hardware import hardware
+from ...own_code import CannotImport
 from ...recipes import Recipe, RecipeError
 from ..machine.facts import Machine, usable_memory
 from ..machine.facts import facts as machine_facts

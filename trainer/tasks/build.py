@@ -11,9 +11,10 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ...own_code import is_code
 from .cache import cache_root
 from .classify import Classifier
-from .custom import call_code, is_code
+from .custom import call_code
 from .errors import TaskError, unknown
 from .images import build_image_model
 from .language import CausalLM

@@ -5,10 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from ...callbacks.own_code import CannotImport, import_code, is_code
+from ...own_code import CannotImport, import_code
 from .errors import TaskError
-
-__all__ = ["call_code", "is_code"]
 
 
 def call_code(name: str, args: dict[str, Any] | None, where: str) -> Any:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytorch_lightning as pl
 from torch.utils.data import default_collate
 
+from ...own_code import is_code
 from .baselines import baselines
 from .cache import digest
 from .corpora import Corpus, digits
-from .custom import call_code, is_code
+from .custom import call_code
 from .errors import TaskError
 from .images import Images
 from .sources import load_corpus

@@ -141,6 +141,28 @@ def test_a_live_build_is_waited_for_within_limits_and_a_killed_one_is_not(tmp_pa
     assert not lock.exists()
 
 
+def test_builders_take_turns_and_a_killed_one_gives_its_up(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "cpu_adam").mkdir()
+    for name in ("cpu_adam.built", "cpu_adam/cpu_adam.so"):
+        (tmp_path / name).touch()
+    code = (
+        "import fcntl, sys, time; turn = open(sys.argv[1], 'a'); fcntl.flock(turn, fcntl.LOCK_EX); print('held')\n"
+        "time.sleep(60)"
+    )
+    command = [sys.executable, "-u", "-c", code, str(tmp_path / "cpu_adam.turn")]
+    builder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert builder.stdout.readline() == "held\n"
+        with pytest.raises(ExtensionsError, match="another process has been building cpu_adam for 0 s"):
+            prebuild(["cpu_adam"], patience=0.3)
+        assert "waiting for another process to build cpu_adam" in capfd.readouterr().err
+    finally:
+        builder.send_signal(signal.SIGKILL)
+        builder.communicate()
+    assert prebuild(["cpu_adam"]) == prebuild(["cpu_adam"]) == {"cpu_adam": "present"}
+
+
 def test_a_failed_build_tells_the_compilers_words_and_leaves_no_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")

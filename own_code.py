@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from importlib import import_module
 from typing import Any
 
-from .. import ShoestringError
+from . import ShoestringError
+
+# also for pydantic, whose engine takes no functions in place of a pattern
+CODE = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
 
 
 class CannotImport(ShoestringError):
@@ -16,12 +20,15 @@ class CannotImport(ShoestringError):
 
 def is_code(name: str | None) -> bool:
     """Whether a recipe value names code: `module:attr`, both dotted Python names."""
-    module, colon, attribute = (name or "").partition(":")
-    return bool(colon) and all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")])
+    return re.fullmatch(CODE, name or "") is not None
 
 
 def import_code(name: str) -> Any:
-    """What `module:attr` names. The caller must have the user's leave (`--allow-code`): importing runs code."""
+    """What `module:attr` names. The caller must have the user's leave (`--allow-code`): importing runs code.
+
+    Raises:
+        CannotImport: There is no such module, or nothing of that name in it.
+    """
     module_name, _, attribute = name.partition(":")
     here = os.getcwd()
     if here not in sys.path:
