@@ -12,14 +12,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from ..spelling import did_you_mean
+from ..yaml_reader import is_text
 from . import registry
 from .config.hardware import known_hardware
-from .config.reading import ClusterError, Document, Where, read, shown
+from .config.reading import LEAST, ClusterError, Document, Where, read, shown
 from .config.sections import Cluster
 
 # texts by nature: `012` and `yes` stay what was written
@@ -35,8 +35,7 @@ def load_cluster(path: str | Path) -> Cluster:
     document = read(Path(path))
     if not isinstance(document.values, dict) or not document.values:
         found = shown(document.values) if document.values else "an empty file"
-        least = "a mapping with at least name, engine, devices_per_node and hardware"
-        raise ClusterError(document.complain((), found, least))
+        raise ClusterError(document.complain((), found, LEAST))
     _keep_spelling(document)
     problems: list[str] = []
     cluster: Cluster | None = None
@@ -167,9 +166,7 @@ def _quoted(spelled: str | None, value: Any) -> str:
     """A value as the file has it; in quotes where it would be something else without them."""
     if spelled is None:
         return shown(value)
-    if isinstance(value, str) and not isinstance(
-        yaml.safe_load(f"- {spelled}" if spelled.isalnum() else "- a")[0], str
-    ):
+    if isinstance(value, str) and spelled and not is_text(spelled):
         return f'"{spelled}"'
     return shown(spelled) if spelled else "an empty text"
 

@@ -1,8 +1,9 @@
 """What a run is, as data: YAML in, a validated, frozen, content-hashed `Recipe` out. Nothing here imports torch."""
 
+from ..problems import Problem
 from .dump import dump_recipe
+from .errors import RecipeError
 from .load import load_recipe, recipe_from, shipped_recipes
-from .problems import Problem, RecipeError
 from .recipe import Recipe
 from .schema import BudgetSpec, Goal, TechniqueSpec
 

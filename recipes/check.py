@@ -8,14 +8,15 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from ..problems import Problem
 from ..spelling import nearest
+from ..yaml_reader import Node, plain
 from . import tree as trees
+from .errors import RecipeError
 from .fields import allowed, hint, homes, resolve
-from .problems import Problem, RecipeError
-from .reader import Node
-from .recipe import Recipe
 from .rules import Broken, broken
-from .tree import Path, dot, plain, shown
+from .recipe import Recipe
+from .tree import Path, dot, shown
 
 # stands in for required values that are in error, so that the rules between the others can still be checked
 STAND_IN = {"name": "x", "model": {"task": "causal-lm"}, "data": {"source": "python-stdlib"}, "budget": {}}

@@ -8,8 +8,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..spelling import did_you_mean, nearest
+from ..yaml_reader import Node, scalar
 from . import tree as trees
-from .reader import Node, scalar
 from .recipe import Recipe
 from .tree import Path
 

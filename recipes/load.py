@@ -15,11 +15,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..problems import Problem, clip
 from ..spelling import nearest
+from ..yaml_reader import Node, collection
 from .check import validate
+from .errors import RecipeError
 from .overrides import override
-from .problems import Problem, RecipeError, clip
-from .reader import MAX_BYTES, Node, collection, read_yaml
+from .reader import LEAST, read_recipe_text, read_tree
 from .recipe import Recipe
 from .tree import graft, merge, shown
 
@@ -119,10 +121,10 @@ class _Files:
         return self.done[home]
 
     def read(self, path: Path) -> Node:
-        node, problems = read_yaml(_text(path), lambda line: f"{path}:{line}")
+        node, problems = read_tree(read_recipe_text(path), lambda line: f"{path}:{line}")
         self.problems += problems
         if not isinstance(node.value, dict) and not node.flawed:
-            raise self.fatal(node, "", shown(node), "a mapping with at least model, data and budget")
+            raise self.fatal(node, "", shown(node), LEAST)
         return node if isinstance(node.value, dict) else collection({}, node.where)
 
     def extended(self, path: Path, node: Node) -> Node:
@@ -182,20 +184,3 @@ def _siblings(path: Path, shipped: Mapping[str, Path]) -> str:
     if match and not path.is_dir():
         return f"did you mean {match}?"
     return f"that folder has {clip(', '.join(there))}" if there else f"shipped are {', '.join(shipped)}"
-
-
-def _text(path: Path) -> str:
-    """The file's text; at most `MAX_BYTES` of it are ever read."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            size = f"{MAX_BYTES // 1024} KiB"
-            raise RecipeError([Problem(f"{path}:1", "", f"more than {size}", f"at most {size}")])
-        return content.decode("utf-8-sig")
-    except OSError as error:
-        raise RecipeError([Problem(str(path), "", f"{error.strerror or error}", "a readable file")]) from None
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        found = f"the byte 0x{content[error.start]:02x}, which is not UTF-8"
-        raise RecipeError([Problem(f"{path}:{line}", "", found, "text in UTF-8", "save the file as UTF-8")]) from None

@@ -16,9 +16,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ..problems import Problem, clip
 from ..spelling import did_you_mean
-from .problems import Problem, RecipeError, clip
-from .reader import Node, collection, read_yaml, scalar
+from ..yaml_reader import Node, collection, scalar
+from .errors import RecipeError
+from .reader import read_tree
 from .tree import put, shown
 
 _OVERRIDE = re.compile(r"(?P<path>[^=\s]+?)(?P<sign>[+-]?)=(?P<value>.*)", re.DOTALL)
@@ -44,7 +46,7 @@ def override(tree: Node, text: str) -> Node:
 def _value(text: str, place: str, key: str) -> Node:
     """Brackets and quotes are YAML; anything else is one scalar, so that `def f(x):` needs no quotes."""
     if text[:1] in ("[", "{") or (len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"):
-        node, problems = read_yaml(text, lambda line: place, key)
+        node, problems = read_tree(text, lambda line: place, key)
         if problems:
             raise RecipeError(problems)
         return node

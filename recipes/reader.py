@@ -1,235 +1,38 @@
-"""A strict YAML reader that remembers where everything stands.
-
-The loaders that come with YAML libraries read `off` as False and `1e-4` as text, keep the last of two equal keys
-without a word, build Python objects on request, expand nested aliases without limit and forget the line numbers. This
-one reads parser events and builds a tree of `Node`s: scalars as in YAML 1.2, no tags, no duplicate keys, and every
-alias counted at its full size before anything is expanded.
-"""
+"""A recipe's text as a tree, and what is wrong with it as a `RecipeError`."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
-import yaml
+from ..problems import Malformed, Problem
+from ..yaml_reader import Node, read_text, read_yaml
+from .errors import RecipeError
 
-from .problems import Problem, RecipeError, clip
-
-MAX_BYTES = 256 * 1024
-MAX_NODES = 10_000  # with every alias counted at the size of what it stands for
-MAX_DEPTH = 32
-MAX_DIGITS = 40
-
-_WORDS: dict[str, bool | None] = {
-    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
-    **dict.fromkeys(("true", "True", "TRUE"), True),
-    **dict.fromkeys(("false", "False", "FALSE"), False),
-}
-_INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_INFINITE = re.compile(r"([-+]?)\.(?:inf|Inf|INF)")
-_TAG = re.compile(r"![^\s,\[\]{}]*")
+LEAST = "a mapping with at least model, data and budget"
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A value and where it stands.
+def read_tree(text: str, place: Callable[[int], str], key: str = "") -> tuple[Node, list[Problem]]:
+    """`read_yaml` of a recipe, or of a value in an override.
 
-    `value` is a scalar, `list[Node]` or `dict[str, Node]`; `where` the `file:line` of its key (of the item in a list);
-    `text` a scalar's spelling, quotes included; `size` and `height` count its nodes and levels, aliases expanded;
-    `flawed` says that a problem with it was reported already, so that nothing more is said about it.
+    Raises:
+        RecipeError: No tree can be had.
     """
-
-    value: Any
-    where: str
-    text: str = ""
-    size: int = 1
-    height: int = 1
-    flawed: bool = False
+    try:
+        return read_yaml(text, place, key=key, what="recipe", least=LEAST)
+    except Malformed as error:
+        raise RecipeError(error.problems) from None
 
 
-def scalar(text: str) -> bool | int | float | str | None:
-    """The value of an unquoted word, by the rules of YAML 1.2: `1e-4` is a number, `off` and `yes` are text.
+def read_recipe_text(path: Path) -> str:
+    """The text of the file `path`.
 
-    Raises `ValueError` with a sentence for what is no usable number: `.nan`, `1e999`, thousands of digits.
+    Raises:
+        RecipeError: It cannot be read, is too large, or is no text.
     """
-    if text in _WORDS:
-        return _WORDS[text]
-    if infinite := _INFINITE.fullmatch(text):
-        return -math.inf if infinite[1] == "-" else math.inf
-    if text in (".nan", ".NaN", ".NAN"):
-        raise ValueError("a number")
-    if not (_INTEGER.fullmatch(text) or _FLOAT.fullmatch(text)):
-        return text
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"a number of at most {MAX_DIGITS} characters")
-    if _INTEGER.fullmatch(text):
-        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
-    if math.isinf(float(text)):
-        raise ValueError("a number that fits 64 bits, at most about 1.8e308")
-    return float(text)
-
-
-def collection(value: list[Node] | dict[str, Node], where: str) -> Node:
-    """The node of a list or a mapping, its size and height counted from its children."""
-    children = value if isinstance(value, list) else list(value.values())
-    size = 1 + sum(child.size for child in children)
-    return Node(value, where, "", size, 1 + max((child.height for child in children), default=0))
-
-
-def dotted(parts: Sequence[str]) -> str:
-    """The path of a key as messages show it: `optimizer.betas[1]`."""
-    return ".".join(parts).replace(".[", "[")
-
-
-def read_yaml(text: str, place: Callable[[int], str], key: str = "") -> tuple[Node, list[Problem]]:
-    """The one document of `text` as a tree, and the problems it has that do not stop the reading.
-
-    `place` turns a line number (from 1) into what messages show; `key` is where the document belongs, if not on top.
-    Raises `RecipeError` where no tree can be had: broken syntax, more than one document, more than `MAX_NODES` nodes
-    or `MAX_DEPTH` levels.
-    """
-    return _Builder(text, place, key).document()
-
-
-class _Builder:
-    def __init__(self, text: str, place: Callable[[int], str], key: str) -> None:
-        self.text, self.place = text, place
-        self.problems: list[Problem] = []
-        self.anchors: dict[str, Node | None] = {}  # None while the anchored node is still being built
-        self.path = [key] if key else []
-        self.nodes = 0
-
-    def document(self) -> tuple[Node, list[Problem]]:
-        try:
-            self.events = yaml.SafeLoader(self.text)
-            self.next()  # the start of the stream
-            if isinstance(event := self.next(), yaml.StreamEndEvent):
-                raise self.fatal(event, "an empty file", "a mapping with at least model, data and budget")
-            node = self.node(self.next())
-            self.next()  # the end of the document
-            if not isinstance(event := self.next(), yaml.StreamEndEvent):
-                raise self.fatal(event, "a second document", "one document; remove the line ---")
-        except yaml.reader.ReaderError as error:
-            where = self.place(self.text.count("\n", 0, error.position) + 1)
-            found = f"the character {chr(error.character)!r}"
-            raise RecipeError([Problem(where, "", found, "printable text")]) from None
-        except yaml.MarkedYAMLError as error:
-            raise self.syntax(error) from None
-        return node, self.problems
-
-    def node(self, event: Any) -> Node:
-        if isinstance(event, yaml.AliasEvent):
-            return self.alias(event)
-        self.count(1, 1, event)
-        if event.anchor:
-            self.anchors[event.anchor] = None
-        node = self.content(event)
-        if event.tag is not None:
-            node = self.tagged(event, node)
-        if event.anchor:
-            self.anchors[event.anchor] = node
-        return node
-
-    def content(self, event: Any) -> Node:
-        where = self.where(event)
-        if isinstance(event, yaml.ScalarEvent):
-            return self.leaf(event, where)
-        value: Any = self.items() if isinstance(event, yaml.SequenceStartEvent) else self.entries()
-        return collection(value, where)
-
-    def leaf(self, event: Any, where: str) -> Node:
-        if event.style is not None:
-            return Node(event.value, where, self.text[event.start_mark.index : event.end_mark.index])
-        try:
-            return Node(scalar(event.value), where, event.value)
-        except ValueError as error:
-            self.report(where, clip(event.value), str(error))
-            return Node(None, where, event.value, flawed=True)
-
-    def items(self) -> list[Node]:
-        found: list[Node] = []
-        while not isinstance(event := self.next(), yaml.SequenceEndEvent):
-            found.append(self.child(f"[{len(found)}]", event))
-        return found
-
-    def entries(self) -> dict[str, Node]:
-        found: dict[str, Node] = {}
-        while not isinstance(event := self.next(), yaml.MappingEndEvent):
-            key, where = self.key(event), self.where(event)
-            node = replace(self.child(key or "?", self.next()), where=where)
-            if key in found:
-                hint = f"remove one; the first stands at {found[key].where}"
-                self.report(where, f"{key} a second time", "each key once", hint, key)
-            elif key is not None:
-                found[key] = node
-        return found
-
-    def child(self, part: str, event: Any) -> Node:
-        self.path.append(part)
-        node = self.node(event)
-        self.path.pop()
-        return node
-
-    def key(self, event: Any) -> str | None:
-        if not isinstance(event, yaml.ScalarEvent):
-            raise self.fatal(event, "a key that is no word", "keys that are plain words, like `seed:`")
-        node = self.node(event)
-        if node.flawed or isinstance(node.value, str):
-            return None if node.flawed else str(node.value)
-        self.report(node.where, clip(node.text) or "an empty key", "keys that are text", f'quote it: "{node.text}"')
-        return None
-
-    def alias(self, event: Any) -> Node:
-        name = event.anchor
-        if name not in self.anchors:
-            raise self.fatal(event, f"*{name}", f"an alias of an anchor that stands above it; there is no &{name}")
-        node = self.anchors[name]
-        if node is None:
-            raise self.fatal(event, f"*{name} inside &{name}", "an alias outside of what it stands for")
-        self.count(node.size, node.height, event)
-        return replace(node, where=self.where(event))
-
-    def tagged(self, event: Any, node: Node) -> Node:
-        tag = _TAG.search(self.text, event.start_mark.index)
-        found = f"the tag {clip(tag[0])}" if tag else "a tag"
-        self.report(self.where(event), found, "values without a tag", "remove it: a recipe builds no objects")
-        return replace(node, value=None, flawed=True)
-
-    def count(self, nodes: int, levels: int, event: Any) -> None:
-        self.nodes += nodes
-        if self.nodes > MAX_NODES:
-            found = f"{self.nodes} nodes or more, aliases expanded"
-            raise self.fatal(event, found, f"at most {MAX_NODES} nodes in a file")
-        if len(self.path) + levels > MAX_DEPTH:
-            found = f"{len(self.path) + levels} levels of nesting or more"
-            raise self.fatal(event, found, f"at most {MAX_DEPTH} levels")
-
-    def next(self) -> Any:
-        return self.events.get_event()
-
-    def where(self, event: Any) -> str:
-        return self.place(event.start_mark.line + 1)
-
-    def report(self, where: str, found: str, allowed: str, hint: str = "", key: str = "") -> None:
-        path = clip(dotted([*self.path, key] if key else self.path))
-        self.problems.append(Problem(where, path, found, allowed, hint))
-
-    def fatal(self, event: Any, found: str, allowed: str) -> RecipeError:
-        self.report(self.where(event), found, allowed)
-        return RecipeError(self.problems)
-
-    def syntax(self, error: yaml.MarkedYAMLError) -> RecipeError:
-        mark, said = error.problem_mark or error.context_mark, str(error.problem)
-        number = mark.line if mark else 0
-        line = self.text.split("\n")[number]
-        hint = ""
-        if "\\t" in said:
-            hint = "indent with spaces, not with tabs"
-        elif "mapping values are not allowed" in said:
-            hint = "put quotes around a value that contains a colon"
-        found = clip(line.replace("\t", "\\t")) or "the end of the file"
-        return RecipeError([*self.problems, Problem(self.place(number + 1), "", found, f"YAML ({said})", hint)])
+    try:
+        return read_text(path)
+    except Malformed as error:
+        raise RecipeError(error.problems) from None
+    except OSError as error:
+        raise RecipeError([Problem(str(path), "", f"{error.strerror or error}", "a readable file")]) from None

@@ -1,12 +1,13 @@
-"""What is done to a tree of nodes: merge two, set one key, look up, take the plain values out."""
+"""What is done to a tree of nodes: merge two, set one key, look up."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .problems import Problem, RecipeError, clip
-from .reader import Node, collection
+from ..problems import Problem, clip
+from ..yaml_reader import Node, collection
+from .errors import RecipeError
 
 Path = tuple[str | int, ...]
 
@@ -48,17 +49,6 @@ def where(tree: Node, path: Path) -> str:
         path = path[:-1]
     node = find(tree, path)
     return node.where if node else tree.where
-
-
-def plain(node: Node) -> Any:
-    """The values alone, as `yaml.safe_load` would give them; None for what was refused."""
-    if node.flawed:
-        return None
-    if isinstance(node.value, dict):
-        return {key: plain(child) for key, child in node.value.items()}
-    if isinstance(node.value, list):
-        return [plain(child) for child in node.value]
-    return node.value
 
 
 def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, Node]]:

@@ -25,7 +25,9 @@ import yaml
 
 from ... import ShoestringError
 from ...directories import home
+from ...problems import Malformed
 from ...spelling import all_near, nearest
+from ...yaml_reader import plain, read_text, read_yaml
 
 CATALOGUE = Path(__file__).with_name("hardware.yaml")
 DTYPES = ("bf16", "fp16", "tf32", "fp32", "fp8")
@@ -108,7 +110,8 @@ def _unknown(name: str, spelled: str, known: Mapping[str, Hardware]) -> str:
 
 @lru_cache(maxsize=8)
 def _load(own: Path, stamp: int) -> dict[str, Hardware]:
-    shipped = _read(CATALOGUE)
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where libyaml is compiled in
+    shipped = yaml.load(CATALOGUE.read_text(encoding="utf-8"), Loader=loader)  # reads the same by our own rules
     entries: dict[str, dict[str, Any]] = shipped["hardware"]
     if stamp:
         for name, change in _user_entries(own).items():
@@ -116,17 +119,14 @@ def _load(own: Path, stamp: int) -> dict[str, Hardware]:
     return {name: _entry(name, facts, shipped) for name, facts in entries.items()}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where libyaml is compiled in
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-    except yaml.YAMLError as error:
-        raise HardwareError(f"{path} is not YAML: {error}") from None
-    return content or {}
-
-
 def _user_entries(own: Path) -> dict[str, dict[str, Any]]:
-    content = _read(own)
+    try:
+        tree, problems = read_yaml(read_text(own), lambda line: f"{own}:{line}", what="hardware file")
+    except Malformed as error:
+        raise HardwareError(f"{own} is not YAML: {error}") from None
+    if problems:
+        raise HardwareError("\n".join(map(str, problems)))
+    content = plain(tree)
     if not isinstance(content, dict) or set(content) - {"hardware"}:
         raise HardwareError(f"{own} must have one top-level key, `hardware:`, with an entry per device below it.")
     entries = content.get("hardware") or {}

@@ -7,34 +7,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import yaml
 
 from ..job import Job
 from ..node.attempts import LOG, exclude
-
-
-class _Dumper(yaml.SafeDumper):
-    """Plain YAML without anchors, texts of several lines as blocks."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    lines = text.split("\n")
-    # other line ends of Unicode would come back as blanks
-    style = '"' if not all(map(str.isprintable, lines)) else "|" if len(lines) > 1 else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _text)
-
-
-def as_yaml(value: Any) -> str:
-    """YAML in the order of the mapping's keys."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def there(job: Job, mounts: Iterable[str]) -> Job:

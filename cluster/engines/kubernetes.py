@@ -19,12 +19,13 @@ from typing import Any, Literal
 
 import yaml
 
+from ...yaml_writer import write_yaml
 from ..config.reading import ClusterError
 from ..engine import Heard, JobRecord, call
 from ..job import Job, secret_sources
 from ..node import attempts
 from .background import streamed
-from .elsewhere import as_yaml, keep, there
+from .elsewhere import keep, there
 from .manifests import manifests, secret
 from .pods import NODE, KubernetesOptions, grace_seconds, options
 
@@ -39,7 +40,7 @@ class Kubernetes:
     elsewhere = True
 
     def render(self, job: Job) -> dict[str, str]:
-        files = {name: as_yaml(made) for name, made in manifests(job).items()}
+        files = {name: write_yaml(made) for name, made in manifests(job).items()}
         if "secret.yaml" in files:
             said = "".join(f"# {name}: from {source}\n" for name, source in secret_sources(job.cluster).items())
             files["secret.yaml"] = (

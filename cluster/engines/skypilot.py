@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ...exits import AGAIN, BAD_INPUT, BAD_NODE
+from ...yaml_writer import write_yaml
 from ..config.hardware import hardware
 from ..config.reading import ClusterError
 from ..config.sections import Line, Section
@@ -27,7 +28,7 @@ from ..engine import Heard, JobRecord, call
 from ..environment import exports, quoted, variables
 from ..job import Job
 from .background import streamed
-from .elsewhere import as_yaml, facts_file, node_words, there, train_words
+from .elsewhere import facts_file, node_words, there, train_words
 
 FILES = ".shoestring-job"  # below the folder in which SkyPilot starts the script
 LAUNCH_SECONDS = 900.0  # the first launch of all also starts SkyPilot's controller
@@ -76,7 +77,7 @@ class SkyPilot:
     elsewhere = True
 
     def render(self, job: Job) -> dict[str, str]:
-        return {"task.yaml": as_yaml(task(job))}
+        return {"task.yaml": write_yaml(task(job))}
 
     def remarks(self, job: Job) -> list[str]:
         chosen = _options(job)

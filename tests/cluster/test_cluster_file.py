@@ -10,10 +10,10 @@ import yaml
 from jobs import engines
 
 from shoestring.cluster import ClusterError, registry
-from shoestring.cluster.config.reading import MAX_BYTES
 from shoestring.cluster.job import make_job
 from shoestring.cluster.launch import rendered
 from shoestring.cluster.load import load_cluster
+from shoestring.yaml_reader import MAX_BYTES, MAX_DEPTH, MAX_NODES
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "malformed_clusters.txt"
 EXAMPLES = Path(__file__).parents[2] / "cluster" / "examples"
@@ -103,7 +103,7 @@ def test_a_file_that_is_too_large_or_not_text(folder) -> None:
     with pytest.raises(ClusterError, match="more than 256 KiB"):
         load_cluster("c.yaml")
     (folder / "c.yaml").write_bytes(b"name: lab\nengine: \xff\n")
-    with pytest.raises(ClusterError, match=r"^c\.yaml:2: found a byte that is not UTF-8"):
+    with pytest.raises(ClusterError, match=r"^c\.yaml:2: found the byte 0xff, which is not UTF-8"):
         load_cluster("c.yaml")
     with pytest.raises(ClusterError, match=r"d\.yaml: No such file.*c\.yaml"):
         load_cluster("d.yaml")
@@ -112,8 +112,8 @@ def test_a_file_that_is_too_large_or_not_text(folder) -> None:
 def test_a_bomb_is_counted_and_depth_is_bounded() -> None:
     lines = ["a0: &a0 lol"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 61)]  # 10^60 values
-    assert "found more than 20000 values" in answer("alone: bomb", "\n".join(lines))
-    assert "allowed: a cluster file" in answer("alone: depth", "[" * 1_200)
+    assert f"allowed: at most {MAX_NODES} nodes in a file" in answer("alone: bomb", "\n".join(lines))
+    assert f"allowed: at most {MAX_DEPTH} levels" in answer("alone: depth", "[" * 1_200)
 
 
 def test_messages_carry_no_terminal_codes() -> None:

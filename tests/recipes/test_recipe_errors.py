@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.recipes import RecipeError, load_recipe
-from shoestring.recipes.reader import MAX_BYTES, MAX_DEPTH, MAX_NODES
+from shoestring.yaml_reader import MAX_BYTES, MAX_DEPTH, MAX_NODES
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "malformed_recipes.txt"
 WHOLE = Path(__file__).parents[1] / "golden" / "whole_recipe.yaml"

@@ -14,8 +14,8 @@ from shoestring.recipes import (
     recipe_from,
     shipped_recipes,
 )
-from shoestring.recipes.reader import scalar
 from shoestring.recipes.schema import Section
+from shoestring.yaml_reader import scalar
 
 GOOD = (Path(__file__).parents[1] / "golden" / "whole_recipe.yaml").read_text()
 

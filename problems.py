@@ -1,18 +1,18 @@
-"""What is wrong with a recipe, said so that it can be mended: where, which key, what was found, what is allowed."""
+"""What is wrong with a file of the user's, said so that it can be mended: where, which key, what, what is allowed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .. import ShoestringError
+from . import ShoestringError
 
 SHOWN = 60  # characters of a found value that a message repeats
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake of one recipe.
+    """One mistake of one file.
 
     `where` is `file:line` or `override "key=value"`; `key` is the dotted path (empty for the file as a whole);
     `found` is the value in the user's spelling; `allowed` the rule; `hint` the way out, or empty.
@@ -31,8 +31,8 @@ class Problem:
         return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-class RecipeError(ShoestringError):
-    """A recipe that cannot be run. `problems` holds every mistake that was found, one line of the message each."""
+class Malformed(ShoestringError):
+    """A file that cannot be used. `problems` holds every mistake that was found, one line of the message each."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = tuple(dict.fromkeys(problems))
