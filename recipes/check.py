@@ -14,8 +14,8 @@ from ..yaml_reader import Node, plain
 from . import tree as trees
 from .errors import RecipeError
 from .fields import allowed, hint, homes, resolve
-from .rules import Broken, broken
 from .recipe import Recipe
+from .rules import Broken, broken
 from .tree import Path, dot, shown
 
 # stands in for required values that are in error, so that the rules between the others can still be checked

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr
 
-from .problems import Problem
+from ..problems import Problem
 from .schema import (
     SLUG,
     TECHNIQUE,

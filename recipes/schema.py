@@ -14,7 +14,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serial
 from pydantic_core import PydanticCustomError
 
 from ..own_code import CODE
-from ..problems import Problem
 from ..units import UnitError
 from . import amounts
 

@@ -14,11 +14,12 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ...directories import home
+
 
 def cache_root(workdir: Path) -> Path:
     """`$SHOESTRING_HOME/cache` where that variable is set (shared by all runs), else `workdir/.cache`."""
-    home = os.environ.get("SHOESTRING_HOME")
-    return Path(home) / "cache" if home else Path(workdir) / ".cache"
+    return home() / "cache" if os.environ.get("SHOESTRING_HOME") else Path(workdir) / ".cache"
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
