@@ -31,6 +31,7 @@ from shoestring.recipes import load_recipe
 from shoestring.trainer import Budget, Ledger, Trainer, fit, plan
 from shoestring.trainer import Tariner  # wrong
 from shoestring.trainer.ledger import Jurnal  # wrong
+from shoestring.trainer.tasks import build_taks  # wrong
 
 techniques: list[Technique] = [RigL(sparsity=0.9, every=50), SequenceLengthWarmup(start=32)]
 trainer = Trainer(

@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .build import Task, TaskData, build_task
+    from .build import Task as Task
+    from .build import TaskData as TaskData
+    from .build import build_task as build_task
 
 __all__ = ["Task", "TaskData", "build_task"]
 
+if not TYPE_CHECKING:  # checkers would accept any name
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from . import build
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            from . import build
 
-        return getattr(build, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return getattr(build, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
