@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtim
 from .. import ShoestringError
 from .effect import Effect as Effect
 from .effect import Workload as Workload
+from .silence import silence as silence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,25 +129,6 @@ class Settings:
     def replace(self, **changes: Any) -> Settings:
         """A copy with these changes."""
         return replace(self, **changes)
-
-
-HOT_HOOKS = (
-    "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
-    "on_before_optimizer_step", "on_train_batch_end",
-)  # fmt: skip
-
-
-def silence(cls: type) -> type:
-    """Take Lightning's own no-op hooks of every step away from a callback class.
-
-    Lightning opens and closes a profiler around each hook of each callback, some twenty function calls, and skips what
-    is not callable: a callback then costs a step only what it does in it.
-    """
-    for hook in HOT_HOOKS:
-        found = getattr(cls, hook, None)
-        if found is not None and found.__module__.startswith("pytorch_lightning"):
-            setattr(cls, hook, None)
-    return cls
 
 
 class ReshapeListener:

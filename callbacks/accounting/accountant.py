@@ -22,11 +22,15 @@ class Accountant(ReshapeListener, pl.Callback):
     It has to be the last callback, so that at the end of a batch it sees what every technique has done.
 
     Args:
-        budget: ceilings of the run; the first one reached ends it. None: counts only.
-        usd_per_device_hour: what a device costs; a budget in dollars needs it.
-        watts_per_device: estimates energy where no counter can be read.
-        count_flops: watch every new kind of step once.
-        startup_seconds: that were spent before.
+        budget: Ends the run when its first limit is reached. None: counts only.
+        usd_per_device_hour: What a device costs; a budget in dollars needs it.
+        watts_per_device: What a device draws, for energy where no counter can be read.
+        count_flops: Count matrix FLOPs of every new kind of step.
+        startup_seconds: Spent before, to be charged to the run.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> trainer = pl.Trainer(max_epochs=-1, callbacks=[Accountant(Budget(hours=2))], logger=False)
     """
 
     def __init__(
