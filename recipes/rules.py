@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..own_code import is_code
 from ..spelling import did_you_mean, distance
+from ..strategies import OFFLOADS
 from .recipe import Recipe
 from .schema import BudgetSpec
 
@@ -60,6 +61,7 @@ def code(recipe: Recipe) -> Iterator[Broken]:
     """A recipe is data: what would run somebody's code is the caller's to allow, not the file's."""
     rule, hint = "a module:attr only with --allow-code", "pass --allow-code if you trust it"
     names = [("model.task", recipe.model.task), ("data.source", recipe.data.source)]
+    names.append(("optimizer.name", recipe.optimizer.name))
     names += [(f"techniques.{technique.name}", technique.name) for technique in recipe.techniques]
     for key, name in names:
         if is_code(name):
@@ -178,11 +180,10 @@ def strategy_fits(recipe: Recipe) -> Iterator[Broken]:
     for key, number in (("devices", strategy.devices), ("nodes", strategy.nodes)):
         if strategy.name == "single" and number not in (1, "auto"):
             yield Broken(f"strategy.{key}", "1 with strategy.name single", "use ddp, zero1, zero2 or zero3")
-    if strategy.offload != "none" and strategy.name in ("single", "ddp"):
-        hint = "offloading needs zero1, zero2 or zero3"
-        yield Broken("strategy.offload", f"none with strategy.name {strategy.name}", hint)
-    if strategy.offload == "parameters" and strategy.name in ("zero1", "zero2"):
-        yield Broken("strategy.offload", f"none | optimizer with {strategy.name}", "offloading parameters needs zero3")
+    if strategy.name != "auto" and strategy.offload not in OFFLOADS[strategy.name]:
+        allowed = f"{' | '.join(OFFLOADS[strategy.name])} with strategy.name {strategy.name}"
+        needed = [name for name, offloads in OFFLOADS.items() if strategy.offload in offloads]
+        yield Broken("strategy.offload", allowed, f"offloading {strategy.offload} needs {' or '.join(needed)}")
 
 
 @reading("model.task", "evaluation.generate")

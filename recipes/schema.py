@@ -170,7 +170,7 @@ class TechniqueSpec(Section):
 class OptimizerSpec(Section):
     """The optimizer and its learning rate's course: `warmup` up to `lr`, then `schedule` down to the budget's end."""
 
-    name: Literal["adamw", "adam", "sgd", "adafactor", "muon"] = "adamw"
+    name: Annotated[str, Field(pattern=TECHNIQUE_NAME)] = "adamw"
     lr: Positive = Field(3e-4, description="a number above 0")
     weight_decay: Annotated[float, Field(ge=0)] | None = Field(
         None, description="null (0.1; 0 for sgd and adam), or a number from 0"

@@ -37,6 +37,7 @@ from ..callbacks.contract import Settings, Technique, Unfit
 from ..callbacks.optimization.lr_schedule import LRSchedule
 from ..cluster.config.hardware import hardware
 from ..exits import die_with_parent
+from ..strategies import OFFLOADS
 from .checkpoint import format as checkpoint
 from .checkpoint.saver import CannotResume
 from .lightning_options import LightningOptions
@@ -46,7 +47,7 @@ from .monitor.monitor import Monitor
 from .monitor.records import Records
 from .monitor.signals import launched_here, will_launch
 from .monitor.stragglers import Stragglers
-from .zero import NAMES, make_strategy
+from .zero import make_strategy
 
 
 class Trainer(pl.Trainer):
@@ -120,7 +121,7 @@ class Trainer(pl.Trainer):
         composition = compose(chosen, facts(name, accelerator, offload))
         settings = _fold(composition.techniques, options)
         made = strategy
-        if isinstance(name, str) and name in NAMES:
+        if isinstance(name, str) and name in OFFLOADS:
             made = make_strategy(name, accelerator=accelerator, offload=offload, options=settings.strategy_options)
         if launched_here():
             die_with_parent()
@@ -128,7 +129,7 @@ class Trainer(pl.Trainer):
             options["max_epochs"] = -1
         self.seed = seed
         self.batches_planned = False  # micro-batches and accumulation have been chosen for this number of ranks
-        self.records = records or Records(run_dir, ledger=ledger, wandb=_wandb(wandb))
+        self.records = records or Records(run_dir, ledger=ledger, wandb=wandb)
         self.composition = composition
         self.monitor = Monitor(
             budget,
@@ -293,9 +294,3 @@ def _fold(techniques: Sequence[Technique], lightning: dict[str, Any]) -> Setting
 
 def _dtype(precision: str) -> str:
     return "bf16" if "bf16" in precision else "fp16" if "16" in precision else "fp32"
-
-
-def _wandb(given: Any) -> Mapping[str, Any] | None:
-    if given in (None, False, "off"):
-        return None
-    return {"mode": given} if isinstance(given, str) else dict(given)

@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import ShoestringError
+from ..strategies import OFFLOADS
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
-
-NAMES = ("single", "ddp", "zero1", "zero2", "zero3")
-OFFLOADS = ("none", "optimizer", "parameters")
 
 
 class UnknownStrategy(ShoestringError):
@@ -29,13 +27,15 @@ def make_strategy(
 
     `offload`: "optimizer" keeps optimizer state in host memory (ZeRO-2/3), "parameters" also the weights (ZeRO-3).
     """
-    if name not in NAMES:
-        raise UnknownStrategy(f"strategy {name!r} is not among {', '.join(NAMES)}")
+    if name not in OFFLOADS:
+        raise UnknownStrategy(f"strategy {name!r} is not among {', '.join(OFFLOADS)}")
+    if offload not in OFFLOADS[name]:
+        able = [other for other, offloads in OFFLOADS.items() if offload in offloads]
+        raise UnknownStrategy(
+            f"offload {offload!r} needs {' or '.join(able)}" if able else
+            f"offload {offload!r} is not among {', '.join(OFFLOADS['zero3'])}"
+        )  # fmt: skip
     stage = int(name[-1]) if name.startswith("zero") else 0
-    if offload not in OFFLOADS:
-        raise UnknownStrategy(f"offload {offload!r} is not among {', '.join(OFFLOADS)}")
-    if (offload != "none" and stage < 2) or (offload == "parameters" and stage < 3):
-        raise UnknownStrategy(f"offload {offload!r} needs {'zero3' if offload == 'parameters' else 'zero2 or zero3'}")
     backend = "nccl" if accelerator == "cuda" else "gloo"
     if name == "single":
         return "auto"

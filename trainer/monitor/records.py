@@ -56,13 +56,14 @@ class Records:
         name: str = "run",
         recipe: Recipe | None = None,
         ledger: bool = True,
-        wandb: Mapping[str, Any] | None = None,
+        wandb: Mapping[str, Any] | str | bool | None = None,
         estimates: Iterable[Mapping[str, Any]] = (),
         hardware: str = "",
     ) -> None:
         self.given = Path(run_dir) if run_dir is not None else None
         self.name, self.recipe, self.hardware = name, recipe, hardware
-        self.ledger, self.wandb, self.estimates = ledger, wandb, list(estimates)
+        self.ledger, self.estimates = ledger, list(estimates)
+        self.wandb = _wandb(wandb)
         self.display: Display | None = None
         self.keeps = False  # this rank writes rows
         self._journal: Journal | None = None
@@ -223,6 +224,13 @@ def _unseen(rows: Iterable[Row], last: Row) -> float:
         if attempt >= last.attempt and end.fields.get("event") not in ("stop", "preempted", "error"):
             seconds += end.mono - (last if attempt == last.attempt else own[0]).mono + UNSEEN_SECONDS
     return seconds
+
+
+def _wandb(given: Mapping[str, Any] | str | bool | None) -> Mapping[str, Any] | None:
+    """Settings of the sink from what a user may write: a mode, a mapping with mode and project, or "off"."""
+    if given in (None, False, "off"):
+        return None
+    return {"mode": given} if isinstance(given, str) else dict(given)  # type: ignore[arg-type]
 
 
 def _claim(technique: Technique) -> dict[str, Any]:

@@ -19,21 +19,14 @@ from ...cluster import Hardware
 from ...cluster.config.hardware import hardware
 from ...own_code import CannotImport
 from ...recipes import Recipe, RecipeError
-from ..machine.facts import Machine, usable_memory
+from ..machine.facts import Machine
 from ..machine.facts import facts as machine_facts
+from ..tasks.optimizer_cards import OptimizerCard
 from .predictions import predict, state_bytes
 from .sizes import Size, size_of
+from .strategy import Choice, choose_optimizer, choose_strategy, memory_of
 
 USABLE_MEMORY = 0.85  # the rest is context, workspaces and fragmentation
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One decision of the plan and why it was taken."""
-
-    what: str
-    value: str
-    why: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +115,10 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     chosen: list[Choice] = []
     device = _device(recipe, machine, chosen)
     size = size_of(recipe)
-    strategy, devices = _strategy(recipe, machine, device, size, chosen)
+    optimizer = choose_optimizer(recipe)
+    strategy, devices = choose_strategy(recipe, machine, device, size, optimizer, chosen)
     world = devices * recipe.strategy.nodes
-    micro, accumulate = _batch(recipe, device, machine, size, world, strategy, chosen)
+    micro, accumulate = _batch(recipe, device, machine, size, world, strategy, optimizer, chosen)
     budget = Budget(**recipe.budget.model_dump())
     _possible(recipe, budget, size)
     usd, watts = _price(recipe, device, chosen)
@@ -147,7 +141,19 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         watts_per_device=watts,
         choices=tuple(chosen),
         warnings=composition.warnings,
-        predictions=predict(recipe, machine, device, size, composition.techniques, world, strategy, micro, usd, watts),
+        predictions=predict(
+            recipe,
+            machine,
+            device,
+            size,
+            composition.techniques,
+            world,
+            strategy,
+            micro,
+            usd,
+            watts,
+            optimizer.state_bytes,
+        ),
     )
 
 
@@ -161,50 +167,19 @@ def _device(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> Hardware:
     return found
 
 
-def _strategy(recipe: Recipe, machine: Machine, device: Hardware, size: Size, chosen: list[Choice]) -> tuple[str, int]:
-    """Strategy and devices per node: the least sharding whose model states fit."""
-    asked, count = recipe.strategy.name, recipe.strategy.devices
-    if count == "auto":
-        if machine.accelerators:
-            count, why = (1 if asked == "single" else len(machine.accelerators)), "every GPU of the machine"
-        elif asked in ("auto", "single"):
-            count, why = 1, "no GPU: one process uses all cores"
-        else:
-            count, why = 2, "no GPU: two processes show the sharding"
-    else:
-        why = "the recipe says so"
-    chosen.append(Choice("devices", f"{count} x {recipe.strategy.nodes}", why))
-    world = count * recipe.strategy.nodes
-    if asked != "auto":
-        chosen.append(Choice("strategy", asked, "the recipe says so"))
-        return asked, count
-    name, why = _least_sharding(size, world, _memory(device, machine, count))
-    chosen.append(Choice("strategy", name, why))
-    return name, count
-
-
-def _least_sharding(size: Size, world: int, memory: float) -> tuple[str, str]:
-    if world == 1:
-        return "single", "one device"
-    if size.parameters is None:
-        return "ddp", "the model's size is not known beforehand"
-    for name in ("ddp", "zero1", "zero2"):
-        need = state_bytes(size, name, world)
-        if need < 0.6 * memory:  # the rest is for activations
-            return name, f"model states need {need / 2**30:.2f} GiB of {memory / 2**30:.1f} GiB a device"
-    return "zero3", f"model states need {state_bytes(size, 'zero2', world) / 2**30:.1f} GiB a device under zero2"
-
-
 def _batch(
-    recipe: Recipe, device: Hardware, machine: Machine, size: Size, world: int, strategy: str, chosen: list[Choice]
-) -> tuple[int, int]:
+    recipe: Recipe, device: Hardware, machine: Machine, size: Size, world: int, strategy: str,
+    optimizer: OptimizerCard, chosen: list[Choice],
+) -> tuple[int, int]:  # fmt: skip
     total, asked = recipe.data.batch_size, recipe.data.micro_batch_size
     if total % world:
         raise RecipeError(
             [recipe.problem("data.batch_size", total, f"a multiple of the {world} ranks", "change it or the devices")]
         )
     if asked == "auto":
-        room = USABLE_MEMORY * _memory(device, machine, world) - state_bytes(size, strategy, world)
+        room = USABLE_MEMORY * memory_of(device, machine, world) - state_bytes(
+            size, strategy, world, optimizer.state_bytes
+        )
         each = size.activation_bytes(recipe.data.sequence_length)
         fits = [n for n in range(1, total // world + 1) if (total // world) % n == 0 and n * each <= max(room, 0)]
         micro, why = max(fits, default=1), "the largest that should fit in memory"
@@ -216,12 +191,6 @@ def _batch(
     accumulate = total // (micro * world)
     chosen.append(Choice("batch", f"{total} = {micro} x {world} ranks x {accumulate} accumulated", why))
     return micro, accumulate
-
-
-def _memory(device: Hardware, machine: Machine, processes: int) -> float:
-    if device.memory_bytes:
-        return float(device.memory_bytes)
-    return usable_memory() / max(1, processes)
 
 
 def _price(recipe: Recipe, device: Hardware, chosen: list[Choice]) -> tuple[float, float | None]:

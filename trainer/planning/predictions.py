@@ -18,20 +18,28 @@ from .sizes import Size
 ASSUMED_MFU = {"cuda": 0.35, "cpu": 0.5}  # until the run has measured its own
 
 
-def state_bytes(size: Size, strategy: str, world: int) -> float:
-    """Weights, gradients and Adam states a device holds, in bytes: 16 a trainable parameter in all, 4 a frozen one."""
+def state_bytes(size: Size, strategy: str, world: int, optimizer: float = 8.0) -> float:
+    """Weights, gradients and optimizer states that a device holds, in bytes.
+
+    Args:
+        size: The model's.
+        strategy: Which of them ranks share.
+        world: Ranks.
+        optimizer: Bytes it keeps of a trained parameter; beside 4 of the weight and 4 of the gradient.
+    """
     train = float(size.trainable or 0)
     frozen = float((size.parameters or 0) - train)
-    shared = {"zero1": (8 * train, 8 * train), "zero2": (4 * train, 12 * train)}
-    whole, split = shared.get(strategy, (16 * train, 0.0))
+    states = optimizer * train
+    shared = {"zero1": (8 * train, states), "zero2": (4 * train, 4 * train + states)}
+    whole, split = shared.get(strategy, (8 * train + states, 0.0))
     if strategy == "zero3":
-        return (16 * train + 4 * frozen) / world
+        return (8 * train + states + 4 * frozen) / world
     return whole + split / world + 4 * frozen
 
 
 def predict(
     recipe: Recipe, machine: Machine, device: Hardware, size: Size, techniques: tuple[Technique, ...],
-    world: int, strategy: str, micro: int, usd: float, watts: float | None,
+    world: int, strategy: str, micro: int, usd: float, watts: float | None, optimizer: float = 8.0,
 ) -> dict[str, Any]:  # fmt: skip
     tokens = recipe.data.batch_size * (recipe.data.sequence_length if size.tokens else 1)
     told: dict[str, Any] = {"parameters": size.parameters, "trainable": size.trainable}
@@ -52,7 +60,7 @@ def predict(
     told |= {
         "tokens_per_step": tokens if size.tokens else None,
         "flops_per_step": flops,
-        "state_bytes": state_bytes(size, strategy, world) * effect.states,
+        "state_bytes": state_bytes(size, strategy, world, optimizer) * effect.states,
         "activation_bytes": micro * size.activation_bytes(recipe.data.sequence_length) * effect.activations,
         "seconds_per_step": seconds,
         "usd_per_step": seconds / 3600 * world * usd,

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import TaskError, unknown
+from .errors import TaskError
+from .optimizer_cards import optimizer_card
 
 Named = Sequence[tuple[str, nn.Parameter]]
-# These read a parameter's shape, which ZeRO flattens away: only for strategies that keep parameters whole.
-NEEDS_WHOLE_PARAMETERS = frozenset({"muon"})
 
 
 def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: Any) -> torch.optim.Optimizer:
@@ -21,12 +20,17 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: An
     settings: the recipe's optimizer section (`name`, `lr`, `weight_decay`, `betas`, `eps`, `momentum`). Weight decay
     leaves out parameters of fewer than two dimensions: biases, norms, gains.
     """
-    if settings.name not in OPTIMIZERS:
-        raise unknown("optimizer.name", settings.name, OPTIMIZERS)
+    build: Any = optimizer_card(settings.name).builder()
     trained = [(name, p) for name, p in parameters if p.requires_grad]
     if not trained:
         raise TaskError("optimizer: no parameter of this model trains (all are frozen).")
-    return OPTIMIZERS[settings.name](trained, settings)
+    if isinstance(build, type) and issubclass(build, torch.optim.Optimizer):
+        groups: Any = decay_groups(trained, decay_of(settings))
+        return build(groups, lr=settings.lr)  # type: ignore[call-arg]
+    made = build(trained, settings)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TaskError(f"optimizer.name: {settings.name} made {made!r}, which is no torch.optim.Optimizer.")
+    return made
 
 
 def decay_of(settings: Any) -> float:
@@ -50,34 +54,25 @@ def decay_groups(parameters: Named, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
-def _adamw(parameters: Named, s: Any) -> torch.optim.Optimizer:
+def adamw(parameters: Named, s: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(decay_groups(parameters, decay_of(s)), lr=s.lr, betas=tuple(s.betas), eps=s.eps)
 
 
-def _adam(parameters: Named, s: Any) -> torch.optim.Optimizer:
+def adam(parameters: Named, s: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(decay_groups(parameters, decay_of(s)), lr=s.lr, betas=tuple(s.betas), eps=s.eps)
 
 
-def _sgd(parameters: Named, s: Any) -> torch.optim.Optimizer:
+def sgd(parameters: Named, s: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(decay_groups(parameters, decay_of(s)), lr=s.lr, momentum=s.momentum)
 
 
-def _adafactor(parameters: Named, s: Any) -> torch.optim.Optimizer:
+def adafactor(parameters: Named, s: Any) -> torch.optim.Optimizer:
     # its eps is a pair with another meaning: keep its own
     return torch.optim.Adafactor(decay_groups(parameters, decay_of(s)), lr=s.lr)
 
 
-def _muon(parameters: Named, s: Any) -> torch.optim.Optimizer:
+def muon(parameters: Named, s: Any) -> torch.optim.Optimizer:
     return MuonWithAdamW(parameters, s)
-
-
-OPTIMIZERS: dict[str, Callable[[Named, Any], torch.optim.Optimizer]] = {
-    "adamw": _adamw,
-    "adam": _adam,
-    "sgd": _sgd,
-    "adafactor": _adafactor,
-    "muon": _muon,
-}
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -103,7 +98,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             )
             self._parts.append(muon)
         if others:
-            self._parts.append(_adamw(others, settings))
+            self._parts.append(adamw(others, settings))
         super().__init__([group for part in self._parts for group in part.param_groups], {"lr": settings.lr})
         self._share()
 

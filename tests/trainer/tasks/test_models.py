@@ -15,7 +15,8 @@ import torch
 from shoestring.recipes import recipe_from
 from shoestring.trainer.tasks import build_task
 from shoestring.trainer.tasks.errors import TaskError
-from shoestring.trainer.tasks.optimizers import OPTIMIZERS, build_optimizer
+from shoestring.trainer.tasks.optimizer_cards import OPTIMIZERS
+from shoestring.trainer.tasks.optimizers import build_optimizer
 from shoestring.trainer.tasks.tokens import stack
 
 DIGITS = {

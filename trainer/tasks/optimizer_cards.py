@@ -1,0 +1,88 @@
+"""Every optimizer by name, and what it goes with. Adding one is a function, a line here and a test.
+
+Other packages add theirs by the entry point `shoestring.optimizers`; a user's own is `module:attr` in a recipe, with
+`--allow-code`. Each of these is an `OptimizerCard`, a `torch.optim.Optimizer` class, or a function of
+(named parameters, settings) that returns an optimizer. This module imports no torch, so a plan can ask it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from ... import ShoestringError
+from ...own_code import import_code, is_code
+from ...spelling import did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerCard:
+    """What a plan and a run must know of an optimizer.
+
+    Args:
+        make: Builds it from named parameters and the recipe's optimizer section; or the name of such a function in
+            `optimizers.py`; or a `torch.optim.Optimizer` class, which gets parameter groups and the learning rate.
+        state_bytes: What it keeps of a trained parameter, beside the weight and its gradient; an upper bound.
+        whole_parameters: It reads a parameter's shape, which ZeRO flattens away: not for zero1, zero2, zero3.
+
+    Example:
+        >>> optimizer_card("muon").whole_parameters
+        True
+    """
+
+    make: str | Callable[..., Any]
+    state_bytes: float = 8.0
+    whole_parameters: bool = False
+
+    def builder(self) -> Callable[..., Any]:
+        """`make`, imported where it was a name."""
+        return (
+            getattr(import_module(".optimizers", __package__), self.make) if isinstance(self.make, str) else self.make
+        )
+
+
+OPTIMIZERS: dict[str, OptimizerCard] = {
+    "adamw": OptimizerCard(make="adamw"),
+    "adam": OptimizerCard(make="adam"),
+    "sgd": OptimizerCard(make="sgd", state_bytes=4),  # of momentum, which may be off
+    "adafactor": OptimizerCard(make="adafactor", state_bytes=0),  # two vectors a matrix
+    "muon": OptimizerCard(make="muon", whole_parameters=True),  # 4 of hidden matrices, 8 of AdamW's share
+}
+
+
+class UnknownOptimizer(ShoestringError):
+    """No optimizer of this name. `allowed` lists those there are, `hint` is the way out or empty."""
+
+    def __init__(self, found: str) -> None:
+        names = optimizer_names()
+        self.allowed, self.hint = " | ".join(names), did_you_mean(found, names)
+        super().__init__(f"optimizer.name: found {found}; allowed: {self.allowed}; {self.hint}".rstrip("; "))
+
+
+def optimizer_names() -> list[str]:
+    return [*OPTIMIZERS, *(name for name in _plugins() if name not in OPTIMIZERS)]
+
+
+def optimizer_card(name: str) -> OptimizerCard:
+    """The card of an optimizer: of a name, or of a user's own `module:attr`, which runs the user's code.
+
+    Raises:
+        UnknownOptimizer: There is none of this name.
+        CannotImport: `module:attr` cannot be imported.
+    """
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    if name not in _plugins() and not is_code(name):
+        raise UnknownOptimizer(name)
+    found = import_code(name) if is_code(name) else _plugins()[name].load()
+    return found if isinstance(found, OptimizerCard) else OptimizerCard(make=found)
+
+
+@cache
+def _plugins() -> dict[str, Any]:
+    """Optimizers of other packages."""
+    return {point.name: point for point in entry_points(group="shoestring.optimizers")}
