@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from .compression.quantization_aware import QuantizationAware as QuantizationAware
     from .compression.weight_clustering import WeightClustering as WeightClustering
     from .contract import Card as Card
+    from .contract import IncompatibleTechniques as IncompatibleTechniques
     from .contract import Misconfigured as Misconfigured
     from .contract import Settings as Settings
     from .contract import Technique as Technique
-    from .contract import Unfit as Unfit
     from .data.competence_curriculum import CompetenceCurriculum as CompetenceCurriculum
     from .data.sequence_length_warmup import SequenceLengthWarmup as SequenceLengthWarmup
     from .effect import Effect as Effect
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Card": "contract", "Technique": "contract", "Settings": "contract", "Effect": "effect", "Workload": "effect",
-    "Unfit": "contract", "Misconfigured": "contract",
+    "IncompatibleTechniques": "contract", "Misconfigured": "contract",
     "Budget": "accounting.budget", "Clock": "accounting.clock", "Duration": "accounting.clock",
     "clock_of": "accounting.clock", "Accountant": "accounting.accountant", "Measurement": "accounting.meter",
     "shards_of": "parameters.accessor", "make": "registry",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from heapq import heappop, heappush
 
-from .contract import Technique, Unfit
+from .contract import IncompatibleTechniques, Technique
 from .interactions import INTERACTIONS, Rule
 
 
@@ -38,7 +38,8 @@ def compose(
         The techniques in order, with warnings and the reasons for the order.
 
     Raises:
-        Unfit: An unmet need, a refused fact, a duplicate, two writers of one part without a rule, or a cycle.
+        IncompatibleTechniques: An unmet need, a refused fact, a duplicate, two writers of one part without a rule, or a
+            cycle.
         Misconfigured: A setting is outside its range.
 
     Example:
@@ -52,17 +53,19 @@ def compose(
         technique.check()
         _fits(technique, known)
         if technique.card.name in by_name:
-            raise Unfit(f"{technique.card.name} is given twice. Keep one.")
+            raise IncompatibleTechniques(f"{technique.card.name} is given twice. Keep one.")
         by_name[technique.card.name] = technique
     applicable = [rule for rule in rules if rule.first in by_name and rule.second in by_name]
     for rule in applicable:
         if rule.verdict == "refuse":
-            raise Unfit(f"{rule.first} and {rule.second} do not go together: {rule.why} ({rule.source}). {rule.mend}")
+            raise IncompatibleTechniques(
+                f"{rule.first} and {rule.second} do not go together: {rule.why} ({rule.source}). {rule.fix}"
+            )
     before = _arrows(by_name, applicable)
     return Composition(
         techniques=tuple(by_name[name] for name in _sorted(before)),
         warnings=tuple(
-            f"{rule.first} with {rule.second}: {rule.why} ({rule.source}). Mend: {rule.mend}."
+            f"{rule.first} with {rule.second}: {rule.why} ({rule.source}). Fix: {rule.fix}."
             for rule in applicable
             if rule.verdict == "warn"
         ),
@@ -75,9 +78,11 @@ def compose(
 def _fits(technique: Technique, facts: frozenset[str]) -> None:
     card = technique.card
     if unmet := technique.needs() - facts:
-        raise Unfit(f"{technique!r} needs {_list(unmet)}, and this run has {_list(facts)}. Drop it or change the run.")
+        raise IncompatibleTechniques(
+            f"{technique!r} needs {_list(unmet)}, and this run has {_list(facts)}. Drop it or change the run."
+        )
     if refused := card.refuses & facts:
-        raise Unfit(f"{card.name} does not work with {_list(refused)}. Drop one of them.")
+        raise IncompatibleTechniques(f"{card.name} does not work with {_list(refused)}. Drop one of them.")
 
 
 def _arrows(by_name: dict[str, Technique], rules: Sequence[Rule]) -> dict[str, set[str]]:
@@ -92,7 +97,7 @@ def _arrows(by_name: dict[str, Technique], rules: Sequence[Rule]) -> dict[str, s
                 continue
             if both := technique.card.writes & rival.card.writes:
                 a, b = sorted((name, other))
-                raise Unfit(f"{a} and {b} both write {_list(both)}. Keep one.")
+                raise IncompatibleTechniques(f"{a} and {b} both write {_list(both)}. Keep one.")
             if technique.card.writes & (rival.card.reads - rival.card.writes):
                 before[other].add(name)
     return before
@@ -103,7 +108,9 @@ def _sorted(before: dict[str, set[str]]) -> list[str]:
     try:
         sorter.prepare()
     except CycleError as error:
-        raise Unfit(f"no order works for {' -> '.join(error.args[1])}: each must act before the next.") from None
+        raise IncompatibleTechniques(
+            f"no order works for {' -> '.join(error.args[1])}: each must act before the next."
+        ) from None
     order: list[str] = []
     ready: list[str] = []
     while sorter.is_active():

@@ -17,7 +17,7 @@ Rules that the contract suite checks for every registered technique:
   4. Small state lives in `state_dict`; tensors shaped like parameters live in `fragments` (see below).
   5. Randomness comes from a generator of its own, seeded by `derive_seed(run seed, name, ...)`.
   6. What was hooked is unhooked at teardown, which follows a crash too. Heavy packages are imported where needed.
-  7. Strength 0 (`inert()`) equals absent, bit for bit.
+  7. Strength 0 (`noop()`) equals absent, bit for bit.
   8. Nothing in the hot loop synchronises the device or starts a collective on every step.
 
 This module imports neither torch nor Lightning.
@@ -50,7 +50,7 @@ PARTS: frozenset[str] = frozenset(Part.__args__)  # type: ignore[attr-defined]
 SAVINGS: frozenset[str] = frozenset(Saving.__args__)  # type: ignore[attr-defined]
 
 
-class Unfit(ShoestringError):
+class IncompatibleTechniques(ShoestringError):
     """These techniques cannot run together, or not here. The message says what to keep or change."""
 
 
@@ -211,7 +211,7 @@ class Technique(ReshapeListener):
         return cls()
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         """Strength 0: an instance that must equal its absence bit for bit."""
         raise NotImplementedError(f"{cls.__name__} must say what strength 0 is")
 

@@ -20,7 +20,7 @@ class Rule:
     verdict: Literal["order", "warn", "refuse"]  # "order" and "warn" both let `first` act before `second`
     why: str
     source: str
-    mend: str = ""
+    fix: str = ""
 
 
 ZEROS = (
@@ -47,7 +47,7 @@ def _structure_sparsity_quantization() -> Iterator[Rule]:
             verdict="warn",
             why="the factors are pruned, and their product is dense again",
             source="arXiv 2103.03936",
-            mend="use the factors of final.safetensors, or keep_factors",
+            fix="use the factors of final.safetensors, or keep_factors",
         )
         yield _order(
             zeros, "quantization_aware",
@@ -73,7 +73,7 @@ def _structure_sparsity_quantization() -> Iterator[Rule]:
         verdict="warn",
         why="the factors share a few values, and their product does not",
         source="arXiv 2103.03936",
-        mend="use the factors of final.safetensors, or keep_factors",
+        fix="use the factors of final.safetensors, or keep_factors",
     )
     yield _order("low_rank", "quantization_aware", "the factors are what is quantized", "arXiv 2103.03936")
     yield Rule(
@@ -82,7 +82,7 @@ def _structure_sparsity_quantization() -> Iterator[Rule]:
         verdict="refuse",
         why="both lay a grid over the same weights",
         source="arXiv 1510.00149",
-        mend="Keep one.",
+        fix="Keep one.",
     )
 
 
@@ -95,7 +95,7 @@ INTERACTIONS: tuple[Rule, ...] = (
         verdict="warn",
         why="gains of a data curriculum shrink under a decaying learning rate",
         source="arXiv 2511.18903",
-        mend="add weight_averaging, which restores them, or use the wsd schedule",
+        fix="add weight_averaging, which restores them, or use the wsd schedule",
     ),
     _order("sequence_length_warmup", "lr_scaling",
            "short sequences early keep large batches with large learning rates stable", "arXiv 2108.06084"),

@@ -23,7 +23,7 @@ State = Literal["queued", "running", "gone"]
 
 
 @dataclass(frozen=True)
-class Heard:
+class EngineStatus:
     """What an engine says of a job right now.
 
     state   "queued": not started, or waiting to start again; "running"; "gone": the engine has nothing (left) to run
@@ -54,11 +54,18 @@ class JobRecord:
 
 
 class Engine(Protocol):
-    """One instance serves all jobs; it keeps nothing. One whose nodes see none of this machine's files says
-    `elsewhere = True`, and hands over recipe, variables and secrets by itself."""
+    """One instance serves all jobs; it keeps nothing.
+
+    Attributes:
+        name: As cluster files say it.
+        Options: The engine's own section of a cluster file.
+        shares_filesystem: Whether its nodes see this machine's files. Where they do not, the engine hands over recipe,
+            variables and secrets by itself.
+    """
 
     name: str
     Options: type[Section]
+    shares_filesystem: bool
 
     def render(self, job: Job) -> dict[str, str]:
         """Every file of the job by name, without secrets; the first one is what is submitted. Pure: text from a job."""
@@ -69,7 +76,7 @@ class Engine(Protocol):
     def submit(self, job: Job, files: Mapping[str, str], secrets: Mapping[str, str]) -> str:
         """Start the job and return the engine's name for it. ClusterError, with nothing left behind, if it refuses."""
 
-    def ask(self, record: JobRecord) -> Heard:
+    def query_status(self, record: JobRecord) -> EngineStatus:
         """What the engine knows. ClusterError if it cannot be asked."""
 
     def logs(self, record: JobRecord, follow: bool) -> Iterator[str]:

@@ -15,7 +15,7 @@ from ..files import replace_file
 from ..spelling import did_you_mean
 from . import environment, registry
 from .config.reading import ClusterError
-from .engine import Heard, JobRecord
+from .engine import EngineStatus, JobRecord
 from .job import Job, refuse_over_cap
 from .node import attempts
 from .node.attempts import Attempt
@@ -43,7 +43,7 @@ class Status:
 def rendered(job: Job) -> dict[str, str]:
     """Every file of the job; the first one is what the engine is given. No secrets, no torch, nothing asked."""
     found = registry.engine(job.cluster.engine).render(job)
-    if registry.elsewhere(job.cluster.engine):
+    if not registry.shares_filesystem(job.cluster.engine):
         return found
     return {**found, **{name: text for name, text in environment.files(job).items() if name not in found}}
 
@@ -51,7 +51,7 @@ def rendered(job: Job) -> dict[str, str]:
 def dry_run(job: Job) -> str:
     """All that would be submitted, as text that can be read and, file by file, used."""
     parts = rendered(job)
-    if job.cluster.secrets and not registry.elsewhere(job.cluster.engine):
+    if job.cluster.secrets and registry.shares_filesystem(job.cluster.engine):
         parts["secrets.sh (mode 600, removed when the job has ended)"] = environment.withheld(job)
     return "\n".join(f"# ---- {name}\n{text.rstrip()}\n" for name, text in parts.items())
 
@@ -72,7 +72,7 @@ def submit(job: Job) -> JobRecord:
     record = JobRecord(job.id, engine.name, "", job.run_dir, job.job_dir, time.time(), job.facts())
     try:
         environment.write_files(folder, files)
-        if secrets and not registry.elsewhere(engine.name):
+        if secrets and registry.shares_filesystem(engine.name):
             environment.write_private(folder / "secrets.sh", environment.exports(secrets))
         _write(record)
         record = JobRecord(**{**record.__dict__, "engine_id": engine.submit(job, files, secrets)})
@@ -89,9 +89,13 @@ def status(record: JobRecord) -> Status:
     """Where the job stands; never "unknown": what was written down answers where the engine cannot."""
     done = tuple(attempts.history(record.job_dir))
     try:
-        heard = registry.engine(record.engine).ask(record)
+        heard = registry.engine(record.engine).query_status(record)
     except ClusterError as error:
-        heard = Heard("gone", detail=str(error)) if _closed(done) else Heard("queued", detail=f"not answering: {error}")
+        heard = (
+            EngineStatus("gone", detail=str(error))
+            if _closed(done)
+            else EngineStatus("queued", detail=f"not answering: {error}")
+        )
     state = _state(done, heard)
     if state in attempts.FINAL:  # a job that ended before any attempt could say so
         attempts.forget_secrets(record.job_dir)
@@ -113,7 +117,7 @@ def _closed(done: tuple[Attempt, ...]) -> bool:
     return bool(done) and done[-1].next in attempts.FINAL
 
 
-def _state(done: tuple[Attempt, ...], heard: Heard) -> StatusName:
+def _state(done: tuple[Attempt, ...], heard: EngineStatus) -> StatusName:
     if _closed(done):
         return done[-1].next  # type: ignore[return-value]
     if heard.state == "running":

@@ -38,6 +38,6 @@ def engine(name: str) -> Engine:
     raise KeyError(name)
 
 
-def elsewhere(name: str) -> bool:
-    """Whether that engine's nodes see none of this machine's files, so that it hands over all they need by itself."""
-    return bool(getattr(engine(name), "elsewhere", False))
+def shares_filesystem(name: str) -> bool:
+    """Whether that engine's nodes see this machine's files; else it hands over all they need by itself."""
+    return engine(name).shares_filesystem

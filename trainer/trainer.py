@@ -33,7 +33,7 @@ from pytorch_lightning.strategies import Strategy
 
 from ..callbacks.accounting.budget import Budget
 from ..callbacks.compose import compose
-from ..callbacks.contract import Settings, Technique, Unfit
+from ..callbacks.contract import IncompatibleTechniques, Settings, Technique
 from ..callbacks.optimization.lr_schedule import LRSchedule
 from ..cluster.config.hardware import hardware
 from ..exits import die_with_parent
@@ -79,7 +79,7 @@ class Trainer(pl.Trainer):
         **lightning: All other arguments of `pl.Trainer`.
 
     Raises:
-        Unfit: Techniques do not go together, or not with this run.
+        IncompatibleTechniques: Techniques do not go together, or not with this run.
 
     Example:
         >>> from shoestring.callbacks import RigL
@@ -288,7 +288,9 @@ def _fold(techniques: Sequence[Technique], lightning: dict[str, Any]) -> Setting
     for technique in techniques:
         settings = technique.edit(settings)
     if precision not in ("32-true", "32", settings.precision):
-        raise Unfit(f"precision={precision!r} and a technique that sets {settings.precision!r} disagree. Keep one.")
+        raise IncompatibleTechniques(
+            f"precision={precision!r} and a technique that sets {settings.precision!r} disagree. Keep one."
+        )
     return settings
 
 

@@ -107,14 +107,15 @@ class Guard:
     `pauses`: those to come before it, as name -> (every so many steps, seconds each).
 
     The plan moves rarely: a step's cost jitters, and every move bends the schedules. A move is made when it is worth
-    `HYSTERESIS` of what remains, and after one move the next waits until only `PACE` of that is left, unless it is a
-    `LEAP`. So a run of n steps moves its end about log(n) / log(1 / PACE) times, and freely in its last few steps.
+    `HYSTERESIS` of what remains, and after one move the next waits until only `REPLAN_DECAY` of that is left, unless it
+    is a `REPLAN_JUMP`. So a run of n steps moves its end about log(n) / log(1 / REPLAN_DECAY) times, and freely in its
+    last few steps.
     """
 
     WINDOW = 100  # steps whose cost is remembered
-    FAR = 200  # steps from the end, where looking at every eighth is enough
-    MILE = 3  # the last steps, which are counted at what a dear one costs
-    HYSTERESIS, PACE, LEAP = 0.02, 0.8, 0.2
+    SPARSE_CHECK_STEPS = 200  # steps from the end, where looking at every eighth is enough
+    FINAL_STEPS = 3  # the last steps, which are counted at what a dear one costs
+    HYSTERESIS, REPLAN_DECAY, REPLAN_JUMP = 0.02, 0.8, 0.2
 
     def __init__(self, limits: Mapping[str, float], lag: int = 0) -> None:
         self.limits = dict(limits)
@@ -123,7 +124,7 @@ class Guard:
         self.pauses: dict[str, tuple[float, float]] = {}
         self._costs: dict[str, deque[float]] = {name: deque(maxlen=self.WINDOW) for name in (*limits, "seconds")}
         self._seen: dict[str, float] = {}
-        self._unfallen = dict.fromkeys(self._costs, 0)  # steps since a cost was lower than the one before
+        self._nondecreasing_steps = dict.fromkeys(self._costs, 0)  # steps since a cost was lower than the one before
         self._warming = set(_MEASURED)  # their only cost so far is the first step's, which also warms up
         self._paced = math.inf  # steps that remained after the last move
 
@@ -139,7 +140,9 @@ class Guard:
                     costs.clear()
                     self._warming.remove(name)
                 cost = total - self._seen[name]
-                self._unfallen[name] = 1 if costs and cost < costs[-1] else self._unfallen[name] + 1
+                self._nondecreasing_steps[name] = (
+                    1 if costs and cost < costs[-1] else self._nondecreasing_steps[name] + 1
+                )
                 costs.append(cost)
             self._seen[name] = total
 
@@ -173,22 +176,22 @@ class Guard:
         fits = self._fits(name, limit, clock, each)
         if fits > self.WINDOW:
             return clock.step + fits
-        surely = self._fits(name, limit, clock, self._dear(name))
+        surely = self._fits(name, limit, clock, self._cost_upper_bound(name))
         # counted amounts are never exceeded; of measured ones a rare dear step is no reason to creep for long
         near = min(fits, surely) if name in _COUNTED else fits
-        return clock.step + (surely if near <= self.MILE + self.lag else fits)
+        return clock.step + (surely if near <= self.FINAL_STEPS + self.lag else fits)
 
     def _fits(self, name: str, limit: float, clock: Clock, each: float) -> int:
         """How many more steps fit at `each`, with the pauses between them and what comes after the last."""
         per_second = self._per_second(name, clock)
         late = self.lag * each if name in _SUMMED else 0.0
         left = limit - clock.spend.get(name) - late - per_second * self.reserve_seconds
-        most = max(0, min(math.floor(left / each), _FAR))
+        most = max(0, min(math.floor(left / each), MAX_STEPS))
         if not per_second or not self.pauses:
             return most
         if most > 10 * self.WINDOW:  # far away an average will do
             paused = sum(seconds / every for every, seconds in self.pauses.values())
-            return min(_FAR, math.floor(max(0.0, left) / (each + per_second * paused)))
+            return min(MAX_STEPS, math.floor(max(0.0, left) / (each + per_second * paused)))
 
         def cost(steps: int) -> float:
             paused = sum(seconds * _between(clock.step, steps, every) for every, seconds in self.pauses.values())
@@ -196,7 +199,7 @@ class Guard:
 
         return max(0, bisect_right(range(most + 1), left, key=cost) - 1)
 
-    def _dear(self, name: str) -> float:
+    def _cost_upper_bound(self, name: str) -> float:
         """What a step may cost: of measured amounts the dearest tenth, of counted ones the most there can be."""
         costs = list(self._costs[name])
         if name in _MEASURED:
@@ -208,7 +211,7 @@ class Guard:
 
     def _grows(self, name: str) -> bool:
         """Whether a counted cost has not fallen for as long as is remembered: it is constant, or warms up."""
-        return name in _COUNTED and self._unfallen[name] >= len(self._costs[name])
+        return name in _COUNTED and self._nondecreasing_steps[name] >= len(self._costs[name])
 
     def _per_second(self, name: str, clock: Clock) -> float:
         """What a second costs, of amounts that run on while no step is made."""
@@ -226,7 +229,7 @@ class Guard:
     # -- deciding ---------------------------------------------------------------------------------------------------
     def decide(self, clock: Clock) -> int | None:
         """A new last step, if the end should move; otherwise None. While the end is far it is asked now and then."""
-        if clock.horizon is not None and clock.horizon - clock.step > self.FAR and clock.step % 8:
+        if clock.horizon is not None and clock.horizon - clock.step > self.SPARSE_CHECK_STEPS and clock.step % 8:
             return None
         forecast = self.forecast(clock)
         if forecast is None:
@@ -246,25 +249,25 @@ class Guard:
         remaining, moved = planned - step, abs(last - planned)
         if moved < self.HYSTERESIS * remaining:
             return False
-        return remaining <= self.PACE * self._paced or moved >= self.LEAP * remaining
+        return remaining <= self.REPLAN_DECAY * self._paced or moved >= self.REPLAN_JUMP * remaining
 
     # -- state: counted amounts repeat exactly after a resume, measured ones are measured anew -------------------------
     def state_dict(self) -> dict[str, Any]:
         counted = {name: list(costs) for name, costs in self._costs.items() if name in _COUNTED}
-        return {"costs": counted, "unfallen": dict(self._unfallen), "paced": self._paced}
+        return {"costs": counted, "nondecreasing": dict(self._nondecreasing_steps), "paced": self._paced}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, costs in state["costs"].items():
             if name in self._costs:
                 self._costs[name].extend(costs)
-                self._unfallen[name] = state["unfallen"][name]
+                self._nondecreasing_steps[name] = state["nondecreasing"][name]
         self._paced = state["paced"]
 
 
 _MEASURED = frozenset({"seconds", "device_hours", "usd", "kwh"})  # and noisy
 _COUNTED = frozenset({"samples", "tokens", "flops"})
 _SUMMED = _COUNTED | {"kwh"}  # over ranks
-_FAR = 10**12
+MAX_STEPS = 10**12
 
 
 def _mean(values: Collection[float]) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..contract import Card, Effect, Technique, Workload, require
 from ..forward.blocks import blocks, hidden_of, recorded
-from ..forward.loss_terms import Step, add_term, remove_term
+from ..forward.loss_terms import Step, add_auxiliary_loss, remove_auxiliary_loss
 from ..forward.outputs import Call, NoLogits, calls_of, logits_of, model_name
 from . import distillation_losses as losses
 from .logit_cache import LogitCache
@@ -110,7 +110,7 @@ class Distillation(Technique, pl.Callback):
         return cls(weight=0.5, teacher_dtype="float32")
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         return cls(weight=0.0)
 
     # -- hooks ------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ class Distillation(Technique, pl.Callback):
         if self.shard_teacher and trainer.world_size > 1:
             self._teacher.shard()
         self._student_blocks, self._teacher_blocks = self._blocks()
-        add_term(pl_module, self)
+        add_auxiliary_loss(pl_module, self)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if getattr(self, "_cache", None) is not None:
@@ -163,7 +163,7 @@ class Distillation(Technique, pl.Callback):
             self._cache.refresh()  # type: ignore[union-attr]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        remove_term(pl_module, self)
+        remove_auxiliary_loss(pl_module, self)
         if getattr(self, "_cache", None) is not None:
             self._cache.close()  # type: ignore[union-attr]
         if getattr(self, "_teacher", None) is not None:
@@ -189,7 +189,7 @@ class Distillation(Technique, pl.Callback):
 
     # -- the term in the loss ---------------------------------------------------------------------------------------
     @contextmanager
-    def watch(self) -> Iterator[tuple[list[Call], list[Any]]]:
+    def capture(self) -> Iterator[tuple[list[Call], list[Any]]]:
         """Inside, note what the student is called with and returns."""
         with ExitStack() as stack:
             outputs = stack.enter_context(recorded(self._student_blocks))
@@ -197,7 +197,7 @@ class Distillation(Technique, pl.Callback):
                 stack.callback(self._student.register_forward_pre_hook(_with_attentions, with_kwargs=True).remove)
             yield stack.enter_context(calls_of(self._student)), outputs
 
-    def extra(self, watched: tuple[list[Call], list[Any]], loss: Tensor, step: Step) -> Tensor:
+    def compute(self, watched: tuple[list[Call], list[Any]], loss: Tensor, step: Step) -> Tensor:
         """What is added to the loss of this micro-batch."""
         calls, outputs = watched
         if not calls:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..contract import Card, Effect, Misconfigured, Technique, Workload, require
 from ..forward.blocks import blocks, recorded, replayed
-from ..forward.loss_terms import Step, add_term, remove_term
+from ..forward.loss_terms import Step, add_auxiliary_loss, remove_auxiliary_loss
 from ..forward.outputs import logits_of
 
 MEASURES = ("confidence", "entropy")
@@ -186,7 +186,7 @@ class EarlyExit(Technique, pl.Callback):
         return cls(weight=0.5)
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         return cls(weight=0.0)
 
     # -- hooks ------------------------------------------------------------------------------------------------------
@@ -197,21 +197,21 @@ class EarlyExit(Technique, pl.Callback):
         self._blocks = _blocks(pl_module)
         self._exits = checked_exits(self.exits, len(self._blocks))
         require(self.rotate <= len(self._exits), self, "rotate", f"at most {len(self._exits)}, the number of exits")
-        add_term(pl_module, self)
+        add_auxiliary_loss(pl_module, self)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        remove_term(pl_module, self)
+        remove_auxiliary_loss(pl_module, self)
         for name in ("_module", "_trainer", "_blocks"):
             self.__dict__.pop(name, None)
 
     # -- the term in the loss ---------------------------------------------------------------------------------------
     @contextmanager
-    def watch(self) -> Iterator[list[Any]]:
+    def capture(self) -> Iterator[list[Any]]:
         """Inside, note what every block returns."""
         with recorded(self._blocks) as outputs:
             yield outputs
 
-    def extra(self, watched: list[Any], loss: Tensor, step: Step) -> Tensor:
+    def compute(self, watched: list[Any], loss: Tensor, step: Step) -> Tensor:
         """The loss at the exits whose turn it is."""
         if missing := [index for index, output in enumerate(watched) if output is None]:
             raise Misconfigured(f"early_exit: blocks {missing} took no part in training_step")

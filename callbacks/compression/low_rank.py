@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from torch import nn
 
 from ... import ShoestringError
-from ..contract import Card, Effect, Technique, Unfit, Workload, require
+from ..contract import Card, Effect, IncompatibleTechniques, Technique, Workload, require
 from ..parameters.layers import check_skip
 from .factors import apply_low_rank, factorable, merge_, ranks_for_budget, ranks_for_energy, singular_values
 
@@ -74,7 +74,7 @@ class LowRank(Technique, pl.Callback):
         return cls(energy=0.7)
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         return cls(energy=1.0)
 
     # -- hooks ------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class LowRank(Technique, pl.Callback):
         check_skip(module, self.skip, self.card.name, layers=True)
         layers = factorable(module, self.skip)
         if not layers:
-            raise Unfit(
+            raise IncompatibleTechniques(
                 f"low_rank finds no linear layer of {type(module).__name__} that is trained, not shared and not among "
                 f"skip={list(self.skip)}"
             )
@@ -109,7 +109,7 @@ class LowRank(Technique, pl.Callback):
         for name in self._replaced:
             factors = pl_module.get_submodule(name)
             if not all(id(p) in trained for p in factors.parameters() if p.requires_grad):
-                raise Unfit(
+                raise IncompatibleTechniques(
                     f"low_rank: the optimizer does not train {name}, which has been replaced by its factors. Choose "
                     f"the parameters in configure_optimizers, not before, or add {name!r} to skip."
                 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..accounting.clock import Duration, clock_of
-from ..contract import Card, Technique, Unfit, require
+from ..contract import Card, IncompatibleTechniques, Technique, require
 from ..forward.forward_weights import ForwardWeights, straight_through
 from ..parameters.accessor import shards_of
 from ..parameters.cut import Cut
@@ -111,7 +111,7 @@ class QuantizationAware(Technique, pl.Callback):
         return cls(weight_bits=8, activation_bits=8)
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         return cls(weight_bits=16)
 
     # -- hooks ------------------------------------------------------------------------------------------------------
@@ -129,7 +129,9 @@ class QuantizationAware(Technique, pl.Callback):
         check_skip(pl_module, self.skip, self.card.name)
         layers = quantizable(pl_module, self.skip)
         if not layers:
-            raise Unfit(f"quantization_aware finds no linear or convolution layer but what skip={self.skip} leaves out")
+            raise IncompatibleTechniques(
+                f"quantization_aware finds no linear or convolution layer but what skip={self.skip} leaves out"
+            )
         self._fits(pl_module, layers)
         self._adapter = {name: used[0].adapter for name, used in layers.items()}
         if self.scale == "lsq" and self.weight_bits not in OFF:
@@ -177,12 +179,12 @@ class QuantizationAware(Technique, pl.Callback):
     def _prepare_steps(self, trainer: pl.Trainer, module: pl.LightningModule, layers: dict[str, list[Layer]]) -> None:
         frozen = [name for name, used in layers.items() if not used[0].module.weight.requires_grad]
         if frozen:
-            raise Unfit(
+            raise IncompatibleTechniques(
                 f"quantization_aware: scale='lsq' moves weights onto the grid it learns, and {', '.join(frozen)} are "
                 "frozen. Use scale='mse', or add them to skip."
             )
         if str(trainer.precision).startswith("16"):
-            raise Unfit(
+            raise IncompatibleTechniques(
                 f"quantization_aware: scale='lsq' trains beside the optimizer, whose loss scaling of "
                 f"precision={trainer.precision!r} does not reach it. Use bfloat16, or scale='mse'."
             )
@@ -268,7 +270,7 @@ class QuantizationAware(Technique, pl.Callback):
             if name in layers and self.weight_bits not in OFF:
                 check_groups(torch.Size(getattr(p, "ds_shape", p.shape)), self.group_size, name)
         if self.adapters == "merged" and sharded and any(u.adapter for used in layers.values() for u in used):
-            raise Unfit(
+            raise IncompatibleTechniques(
                 "quantization_aware: adapters='merged' needs a layer's base and adapter weights at hand together, and "
                 "zero3 gathers them one after another. Use zero2, or adapters='apart'."
             )
@@ -282,6 +284,8 @@ def adapter_change(adapter: Any, weight: Tensor) -> Tensor:
     for active in adapter.active_adapters:
         if active in adapter.lora_A:
             if getattr(adapter, "use_dora", {}).get(active):
-                raise Unfit("quantization_aware: adapters='merged' knows LoRA, not DoRA. Use adapters='apart'.")
+                raise IncompatibleTechniques(
+                    "quantization_aware: adapters='merged' knows LoRA, not DoRA. Use adapters='apart'."
+                )
             change += adapter.get_delta_weight(active).to(change.dtype)
     return change

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..accounting.clock import Duration, clock_of
-from ..contract import Card, Technique, Unfit, require
+from ..contract import Card, IncompatibleTechniques, Technique, require
 from ..forward.forward_weights import ForwardWeights, straight_through
 from ..parameters.accessor import shards_of
 from ..parameters.layers import check_skip, trained_weights
@@ -90,7 +90,7 @@ class WeightClustering(Technique, pl.Callback):
         return cls(clusters=8, start="30%", every=3)
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         return cls(clusters=0)
 
     # -- hooks ------------------------------------------------------------------------------------------------------
@@ -106,7 +106,9 @@ class WeightClustering(Technique, pl.Callback):
         check_skip(pl_module, self.skip, self.card.name)
         self._names = trained_weights(pl_module, self.skip)
         if not self._names:
-            raise Unfit(f"weight_clustering finds no layers but what skip={list(self.skip)} leaves out")
+            raise IncompatibleTechniques(
+                f"weight_clustering finds no layers but what skip={list(self.skip)} leaves out"
+            )
         self._device = pl_module.device
         self._codebooks = {name: book.to(self._device) for name, book in self._codebooks.items()}
         self._shown = ForwardWeights(pl_module, self._names, self._show)

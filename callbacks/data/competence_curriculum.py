@@ -13,8 +13,8 @@ import pytorch_lightning as pl
 import torch
 
 from ..accounting.clock import Duration, clock_of
-from ..contract import Card, Technique, Unfit, derive_seed, require
-from ..sampling.samples import take_over
+from ..contract import Card, IncompatibleTechniques, Technique, derive_seed, require
+from ..sampling.samples import install_sampler
 from ..sampling.seeding import seeded
 
 Difficulty = str | Sequence[float] | Callable[[Any], float]
@@ -42,7 +42,9 @@ def score(dataset: Any, difficulty: Difficulty) -> np.ndarray:
     if not isinstance(difficulty, str):
         scores = np.asarray(difficulty, dtype=np.float64)
         if scores.shape != (len(dataset),):
-            raise Unfit(f"difficulty has shape {scores.shape}, and the data has {len(dataset)} samples")
+            raise IncompatibleTechniques(
+                f"difficulty has shape {scores.shape}, and the data has {len(dataset)} samples"
+            )
         return scores
     tokens = [sample_tokens(dataset[i]) for i in range(len(dataset))]
     if difficulty == "length":
@@ -100,14 +102,14 @@ class CompetenceCurriculum(Technique, pl.Callback):
         return cls(start=0.2, until="80%")
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         return cls(start=1.0)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.start >= 1.0:
             return
         self._seed = getattr(trainer, "seed", 0)
-        batches = take_over(trainer, self._seed)
+        batches = install_sampler(trainer, self._seed)
         if batches is None:
             raise TypeError("competence_curriculum needs one map-style DataLoader to choose samples from")
         loader = trainer.fit_loop._data_source.instance

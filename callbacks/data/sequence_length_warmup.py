@@ -81,7 +81,7 @@ class SequenceLengthWarmup(Technique, pl.Callback):
         return cls(start=8, until="60%", multiple=4)
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         return cls(until="0%")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

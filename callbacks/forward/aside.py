@@ -21,7 +21,7 @@ class NoLoss(ShoestringError):
 
 
 @contextmanager
-def set_apart(module: pl.LightningModule) -> Iterator[None]:
+def isolated_training_step(module: pl.LightningModule) -> Iterator[None]:
     """Inside, `training_step` logs nothing; buffers, modes and attributes that it adds are afterwards as they were."""
     buffers = [(part, dict(part._buffers)) for part in module.modules()]
     values = [(buffer, buffer.clone()) for buffer in module.buffers()]

@@ -1,7 +1,7 @@
 """Terms that techniques add to a LightningModule's own loss, for the length of a fit.
 
 `training_step` is wrapped once, however many terms there are, and comes back as it was when the last one is removed.
-A term watches the module's own step (`watch`) and then says what to add to its loss (`extra`). Everything happens
+A term watches the module's own step (`capture`) and then says what to add to its loss (`compute`). Everything happens
 inside the step, so precision, DDP and DeepSpeed treat a term like any other part of the loss.
 """
 
@@ -38,12 +38,12 @@ class Step:
         return _loss(self.call(*self.args))
 
 
-class Term(Protocol):
-    def watch(self) -> AbstractContextManager[Any]:
-        """Open around the module's own step; what it gives is handed to `extra`."""
+class AuxiliaryLoss(Protocol):
+    def capture(self) -> AbstractContextManager[Any]:
+        """Open around the module's own step; what it gives is handed to `compute`."""
         ...
 
-    def extra(self, watched: Any, loss: Tensor, step: Step) -> Tensor:
+    def compute(self, watched: Any, loss: Tensor, step: Step) -> Tensor:
         """What to add to the module's own `loss`, []."""
         ...
 
@@ -53,18 +53,18 @@ class _WithTerms:
 
     def __init__(self, plain: Callable[..., Any]) -> None:
         self.plain = plain
-        self.terms: list[Term] = []
+        self.terms: list[AuxiliaryLoss] = []
 
     def __call__(self, *args: Any) -> Any:
         with ExitStack() as stack:
-            watched = [stack.enter_context(term.watch()) for term in self.terms]
+            watched = [stack.enter_context(term.capture()) for term in self.terms]
             out = self.plain(*args)
         if out is None:  # Lightning's way to skip a batch
             return None
         loss, step = _loss(out), Step(self.plain, args)
         total = loss
         for term, seen in zip(self.terms, watched, strict=True):
-            total = total + term.extra(seen, loss, step)
+            total = total + term.compute(seen, loss, step)
         return {**out, "loss": total} if isinstance(out, Mapping) else total
 
 
@@ -75,7 +75,7 @@ def _loss(out: Any) -> Tensor:
     return loss
 
 
-def add_term(module: pl.LightningModule, term: Term) -> None:
+def add_auxiliary_loss(module: pl.LightningModule, term: AuxiliaryLoss) -> None:
     """Add `term` to the loss that `module.training_step` returns."""
     if not module.automatic_optimization:
         raise NoLoss(f"{type(module).__name__} optimizes by hand, so its loss cannot be added to; return it instead")
@@ -86,7 +86,7 @@ def add_term(module: pl.LightningModule, term: Term) -> None:
     wrapped.terms.append(term)
 
 
-def remove_term(module: pl.LightningModule, term: Term) -> None:
+def remove_auxiliary_loss(module: pl.LightningModule, term: AuxiliaryLoss) -> None:
     """Take `term` away again; harmless where it is not there."""
     wrapped = vars(module).get("training_step")
     if not isinstance(wrapped, _WithTerms):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ..contract import Card, Effect, Technique, Unfit, Workload, require
+from ..contract import Card, Effect, IncompatibleTechniques, Technique, Workload, require
 from ..forward.blocks import blocks, wrap_block
 
 MODES = ("full", "selective")
@@ -90,7 +90,7 @@ class GradientCheckpointing(Technique, pl.Callback):
         return Effect(flops=1 + share / 3, activations=1 - 0.9 * share)
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         return cls(every=0)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -99,7 +99,9 @@ class GradientCheckpointing(Technique, pl.Callback):
             return
         found = blocks(pl_module)
         if not found:
-            raise Unfit(f"gradient_checkpointing finds no repeated blocks in {type(pl_module).__name__}")
+            raise IncompatibleTechniques(
+                f"gradient_checkpointing finds no repeated blocks in {type(pl_module).__name__}"
+            )
         for block in found[:: self.every]:
             self._unwrap.append(wrap_block(block, "recompute", recomputing(block, self.mode)))
 

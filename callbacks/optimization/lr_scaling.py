@@ -9,7 +9,7 @@ from typing import Any, Self
 import pytorch_lightning as pl
 
 from ..accounting.clock import Duration, clock_of
-from ..contract import Card, Technique, Unfit, require
+from ..contract import Card, IncompatibleTechniques, Technique, require
 from ..sampling.samples import GlobalBatches
 
 RULES = ("auto", "linear", "sqrt")
@@ -30,7 +30,9 @@ def scaled(group: dict[str, Any], ratio: float, rule: str) -> dict[str, Any]:
     if "betas" in group:
         betas = tuple(1.0 - ratio * (1.0 - beta) for beta in group["betas"])
         if min(betas) < 0:
-            raise Unfit(f"betas {tuple(group['betas'])} do not stretch to a batch {ratio:g} times larger")
+            raise IncompatibleTechniques(
+                f"betas {tuple(group['betas'])} do not stretch to a batch {ratio:g} times larger"
+            )
         changed |= {"betas": betas, "eps": group["eps"] / root}
     return changed
 
@@ -77,7 +79,7 @@ class LRScaling(Technique, pl.Callback):
         return cls(base_batch=4, warmup="25%")
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         return cls(base_batch=None)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -149,7 +151,7 @@ class LRScaling(Technique, pl.Callback):
                 return batches.global_batch
             if getattr(loader, "batch_size", None):
                 return loader.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        raise Unfit("lr_scaling cannot tell the batch size of this loader")
+        raise IncompatibleTechniques("lr_scaling cannot tell the batch size of this loader")
 
 
 def _groups(trainer: pl.Trainer) -> list[tuple[str, dict[str, Any]]]:

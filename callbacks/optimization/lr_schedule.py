@@ -74,7 +74,7 @@ class LRSchedule(Technique, pl.Callback):
         Duration.parse(self.warmup)
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         return cls(shape="constant")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -73,7 +73,7 @@ class WeightAveraging(Technique, pl.Callback):
         return cls(decay=0.8)
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         return cls(decay=0.0)
 
     # -- taking averages --------------------------------------------------------------------------------------------

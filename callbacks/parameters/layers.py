@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ...spelling import most_similar
-from ..contract import Unfit
+from ..contract import IncompatibleTechniques
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -25,19 +25,21 @@ def matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
 
 
 def check_skip(module: nn.Module, skip: Sequence[str], technique: str, *, layers: bool = False) -> None:
-    """Raise `Unfit` where a pattern of `skip` matches no parameter: what it was to leave out is spelled otherwise.
+    """Raise `IncompatibleTechniques` where a pattern of `skip` matches no parameter: it is spelled otherwise.
 
     layers: the name of a layer will do, without that of its weight.
     """
     if isinstance(skip, str):
-        raise Unfit(f"{technique}: skip={skip!r} is one text; write a list of patterns: [{skip!r}]")
+        raise IncompatibleTechniques(f"{technique}: skip={skip!r} is one text; write a list of patterns: [{skip!r}]")
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     known = names | {name.removesuffix(".weight") for name in names if layers}
     for pattern in skip:
         if not fnmatch.filter(known, pattern):
             near = most_similar(pattern, names)
             hint = f" Nearest: {near}." if near else ""
-            raise Unfit(f"{technique}: skip={pattern!r} matches no parameter of {type(module).__name__}.{hint}")
+            raise IncompatibleTechniques(
+                f"{technique}: skip={pattern!r} matches no parameter of {type(module).__name__}.{hint}"
+            )
 
 
 def owners(module: nn.Module, skip: Sequence[str] = ()) -> dict[str, list[nn.Module]]:

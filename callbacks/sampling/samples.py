@@ -235,7 +235,7 @@ def _skipping(loader: Any, trainer: pl.Trainer) -> Any:
     return SkipConsumed(loader, lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
 
-def take_over(trainer: pl.Trainer, seed: int) -> GlobalBatches | None:
+def install_sampler(trainer: pl.Trainer, seed: int) -> GlobalBatches | None:
     """Route the trainer's loaders through `reorder`; called in `on_fit_start`. Returns the training order, if any.
 
     Asked twice is asked once. Several training loaders at a time keep Lightning's own order.

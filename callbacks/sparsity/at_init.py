@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..contract import Effect, Unfit, Workload, derive_seed, require
-from ..forward.aside import set_apart
+from ..contract import Effect, IncompatibleTechniques, Workload, derive_seed, require
+from ..forward.aside import isolated_training_step
 from ..parameters.accessor import shards_of
 from ..parameters.selection import keep_largest
 from ..parameters.shards import Shards
@@ -65,10 +65,12 @@ class PruneAtInit(Masking):
         names = must_find(pl_module, self.skip, self.card.name)
         weights = {name: p for name, p in pl_module.named_parameters() if name in names}
         if any(hasattr(p, "ds_tensor") for p in weights.values()):
-            raise Unfit(f"{self.card.name} looks at the whole model, and this one is sharded from the start")
+            raise IncompatibleTechniques(
+                f"{self.card.name} looks at the whole model, and this one is sharded from the start"
+            )
         pl_module.to(trainer.strategy.root_device)
         seed = derive_seed(getattr(trainer, "seed", 0), self.card.name)
-        with seeded(seed), set_apart(pl_module):
+        with seeded(seed), isolated_training_step(pl_module):
             pl_module.train()
             batches = [pl_module.transfer_batch_to_device(b, pl_module.device, 0) for b in self._batches(trainer, seed)]
             scores = self.scores(pl_module, weights, batches)
@@ -82,7 +84,9 @@ class PruneAtInit(Masking):
         """Micro-batches of the first samples of an order of our own; no loader's generator is touched."""
         loader = trainer.fit_loop._data_source.dataloader()
         if not isinstance(loader, DataLoader):
-            raise Unfit(f"{self.card.name} needs one DataLoader to draw samples from, not {type(loader).__name__}")
+            raise IncompatibleTechniques(
+                f"{self.card.name} needs one DataLoader to draw samples from, not {type(loader).__name__}"
+            )
         dataset: Any = loader.dataset
         if isinstance(dataset, IterableDataset):
             samples = list(islice(iter(dataset), self.wanted()))
@@ -95,7 +99,9 @@ class PruneAtInit(Masking):
     def _choose(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, score in scores.items():
             if not bool(score.isfinite().all()):
-                raise Unfit(f"{self.card.name}: scores of {name} are not finite; skip it, or use another criterion")
+                raise IncompatibleTechniques(
+                    f"{self.card.name}: scores of {name} are not finite; skip it, or use another criterion"
+                )
         shapes = {name: score.shape for name, score in scores.items()}
         flat = {name: score.detach().reshape(-1) for name, score in scores.items()}
         if self.distribution == "global":
@@ -118,11 +124,13 @@ class PruneAtInit(Masking):
         if not self.active() or self.mask_version:
             return
         if trainer.global_step:
-            raise Unfit(f"{self.card.name}: what is resumed holds no masks; start over, or without this technique")
+            raise IncompatibleTechniques(
+                f"{self.card.name}: what is resumed holds no masks; start over, or without this technique"
+            )
         shards = shards_of(trainer, pl_module)
-        self.hold(shards, {name: shards.slices[name].cut(self._wholes.pop(name)) for name in self._names})
+        self.apply_masks(shards, {name: shards.slices[name].cut(self._wholes.pop(name)) for name in self._names})
 
-    def revise(self, trainer: pl.Trainer, shards: Shards) -> None:
+    def update_masks(self, trainer: pl.Trainer, shards: Shards) -> None:
         return None
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..accounting.clock import Duration, clock_of
-from ..contract import Effect, Unfit, Workload, derive_seed, require
+from ..contract import Effect, IncompatibleTechniques, Workload, derive_seed, require
 from ..parameters.accessor import shards_of
 from ..parameters.shards import Shards
 from . import distributions, saliency, schedules
@@ -69,14 +69,16 @@ class DynamicSparse(Masking):
         if self.mask_version:
             return
         if trainer.global_step:
-            raise Unfit(f"{self.card.name}: what is resumed holds no masks; start over, or without this technique")
+            raise IncompatibleTechniques(
+                f"{self.card.name}: what is resumed holds no masks; start over, or without this technique"
+            )
         self._begin(shards_of(trainer, pl_module))
 
     def _begin(self, shards: Shards) -> None:
         shapes = shapes_of(shards, self._names)
         shares = distributions.densities(self.distribution, shapes, self.sparsity)
         scores = {name: self._first(shards, name) for name in self._names}
-        self.hold(shards, select_counts(shards, scores, distributions.keep(shares, shapes)))
+        self.apply_masks(shards, select_counts(shards, scores, distributions.keep(shares, shapes)))
         for name, density in self.densities().items() if self.rescale else ():
             shards.master(name).div_(density**0.5)
         shards.publish()
@@ -89,7 +91,7 @@ class DynamicSparse(Masking):
         where = shards.slices[name]
         return where.cut(saliency.random(where.numel, self._seed, name, step)).to(shards.master(name).device)
 
-    def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
+    def update_masks(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
         step = trainer.global_step
         ended = clock_of(trainer).toward(self._stop)
         fraction = schedules.cosine_decay(ended, self.drop_fraction)

@@ -92,7 +92,7 @@ class GradualPruning(Masking):
         super().setup(trainer, pl_module, stage)
         self._start, self._end = Duration.parse(self.start), Duration.parse(self.end)
 
-    def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
+    def update_masks(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
         target = self._target(trainer)
         if target <= 0 or (self.mask_version and trainer.global_step % self.every):
             return None

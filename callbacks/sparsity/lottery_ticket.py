@@ -78,7 +78,7 @@ class LotteryTicket(Masking):
         self._done = 0
         self._rewind = Duration.parse(self.rewind)
 
-    def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
+    def update_masks(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
         clock = clock_of(trainer)
         if not self._rewound and clock.toward(self._rewind) >= 1.0:
             self._rewound = {name: shards.master(name).clone() for name in shards.slices}

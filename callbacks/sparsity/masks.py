@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ..contract import Technique, Unfit, require
+from ..contract import IncompatibleTechniques, Technique, require
 from ..parameters.accessor import shards_of
 from ..parameters.layers import check_skip, trained_weights
 from ..parameters.selection import keep_largest
@@ -24,10 +24,10 @@ from . import distributions, patterns, saliency
 
 
 def must_find(module: nn.Module, skip: Sequence[str], technique: str) -> list[str]:
-    """`trained_weights`, or `Unfit` if there are none, or a pattern that is the name of nothing."""
+    """`trained_weights`, or `IncompatibleTechniques` if there are none, or a pattern that is the name of nothing."""
     check_skip(module, skip, technique)
     if not (names := trained_weights(module, skip)):
-        raise Unfit(f"{technique} finds nothing to prune but what skip={list(skip)} leaves out")
+        raise IncompatibleTechniques(f"{technique} finds nothing to prune but what skip={list(skip)} leaves out")
     return names
 
 
@@ -88,7 +88,9 @@ def complete(shards: Shards, names: Sequence[str], restored: Mapping[str, Tensor
         weight = shards.master(name)
         value = restored.get(name, torch.empty(0, dtype=torch.bool))
         if value.numel() != weight.numel():
-            raise Unfit(f"{technique}: what is resumed holds no mask of {name}; start over, or leave it out")
+            raise IncompatibleTechniques(
+                f"{technique}: what is resumed holds no mask of {name}; start over, or leave it out"
+            )
         found[name] = value.to(weight.device)
     return found
 
@@ -110,22 +112,22 @@ class Pruning(Technique, pl.Callback):
         require(0 <= self.sparsity < 1, self, "sparsity", "a share in [0, 1)")
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         return cls(sparsity=0.0)  # type: ignore[call-arg]
 
     def active(self) -> bool:
         """False at strength 0."""
         return self.sparsity > 0
 
-    def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
+    def update_masks(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
         """New masks of this rank's slices, by name; None leaves them as they are. At the boundary only."""
         raise NotImplementedError
 
-    def hold(self, shards: Shards, masks: Mapping[str, Tensor]) -> None:
+    def apply_masks(self, shards: Shards, masks: Mapping[str, Tensor]) -> None:
         """Make these the masks. Collective where sharded."""
         raise NotImplementedError
 
-    def shape_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
+    def mask_dense_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
         """Change the dense gradients before the step."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -141,9 +143,9 @@ class Pruning(Technique, pl.Callback):
         shards = shards_of(trainer, pl_module)
         if not shards.at_boundary():
             return
-        if (revised := self.revise(trainer, shards)) is not None:
-            self.hold(shards, revised)
-        self.shape_gradients(trainer, shards)
+        if (updated := self.update_masks(trainer, shards)) is not None:
+            self.apply_masks(shards, updated)
+        self.mask_dense_gradients(trainer, shards)
 
     def densities(self) -> dict[str, float]:
         """Share of weights that layers compute with, by parameter name."""
@@ -161,7 +163,7 @@ class Pruning(Technique, pl.Callback):
 
 
 class Masking(Pruning):
-    """Base of the techniques that prune in place. `revise` says which masks are new before a step."""
+    """Base of the techniques that prune in place. `update_masks` says which masks are new before a step."""
 
     # -- hooks ------------------------------------------------------------------------------------------------------
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -175,7 +177,7 @@ class Masking(Pruning):
         if self.mask_version:
             self._masks = complete(shards_of(trainer, pl_module), self._names, self._masks, self.card.name)
 
-    def shape_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
+    def mask_dense_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
         mask_gradients(shards, self._masks)
 
     def among_kept(self, name: str, score: Tensor) -> Tensor:
@@ -183,7 +185,7 @@ class Masking(Pruning):
         mask = self._masks.get(name)
         return saliency.among(torch.ones_like(score, dtype=torch.bool) if mask is None else mask, score)
 
-    def hold(self, shards: Shards, masks: Mapping[str, Tensor]) -> None:
+    def apply_masks(self, shards: Shards, masks: Mapping[str, Tensor]) -> None:
         """Make these the masks, of weights and optimizer states too. Collective where sharded."""
         self._masks.update(masks)
         for name, mask in masks.items():

@@ -74,7 +74,7 @@ class MovementPruning(SoftMasking):
         super().setup(trainer, pl_module, stage)
         self._start, self._end = Duration.parse(self.start), Duration.parse(self.end)
 
-    def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
+    def update_masks(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
         self._score(shards)
         done = between(clock_of(trainer), self._start, self._end)
         if done is None or trainer.global_step % self.every:
@@ -91,5 +91,5 @@ class MovementPruning(SoftMasking):
                 before = saliency.movement(before, weight, gradient.to(weight.device, weight.dtype))
             scores[name] = before
 
-    def shape_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
+    def mask_dense_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
         mask_gradients(shards, self._local.get("forward", {}))

@@ -63,7 +63,7 @@ class NM(SoftMasking):
         return Effect(flops=(2 * self.n / self.m + 1) / 3, realised=False)
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         return cls(n=4, m=4)
 
     def active(self) -> bool:
@@ -76,10 +76,10 @@ class NM(SoftMasking):
         self._whole[name] = mask = patterns.n_m(weight.detach().abs(), self.n, self.m)
         return straight_through(weight, weight.detach() * mask)
 
-    def revise(self, trainer: pl.Trainer, shards: Shards) -> None:
+    def update_masks(self, trainer: pl.Trainer, shards: Shards) -> None:
         return None
 
-    def shape_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
+    def mask_dense_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
         """g + decay * (1 - mask) * w, arXiv 2102.04010 eq. 8; the mask is the last forward's."""
         for name in self._names if self.decay else ():
             if shards.slices[name].length == 0 or (gradient := shards.gradient(name)) is None:

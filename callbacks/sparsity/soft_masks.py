@@ -21,7 +21,7 @@ from .masks import Pruning, complete, must_find
 
 
 class SoftMasking(Pruning):
-    """Base of the techniques above. `revise` says which masks are new before a step, `shape_gradients` what is learned.
+    """Base of the techniques above. `update_masks` says which masks are new, `mask_dense_gradients` what is learned.
 
     Local state is in `_local`: state name -> parameter name -> this rank's slice; "forward" holds the masks.
     """
@@ -64,7 +64,7 @@ class SoftMasking(Pruning):
             self._shown.check_used(self.card.name)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
-    def hold(self, shards: Shards, masks: Mapping[str, Tensor]) -> None:
+    def apply_masks(self, shards: Shards, masks: Mapping[str, Tensor]) -> None:
         """Let the layers compute with these from the next forward on. Collective where sharded."""
         self._local["forward"] = dict(masks)
         self._spread(shards)

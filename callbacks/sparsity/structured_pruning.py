@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..accounting.clock import Duration, clock_of
-from ..contract import Card, Effect, Resuming, Technique, Unfit, Workload, require
-from ..forward.aside import loss_of, set_apart
+from ..contract import Card, Effect, IncompatibleTechniques, Resuming, Technique, Workload, require
+from ..forward.aside import isolated_training_step, loss_of
 from ..parameters.accessor import shards_of
 from ..parameters.cut import rebuild_model, tell_configurations
 from ..parameters.layers import check_skip
@@ -47,7 +47,7 @@ def _rows(shards: Shards, name: str, device: torch.device) -> Tensor:
 
 def try_out(module: pl.LightningModule, batch: Any) -> None:
     """Raise `CannotTrace` if the module that has been cut does not run."""
-    with set_apart(module), torch.no_grad():
+    with isolated_training_step(module), torch.no_grad():
         try:
             loss_of(module, batch)
         except Exception as error:
@@ -126,7 +126,7 @@ class StructuredPruning(Technique, pl.Callback):
         return cls(ratio=0.5, at="25%")
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         return cls(ratio=0.0)
 
     # -- shapes of a run that goes on -------------------------------------------------------------------------------
@@ -158,9 +158,13 @@ class StructuredPruning(Technique, pl.Callback):
         if not self.ratio:
             return
         if not pl_module.automatic_optimization:
-            raise Unfit("structured_pruning traces training_step, which must leave the optimizer to Lightning")
+            raise IncompatibleTechniques(
+                "structured_pruning traces training_step, which must leave the optimizer to Lightning"
+            )
         if hasattr(trainer.strategy, "deepspeed_engine") and not isinstance(trainer, Resuming):
-            raise Unfit("structured_pruning opens DeepSpeed's engine anew: use shoestring.trainer.Trainer for it")
+            raise IncompatibleTechniques(
+                "structured_pruning opens DeepSpeed's engine anew: use shoestring.trainer.Trainer for it"
+            )
 
     def _stop_waiting(self) -> None:
         if getattr(self, "_waiting", None) is not None:
@@ -190,11 +194,11 @@ class StructuredPruning(Technique, pl.Callback):
         if not shards.at_boundary():
             return
         if self.importance == "taylor":
-            self._see(shards)
+            self._accumulate_saliency(shards)
         else:
-            self._press(shards, trainer.global_step, optimizer.param_groups[0]["lr"])
+            self._group_lasso_step(shards, trainer.global_step, optimizer.param_groups[0]["lr"])
 
-    def _see(self, shards: Shards) -> None:
+    def _accumulate_saliency(self, shards: Shards) -> None:
         """Average (weight x gradient)^2 of this rank's elements."""
         for name in self._names:
             gradient = shards.gradient(name)
@@ -207,7 +211,7 @@ class StructuredPruning(Technique, pl.Callback):
                 else:
                     self._saliency[name] = change
 
-    def _press(self, shards: Shards, step: int, rate: float) -> None:
+    def _group_lasso_step(self, shards: Shards, step: int, rate: float) -> None:
         """The group lasso's proximal step: take strength x rate off the norm of every row, as last seen."""
         weights = [name for name in self._names if len(shards.slices[name].shape) > 1]
         if step % REFRESH == 0 or not self._norms:
@@ -235,7 +239,7 @@ class StructuredPruning(Technique, pl.Callback):
 
         def chosen(masters: Mapping[str, Tensor]) -> dict[str, Any]:
             squares = scores if self.importance == "taylor" else {n: w.square() for n, w in masters.items()}
-            with set_apart(pl_module):
+            with isolated_training_step(pl_module):
                 cut = choose(pl_module, lambda: loss_of(pl_module, batch), squares, ratio=self._part(),
                              round_to=self.round_to, skip=self.skip)  # fmt: skip
             return cut.state()

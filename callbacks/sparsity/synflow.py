@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..contract import Card, Unfit
+from ..contract import Card, IncompatibleTechniques
 from ..forward.aside import loss_of
 from . import saliency, schedules
 from .at_init import PruneAtInit, Weights, gradients_of
@@ -90,6 +90,6 @@ def _flow(module: pl.LightningModule, weights: Weights, batch: Any) -> dict[str,
                 hooks.callback(handle.remove)
         loss_of(module, batch)
     if not last:
-        raise Unfit("synflow: none of the layers to prune runs in training_step")
+        raise IncompatibleTechniques("synflow: none of the layers to prune runs in training_step")
     gradients = gradients_of(last[-1].sum(), list(weights.values()))
     return {name: saliency.taylor(p, g).detach() for (name, p), g in zip(weights.items(), gradients, strict=True)}

@@ -67,9 +67,9 @@ class TopKAST(SoftMasking):
         return cls(sparsity=0.6, backward_sparsity=0.3, every=3)
 
     def begin(self, shards: Shards) -> None:
-        self.hold(shards, self._choose(shards))
+        self.apply_masks(shards, self._choose(shards))
 
-    def revise(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
+    def update_masks(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
         if trainer.global_step == 0 or trainer.global_step % self.every:
             return None
         chosen = self._choose(shards)
@@ -86,7 +86,7 @@ class TopKAST(SoftMasking):
         self._local["backward"] = {name: mask | forward[name] for name, mask in backward.items()}
         return forward
 
-    def shape_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
+    def mask_dense_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:
         outside = self.penalty / (1.0 - self.sparsity)
         for name, backward in self._local["backward"].items():
             if backward.numel() == 0 or (gradient := shards.gradient(name)) is None:

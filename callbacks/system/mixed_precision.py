@@ -7,7 +7,7 @@ from typing import Self
 
 import pytorch_lightning as pl
 
-from ..contract import Card, Effect, Settings, Technique, Unfit, Workload, require
+from ..contract import Card, Effect, IncompatibleTechniques, Settings, Technique, Workload, require
 
 _LIGHTNING = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}
 
@@ -57,7 +57,7 @@ class MixedPrecision(Technique, pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         wanted = _LIGHTNING[self.dtype]
         if self.dtype != "fp32" and str(trainer.precision) != wanted:
-            raise Unfit(
+            raise IncompatibleTechniques(
                 f"{self!r} must be known before the trainer is made, and this one has precision={trainer.precision!r}. "
                 f"Use pl.Trainer(precision={wanted!r}), or shoestring.trainer.Trainer(techniques=[...])."
             )
@@ -68,5 +68,5 @@ class MixedPrecision(Technique, pl.Callback):
         return Effect(activations=0.5, communication=0.5)
 
     @classmethod
-    def inert(cls) -> Self:
+    def noop(cls) -> Self:
         return cls(dtype="fp32")

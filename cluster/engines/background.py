@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..config.reading import ClusterError
-from ..engine import Heard, JobRecord
+from ..engine import EngineStatus, JobRecord
 from ..job import Job
 
 LOG = "output.log"
@@ -23,11 +23,13 @@ POLL = 0.2  # seconds
 class InBackground:
     """What engines have in common whose `job.sh` runs here."""
 
+    shares_filesystem = True
+
     def submit(self, job: Job, files: Mapping[str, str], secrets: Mapping[str, str]) -> str:
         return start(Path(job.job_dir), "job.sh")
 
-    def ask(self, record: JobRecord) -> Heard:
-        return ask(record)
+    def query_status(self, record: JobRecord) -> EngineStatus:
+        return query_status(record)
 
     def logs(self, record: JobRecord, follow: bool) -> Iterator[str]:
         return logs(record, follow)
@@ -65,12 +67,12 @@ def _alive(record: JobRecord) -> int | None:
     return int(pid) if started and _started(int(pid)) == started else None
 
 
-def ask(record: JobRecord) -> Heard:
+def query_status(record: JobRecord) -> EngineStatus:
     """Running, or gone."""
     if not record.engine_id:
-        return Heard("queued")
+        return EngineStatus("queued")
     pid = _alive(record)
-    return Heard("running", detail=f"process {pid}") if pid else Heard("gone")
+    return EngineStatus("running", detail=f"process {pid}") if pid else EngineStatus("gone")
 
 
 def cancel(record: JobRecord) -> None:
@@ -84,7 +86,7 @@ def cancel(record: JobRecord) -> None:
 
 def logs(record: JobRecord, follow: bool) -> Iterator[str]:
     """The lines of the job's log, until it is gone."""
-    yield from lines(Path(record.job_dir) / LOG, follow, lambda: ask(record).state == "gone")
+    yield from lines(Path(record.job_dir) / LOG, follow, lambda: query_status(record).state == "gone")
 
 
 def lines(path: Path, follow: bool, over: Callable[[], bool], every: float = POLL) -> Iterator[str]:

@@ -21,13 +21,13 @@ import yaml
 
 from ...yaml_writer import write_yaml
 from ..config.reading import ClusterError
-from ..engine import Heard, JobRecord, call
+from ..engine import EngineStatus, JobRecord, call
 from ..job import Job, secret_sources
 from ..node import attempts
 from .background import streamed
-from .elsewhere import keep, there
 from .manifests import manifests, secret
 from .pods import NODE, KubernetesOptions, grace_seconds, options
+from .remote import keep, there
 
 PATIENCE = "--request-timeout=20s"
 POLL = 2.0  # seconds
@@ -37,7 +37,7 @@ SPOT_NOTICE = 30  # seconds that most clouds give before they take a spot machin
 class Kubernetes:
     name = "kubernetes"
     Options = KubernetesOptions
-    elsewhere = True
+    shares_filesystem = False
 
     def render(self, job: Job) -> dict[str, str]:
         files = {name: write_yaml(made) for name, made in manifests(job).items()}
@@ -85,8 +85,8 @@ class Kubernetes:
             raise
         return f"{chosen.namespace}/{job.id}"
 
-    def ask(self, record: JobRecord) -> Heard:
-        return hear(record, *_state(record))
+    def query_status(self, record: JobRecord) -> EngineStatus:
+        return status_from(record, *_state(record))
 
     def logs(self, record: JobRecord, follow: bool) -> Iterator[str]:
         kubectl = _kubectl(record.facts["options"])
@@ -101,13 +101,13 @@ class Kubernetes:
                     f"--max-log-requests={len(pods)}", *(["-f"] if follow else []),
                 ]  # fmt: skip
                 yield from streamed(command)
-            if not follow or hear(record, found, pods).state == "gone":
+            if not follow or status_from(record, found, pods).state == "gone":
                 return
             time.sleep(POLL)
 
     def cancel(self, record: JobRecord) -> None:
         found, pods = _state(record)
-        if hear(record, found, pods).state == "gone":
+        if status_from(record, found, pods).state == "gone":
             raise ClusterError(f"{record.id} is not running any more")
         job_dir = Path(record.job_dir)
         (job_dir / "cancelled").touch()
@@ -162,25 +162,29 @@ def _index(pod: Mapping[str, Any]) -> int:
     return int(pod["metadata"].get("annotations", {}).get("batch.kubernetes.io/job-completion-index", 0))
 
 
-def hear(record: JobRecord, found: Mapping[str, Any] | None, pods: list[dict[str, Any]]) -> Heard:
+def status_from(record: JobRecord, found: Mapping[str, Any] | None, pods: list[dict[str, Any]]) -> EngineStatus:
     """What the object and its pods say; what the nodes wrote down of their attempts is kept on the way."""
     job_dir = Path(record.job_dir)
     ended: Literal["finished", "failed", "cancelled"] | None
     if found is None:
         ended = "cancelled" if (job_dir / "cancelled").exists() else None
-        return Heard("gone", detail="not in the cluster any more", ended=ended)
+        return EngineStatus("gone", detail="not in the cluster any more", ended=ended)
     _keep_attempts(job_dir, pods)
     conditions = {c["type"]: c for c in found.get("status", {}).get("conditions", []) if c.get("status") == "True"}
     nodes = tuple(str(pod["spec"]["nodeName"]) for pod in pods if pod.get("spec", {}).get("nodeName"))
     for condition, ended in (("Completed", "finished"), ("Complete", "finished"), ("Failed", "failed")):
         if condition in conditions:
-            return Heard("gone", detail=str(conditions[condition].get("message", condition)), nodes=nodes, ended=ended)
+            return EngineStatus(
+                "gone", detail=str(conditions[condition].get("message", condition)), nodes=nodes, ended=ended
+            )
     running = sum(_phase(pod) == "Running" for pod in pods)
     if pods and running == len(pods):
-        return Heard("running", detail=f"{running} pods", nodes=nodes)
+        return EngineStatus("running", detail=f"{running} pods", nodes=nodes)
     if "Suspended" in conditions:
-        return Heard("queued", detail=f"suspended: {conditions['Suspended'].get('message', 'waiting for its queue')}")
-    return Heard("queued", detail=_waiting(pods), nodes=nodes)
+        return EngineStatus(
+            "queued", detail=f"suspended: {conditions['Suspended'].get('message', 'waiting for its queue')}"
+        )
+    return EngineStatus("queued", detail=_waiting(pods), nodes=nodes)
 
 
 def _waiting(pods: list[dict[str, Any]]) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 from ...exits import AGAIN
 from ..config.reading import ClusterError
 from ..job import Job
-from .elsewhere import facts_file, there
 from .pods import NODE, command, env, grace_seconds, image, mounts, options, placement, resources, volumes
+from .remote import facts_file, there
 
 RESTART_RULE = "saved_or_evicted"
 START_SECONDS = 1800  # until all pods are there; see node/rendezvous.py

@@ -9,7 +9,7 @@ from pydantic import Field
 from .. import environment
 from ..config.sections import Count, Line, Section
 from ..job import Job
-from .elsewhere import node_words, train_words
+from .remote import node_words, train_words
 
 FILES = "/etc/shoestring"  # where a pod finds recipe.yaml and job.json
 NODE = "node"  # name of the replicated job, and of its container

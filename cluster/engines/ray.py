@@ -21,7 +21,7 @@ from pydantic import Field
 
 from ..config.reading import ClusterError
 from ..config.sections import Count, Line, Section
-from ..engine import Heard, JobRecord, call
+from ..engine import EngineStatus, JobRecord, call
 from ..job import Job
 from ..node import attempts
 from . import background
@@ -51,6 +51,7 @@ class RayOptions(Section):
 
 class Ray:
     name = "ray"
+    shares_filesystem = True
     Options = RayOptions
 
     def render(self, job: Job) -> dict[str, str]:
@@ -93,24 +94,24 @@ class Ray:
             raise
         return f"{address}/#/jobs/{job.id}"
 
-    def ask(self, record: JobRecord) -> Heard:
+    def query_status(self, record: JobRecord) -> EngineStatus:
         if not record.engine_id:
-            return Heard("queued")
+            return EngineStatus("queued")
         told = _job(record)
         if told is None:
-            return Heard("gone", detail="Ray no longer knows it")
+            return EngineStatus("gone", detail="Ray no longer knows it")
         status, last = told["status"], attempts.history(record.job_dir)[-1:]
         if status in ENDS:
             said = str(told.get("message") or "").partition("\n")[0]
-            return Heard("gone", detail=f"{status} ({said})" if said else status, ended=ENDS[status])  # type: ignore[arg-type]
+            return EngineStatus("gone", detail=f"{status} ({said})" if said else status, ended=ENDS[status])  # type: ignore[arg-type]
         if status == "RUNNING" and last and last[0].ended is None:
-            return Heard("running", detail=status, nodes=last[0].nodes)
+            return EngineStatus("running", detail=status, nodes=last[0].nodes)
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle(record.facts).items())
-        return Heard("queued", detail=f"{status}: waits for {record.facts['nodes']} nodes with {wanted}")
+        return EngineStatus("queued", detail=f"{status}: waits for {record.facts['nodes']} nodes with {wanted}")
 
     def logs(self, record: JobRecord, follow: bool) -> Iterator[str]:
         log = Path(record.job_dir) / background.LOG
-        yield from background.lines(log, follow, lambda: self.ask(record).state == "gone", POLL)
+        yield from background.lines(log, follow, lambda: self.query_status(record).state == "gone", POLL)
         if not log.exists():  # the job never came to write it; Ray may know why
             address, job = _of(record)
             yield from str(_ask(address, f"/api/jobs/{job}/logs").get("logs", "")).splitlines()

@@ -24,11 +24,11 @@ from ...yaml_writer import write_yaml
 from ..config.hardware import hardware
 from ..config.reading import ClusterError
 from ..config.sections import Line, Section
-from ..engine import Heard, JobRecord, call
+from ..engine import EngineStatus, JobRecord, call
 from ..environment import exports, quoted, variables
 from ..job import Job
 from .background import streamed
-from .elsewhere import facts_file, node_words, there, train_words
+from .remote import facts_file, node_words, there, train_words
 
 FILES = ".shoestring-job"  # below the folder in which SkyPilot starts the script
 LAUNCH_SECONDS = 900.0  # the first launch of all also starts SkyPilot's controller
@@ -74,7 +74,7 @@ class SkyPilotOptions(Section):
 class SkyPilot:
     name = "skypilot"
     Options = SkyPilotOptions
-    elsewhere = True
+    shares_filesystem = False
 
     def render(self, job: Job) -> dict[str, str]:
         return {"task.yaml": write_yaml(task(job))}
@@ -104,9 +104,9 @@ class SkyPilot:
             raise ClusterError(f"sky jobs launch ended with {done.returncode} and no job: {said.strip()[-2000:]}")
         return found[1]
 
-    def ask(self, record: JobRecord) -> Heard:
+    def query_status(self, record: JobRecord) -> EngineStatus:
         told = call(["sky", "jobs", "queue", "--all", "--output", "json"], timeout=120)
-        return hear(record.engine_id, told)
+        return status_from(record.engine_id, told)
 
     def logs(self, record: JobRecord, follow: bool) -> Iterator[str]:
         yield from streamed(["sky", "jobs", "logs", "--follow" if follow else "--no-follow", record.engine_id])
@@ -115,7 +115,7 @@ class SkyPilot:
         call(["sky", "jobs", "cancel", "--yes", record.engine_id], timeout=120)
 
 
-def hear(engine_id: str, told: str) -> Heard:
+def status_from(engine_id: str, told: str) -> EngineStatus:
     """What `sky jobs queue` says of one job; notices around its JSON are passed over."""
     try:
         rows, _ = json.JSONDecoder().raw_decode(told[told.index("[") :])
@@ -125,14 +125,14 @@ def hear(engine_id: str, told: str) -> Heard:
         if str(row.get("job_id")) == engine_id:
             status = str(row.get("status", "")).rpartition(".")[2]
             if status == "RUNNING":
-                return Heard(
+                return EngineStatus(
                     "running", detail=status, nodes=tuple(filter(None, [row.get("infra") or row.get("region")]))
                 )
             if status in WAITING:
-                return Heard("queued", detail=status)
+                return EngineStatus("queued", detail=status)
             reason = row.get("failure_reason")
-            return Heard("gone", detail=f"{status} {reason or ''}".strip(), ended=ENDS.get(status, "failed"))
-    return Heard("gone", detail="SkyPilot does not list it any more")
+            return EngineStatus("gone", detail=f"{status} {reason or ''}".strip(), ended=ENDS.get(status, "failed"))
+    return EngineStatus("gone", detail="SkyPilot does not list it any more")
 
 
 def _options(job: Job) -> SkyPilotOptions:

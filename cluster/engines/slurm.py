@@ -15,7 +15,7 @@ from pydantic import Field
 
 from ..config.reading import ClusterError
 from ..config.sections import Count, Section
-from ..engine import Heard, JobRecord, call
+from ..engine import EngineStatus, JobRecord, call
 from ..job import Job, as_time
 from ..node import attempts
 from . import background
@@ -56,6 +56,7 @@ class SlurmOptions(Section):
 
 class Slurm:
     name = "slurm"
+    shares_filesystem = True
     Options = SlurmOptions
 
     def render(self, job: Job) -> dict[str, str]:
@@ -77,9 +78,9 @@ class Slurm:
         said = call(["sbatch", "--parsable", str(Path(job.job_dir, "job.sh"))])
         return said.strip().partition(";")[0]
 
-    def ask(self, record: JobRecord) -> Heard:
+    def query_status(self, record: JobRecord) -> EngineStatus:
         if not record.engine_id:
-            return Heard("queued")
+            return EngineStatus("queued")
         problems = []
         for source in (_controller, _queue, _accounting):
             try:
@@ -92,7 +93,7 @@ class Slurm:
                 return heard
         if len(problems) == 3:
             raise problems[0]
-        return Heard("gone")
+        return EngineStatus("gone")
 
     def logs(self, record: JobRecord, follow: bool) -> Iterator[str]:
         return background.lines(Path(record.job_dir) / background.LOG, follow, self._over(record))
@@ -105,14 +106,14 @@ class Slurm:
             nonlocal asked, gone
             if not gone and time.monotonic() - asked > LOOKS_EVERY:
                 with suppress(ClusterError):  # a controller that does not answer for a while
-                    gone = self.ask(record).state == "gone"
+                    gone = self.query_status(record).state == "gone"
                 asked = time.monotonic()
             return gone
 
         return over
 
     def cancel(self, record: JobRecord) -> None:
-        heard = self.ask(record)
+        heard = self.query_status(record)
         if heard.state == "gone":
             raise ClusterError(f"{record.id} is not running any more")
         if heard.state == "running":
@@ -130,20 +131,20 @@ WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", 
 ALIVE = ("RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING", "COMPLETING")
 
 
-def _heard(state: str, reason: str, nodes: str, start: str) -> Heard:
+def _status(state: str, reason: str, nodes: str, start: str) -> EngineStatus:
     """A state in Slurm's word as one of ours."""
     detail = state if reason in ("", "None", "0:0") else f"{state} ({reason})"
     names = _hostnames(nodes)
     if state in WAITING:
-        return Heard("queued", detail, start=_moment(start))
+        return EngineStatus("queued", detail, start=_moment(start))
     if state in ALIVE:
-        return Heard("running", detail, names)
+        return EngineStatus("running", detail, names)
     if state == "COMPLETED":
-        return Heard("gone", detail, names, ended="finished")
-    return Heard("gone", detail, names, ended="cancelled" if state.startswith("CANCELLED") else "failed")
+        return EngineStatus("gone", detail, names, ended="finished")
+    return EngineStatus("gone", detail, names, ended="cancelled" if state.startswith("CANCELLED") else "failed")
 
 
-def _controller(record: JobRecord) -> Heard | None:
+def _controller(record: JobRecord) -> EngineStatus | None:
     told = _pairs(call(["scontrol", "show", "job", "-o", record.engine_id]))
     state = told.get("JobState", "")
     if not state:
@@ -151,17 +152,17 @@ def _controller(record: JobRecord) -> Heard | None:
     done = attempts.history(record.job_dir)
     if state == "COMPLETING" and done and int(told.get("Restarts", 0)) > done[-1].number:
         state = "REQUEUED"
-    return _heard(state, told.get("Reason", ""), told.get("NodeList", ""), told.get("StartTime", ""))
+    return _status(state, told.get("Reason", ""), told.get("NodeList", ""), told.get("StartTime", ""))
 
 
-def _queue(record: JobRecord) -> Heard | None:
+def _queue(record: JobRecord) -> EngineStatus | None:
     rows = call(["squeue", "-h", "-j", record.engine_id, "-o", "%T|%r|%N|%S"]).splitlines()
-    return _heard(*rows[0].split("|")) if rows else None
+    return _status(*rows[0].split("|")) if rows else None
 
 
-def _accounting(record: JobRecord) -> Heard | None:
+def _accounting(record: JobRecord) -> EngineStatus | None:
     rows = call(["sacct", "-n", "-X", "-P", "-j", record.engine_id, "-o", "State,ExitCode,NodeList,Start"]).splitlines()
-    return _heard(*rows[-1].split("|")) if rows else None
+    return _status(*rows[-1].split("|")) if rows else None
 
 
 def _pairs(line: str) -> dict[str, str]:

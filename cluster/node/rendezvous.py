@@ -34,13 +34,13 @@ class Line:
         connection.setblocking(False)
         self.connection, self.rest = connection, b""
 
-    def tell(self, **said: Any) -> None:
+    def send(self, **said: Any) -> None:
         try:
             self.connection.sendall(json.dumps(said).encode() + b"\n")
         except OSError as error:
             raise Lost(str(error)) from None
 
-    def hear(self) -> dict[str, Any] | None:
+    def receive(self) -> dict[str, Any] | None:
         """What the other end has said, a line at a time; None: nothing yet. `Lost` if it is gone."""
         with suppress(BlockingIOError):
             try:
@@ -67,7 +67,7 @@ class Line:
     def wait(self, seconds: float, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         until = time.monotonic() + seconds
         while time.monotonic() < until and not stop():
-            said = self.hear()
+            said = self.receive()
             if said is not None:
                 return said
             time.sleep(0.05)
@@ -109,7 +109,7 @@ class Followers:
             return False
         for line in self.lines.values():
             with suppress(Lost):  # `listen` will say so
-                line.tell(attempt=attempt)
+                line.send(attempt=attempt)
         return True
 
     def _accept(self) -> None:
@@ -135,7 +135,7 @@ class Followers:
             if self._names[node] in self.lost:
                 continue
             try:
-                said = line.hear()
+                said = line.receive()
             except Lost:
                 if node not in self._done:
                     self.lost.add(self._names[node])
@@ -153,12 +153,12 @@ class Followers:
         """Tell everybody the code to exit with, and see them go."""
         for line in self.lines.values():
             with suppress(Lost):
-                line.tell(exit=code)
+                line.send(exit=code)
         until = time.monotonic() + DECISION_SECONDS
         for line in self.lines.values():
             with suppress(Lost):
                 while time.monotonic() < until:
-                    line.hear()
+                    line.receive()
                     time.sleep(0.02)
 
     def __enter__(self) -> Followers:
@@ -179,7 +179,7 @@ class Leader:
         while True:
             try:
                 self.line = Line(socket.create_connection((host, port), timeout=10))
-                self.line.tell(job=job, node=node, name=name)
+                self.line.send(job=job, node=node, name=name)
                 self.attempt = int(self.line.wait(max(RETRY, until - time.monotonic()), stop)["attempt"])
                 break
             except KeyError:
@@ -190,12 +190,12 @@ class Leader:
                 time.sleep(RETRY)
         self.address = str(self.line.connection.getpeername()[0])
 
-    def tell(self, *, well: bool) -> None:
-        self.line.tell(well=well)
+    def send(self, *, well: bool) -> None:
+        self.line.send(well=well)
 
     def decision(self) -> int | None:
         """The code to exit with, once node 0 has decided."""
-        said = self.line.hear()
+        said = self.line.receive()
         return None if said is None else int(said["exit"])
 
     def __enter__(self) -> Leader:

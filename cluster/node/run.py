@@ -62,7 +62,7 @@ class Node:
         ]  # fmt: skip
         self.child = subprocess.Popen(words, env=settings)
 
-    def ask(self, number: int, frame: object = None) -> None:
+    def request_stop(self, number: int, frame: object = None) -> None:
         """Handler: the tasks are to save and end."""
         self.asked = self.asked or number
 
@@ -73,7 +73,7 @@ class Node:
             return False
         if not self.warned and time.monotonic() > self.warning:
             self.warned = True
-            self.ask(signal.SIGUSR1)
+            self.request_stop(signal.SIGUSR1)
         if self.asked and len(self.records()) == self.facts["devices_per_node"]:
             self.child.send_signal(self.asked)
             self.asked = None
@@ -130,7 +130,7 @@ def follow(node: Node, leader: Leader) -> int:
     try:
         while True:
             if not told and not node.running():
-                leader.tell(well=node.well())
+                leader.send(well=node.well())
                 told = True
             said = leader.decision()
             if said is not None:
@@ -197,9 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _listen(node: Node, early: list[int]) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, node.ask)
+        signal.signal(number, node.request_stop)
     if early:
-        node.ask(early[0])
+        node.request_stop(early[0])
 
 
 def _first(given: argparse.Namespace, facts: dict[str, Any], job_dir: Path, name: str, early: list[int]) -> int:

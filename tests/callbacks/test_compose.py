@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shoestring.callbacks import compose
 from shoestring.callbacks.compose import INTERACTIONS, Rule
-from shoestring.callbacks.contract import PARTS, Card, Misconfigured, Technique, Unfit
+from shoestring.callbacks.contract import PARTS, Card, IncompatibleTechniques, Misconfigured, Technique
 from shoestring.callbacks.registry import TECHNIQUES, UnknownTechnique, make, names, technique_class
 
 
@@ -26,7 +26,7 @@ def order(*techniques, rules=(), facts=()):
 
 
 def rule(first, second, verdict, why="because"):
-    return Rule(first=first, second=second, verdict=verdict, why=why, source="a paper", mend="mend it")
+    return Rule(first=first, second=second, verdict=verdict, why=why, source="a paper", fix="fix it")
 
 
 def test_who_writes_a_part_acts_before_who_reads_it_and_ties_go_by_name():
@@ -54,7 +54,7 @@ def test_the_order_never_depends_on_the_input(parts, draw):
     def outcome(given):
         try:
             return [t.card.name for t in compose(given, (), ()).techniques]
-        except Unfit as error:
+        except IncompatibleTechniques as error:
             return str(error).partition("for")[0]  # where a cycle is entered is nobody's concern
 
     first = outcome(made)
@@ -68,42 +68,44 @@ def test_the_order_never_depends_on_the_input(parts, draw):
 
 def test_two_writers_need_a_rule():
     a, b = technique("large_batch", writes={"batch"}), technique("batch_ramp", writes={"batch", "lr"})
-    with pytest.raises(Unfit, match=r"^batch_ramp and large_batch both write 'batch'\. Keep one\.$"):
+    with pytest.raises(IncompatibleTechniques, match=r"^batch_ramp and large_batch both write 'batch'\. Keep one\.$"):
         order(a, b)
     assert order(a, b, rules=[rule("large_batch", "batch_ramp", "order")]) == ["large_batch", "batch_ramp"]
     assert order(a, b, rules=[rule("batch_ramp", "large_batch", "warn")]) == ["batch_ramp", "large_batch"]
-    with pytest.raises(Unfit, match=r"large_batch and batch_ramp do not go together: because \(a paper\)\. mend it"):
+    with pytest.raises(
+        IncompatibleTechniques, match=r"large_batch and batch_ramp do not go together: because \(a paper\)\. fix it"
+    ):
         order(a, b, rules=[rule("large_batch", "batch_ramp", "refuse")])
 
 
 def test_rules_warn_explain_and_concern_only_those_who_are_there():
     a, b = technique("a", writes={"lr"}), technique("b", writes={"lr"})
     found = compose([b, a], (), [rule("a", "b", "warn", "gains shrink"), rule("a", "c", "refuse")])
-    assert found.warnings == ("a with b: gains shrink (a paper). Mend: mend it.",)
+    assert found.warnings == ("a with b: gains shrink (a paper). Fix: fix it.",)
     assert found.reasons == ()
     assert compose([b, a], (), [rule("b", "a", "order", "b first")]).reasons == ("b before a: b first",)
 
 
 def test_needs_and_refusals_are_facts_of_the_run():
     card = technique("kernels", needs={"cuda", "bf16"}, refuses={"zero-3"})
-    with pytest.raises(Unfit, match=r"kernels needs 'cuda', and this run has 'bf16', 'cpu'"):
+    with pytest.raises(IncompatibleTechniques, match=r"kernels needs 'cuda', and this run has 'bf16', 'cpu'"):
         compose([card], {"cpu", "bf16"})
-    with pytest.raises(Unfit, match=r"needs 'bf16', 'cuda', and this run has nothing special"):
+    with pytest.raises(IncompatibleTechniques, match=r"needs 'bf16', 'cuda', and this run has nothing special"):
         compose([card])
-    with pytest.raises(Unfit, match=r"kernels does not work with 'zero-3'"):
+    with pytest.raises(IncompatibleTechniques, match=r"kernels does not work with 'zero-3'"):
         compose([card], {"cuda", "bf16", "zero-3"})
     assert compose([card], {"cuda", "bf16", "single"}).techniques == (card,)
 
 
 def test_the_same_technique_twice_is_refused():
-    with pytest.raises(Unfit, match="lr_schedule is given twice"):
+    with pytest.raises(IncompatibleTechniques, match="lr_schedule is given twice"):
         compose([make("lr_schedule"), make("lr_schedule", {"shape": "cosine"})])
 
 
 def test_a_cycle_is_named_step_by_step():
     needs = [("a", "loss", "lr"), ("b", "lr", "batch"), ("c", "batch", "loss")]
     ring = [technique(name, reads={reads}, writes={writes}) for name, reads, writes in needs]
-    with pytest.raises(Unfit) as error:
+    with pytest.raises(IncompatibleTechniques) as error:
         compose(ring, (), ())
     named = str(error.value).removeprefix("no order works for ").split(":")[0].split(" -> ")
     assert named[0] == named[-1] and set(named) == {"a", "b", "c"}
@@ -126,7 +128,7 @@ def fitting_with(first):
     chosen = [technique_class(first).example()]
     for name in TECHNIQUES:
         if name != first:
-            with suppress(Unfit):
+            with suppress(IncompatibleTechniques):
                 compose([*chosen, technique_class(name).example()], FACTS)
                 chosen.append(technique_class(name).example())
     return chosen
@@ -150,7 +152,7 @@ def test_a_rule_is_about_two_techniques_and_acts(rule):
     assert rule.source and {rule.first, rule.second} <= set(TECHNIQUES), "a rule about nobody"
     pair = [technique_class(name).example() for name in (rule.second, rule.first)]
     if rule.verdict == "refuse":
-        with pytest.raises(Unfit, match=f"{rule.first} and {rule.second} do not go together"):
+        with pytest.raises(IncompatibleTechniques, match=f"{rule.first} and {rule.second} do not go together"):
             compose(pair, FACTS)
         return
     found = compose(pair, FACTS)

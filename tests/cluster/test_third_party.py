@@ -12,7 +12,7 @@ import pytest
 ENGINE = '''
 """Runs a job by carrier pigeon."""
 
-from shoestring.cluster.engine import Heard
+from shoestring.cluster.engine import EngineStatus
 from shoestring.cluster.config.sections import Section
 
 
@@ -22,6 +22,7 @@ class Options(Section):
 
 class Pigeons:
     name = "pigeons"
+    shares_filesystem = True
     Options = Options
 
     def render(self, job):
@@ -33,8 +34,8 @@ class Pigeons:
     def submit(self, job, files, secrets):
         return "coop-1"
 
-    def ask(self, record):
-        return Heard("queued", detail="in the air")
+    def query_status(self, record):
+        return EngineStatus("queued", detail="in the air")
 
     def logs(self, record, follow):
         yield "coo"

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from toy import ACCUMULATE, GLOBAL_BATCH, STEPS, Explode, Exploded, fingerprint, held_out, loader, toy
 
 from shoestring.callbacks.compose import compose
-from shoestring.callbacks.contract import Unfit
+from shoestring.callbacks.contract import IncompatibleTechniques
 from shoestring.callbacks.registry import names, technique_class
 from shoestring.trainer import Budget, Trainer
 from shoestring.trainer.checkpoint.format import DamagedCheckpoint
@@ -53,7 +53,7 @@ def together() -> list[tuple[str, ...]]:
     groups: list[list[str]] = []
     for name in names():
         for group in [group for group in groups if len(group) < 4]:
-            with suppress(Unfit):
+            with suppress(IncompatibleTechniques):
                 compose([technique_class(one).example() for one in (*group, name)], {"cpu", "bf16", "adamw"})
                 group.append(name)
                 break

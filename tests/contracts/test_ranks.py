@@ -106,9 +106,9 @@ def test_a_schedule_in_tokens_does_not_depend_on_when_is_saved(ran):
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_strength_zero_equals_absence(strategy, name, ran):
-    for inert, absent in zip(ran(strategy, name, "inert"), ran(strategy, "absent", "short"), strict=True):
-        assert inert["losses"] == absent["losses"]
-        assert inert["final"] == absent["final"]
+    for noop, absent in zip(ran(strategy, name, "noop"), ran(strategy, "absent", "short"), strict=True):
+        assert noop["losses"] == absent["losses"]
+        assert noop["final"] == absent["final"]
 
 
 @pytest.mark.parametrize("case", CASES)

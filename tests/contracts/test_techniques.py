@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from toy import ACCUMULATE, STEPS, Explode, Exploded, fingerprint, held_out, loader, toy
 
 from shoestring.callbacks.compose import compose
-from shoestring.callbacks.contract import PARTS, SAVINGS, Settings, Technique, Unfit
+from shoestring.callbacks.contract import PARTS, SAVINGS, IncompatibleTechniques, Settings, Technique
 from shoestring.callbacks.parameters.accessor import shards_of
 from shoestring.callbacks.registry import all_cards, make, names, technique_class
 
@@ -148,7 +148,7 @@ def test_names_are_unique():
 
 
 def test_constructor_only_stores(cls):
-    for made in (cls(), cls.example(), cls.inert(), make(cls.card.name)):
+    for made in (cls(), cls.example(), cls.noop(), make(cls.card.name)):
         made.check()
         assert vars(made) == made.settings(), "something was computed or renamed before the run"
         again = eval(repr(made), {cls.__name__: cls})
@@ -163,7 +163,7 @@ def test_edit_is_pure_and_idempotent(cls):
     assert settings == Settings(accumulate_grad_batches=3, strategy_options={"a": 1})
     assert technique.edit(settings) == once == technique.edit(once)
     assert technique.settings() == cls.example().settings()
-    assert cls.inert().edit(settings) == settings
+    assert cls.noop().edit(settings) == settings
 
 
 def test_a_trainer_made_without_its_settings_is_refused(cls):
@@ -171,14 +171,14 @@ def test_a_trainer_made_without_its_settings_is_refused(cls):
     if cls.example().edit(Settings()) == Settings():
         return
     trainer = trainer_with(callbacks=[cls.example()])
-    with pytest.raises(Unfit, match=cls.__name__):
+    with pytest.raises(IncompatibleTechniques, match=cls.__name__):
         trainer.fit(toy(), loader(), held_out())
 
 
 # -- what it does ------------------------------------------------------------------------------------------------------
 def test_strength_zero_equals_absence(cls, absent):
     trace = Trace()
-    module, _ = fit(cls.inert(), callbacks=[trace])
+    module, _ = fit(cls.noop(), callbacks=[trace])
     assert trace.losses == absent[1].losses
     assert fingerprint(module.state_dict()) == absent[0]
     assert trace.parts == absent[1].parts
@@ -260,7 +260,7 @@ def test_pairs_compose_and_train(one, other):
     pair = [technique_class(name).example() for name in (one, other)]
     try:
         composition = compose(pair, FACTS)
-    except Unfit as refusal:
+    except IncompatibleTechniques as refusal:
         assert one in str(refusal) and other in str(refusal)
         return
     assert {t.card.name for t in composition.techniques} == {one, other}
@@ -277,7 +277,7 @@ def together() -> list[Technique]:
     for name in names():
         try:
             compose([*chosen, technique_class(name).example()], FACTS)
-        except Unfit:
+        except IncompatibleTechniques:
             continue
         chosen.append(technique_class(name).example())
     return chosen
@@ -328,5 +328,7 @@ def test_lightning_alone_saves_and_resumes_it(cls, tmp_path):
 def test_a_pattern_to_skip_that_matches_nothing_is_refused(name):
     technique = technique_class(name).example()
     technique.skip = ["hed.*"]
-    with pytest.raises(Unfit, match=rf"{name}: skip='hed\.\*' matches no parameter of Toy\. Nearest: head\.\w+"):
+    with pytest.raises(
+        IncompatibleTechniques, match=rf"{name}: skip='hed\.\*' matches no parameter of Toy\. Nearest: head\.\w+"
+    ):
         fit(technique)

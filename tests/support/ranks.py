@@ -149,7 +149,7 @@ class Group:
         # without dropout, so that one training is compared both with its resumption and with one device
         return {
             **self.resume(name, lambda: [cls.example()], dropout=0.0),
-            "inert": self.train(f"{name}-inert", cls.inert(), steps=FEW),
+            "noop": self.train(f"{name}-noop", cls.noop(), steps=FEW),
         }
 
     def absent(self) -> dict:

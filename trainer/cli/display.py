@@ -269,12 +269,12 @@ def show_fields(values: Mapping[str, Any]) -> None:
 
 
 def show_findings(findings: Iterable[Finding]) -> None:
-    """What this machine has, what is missing, and the command that mends it."""
+    """What this machine has, what is missing, and the command that fixes it."""
     marks = {True: "[green]ok[/]", False: "[red]missing[/]", None: "[yellow]optional[/]"}
     for finding in findings:
         console.print(f"{marks[finding.ok]:>20}  {finding.name}: {finding.found}")
-        if finding.ok is not True and finding.mend:
-            console.print(f"            {finding.mend}", markup=False)
+        if finding.ok is not True and finding.fix:
+            console.print(f"            {finding.fix}", markup=False)
 
 
 def show_compression(found: Compression) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import AllowCode, AsJson, chatter_aside, print_json
+from .options import AllowCode, AsJson, print_json, stdout_to_stderr
 
 if TYPE_CHECKING:
     from ..export.compress import Tried
@@ -37,7 +37,7 @@ def export(
 
     quiet()
     check_format(to, quantize, sparse)
-    with chatter_aside(as_json):
+    with stdout_to_stderr(as_json):
         made = write(open_run(run, allow_code=allow_code), to, out=out, quantize=quantize, sparse=sparse)
     if as_json:
         print_json(made.as_dict())
@@ -58,15 +58,15 @@ def measure(
     allow_code: AllowCode = False,
 ) -> None:
     """Quality, size, FLOPs, latency, memory and energy of a model on this machine; one row in the ledger."""
-    from ..export.measurement import Wish, parse_shape, record
+    from ..export.measurement import MeasureOptions, parse_shape, record
     from ..export.measurement import measure as measured
     from ..export.subject import home_of
     from ..run import quiet
 
     quiet()
     shapes = tuple(parse_shape(text) for text in batch or ())
-    wish = Wish(backends=tuple(backend or ()), shapes=shapes, memory=memory, data=data, allow_code=allow_code)
-    with chatter_aside(as_json):
+    wish = MeasureOptions(backends=tuple(backend or ()), shapes=shapes, memory=memory, data=data, allow_code=allow_code)
+    with stdout_to_stderr(as_json):
         told = measured(model, wish, baseline=baseline)
     told["recorded"] = record(told, home_of(model, data))
     if as_json:
@@ -125,7 +125,7 @@ def compress(
     shape = parse_shape(batch) if batch else None
     if overrides and recipe is None:
         raise CannotExport(f"{overrides[0]} changes a recipe, and there is none: name it by --with.")
-    with chatter_aside(as_json):
+    with stdout_to_stderr(as_json):
         before = trained = open_run(run, allow_code=allow_code)
         if recipe is not None:
             home = _retrained(trained, recipe, overrides or (), shown=not as_json, allow_code=allow_code)

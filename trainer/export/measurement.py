@@ -24,7 +24,7 @@ WINDOW = "model"  # the ledger's measurement rows that are of a model, not of a 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class MeasureOptions:
     """What to measure. shapes: (rows, length) or (rows,); none: the subject's own. memory: also peak memory, in
     processes of their own. rounds: of timing."""
 
@@ -36,7 +36,7 @@ class Wish:
     allow_code: bool = False
 
 
-def measure(wanted: str, wish: Wish, *, baseline: str | None = None) -> dict[str, Any]:
+def measure(wanted: str, wish: MeasureOptions, *, baseline: str | None = None) -> dict[str, Any]:
     """Measure `wanted` (see `open_subject`), and beside it `baseline`, in the same rounds.
 
     The answer is flat but for `timings` (by backend and shape), `recall`, and with a baseline `against`. Quality is
@@ -100,7 +100,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _worth(subject: Subject, wish: Wish) -> dict[str, Any]:
+def _worth(subject: Subject, wish: MeasureOptions) -> dict[str, Any]:
     """Everything but time and memory."""
     backend = _backends(subject, wish)[0]
     told: dict[str, Any] = {
@@ -122,7 +122,7 @@ def _worth(subject: Subject, wish: Wish) -> dict[str, Any]:
     return told
 
 
-def _cases(subject: Subject, wish: Wish) -> dict[str, tuple[Callable[[], Any], int]]:
+def _cases(subject: Subject, wish: MeasureOptions) -> dict[str, tuple[Callable[[], Any], int]]:
     found: dict[str, tuple[Callable[[], Any], int]] = {}
     for backend in _backends(subject, wish):
         run = subject.outputs(backend)
@@ -132,11 +132,11 @@ def _cases(subject: Subject, wish: Wish) -> dict[str, tuple[Callable[[], Any], i
     return found
 
 
-def _backends(subject: Subject, wish: Wish) -> tuple[str, ...]:
+def _backends(subject: Subject, wish: MeasureOptions) -> tuple[str, ...]:
     return wish.backends or subject.backends()[:1]
 
 
-def _shapes(subject: Subject, wish: Wish) -> Sequence[tuple[int, ...]]:
+def _shapes(subject: Subject, wish: MeasureOptions) -> Sequence[tuple[int, ...]]:
     own = subject.shape
     for shape in wish.shapes:
         if len(shape) != len(own):
@@ -153,7 +153,7 @@ def _of_first(found: dict[str, Timing]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _memory(subject: Subject, wish: Wish) -> dict[str, int]:
+def _memory(subject: Subject, wish: MeasureOptions) -> dict[str, int]:
     backend, shape = _backends(subject, wish)[0], _shapes(subject, wish)[0]
     return peak_memory(subject.name, wish.data, backend, shape, wish.allow_code)
 

@@ -15,7 +15,7 @@ from ...cluster import launch as launching
 from ...cluster.config.sections import Cluster
 from ...cluster.engine import JobRecord
 from ...cluster.job import Job, make_job
-from ...cluster.registry import elsewhere
+from ...cluster.registry import shares_filesystem
 from ...recipes import dump_recipe, load_recipe
 from ..ledger import Ledger, RunIdentity
 
@@ -71,7 +71,7 @@ def job_for(
         spent_usd=launching.spent(home),
         arguments=("--allow-code",) if allow_code else (),
         recipe_hash=loaded.hash,
-        home="" if elsewhere(cluster.engine) else os.environ.get("SHOESTRING_HOME", ""),
+        home=os.environ.get("SHOESTRING_HOME", "") if shares_filesystem(cluster.engine) else "",
         exclude=launching.excluded(home),
         id=id,
     )

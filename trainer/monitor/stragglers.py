@@ -60,7 +60,7 @@ class Streaks:
     def __init__(self) -> None:
         self.lengths: dict[int, int] = {}
 
-    def hear(self, slow: Sequence[int]) -> tuple[list[int], list[int]]:
+    def update(self, slow: Sequence[int]) -> tuple[list[int], list[int]]:
         """(ranks that have just become stragglers, ranks that have just ceased to be)."""
         over = [rank for rank, length in self.lengths.items() if length >= RUNNING and rank not in slow]
         self.lengths = {rank: self.lengths.get(rank, 0) + 1 for rank in slow}
@@ -169,7 +169,7 @@ class Stragglers(pl.Callback):
         """What every rank told of a window of `steps`; how many the next one has, the same on all ranks."""
         busy, seconds = [own for own, _ in told], told[0][1]
         slow = slow_ranks(busy, seconds)
-        new, over = self.streaks.hear(list(slow))
+        new, over = self.streaks.update(list(slow))
         for rank, event in [*((rank, "straggler") for rank in new), *((rank, "straggler_over") for rank in over)]:
             self._report(event, rank, busy, steps)
         return next_window(steps, seconds, self.every)

@@ -13,7 +13,7 @@ from typing import Any
 from ... import ShoestringError
 from ...callbacks.accounting.budget import Budget
 from ...callbacks.compose import compose
-from ...callbacks.contract import BadSetting, Technique, Unfit
+from ...callbacks.contract import BadSetting, IncompatibleTechniques, Technique
 from ...callbacks.registry import NotATechnique, UnknownTechnique, make
 from ...cluster import Hardware
 from ...cluster.config.hardware import hardware
@@ -104,7 +104,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
 
     Raises:
         RecipeError: The recipe cannot be run there; names file and line.
-        Unfit: Techniques conflict.
+        IncompatibleTechniques: Techniques conflict.
 
     Example:
         >>> from shoestring.recipes import load_recipe
@@ -258,4 +258,4 @@ def _facts(recipe: Recipe, machine: Machine, strategy: str) -> frozenset[str]:
     return facts(strategy, machine.accelerator, recipe.strategy.offload, recipe.optimizer.name)
 
 
-__all__ = ["Choice", "Plan", "Unfit", "plan", "state_bytes"]
+__all__ = ["Choice", "IncompatibleTechniques", "Plan", "plan", "state_bytes"]

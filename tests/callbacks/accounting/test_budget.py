@@ -122,7 +122,7 @@ class Simulation:
 
 def few(steps):
     """How many re-plans are few: some at the start, one each time what remains has shrunk by a fifth, the last mile."""
-    return 12 + math.log(steps + 1) / math.log(1 / Guard.PACE)
+    return 12 + math.log(steps + 1) / math.log(1 / Guard.REPLAN_DECAY)
 
 
 @given(

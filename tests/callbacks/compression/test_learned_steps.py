@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from shoestring.callbacks import QuantizationAware, Unfit
+from shoestring.callbacks import IncompatibleTechniques, QuantizationAware
 from shoestring.callbacks.compression.fake_quantization import OffGrid, codes, first_steps, quantized, scales, values
 from shoestring.callbacks.compression.learned_steps import LearnedSteps
 from shoestring.callbacks.contract import BadSetting
@@ -207,7 +207,7 @@ def test_errors_name_what_is_wrong():
         QuantizationAware(scale="lsq", adapters="merged").check()
     module = Regression()
     module.net[0].weight.requires_grad_(False)
-    with pytest.raises(Unfit, match=r"net\.0\.weight are frozen"):
+    with pytest.raises(IncompatibleTechniques, match=r"net\.0\.weight are frozen"):
         train(QuantizationAware(scale="lsq"), module=module)
     with pytest.raises(CannotQuantize, match=r"0\.weight: 32 of 32 groups of weights lie on no grid of 15 levels"):
         quantize(Regression().net, 4, None, scale="lsq")

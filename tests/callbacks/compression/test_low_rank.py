@@ -25,7 +25,7 @@ from shoestring.callbacks.compression.factors import (
     svd_factors,
 )
 from shoestring.callbacks.compression.low_rank import OtherRanks
-from shoestring.callbacks.contract import Misconfigured, Unfit, Workload
+from shoestring.callbacks.contract import IncompatibleTechniques, Misconfigured, Workload
 from shoestring.trainer import Budget
 from shoestring.trainer.checkpoint.state import AnotherModel
 
@@ -228,7 +228,7 @@ def test_what_saves_nothing_is_left_alone_and_said(tmp_path, caplog):
 
 
 def test_nothing_to_factor_is_an_error(tmp_path):
-    with pytest.raises(Unfit, match=r"no linear layer of Toy .* skip=\['\*'\]"):
+    with pytest.raises(IncompatibleTechniques, match=r"no linear layer of Toy .* skip=\['\*'\]"):
         run(tmp_path, LowRank(skip=["*"]), toy())
 
 
@@ -248,7 +248,7 @@ class Early(pl.LightningModule):
 
 
 def test_factors_that_nobody_would_train_are_an_error(tmp_path):
-    with pytest.raises(Unfit, match="the optimizer does not train net, which has been replaced"):
+    with pytest.raises(IncompatibleTechniques, match="the optimizer does not train net, which has been replaced"):
         train(tmp_path, Budget(steps=2), module=Early(), techniques=[LowRank(energy=0.5)])
 
 

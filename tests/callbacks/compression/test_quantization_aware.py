@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from shoestring.callbacks import GradualPruning, QuantizationAware, Unfit
+from shoestring.callbacks import GradualPruning, IncompatibleTechniques, QuantizationAware
 from shoestring.callbacks.compression.fake_quantization import BadGroups, fake_quantize_tokens, quantized
 from shoestring.callbacks.contract import BadSetting
 from shoestring.callbacks.forward.forward_weights import NeverUsed
@@ -150,7 +150,7 @@ def test_errors_name_what_is_wrong():
             QuantizationAware(**bad).check()
     with pytest.raises(BadGroups, match=r"net\.0\.weight has 8 inputs a row, which groups of 3"):
         train(mlp(), QuantizationAware(group_size=3))
-    with pytest.raises(Unfit, match="finds no linear or convolution layer"):
+    with pytest.raises(IncompatibleTechniques, match="finds no linear or convolution layer"):
         train(mlp(), QuantizationAware(skip=["*"]))
 
 

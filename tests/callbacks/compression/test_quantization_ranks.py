@@ -11,7 +11,7 @@ from processes import succeed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from shoestring.callbacks import Unfit
+from shoestring.callbacks import IncompatibleTechniques
 from shoestring.callbacks.registry import make
 from shoestring.trainer import Trainer
 
@@ -61,7 +61,7 @@ def rank(strategy, folder):
     }
     try:
         found["merged"] = train("merged", make("quantization_aware", {**bits, "adapters": "merged"}))
-    except Unfit as refusal:
+    except IncompatibleTechniques as refusal:
         found["merged"] = str(refusal)
     (folder / f"told-{os.environ['RANK']}.json").write_text(json.dumps(found))
 

@@ -22,7 +22,7 @@ from shoestring.callbacks.compression.codebooks import (
     lloyd,
     nearest,
 )
-from shoestring.callbacks.contract import Misconfigured, Unfit
+from shoestring.callbacks.contract import IncompatibleTechniques, Misconfigured
 from shoestring.callbacks.forward.forward_weights import NeverUsed, straight_through
 from shoestring.trainer import Budget
 
@@ -249,5 +249,5 @@ def test_a_layer_that_reads_its_weight_elsewhere_is_named(tmp_path):
 
 
 def test_nothing_to_cluster_is_an_error(tmp_path):
-    with pytest.raises(Unfit, match=r"finds no layers but what skip=\['\*'\]"):
+    with pytest.raises(IncompatibleTechniques, match=r"finds no layers but what skip=\['\*'\]"):
         run(tmp_path, WeightClustering(skip=["*"]))

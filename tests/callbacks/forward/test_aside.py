@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from shoestring.callbacks.forward.aside import NoLoss, loss_of, set_apart
+from shoestring.callbacks.forward.aside import NoLoss, isolated_training_step, loss_of
 from shoestring.callbacks.forward.forward_weights import straight_through
 
 
@@ -33,7 +33,7 @@ def test_nothing_is_left_behind_even_by_a_step_that_fails():
     module, batch = Marking(), {"x": torch.ones(3, 2)}
     own = module.log = lambda *_, **__: pytest.fail("logged")
     count, before = module.count, {name: b.clone() for name, b in module.named_buffers()}
-    with pytest.raises(ZeroDivisionError), set_apart(module):
+    with pytest.raises(ZeroDivisionError), isolated_training_step(module):
         assert loss_of(module, batch).item() == 0.0
         assert module.count == 2 and module.still.training
         raise ZeroDivisionError
@@ -42,7 +42,7 @@ def test_nothing_is_left_behind_even_by_a_step_that_fails():
     assert module.training and not module.still.training
     assert list(batch) == ["x"], "the step had a batch of its own to take apart"
     del module.log
-    with set_apart(module):
+    with isolated_training_step(module):
         loss_of(module, batch)
     assert "log" not in vars(module)
 

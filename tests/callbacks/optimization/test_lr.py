@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small import QUIET, Small, loader, rate, train
 
 from shoestring.callbacks import LRScaling, LRSchedule
-from shoestring.callbacks.contract import Misconfigured, Unfit
+from shoestring.callbacks.contract import IncompatibleTechniques, Misconfigured
 from shoestring.callbacks.optimization.lr_scaling import scaled
 from shoestring.callbacks.optimization.lr_schedule import SHAPES, factor
 from shoestring.trainer import Budget
@@ -33,7 +33,9 @@ def test_the_square_root_rule_with_betas_and_eps():
     smaller = scaled(adam, 0.25, "sqrt")
     assert (smaller["lr"], smaller["eps"]) == pytest.approx((5e-4, 2e-8))
     assert smaller["betas"] == pytest.approx((0.975, 0.9975))
-    with pytest.raises(Unfit, match=r"betas \(0\.9, 0\.99\) do not stretch to a batch 11 times larger"):
+    with pytest.raises(
+        IncompatibleTechniques, match=r"betas \(0\.9, 0\.99\) do not stretch to a batch 11 times larger"
+    ):
         scaled(adam, 11, "sqrt")
 
 

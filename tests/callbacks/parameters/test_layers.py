@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from shoestring.callbacks.contract import Unfit
+from shoestring.callbacks.contract import IncompatibleTechniques
 from shoestring.callbacks.parameters.layers import check_skip, owners, quantizable, trained_weights
 
 
@@ -66,10 +66,12 @@ def test_adapters_are_not_quantized_and_what_they_wrap_is_named():
 def test_a_pattern_that_matches_nothing_is_named_with_the_nearest_parameter():
     model = Model()
     check_skip(model, ["head.*", "twin.weight", "*.bias", "embed*", "blocks.?.1.*"], "rigl")
-    with pytest.raises(Unfit, match=r"rigl: skip='hed\.weight' matches no parameter of Model\. Nearest: head\.weight"):
+    with pytest.raises(
+        IncompatibleTechniques, match=r"rigl: skip='hed\.weight' matches no parameter of Model\. Nearest: head\.weight"
+    ):
         check_skip(model, ["conv.*", "hed.weight"], "rigl")
-    with pytest.raises(Unfit, match=r"skip='head' matches no parameter"):
+    with pytest.raises(IncompatibleTechniques, match=r"skip='head' matches no parameter"):
         check_skip(model, ["head"], "rigl")
     check_skip(model, ["head", "blocks.0.1"], "low_rank", layers=True)
-    with pytest.raises(Unfit, match=r"skip='head\.\*' is one text; write a list"):
+    with pytest.raises(IncompatibleTechniques, match=r"skip='head\.\*' is one text; write a list"):
         check_skip(model, "head.*", "rigl")

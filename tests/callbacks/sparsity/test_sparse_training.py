@@ -20,7 +20,7 @@ from shoestring.callbacks import (
     SynFlow,
     TopKAST,
 )
-from shoestring.callbacks.contract import Misconfigured, Unfit
+from shoestring.callbacks.contract import IncompatibleTechniques, Misconfigured
 from shoestring.callbacks.forward.forward_weights import NeverUsed
 from shoestring.trainer import Budget
 
@@ -210,7 +210,9 @@ def test_a_weight_that_cannot_be_masked_in_the_forward_is_named(tmp_path):
 
 
 def test_nothing_to_prune_is_said(tmp_path):
-    with pytest.raises(Unfit, match=r"rigl finds nothing to prune but what skip=\['net.*'\] leaves out"):
+    with pytest.raises(
+        IncompatibleTechniques, match=r"rigl finds nothing to prune but what skip=\['net.*'\] leaves out"
+    ):
         train(tmp_path, Budget(steps=2), module=Net(), techniques=[RigL(skip=["net*"])])
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shoestring.callbacks import SET, LotteryTicket, RigL
-from shoestring.callbacks.contract import Unfit
+from shoestring.callbacks.contract import IncompatibleTechniques
 from shoestring.callbacks.parameters.shards import Shards
 from shoestring.callbacks.sparsity import distributions, patterns, saliency, schedules
 from shoestring.callbacks.sparsity.at_init import PruneAtInit
@@ -159,7 +159,7 @@ def test_what_grows_starts_at_zero_with_fresh_moments():
     shards = door(WEIGHT, torch.where(MASK, 0.0, GRADIENT))
     shards.optimizers[0].state[shards.parameters["weight"]]["momentum_buffer"] = WEIGHT.clone() * 2
     technique = dynamic(RigL, MASK)
-    technique.hold(shards, technique._move(shards, 0.5, 3))
+    technique.apply_masks(shards, technique._move(shards, 0.5, 3))
     assert torch.equal(shards.master("weight").view(2, 4), torch.tensor([[0.9, 0, 0, 0], [0, -0.8, 0, 0]]))
     assert shards.state("weight")["momentum_buffer"].count_nonzero() == 2
 
@@ -189,7 +189,7 @@ def test_a_ticket_returns_to_where_it_was():
     ticket._masks, ticket._kept, ticket.mask_version = {}, {}, 0
     shards.optimizers[0].state[shards.parameters["weight"]] = {"momentum_buffer": WEIGHT.clone(), "step": 4}
     ticket._return(shards)
-    ticket.hold(shards, {"weight": MASK.reshape(-1)})
+    ticket.apply_masks(shards, {"weight": MASK.reshape(-1)})
     assert torch.equal(shards.master("weight").view(2, 4), 7.0 * MASK)
     assert shards.state("weight")["momentum_buffer"].count_nonzero() == 0
     assert shards.scalars("weight")["step"] == 0 and shards.gradient("weight").count_nonzero() == 0
@@ -199,5 +199,5 @@ def test_nan_scores_are_refused():
     class Bad(PruneAtInit):
         card = RigL.card
 
-    with pytest.raises(Unfit, match="scores of a are not finite"):
+    with pytest.raises(IncompatibleTechniques, match="scores of a are not finite"):
         Bad()._choose({"a": torch.tensor([1.0, float("nan")])})

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from toy import ACCUMULATE, STEPS, Explode, Exploded, fingerprint, held_out, loader, toy
 
 from shoestring.callbacks import StructuredPruning, WeightAveraging
-from shoestring.callbacks.contract import BadSetting, Unfit
+from shoestring.callbacks.contract import BadSetting, IncompatibleTechniques
 from shoestring.callbacks.parameters.cut import Cut
 from shoestring.callbacks.parameters.reshape import CannotReshape
 from shoestring.callbacks.sparsity.structured_groups import (
@@ -99,7 +99,7 @@ def test_a_cut_of_zeros_changes_no_loss():
         plain(technique, losses, module=module)
         return losses.seen
 
-    cut, uncut = trained(StructuredPruning(at="2 steps")), trained(StructuredPruning.inert())
+    cut, uncut = trained(StructuredPruning(at="2 steps")), trained(StructuredPruning.noop())
     assert cut == pytest.approx(uncut, abs=1e-6)
 
 
@@ -258,7 +258,7 @@ def test_what_is_skipped_keeps_its_shape():
 def test_manual_optimization_is_refused():
     module = toy()
     module.automatic_optimization = False
-    with pytest.raises(Unfit, match="leave the optimizer to Lightning"):
+    with pytest.raises(IncompatibleTechniques, match="leave the optimizer to Lightning"):
         trainer = pl.Trainer(accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False,
                              enable_progress_bar=False, callbacks=[StructuredPruning()])  # fmt: skip
         trainer.fit(module, loader())

@@ -13,12 +13,12 @@ from shoestring.trainer.export import compress, low_rank
 from shoestring.trainer.export.candidates import Candidate, all_candidates, int8_tables, least_bytes
 from shoestring.trainer.export.candidates import low_rank as low_rank_of
 from shoestring.trainer.export.compress import Limits, NothingFits, Tried, search
-from shoestring.trainer.export.measurement import Wish, measure
+from shoestring.trainer.export.measurement import MeasureOptions, measure
 from shoestring.trainer.export.runtimes import calibration
 from shoestring.trainer.export.trained import CannotExport, Trained, open_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-QUICK = Wish(memory=False, rounds=1)
+QUICK = MeasureOptions(memory=False, rounds=1)
 
 
 FEW = (
@@ -57,8 +57,8 @@ def test_a_low_rank_candidate_is_read_back_in_its_own_shape(runs: Path, tmp_path
     thin = Candidate(name="thin", change=lambda run: low_rank.factorized(run.model, 0.3))
     found = search(trained, Limits(bytes=1e9), out=tmp_path / "out", candidates=[thin])
     assert found.chosen == "thin"
-    told = measure(str(tmp_path / "out"), Wish(memory=False, rounds=1, shapes=((1, 8),)))
-    assert told["parameters"] < measure(str(trained.run_dir), Wish(memory=False, rounds=1))["parameters"]
+    told = measure(str(tmp_path / "out"), MeasureOptions(memory=False, rounds=1, shapes=((1, 8),)))
+    assert told["parameters"] < measure(str(trained.run_dir), MeasureOptions(memory=False, rounds=1))["parameters"]
     assert told["accuracy"] == pytest.approx(found.tried[0].accuracy)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shoestring.trainer.export import footprint, low_rank, metrics, quality, speed
-from shoestring.trainer.export.measurement import Wish, measure
+from shoestring.trainer.export.measurement import MeasureOptions, measure
 from shoestring.trainer.export.pareto import front
 from shoestring.trainer.export.subject import open_subject
 from shoestring.trainer.export.trained import CannotExport, open_run
@@ -25,7 +25,7 @@ from shoestring.trainer.export.write import export
 from shoestring.trainer.ledger import Ledger, read
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-QUICK = Wish(memory=False, rounds=1)
+QUICK = MeasureOptions(memory=False, rounds=1)
 
 
 # -- formulas --------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_every_backend_runs_the_same_model_in_the_same_rounds(runs: Path) -> Non
     batch = subject.batch((4,))
     outputs = [subject.outputs(backend)(batch) for backend in backends]
     assert all(torch.allclose(out, outputs[0], atol=1e-5) for out in outputs) and outputs[0].shape == (4, 10)
-    told = measure(subject.name, Wish(memory=False, rounds=1, backends=backends, shapes=((2,),)))
+    told = measure(subject.name, MeasureOptions(memory=False, rounds=1, backends=backends, shapes=((2,),)))
     assert list(told["timings"]) == [f"{backend} 2" for backend in backends]
 
 
@@ -165,7 +165,7 @@ def test_every_backend_runs_the_same_model_in_the_same_rounds(runs: Path) -> Non
 def test_text_models_are_measured_like_their_own_validation(name: str, runs: Path) -> None:
     run_dir = finished(name, runs)
     metrics_of_run = json.loads((run_dir / "summary.json").read_text())["metrics"]
-    told = measure(str(run_dir), Wish(memory=False, rounds=1, shapes=((1, 16), (2, 8))))
+    told = measure(str(run_dir), MeasureOptions(memory=False, rounds=1, shapes=((1, 16), (2, 8))))
     assert told["loss"] == pytest.approx(metrics_of_run["val_loss"], rel=1e-3)
     assert told["timings"].keys() == {"eager 1x16", "eager 2x8"}
     assert told["flops_realised"] > 0

@@ -1,4 +1,4 @@
-"""The doctor finds what was broken on purpose, says how to mend it, and never dies of it."""
+"""The doctor finds what was broken on purpose, says how to fix it, and never dies of it."""
 
 import json
 import os
@@ -50,10 +50,10 @@ def test_every_check_answers_and_what_is_not_in_order_says_why():
     assert [one.name for one in findings] == NAMES
     for one in findings:
         assert one.found
-        assert one.mend or one.ok is not False, one
+        assert one.fix or one.ok is not False, one
     plain = json.loads(json.dumps(report(findings)))
     assert plain["ok"] == all(one.ok is not False for one in findings)
-    assert plain["findings"][0] == {"name": "python", "ok": True, "found": findings[0].found, "mend": ""}
+    assert plain["findings"][0] == {"name": "python", "ok": True, "found": findings[0].found, "fix": ""}
 
 
 def test_a_stale_lock_is_found_and_the_command_mends_it(tmp_path):
@@ -62,7 +62,7 @@ def test_a_stale_lock_is_found_and_the_command_mends_it(tmp_path):
     lock.touch()
     found = finding("extensions")
     assert found.ok is False
-    subprocess.run(found.mend, shell=True, check=True)
+    subprocess.run(found.fix, shell=True, check=True)
     assert finding("extensions").ok is True
 
 
@@ -77,7 +77,7 @@ def test_a_low_limit_of_open_files_is_found():
 
 def test_wandb_login_and_mode_are_told_apart_without_the_key(tmp_path, monkeypatch):
     assert finding("wandb").ok is None
-    assert finding("wandb").mend == "wandb login"
+    assert finding("wandb").fix == "wandb login"
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password not-to-be-shown\n")
     (tmp_path / "netrc").chmod(0o600)
     assert "logged in" in finding("wandb").found

@@ -37,7 +37,7 @@ def test_who_is_slow(busy: list[float], seconds: float, slow: dict[int, float]) 
 
 def test_two_windows_running_make_a_straggler_and_one_without_ends_it() -> None:
     streaks = Streaks()
-    told = [streaks.hear(slow) for slow in ([2], [], [2], [2], [2, 0], [0], [], [1])]
+    told = [streaks.update(slow) for slow in ([2], [], [2], [2], [2, 0], [0], [], [1])]
     assert told == [([], []), ([], []), ([], []), ([2], []), ([], []), ([0], [2]), ([], [0]), ([], [])]
 
 

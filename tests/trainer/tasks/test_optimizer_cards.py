@@ -66,7 +66,9 @@ def recipe(optimizer: str, *, allow_code: bool = False, **strategy: object) -> R
 
 # -- what a plan says --------------------------------------------------------------------------------------------------
 def test_a_misspelt_name_is_a_problem_of_the_recipe() -> None:
-    with pytest.raises(RecipeError, match=r"optimizer\.name: found adafactr; allowed: adamw \| .*did you mean adafactor\?"):
+    with pytest.raises(
+        RecipeError, match=r"optimizer\.name: found adafactr; allowed: adamw \| .*did you mean adafactor\?"
+    ):
         plan(recipe("adafactr"))
     with pytest.raises(UnknownOptimizer, match="did you mean muon"):
         optimizer_card("moun")

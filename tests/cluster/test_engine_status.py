@@ -12,7 +12,7 @@ from jobs import a_job
 from shoestring.cluster import ClusterError, launch, registry
 from shoestring.cluster.engine import JobRecord
 from shoestring.cluster.engines import kubernetes, skypilot
-from shoestring.cluster.engines.elsewhere import there
+from shoestring.cluster.engines.remote import there
 from shoestring.cluster.node import attempts
 
 
@@ -57,7 +57,7 @@ RUNNING = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
     ],
 )  # fmt: skip
 def test_kubernetes(tmp_path, found, pods, state, detail, ended) -> None:
-    heard = kubernetes.hear(record(tmp_path), found, pods)
+    heard = kubernetes.status_from(record(tmp_path), found, pods)
     assert (heard.state, heard.ended) == (state, ended) and detail in heard.detail
     assert heard.nodes == tuple(f"n{i}" for i in range(len(pods)))
 
@@ -65,7 +65,7 @@ def test_kubernetes(tmp_path, found, pods, state, detail, ended) -> None:
 def test_a_cancelled_job_is_known_to_be(tmp_path) -> None:
     told = record(tmp_path)
     Path(told.job_dir, "cancelled").touch()
-    assert kubernetes.hear(told, None, []).ended == "cancelled"
+    assert kubernetes.status_from(told, None, []).ended == "cancelled"
 
 
 def test_what_pods_leave_behind_is_kept_here(tmp_path) -> None:
@@ -73,7 +73,7 @@ def test_what_pods_leave_behind_is_kept_here(tmp_path) -> None:
     told = record(tmp_path)
     job_dir = Path(told.job_dir)
     for _ in range(2):
-        kubernetes.hear(told, job_set(), [pod(0, "Running", **RUNNING)])
+        kubernetes.status_from(told, job_set(), [pod(0, "Running", **RUNNING)])
     [first] = attempts.history(job_dir)
     assert (first.number, first.started, first.ended) == (0, 1767225600.0, None)
     rows = [
@@ -83,11 +83,11 @@ def test_what_pods_leave_behind_is_kept_here(tmp_path) -> None:
     ]
     message = "\n".join(map(json.dumps, rows)) + "\n"
     for _ in range(2):
-        kubernetes.hear(told, job_set(), [pod(0, "Failed", terminated={"exitCode": 85, "message": message})])
+        kubernetes.status_from(told, job_set(), [pod(0, "Failed", terminated={"exitCode": 85, "message": message})])
     [first] = attempts.history(job_dir)
     assert (first.seconds, first.next, first.nodes) == (60.0, "requeue", ("n0", "n1"))
     again = {"running": {"startedAt": "2026-01-01T00:05:00Z"}}
-    kubernetes.hear(told, job_set(), [pod(0, "Running", restart=1, **again)])
+    kubernetes.status_from(told, job_set(), [pod(0, "Running", restart=1, **again)])
     assert [(a.number, a.started) for a in attempts.history(job_dir)] == [(0, 1767225601.0), (1, 1767225900.0)]
     (job_dir / "job.json").write_text(json.dumps({**told.facts, "record": {**told.__dict__, "facts": None}}))
     assert attempts.excluded(job_dir) == ["n1"]
@@ -118,21 +118,21 @@ def test_nodes_that_were_bad_are_left_out_of_the_next_job(tmp_path) -> None:
 )
 def test_skypilot(status, state, ended) -> None:
     told = f"A notice.\n{json.dumps([{'job_id': 17, 'status': 'RUNNING'}, {'job_id': 7, 'status': status}])}\nAnother."
-    heard = skypilot.hear("7", told)
+    heard = skypilot.status_from("7", told)
     assert (heard.state, heard.ended) == (state, ended)
-    assert skypilot.hear("8", told).state == "gone"
+    assert skypilot.status_from("8", told).state == "gone"
 
 
 def test_skypilot_says_nothing_that_can_be_read() -> None:
     with pytest.raises(ClusterError, match="cannot be read: Traceback"):
-        skypilot.hear("7", "Traceback")
+        skypilot.status_from("7", "Traceback")
 
 
 def test_sky_is_not_here(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     engine = registry.engine("skypilot")
     job = a_job(tmp_path, "skypilot")
-    for ask in (lambda: engine.submit(job, {}, {}), lambda: engine.ask(record(tmp_path, "skypilot"))):
+    for ask in (lambda: engine.submit(job, {}, {}), lambda: engine.query_status(record(tmp_path, "skypilot"))):
         with pytest.raises(ClusterError, match="sky is not installed here"):
             ask()
 
