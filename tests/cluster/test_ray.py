@@ -148,8 +148,8 @@ def test_a_job_runs_to_its_end(nodes: Nodes, jobs: Jobs, workplace: Path) -> Non
     assert {environ["MASTER_ADDR"] for environ in around} == {f"127.0.0.{int(told['on'][0][1]) + 1}"}
 
     assert not (job_dir / "secrets.sh").exists()
-    assert nodes.query_status(f"/api/jobs/{id}")["status"] == "SUCCEEDED"
-    about = json.dumps([nodes.query_status("/api/jobs/"), nodes.query_status(f"/api/jobs/{id}/logs")])
+    assert nodes.ask(f"/api/jobs/{id}")["status"] == "SUCCEEDED"
+    about = json.dumps([nodes.ask("/api/jobs/"), nodes.ask(f"/api/jobs/{id}/logs")])
     assert "RAY_JOB_STOP_WAIT_TIME_S" in about and "the run is finished" in about and SECRET not in about
     assert holding(id, nodes.folder) and not holding(SECRET, nodes.folder), "what Ray writes down"
     assert holding(id, workplace) and not holding(SECRET, workplace), "what the job leaves behind"
@@ -176,7 +176,7 @@ def test_a_cancelled_job_has_saved_and_leaves_nothing_running(nodes: Nodes, jobs
     told = jobs.wait(id, lambda told: told["state"] == "cancelled", 120)
     assert told["attempts"][-1]["code"] == 85 and told["detail"] == "the job was cancelled"
     assert 1 < saved(workplace / "cancelled") < 60
-    until(lambda: nodes.query_status(f"/api/jobs/{id}")["status"] == "STOPPED", 20, "Ray knows that the job was stopped")
+    until(lambda: nodes.ask(f"/api/jobs/{id}")["status"] == "STOPPED", 20, "Ray knows that the job was stopped")
     until(lambda: not mentioned(f"SHOESTRING_JOB={id}", "environ"), 20, "no process of the job is left")
     assert command(jobs.monkeypatch, "cancel", id) == 2, "it is not running any more"
     assert not (job_dir / "secrets.sh").exists()

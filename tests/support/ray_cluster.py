@@ -48,7 +48,7 @@ class Nodes:
 
     def alive(self) -> list[str]:
         try:
-            told = self.query_status("/api/v0/nodes?detail=true&limit=100")["data"]["result"]["result"]
+            told = self.ask("/api/v0/nodes?detail=true&limit=100")["data"]["result"]["result"]
         except (OSError, KeyError, TypeError):
             return []  # not up yet
         return [node["node_name"] for node in told if node["state"] == "ALIVE"]
