@@ -7,6 +7,8 @@ SLOW_BENCHMARKS := sparsity.py large_then_compressed.py quantization.py low_rank
 
 # whose results may depend on the CPU's instructions
 NUMERICAL := tests/callbacks tests/contracts/test_ranks.py tests/contracts/test_techniques.py tests/trainer/export
+# torch's cache of compiled kernels does not ask for which instructions they are
+OWN_KERNELS = TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d)
 
 .PHONY: quickstart test test-cpus test-cluster test-gpu lint docs bench clean
 
@@ -29,9 +31,9 @@ test: $(READY)
 # as CPUs without AVX-512, and without AVX2, compute; and ONNX Runtime on an emulated Haswell, where QEMU can be installed
 test-cpus: $(READY)
 	bash tests/support/install_qemu.sh
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(OWN_KERNELS) \
 		$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(NUMERICAL)
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(OWN_KERNELS) \
 		$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(NUMERICAL)
 
 # on a real Slurm, sshd and Ray that the tests start on this machine, in network namespaces of their own: Debian, root
