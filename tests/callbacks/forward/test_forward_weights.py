@@ -17,8 +17,8 @@ def test_the_layer_sees_the_function_and_the_parameter_gets_the_gradient():
     mask = torch.tensor([1.0, 0.0, 1.0, 0.0])
     shown = ForwardWeights(model, ["0.weight"], lambda name, weight: weight * mask)
     out = model(x)
-    plain = nn.functional.linear(nn.functional.linear(x, model[0].weight * mask, model[0].bias).relu(), model[2].weight)
-    assert torch.equal(out, plain + model[2].bias)
+    hidden = nn.functional.linear(x, model[0].weight * mask, model[0].bias).relu()
+    assert torch.equal(out, nn.functional.linear(hidden, model[2].weight, model[2].bias))
     out.sum().backward()
     assert model[0].weight.grad[:, 1].abs().max() == 0 and model[0].weight.grad[:, 0].abs().max() > 0
     assert set(model.state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
