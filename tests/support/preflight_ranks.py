@@ -14,7 +14,7 @@ import train_script
 from processes import last_words, run
 
 from shoestring.cluster.config.sections import PreflightSpec
-from shoestring.cluster.preflight.check import check as cluster_preflight
+from shoestring.cluster.preflight import check as cluster_preflight
 from shoestring.trainer.jobs.worker import as_task, preflight
 
 
