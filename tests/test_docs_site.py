@@ -144,13 +144,21 @@ def test_commands_that_are_shown_exist(path: Path) -> None:
         assert {word for word in words if re.match(r"--?[a-z]", word)} <= known[name], line
 
 
-@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.stem)
-def test_recipes_and_cluster_files_that_are_shown_are_valid(path: Path, tmp_path: Path) -> None:
-    for number, block in enumerate(blocks(path, "yaml")):
-        keys = yaml.safe_load(block).keys()
-        file = tmp_path / f"shown-{number}.yaml"
-        file.write_text(block if keys & {"engine", "model"} else f"extends: digits\n{block}")  # or a piece of a recipe
-        (load_cluster if "engine" in keys else load_recipe)(file)
+SHOWN = [(path.stem, block) for path in WRITTEN for block in blocks(path, "yaml")]
+
+
+def test_both_kinds_of_files_are_shown() -> None:
+    assert {"engine" in yaml.safe_load(block) for _, block in SHOWN} == {True, False}
+
+
+@pytest.mark.parametrize("block", [block for _, block in SHOWN], ids=[stem for stem, _ in SHOWN])
+def test_recipes_and_cluster_files_that_are_shown_are_valid(block: str, tmp_path: Path) -> None:
+    """And what is read of them is what is shown: every section that a block has."""
+    keys = yaml.safe_load(block).keys()
+    file = tmp_path / "shown.yaml"
+    file.write_text(block if keys & {"engine", "model"} else f"extends: digits\n{block}")  # or a piece of a recipe
+    found = (load_cluster if "engine" in keys else load_recipe)(file)
+    assert keys - {"extends"} <= found.model_fields_set | {"name"}
 
 
 @pytest.mark.parametrize("path", [*WRITTEN, ROOT / "SECURITY.md", ROOT / "README.md"], ids=lambda path: path.stem)

@@ -7,7 +7,7 @@
     onnx --quantize int8    ONNX Runtime with the emulation of its arithmetic      2e-2
 
 In ONNX files "int8" has weights within 7 bits, which every CPU multiplies right; "int8-vnni" has all 8, half the
-rounding error, and is for CPUs with VNNI (since 2019, few laptops) or Arm: others compute something else from it.
+rounding error, and is for CPUs with VNNI, or Arm: others compute something else from it.
 `--quantize trained` stores what `quantization_aware` and `weight_clustering` have trained the weights to be: torch
 packs their bits; hf has floats of the same values, for those who evaluate; onnx, after training for 8-bit activations,
 int8 products of them, for the CPUs that `quantization_aware` was told. Everything else stays in floats.
