@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .accounting.clock import Clock as Clock
     from .accounting.clock import Duration as Duration
     from .accounting.clock import clock_of as clock_of
-    from .accounting.meter import Measurement as Measurement
     from .compression.distillation import Distillation as Distillation
     from .compression.early_exit import EarlyExit as EarlyExit
     from .compression.low_rank import LowRank as LowRank
@@ -56,7 +55,7 @@ _HOMES = {
     "Card": "contract", "Technique": "contract", "Settings": "contract", "Effect": "effect", "Workload": "effect",
     "IncompatibleTechniques": "contract", "Misconfigured": "contract",
     "Budget": "accounting.budget", "Clock": "accounting.clock", "Duration": "accounting.clock",
-    "clock_of": "accounting.clock", "Accountant": "accounting.accountant", "Measurement": "accounting.meter",
+    "clock_of": "accounting.clock", "Accountant": "accounting.accountant",
     "shards_of": "parameters.accessor", "make": "registry",
     **{home.partition(":")[2]: home.partition(":")[0] for home in TECHNIQUES.values()},
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The meter: what a run costs, in named windows that each end as one frozen `Measurement`.
+"""The meter: what a run costs, in named windows.
 
 Windows add up to the wall time of the run: start-up, train (waiting for data is listed inside it), evaluation,
 checkpoint, other. `tokens_per_second` is over train time only; MFU is counted FLOPs (no recomputation) over the peak.
@@ -9,54 +9,10 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """What one window of a run cost, all ranks together unless said otherwise.
-
-    Args:
-        window: Its name: startup, train, evaluation, checkpoint, other or run.
-        seconds: Wall time of rank 0.
-        steps: Optimizer steps.
-        samples: How many were trained on.
-        tokens: How many were trained on, padding included.
-        flops_counted: Matrix FLOPs of the model as it is masked, without recomputation.
-        flops_realised: Matrix FLOPs that were executed.
-        peak_bytes: The most memory of any rank so far.
-        comm_bytes: Sent by each rank, from the strategy's formula.
-        data_wait: Seconds rank 0 waited for data.
-        joules: Energy.
-        energy_source: "nvml" and "rapl" are measured, "estimated" is not.
-        usd: Money.
-
-    Example:
-        >>> Measurement(window="train", seconds=2.0, tokens=4096).as_dict()["tokens"]
-        4096
-    """
-
-    window: str
-    seconds: float
-    steps: int = 0
-    samples: float = 0
-    tokens: float = 0
-    flops_counted: float = 0
-    flops_realised: float = 0
-    peak_bytes: int = 0
-    comm_bytes: float = 0
-    data_wait: float = 0
-    joules: float = 0
-    energy_source: str = "estimated"
-    usd: float = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, for the journal."""
-        return asdict(self)
 
 
 class Windows:

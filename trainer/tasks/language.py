@@ -16,9 +16,9 @@ class CausalLM(TaskModule):
 
     **What the loss is averaged over.** Packed blocks all have `T - 1` targets, so the mean over a micro-batch is the
     per-token mean over the whole global batch once Lightning averages over accumulation and ranks; length warmup
-    keeps that, since it cuts all rows alike. Padded batches differ in targets: the loss is then exact when the loader
-    puts `loss_weight` (see `tokens.loss_weights`) in each batch, and otherwise a mean over micro-batches of per-token
-    means. Neither needs communication.
+    keeps that, since it cuts all rows alike. Padded batches differ in targets: the loss is then exact when each batch
+    holds its `loss_weight` (see `GlobalBatches.weigh` in callbacks/sampling/samples.py), and otherwise a mean over
+    micro-batches of per-token means. Neither needs communication.
 
     `val_loss` is the exact mean over all validation tokens of all ranks; `val_perplexity` is its exponential.
 

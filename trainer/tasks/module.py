@@ -12,7 +12,7 @@ import torch
 from .optimizers import build_optimizer
 
 Batch = dict[str, torch.Tensor]
-WEIGHT = "loss_weight"  # the batch's share of the global mean, put there by a loader; see tokens.loss_weights
+WEIGHT = "loss_weight"  # the batch's share of the global mean, put there by the sampler; see `GlobalBatches.weigh`
 
 
 class TaskModule(pl.LightningModule):

@@ -191,15 +191,3 @@ def stack(samples: Sequence[Sample]) -> Sample:
 
 def _padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-
-def loss_weights(targets: Sequence[int]) -> list[float]:
-    """What each micro-batch's mean loss must be multiplied by so that their mean is the mean over all targets.
-
-    targets: the number of targets of every micro-batch of one optimizer step, over all ranks (any order). A loader
-    puts the weight in its batch as a tensor `loss_weight` []; the modules here multiply by it. Blocks need none:
-    their weights are all 1. With weight `n_i * k / sum(n)`, the mean over k micro-batches of `weight * mean_i` is
-    `sum(n_i * mean_i) / sum(n)`: the loss per token over the whole global batch, with no collective.
-    """
-    total = sum(targets)
-    return [count * len(targets) / total for count in targets]

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from shoestring.callbacks.accounting.energy import SteadyEnergy
 from shoestring.callbacks.accounting.meter import (
     EvaluationTimer,
-    Measurement,
     Windows,
     batch_size,
     communication_bytes,
@@ -80,9 +79,7 @@ def test_communication_follows_the_zero_paper(strategy, parameters, accumulate):
     assert communication_bytes("single", parameters, 2, 4, accumulate) == 0
 
 
-def test_a_measurement_is_plain_data():
-    told = Measurement(window="train", seconds=1.5, tokens=3).as_dict()
-    assert told["window"] == "train" and told["tokens"] == 3 and told["energy_source"] == "estimated"
+def test_a_process_has_held_some_memory():
     assert peak_bytes(torch.device("cpu")) > 1 << 20
 
 
