@@ -32,8 +32,10 @@ from few_bits import accuracy, into
 from report import RESULTS, Runs, in_processes, measured, quiet, table, take_turns
 from torch import Tensor, nn
 
-from shoestring.trainer.export.onnx_quantize import OnnxModel, export_onnx, quantize_onnx
-from shoestring.trainer.export.quantize import quantize
+from shoestring.callbacks.compression.fake_quantization import PRODUCT_BITS
+from shoestring.trainer.export.onnx_file import quantize_file, trace
+from shoestring.trainer.export.quantize import quantize, quantize_embeddings
+from shoestring.trainer.export.runtimes import Outputs, onnxruntime
 
 SHAPES = ((8, 128), (1, 128))
 TORCH, ORT = "torch fp32", "ONNX Runtime fp32"  # what everything is compared with
@@ -59,13 +61,15 @@ def encoders(folder: Path) -> dict[str, Any]:
     """Every way to run the same encoder."""
     torch.manual_seed(0)
     model = Encoder().eval().requires_grad_(False)
-    example = (torch.randint(0, 30522, (2, 128)),)
-    dynamic = ({0: torch.export.Dim.DYNAMIC},)
-    plain = OnnxModel(export_onnx(model, example, folder / "fp32.onnx", dynamic), threads=1)
-    files = {cpu: quantize_onnx(model, example, folder / f"{cpu}.onnx", cpu=cpu, embeddings=True, dynamic=dynamic,
-                                threads=1) for cpu in ("any", "vnni")}  # fmt: skip
-    files["unsigned"] = unsigned(folder / "fp32.onnx", folder / "unsigned.onnx")
-    quantize_onnx(model, example, folder / "int8-table-fp32.onnx", dynamic=dynamic, threads=1)
+    small_tables = copy.deepcopy(model)
+    quantize_embeddings(small_tables)
+    files = {
+        "fp32": onnx(model, folder / "fp32.onnx"),
+        "any": onnx(small_tables, folder / "any.onnx", PRODUCT_BITS["any"]),
+        "vnni": onnx(small_tables, folder / "vnni.onnx", PRODUCT_BITS["vnni"]),
+        "unsigned": unsigned(folder / "fp32.onnx", folder / "unsigned.onnx"),
+    }
+    onnx(model, folder / "int8-table-fp32.onnx", PRODUCT_BITS["any"])
     torch.save(model.state_dict(), folder / "fp32.pt")
     torch.save(quantize(model, embeddings=True, compiled=False).state_dict(), folder / "int8.pt")
     blocks = copy.deepcopy(model.bert.encoder)
@@ -75,20 +79,28 @@ def encoders(folder: Path) -> dict[str, Any]:
     return {
         "torch fp32": model,
         "torch bf16": lambda ids: half(ids).float(),
-        "ONNX Runtime fp32": lambda ids: plain(ids)[0],
+        "ONNX Runtime fp32": lambda ids: files["fp32"]({"ids": ids}),
         "torchao int8, compiled": quantize(model, embeddings=True),
-        "ONNX Runtime int8, any CPU": lambda ids: files["any"](ids)[0],
-        "ONNX Runtime int8-vnni": lambda ids: files["vnni"](ids)[0],
-        "ONNX Runtime int8, unsigned weights": lambda ids: files["unsigned"](ids)[0],
+        "ONNX Runtime int8, any CPU": lambda ids: files["any"]({"ids": ids}),
+        "ONNX Runtime int8-vnni": lambda ids: files["vnni"]({"ids": ids}),
+        "ONNX Runtime int8, unsigned weights": lambda ids: files["unsigned"]({"ids": ids}),
     }
 
 
-def unsigned(plain: Path, path: Path) -> OnnxModel:
+def onnx(model: nn.Module, path: Path, bits: int | None = None) -> Outputs:
+    """The encoder in ONNX Runtime on one thread, as an export writes it. bits: of int8 products; None: floats."""
+    trace(model, {"ids": torch.randint(0, 30522, (2, 128))}, path)
+    if bits is not None:
+        quantize_file(path, bits=bits)
+    return onnxruntime(path, threads=1)
+
+
+def unsigned(plain: Path, path: Path) -> Outputs:
     """The float file with ONNX Runtime's own dynamic quantization to unsigned weights."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(plain, path, per_channel=True, weight_type=QuantType.QUInt8, op_types_to_quantize=["MatMul"])
-    return OnnxModel(path, threads=1)
+    return onnxruntime(path, threads=1)
 
 
 def pt2e(model: nn.Module, shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from shoestring.callbacks.accounting.flops import FlopCounter
 from shoestring.callbacks.parameters.cut import shrink
 from shoestring.callbacks.sparsity.structured_groups import choose
-from shoestring.trainer.export.onnx_quantize import OnnxModel, export_onnx
+from shoestring.trainer.export.onnx_file import trace
+from shoestring.trainer.export.runtimes import onnxruntime
 
 BATCH, LENGTH, WIDTH, HEADS, FFN, LAYERS = 8, 128, 384, 6, 1536, 6
 SPARSITIES = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
@@ -75,8 +76,10 @@ def masked(share: float) -> Encoder:
 
 def onnx(model: nn.Module, x: Tensor, folder: Path) -> Callable[[], Any]:
     """`model` in ONNX Runtime on one thread, written and opened as exports are."""
-    run = OnnxModel(export_onnx(model, (x,), folder / f"{len(list(folder.iterdir()))}.onnx"), threads=1)
-    return lambda: run(x)
+    path = folder / f"{len(list(folder.iterdir()))}.onnx"
+    trace(model, {"x": x}, path)
+    run = onnxruntime(path, threads=1)
+    return lambda: run({"x": x})
 
 
 def gigaflops(model: nn.Module, x: Tensor) -> float:

@@ -196,27 +196,19 @@ def _report(plan: Plan, run_dir: Path, summary: Mapping[str, Any], task: Any) ->
         exported=exported,
         recipe_hash=recipe.hash,
     )
-    replace_file(run_dir / "report.json", json.dumps(report.as_dict(), indent=1, default=str))
+    replace_file(run_dir / "report.json", json.dumps(vars(report), indent=1, default=str))
     return report
 
 
 def finished_report(run_dir: Path, recipe: Any) -> Report | None:
     """The report of `run_dir` if this very recipe has already come to its end there."""
     try:
-        told = json.loads((run_dir / "report.json").read_text())
-        if told["recipe_hash"] != recipe.hash:
-            return None
-    except (OSError, ValueError, KeyError):
+        kept = json.loads((run_dir / "report.json").read_text())
+        exported = Path(kept["exported"]) if kept["exported"] else None
+        report = Report(**{**kept, "run_dir": run_dir, "exported": exported})
+    except (OSError, ValueError, KeyError, TypeError):  # none, damaged, or of a version that kept other things
         return None
-    own = ("run_dir", "baselines", "sample", "exported", "recipe_hash")
-    return Report(
-        run_dir=run_dir,
-        summary={k: v for k, v in told.items() if k not in own},
-        baselines=told["baselines"],
-        goal_reached=told["goal_reached"],
-        sample=told["sample"],
-        exported=Path(told["exported"]) if told["exported"] else None,
-    )
+    return report if report.recipe_hash == recipe.hash else None
 
 
 def _wandb(recipe: Any) -> Mapping[str, Any] | None:

@@ -111,7 +111,7 @@ class CompetenceCurriculum(Technique, pl.Callback):
         self._seed = getattr(trainer, "seed", 0)
         batches = install_sampler(trainer, self._seed)
         if batches is None:
-            raise TypeError("competence_curriculum needs one map-style DataLoader to choose samples from")
+            raise IncompatibleTechniques("competence_curriculum needs one map-style DataLoader to choose samples from")
         loader = trainer.fit_loop._data_source.instance
         self._until = until = Duration.parse(self.until)
         if until.counts == "samples":

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 
 from ..accounting.clock import Duration, clock_of
-from ..contract import Card, Effect, Technique, Workload, require
+from ..contract import Card, Effect, IncompatibleTechniques, Technique, Workload, require
 
 
 def length_at(ramp: float, start: int, full: int, multiple: int) -> int:
@@ -94,7 +94,7 @@ class SequenceLengthWarmup(Technique, pl.Callback):
         if ramp >= 1.0:
             return
         if not isinstance(batch, MutableMapping) or "input_ids" not in batch:
-            raise TypeError(
+            raise IncompatibleTechniques(
                 f"sequence_length_warmup needs batches with 'input_ids'; this one is a {type(batch).__name__}"
             )
         truncate(batch, length_at(ramp, self.start, batch["input_ids"].shape[1], self.multiple))

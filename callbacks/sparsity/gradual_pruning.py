@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ..accounting.clock import Duration, clock_of
+from ..accounting.clock import clock_of
 from ..contract import BadSetting, Card, Effect, Workload, require
 from ..parameters.shards import Shards
 from . import distributions, patterns, saliency, schedules
@@ -69,8 +69,7 @@ class GradualPruning(Masking):
 
     def check(self) -> None:
         super().check()
-        require(self.every > 0, self, "every", "a positive number of steps")
-        schedules.require_ramp(self, self.start, self.end)
+        self._read_ramp()
         require(self.ramp in RAMPS, self, "ramp", " | ".join(RAMPS))
         require(self.criterion in CRITERIA, self, "criterion", " | ".join(CRITERIA))
         try:
@@ -90,10 +89,13 @@ class GradualPruning(Masking):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._start, self._end = Duration.parse(self.start), Duration.parse(self.end)
+        self._ramp = self._read_ramp()
+
+    def _read_ramp(self) -> schedules.Ramp:
+        return schedules.Ramp.of(self, self.start, self.end, self.every)
 
     def update_masks(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
-        target = self._target(trainer)
+        target = self._ramp.sparsity(clock_of(trainer), self.sparsity, RAMPS[self.ramp])
         if target <= 0 or (self.mask_version and trainer.global_step % self.every):
             return None
         scores = {name: self._score(shards, name) for name in self._names}
@@ -101,10 +103,6 @@ class GradualPruning(Masking):
             return select(shards, scores, self.distribution, target)
         shares = distributions.densities(self.distribution, shapes_of(shards, self._names), target)
         return select_blocks(shards, scores, block, shares)
-
-    def _target(self, trainer: pl.Trainer) -> float:
-        done = schedules.between(clock_of(trainer), self._start, self._end)
-        return 0.0 if done is None else RAMPS[self.ramp](done, self.sparsity)
 
     def _score(self, shards: Shards, name: str) -> Tensor:
         weight, gradient = shards.master(name), shards.gradient(name)

@@ -10,12 +10,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ..accounting.clock import Duration, clock_of
-from ..contract import Card, Effect, Workload, require
+from ..accounting.clock import clock_of
+from ..contract import Card, Effect, Workload
 from ..parameters.shards import Shards
 from . import saliency
 from .masks import mask_gradients, require_distribution, select
-from .schedules import between, cubic, require_ramp
+from .schedules import Ramp, cubic
 from .soft_masks import SoftMasking
 
 
@@ -59,8 +59,7 @@ class MovementPruning(SoftMasking):
 
     def check(self) -> None:
         super().check()
-        require(self.every > 0, self, "every", "a positive number of steps")
-        require_ramp(self, self.start, self.end)
+        self._read_ramp()
         require_distribution(self, self.distribution, ("uniform", "erk", "global"))
 
     def predict(self, workload: Workload) -> Effect:
@@ -72,14 +71,16 @@ class MovementPruning(SoftMasking):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._start, self._end = Duration.parse(self.start), Duration.parse(self.end)
+        self._ramp = self._read_ramp()
+
+    def _read_ramp(self) -> Ramp:
+        return Ramp.of(self, self.start, self.end, self.every)
 
     def update_masks(self, trainer: pl.Trainer, shards: Shards) -> dict[str, Tensor] | None:
         self._score(shards)
-        done = between(clock_of(trainer), self._start, self._end)
-        if done is None or trainer.global_step % self.every:
+        target = self._ramp.sparsity(clock_of(trainer), self.sparsity, cubic)
+        if trainer.global_step % self.every:
             return None
-        target = cubic(done, self.sparsity)
         return select(shards, self._local["score"], self.distribution, target) if target > 0 else None
 
     def _score(self, shards: Shards) -> None:

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from ..accounting.clock import Clock, Duration
 from ..contract import Technique, require
 
 
-def require_ramp(technique: Technique, start: str, end: str) -> None:
-    """Settings `start` and `end` that `between` can work with."""
-    first, last = Duration.parse(start), Duration.parse(end)
-    legal = first.counts == last.counts and first.amount < last.amount
-    require(legal, technique, "end", f"a later moment than start={start!r}, in the same unit")
+@dataclass(frozen=True)
+class Ramp:
+    """The part of a run in which sparsity rises: what the settings `start`, `end` and `every` of a technique say."""
 
+    start: Duration
+    end: Duration
 
-def between(clock: Clock, start: Duration, end: Duration) -> float | None:
-    """The share of the way from `start` to `end`, in one unit, that is behind; 1 after it, None before it."""
-    if clock.toward(start) < 1.0:
-        return None
-    first = start.amount / end.amount
-    return (clock.toward(end) - first) / (1.0 - first)
+    @classmethod
+    def of(cls, technique: Technique, start: str, end: str, every: int) -> Ramp:
+        """From a technique's settings.
+
+        Raises:
+            BadSetting: `end` is no later moment than `start` in the same unit, or `every` not a positive number.
+        """
+        require(every > 0, technique, "every", "a positive number of steps")
+        first, last = Duration.parse(start), Duration.parse(end)
+        legal = first.counts == last.counts and first.amount < last.amount
+        require(legal, technique, "end", f"a later moment than start={start!r}, in the same unit")
+        return cls(first, last)
+
+    def sparsity(self, clock: Clock, final: float, shape: Callable[[float, float], float]) -> float:
+        """What it is now: 0 before `start`, `final` from `end` on, and by `shape` (such as `cubic`) in between."""
+        if clock.toward(self.start) < 1.0:
+            return 0.0
+        first = self.start.amount / self.end.amount
+        return shape((clock.toward(self.end) - first) / (1.0 - first), final)
 
 
 def cubic(ramp: float, final: float, initial: float = 0.0) -> float:

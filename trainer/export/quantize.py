@@ -2,7 +2,7 @@
 
 What each combination is on a CPU:
   weight_bits 2-8, activation_bits 8     int8 matrix products, fast with VNNI: torchao's kernel under `torch.compile`,
-                                         or ONNX Runtime (`onnx_quantize`), which is the faster one. One byte a weight,
+                                         or ONNX Runtime (`onnx_file`), which is the faster one. One byte a weight,
                                          of which 7 bits are used, or with cpu="vnni" all 8.
   weight_bits 2-8, activation_bits None  emulation, for accuracy studies: every forward turns the codes back into floats
                                          and multiplies those, which is slower than the float model, never faster.

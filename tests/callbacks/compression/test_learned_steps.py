@@ -5,6 +5,7 @@ import math
 import pytest
 import pytorch_lightning as pl
 import torch
+from int8_file import int8_file
 from torch import nn
 
 from shoestring.callbacks import IncompatibleTechniques, QuantizationAware
@@ -168,11 +169,9 @@ def test_export_computes_what_was_trained(bits, activations, group):
 
 
 def test_onnx_runtime_computes_what_was_trained(tmp_path):
-    from shoestring.trainer.export.onnx_quantize import quantize_onnx
-
     shown = Shown()
     net = train(QuantizationAware(weight_bits=8, activation_bits=8, scale="lsq"), callbacks=[shown]).net
-    (found,) = quantize_onnx(net, (shown.x,), tmp_path / "net.onnx", scale="lsq")(shown.x)
+    found = int8_file(net, {"input": shown.x}, tmp_path / "net.onnx", scale="lsq")({"input": shown.x})
     assert (found - shown.outputs).norm() < 0.02 * shown.outputs.norm()
 
 

@@ -5,13 +5,15 @@ import io
 import pytest
 import pytorch_lightning as pl
 import torch
+from int8_file import int8_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from shoestring.callbacks import QuantizationAware
 from shoestring.callbacks.compression.fake_quantization import BadGroups, fake_quantize_tokens, quantized
-from shoestring.trainer.export.onnx_quantize import OnnxModel, quantize_onnx
 from shoestring.trainer.export.quantize import CannotQuantize, Int8Embedding, bake, quantize
+from shoestring.trainer.export.runtimes import onnxruntime
+from shoestring.trainer.export.trained import CannotExport
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of exporters and compilers
@@ -92,23 +94,24 @@ def test_torchao_compiled_computes_the_same(trained, ids):
 
 @pytest.fixture(scope="module")
 def opened(trained, ids, tmp_path_factory):
+    """(the file, what it computes of ids)."""
     path = tmp_path_factory.mktemp("onnx") / "int8.onnx"
-    batch = {0: torch.export.Dim.DYNAMIC}
-    return quantize_onnx(trained[0], (ids,), path, skip=["head.*"], embeddings=True, dynamic=(batch,), threads=1)
+    run = int8_file(trained[0], {"ids": ids}, path, skip=["head.*"], embeddings=True)
+    return path, lambda ids: run({"ids": ids})
 
 
 def test_onnx_runtime_computes_nearly_what_was_trained(trained, opened, ids):
     """Its tokens share one scale and a zero point: within 1 %, which is as far as rounding to 8 bits goes at all."""
-    answers = trained[1]
-    assert off(opened(ids)[0], answers) < 0.01
-    assert off(opened(ids[:3])[0], answers[:3]) < 0.01, "any number of sentences"
-    assert (opened(ids)[0].argmax(1) == answers.argmax(1)).float().mean() >= 0.9
+    answers, (_, run) = trained[1], opened
+    assert off(run(ids), answers) < 0.01
+    assert off(run(ids[:3]), answers[:3]) < 0.01, "any number of sentences"
+    assert (run(ids).argmax(1) == answers.argmax(1)).float().mean() >= 0.9
 
 
 def test_the_onnx_file_holds_bytes(opened):
     import onnx
 
-    graph = onnx.load(str(opened.path)).graph
+    graph = onnx.load(str(opened[0])).graph
     kinds = {tuple(i.dims): i.data_type for i in graph.initializer if len(i.dims) == 2}
     int8, float32 = onnx.TensorProto.INT8, onnx.TensorProto.FLOAT
     assert kinds[64, 128] == kinds[128, 64] == kinds[50, 64] == int8
@@ -120,19 +123,16 @@ def test_the_onnx_file_holds_bytes(opened):
 def test_onnx_codes_are_those_of_training(trained, opened):
     import onnx
 
-    graph = onnx.load(str(opened.path)).graph
+    graph = onnx.load(str(opened[0])).graph
     held = {tuple(i.dims): onnx.numpy_helper.to_array(i) for i in graph.initializer if i.data_type == 3}
     weight = trained[0].wide.weight.detach()
     expected = (weight / weight.abs().amax(1, keepdim=True) * 63).round().T
     assert (torch.tensor(held[64, 128]) == expected).float().mean() > 0.999
 
 
-def test_wrong_inputs_are_named(opened, ids):
-    with pytest.raises(CannotQuantize, match="takes ids; 0 inputs"):
-        opened()
-    with pytest.raises(CannotQuantize, match="takes ids"):
-        opened(ids, ids)
-    assert OnnxModel(opened.path).inputs == ["ids"]
+def test_missing_inputs_are_named(opened):
+    with pytest.raises(CannotExport, match="takes ids; the data has no ids"):
+        onnxruntime(opened[0])({})
 
 
 # -- after training ----------------------------------------------------------------------------------------------------
