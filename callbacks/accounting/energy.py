@@ -11,13 +11,12 @@ Three sources, tried in this order; a reading comes from exactly one of them, fo
 Give each process its own meter for its own devices and add the readings up: that is the energy of the job. RAPL counts
 a whole node, its other tenants too, so local rank 0 alone reports it and the others report 0. Not in any figure:
 cooling, power supplies, switches; with "nvml" the host; with "estimated" the loader's worker processes beyond the idle
-share. Nothing here needs a Python package: NVML is the driver's own library.
+share.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import sys
 import time
@@ -146,71 +145,69 @@ def _is_package(zone: Path) -> bool:
 
 
 class Nvml:
-    """Energy of some GPUs from the NVIDIA driver's library: millijoule counters, or milliwatts integrated over time."""
+    """Energy of some GPUs as NVIDIA's driver knows it: millijoule counters, or milliwatts integrated over time.
 
-    def __init__(self, library: Any, handles: list[ctypes.c_void_p]) -> None:
-        self._library, self._handles = library, handles
-        self._counts = _answers(library.nvmlDeviceGetTotalEnergyConsumption, handles[0], ctypes.c_ulonglong)
+    nvml     the module `pynvml`
+    handles  the driver's, of the GPUs
+    """
+
+    def __init__(self, nvml: Any, handles: list[Any]) -> None:
+        self._nvml, self._handles = nvml, handles
+        self._counts = self._has_counter()
         self._start = self._sum() if self._counts else 0
         self._power, self._time, self._joules = self._sum_power(), time.monotonic(), 0.0
 
     @classmethod
     def open(cls, first: int, count: int) -> Nvml | None:
         """The `count` visible GPUs from `first` on; None without a driver, a whole GPU or a readable sensor."""
-        with contextlib.suppress(OSError, AttributeError):
-            library = ctypes.CDLL("libnvidia-ml.so.1")
-            _require(library.nvmlInit_v2())
-            handles = [_handle(library, spelled) for spelled in _mine(_visible(library), first, count)]
-            return cls(library, handles) if handles else None
+        try:
+            import pynvml
+        except ImportError:
+            return None
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            handles = [_handle(pynvml, spelled) for spelled in _mine(_visible(pynvml), first, count)]
+            return cls(pynvml, handles) if handles else None
         return None
 
     def joules(self) -> float:
-        if self._counts:
-            return (self._sum() - self._start) / 1e3
+        try:
+            return self._counted() if self._counts else self._integrated()
+        except self._nvml.NVMLError as error:
+            raise OSError(f"NVML: {error}") from None
+
+    def _counted(self) -> float:
+        return (self._sum() - self._start) / 1e3
+
+    def _integrated(self) -> float:
         power, now = self._sum_power(), time.monotonic()
         self._joules += (power + self._power) / 2 * (now - self._time)
         self._power, self._time = power, now
         return self._joules
 
+    def _has_counter(self) -> bool:
+        """Whether the GPUs count energy: Volta and later do."""
+        with contextlib.suppress(self._nvml.NVMLError):
+            self._sum()
+            return True
+        return False
+
     def _sum(self) -> int:
-        read = self._library.nvmlDeviceGetTotalEnergyConsumption
-        return sum(_value(read, handle, ctypes.c_ulonglong) for handle in self._handles)
+        return sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in self._handles)
 
     def _sum_power(self) -> float:
         """Watts now, or 0 where the counter makes it needless."""
         if self._counts:
             return 0.0
-        read = self._library.nvmlDeviceGetPowerUsage
-        return sum(_value(read, handle, ctypes.c_uint) for handle in self._handles) / 1e3
+        return sum(self._nvml.nvmlDeviceGetPowerUsage(handle) for handle in self._handles) / 1e3
 
 
-def _require(code: int) -> None:
-    if code != 0:
-        raise OSError(code, "NVML refused")
-
-
-def _value(read: Any, handle: ctypes.c_void_p, kind: Any) -> int:
-    answer = kind()
-    _require(read(handle, ctypes.byref(answer)))
-    return int(answer.value)
-
-
-def _answers(read: Any, handle: ctypes.c_void_p, kind: Any) -> bool:
-    try:
-        _value(read, handle, kind)
-    except OSError:
-        return False
-    return True
-
-
-def _visible(library: Any) -> list[str]:
+def _visible(nvml: Any) -> list[str]:
     """Spellings of the GPUs this process may use, as CUDA_VISIBLE_DEVICES gives them: indices or UUIDs."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [spelled.strip() for spelled in given.split(",") if spelled.strip()]
-    count = ctypes.c_uint()
-    _require(library.nvmlDeviceGetCount_v2(ctypes.byref(count)))
-    return [str(index) for index in range(count.value)]
+    return [str(index) for index in range(nvml.nvmlDeviceGetCount())]
 
 
 def _mine(visible: list[str], first: int, count: int) -> list[str]:
@@ -218,13 +215,11 @@ def _mine(visible: list[str], first: int, count: int) -> list[str]:
     return visible[first : first + count] if len(visible) >= first + count else visible[:count]
 
 
-def _handle(library: Any, spelled: str) -> ctypes.c_void_p:
-    handle = ctypes.c_void_p()
+def _handle(nvml: Any, spelled: str) -> Any:
     if spelled.isdigit():
-        _require(library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(int(spelled)), ctypes.byref(handle)))
-    else:  # a MIG slice has a UUID too, but no energy of its own: the driver refuses, and we estimate
-        _require(library.nvmlDeviceGetHandleByUUID(spelled.encode(), ctypes.byref(handle)))
-    return handle
+        return nvml.nvmlDeviceGetHandleByIndex(int(spelled))
+    # a MIG slice has a UUID too, but no energy of its own: the driver refuses, and we estimate
+    return nvml.nvmlDeviceGetHandleByUUID(spelled)
 
 
 def _local_rank() -> int:

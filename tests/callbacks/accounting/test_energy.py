@@ -1,6 +1,11 @@
-"""Energy: RAPL counters from a directory of real files, the estimate against its formula, NVML where there is a GPU."""
+"""Energy: RAPL counters from a directory of real files, the estimate against its formula, NVML of GPUs or of a fake."""
 
 import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -97,6 +102,95 @@ def test_a_reading_is_cheap(powercap):
     for _ in range(100):
         meter.read()
     assert (time.process_time() - busy) / 100 < 2e-3
+
+
+STAND_IN = r"""
+#include <stdlib.h>
+#include <string.h>
+#define NOT_SUPPORTED 3
+#define NOT_FOUND 6
+static unsigned long long reads = 0;
+int nvmlInitWithFlags(unsigned flags) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 3; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
+    *device = (void *)(size_t)(index + 1);
+    return index < 3 ? 0 : NOT_FOUND;
+}
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) {
+    *device = (void *)(size_t)3;
+    return strcmp(uuid, "GPU-third") ? NOT_FOUND : 0;
+}
+/* each reading of GPU n has 2^n J more than the one before; after the fourth the GPU falls off the bus */
+int nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *millijoules) {
+    if (getenv("NO_COUNTER")) return NOT_SUPPORTED;
+    *millijoules = 1000ULL * (1ULL << (size_t)device) * ++reads;
+    return reads > 4 ? 15 : 0;
+}
+int nvmlDeviceGetPowerUsage(void *device, unsigned *milliwatts) { *milliwatts = 100000; return 0; }
+const char *nvmlErrorString(int code) { return "an error"; }
+"""
+READ = """
+import json, time
+from shoestring.callbacks.accounting.energy import EnergyMeter
+before = time.monotonic()
+meter = EnergyMeter(7.0, 1, accelerator="cuda", local_rank=1)
+after, told = time.monotonic(), []
+for _ in range(3):
+    time.sleep(0.05)
+    told.append(meter.read())
+seconds = time.monotonic() - after  # less than since the meter began, but for this last moment
+print(json.dumps([told, 0.9 * seconds, time.monotonic() - before]))
+"""
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """A folder with a driver's library of three GPUs, for a process of its own to find first."""
+    if shutil.which("cc") is None:
+        pytest.skip("no compiler")
+    folder = tmp_path_factory.mktemp("driver")
+    (folder / "nvml.c").write_text(STAND_IN)
+    library = folder / "libnvidia-ml.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-w", "-o", str(library), str(folder / "nvml.c")], check=True)
+    return folder
+
+
+def readings(folder, **variables):
+    """What the process of local rank 1 reads, three times."""
+    pytest.importorskip("pynvml")
+    environ = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run(
+        [sys.executable, "-c", READ], capture_output=True, text=True, check=True,
+        env={**environ, "LD_LIBRARY_PATH": str(folder), **variables},
+    )  # fmt: skip
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("visible", "joules"),
+    [
+        ({}, 4.0),  # the second of all
+        ({"CUDA_VISIBLE_DEVICES": "1, 0"}, 2.0),  # the second of those named
+        ({"CUDA_VISIBLE_DEVICES": "GPU-third"}, 8.0),  # the one that is left of what the launcher hides
+    ],
+    ids=str,
+)
+def test_nvml_counts_the_process_own_gpu_until_it_is_gone(stand_in, visible, joules):
+    """A reading to see whether it counts, one to begin with, two that are told, and none of a lost GPU."""
+    (first, second, (estimate, source)), least, most = readings(stand_in, **visible)
+    assert first == [joules, "nvml"] and second == [2 * joules, "nvml"]
+    assert source == "estimated" and 7 * least <= estimate <= 7 * most
+
+
+def test_without_a_counter_power_is_integrated(stand_in):
+    (*_, (joules, source)), least, most = readings(stand_in, NO_COUNTER="1")
+    assert source == "nvml" and 100 * least <= joules <= 100 * most
+
+
+@pytest.mark.parametrize("visible", ["", "7", "MIG-1234"])
+def test_no_gpu_of_ones_own_is_estimated_quietly(stand_in, visible):
+    told, *_ = readings(stand_in, CUDA_VISIBLE_DEVICES=visible)
+    assert {source for _, source in told} == {"estimated"}
 
 
 def driver() -> bool:
