@@ -21,6 +21,7 @@ from typing import Any
 
 from ... import ShoestringError
 from .clock import Clock, Spend
+from .forecast import Forecast, first_end
 
 
 class ImpossibleBudget(ShoestringError):
@@ -91,14 +92,6 @@ _UNCOUNTED = {
 }
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """When a budget ends, as seen from one step."""
-
-    last: int  # the last step that fits
-    binding: str  # the limit that decides
-
-
 class Guard:
     """Turns spend into the last step that fits. Pure bookkeeping: rank 0 owns one, every rank follows its word.
 
@@ -159,12 +152,8 @@ class Guard:
     # -- forecasting ------------------------------------------------------------------------------------------------
     def forecast(self, clock: Clock) -> Forecast | None:
         """The last step that fits, or None while no step has been measured."""
-        best: Forecast | None = None
-        for name, limit in self.limits.items():
-            last = self._last(name, limit, clock)
-            if last is not None and (best is None or last < best.last):
-                best = Forecast(last, name)
-        return best
+        ends = {name: self._last(name, limit, clock) for name, limit in self.limits.items()}
+        return first_end({name: last for name, last in ends.items() if last is not None})
 
     def _last(self, name: str, limit: float, clock: Clock) -> int | None:
         if name == "steps":

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import ShoestringError
 from ...units import UNITS, UnitError, quantity
+from .forecast import Forecast, first_exhausted
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -147,12 +148,12 @@ class Clock:
 
     def end_by_spend(self) -> int:
         """Where the run would end under its limits if steps went on to cost what they have cost so far."""
-        ends = [
-            limit if name == "steps" else self.step * limit / self.spend.get(name)
-            for name, limit in self.limits.items()
-            if name == "steps" or self.spend.get(name) > 0
-        ]
-        return int(min(ends, default=self.step))
+        end = self.first_limit()
+        return self.step if end is None else end.last
+
+    def first_limit(self) -> Forecast | None:
+        """The limit that ends the run if steps go on to cost what they have cost so far, and where."""
+        return first_exhausted(self.limits, {name: self.spend.get(name) for name in self.limits}, self.step)
 
     def stretch(self, last: int) -> None:
         """Another budget: plan as if the run had been meant to end at `last` from its start. Progress may jump."""

@@ -36,7 +36,7 @@ from .checkpoints import Checkpoints
 from .evaluations import Evaluations, goal_reached
 from .records import Records
 from .signals import Preempted, StopRequest, preempted
-from .totals import StepRows, Totals, nearest_limit, numbers, of_finished
+from .totals import StepRows, Totals, numbers, of_finished
 
 log = logging.getLogger("shoestring")
 
@@ -144,7 +144,8 @@ class Monitor(ReshapeListener, pl.Callback):
         account, clock = self.account, self.account.clock
         account.start(trainer)
         if clock.horizon is not None and clock.step >= clock.horizon:
-            account.stopped_by, trainer.should_stop = nearest_limit(clock), True
+            end = clock.first_limit()
+            account.stopped_by, trainer.should_stop = end.binding if end else "steps", True
         self.request.listen()
         # Lightning asks all ranks about signals with a blocking broadcast before every batch; ours ride along
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

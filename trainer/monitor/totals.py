@@ -11,7 +11,6 @@ import pytorch_lightning as pl
 import torch
 
 from ...callbacks.accounting.account import Account
-from ...callbacks.accounting.clock import Clock
 from ...callbacks.accounting.meter import communication_bytes, peak_bytes
 
 
@@ -125,11 +124,6 @@ def of_finished(now: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any
     if before.get("steps") != now["steps"]:
         return now
     return now | dict(before) | {key: now[key] for key in ("resumed_from", "budget")}
-
-
-def nearest_limit(clock: Clock) -> str:
-    """The limit of which the largest share is spent."""
-    return max(clock.limits, key=lambda name: clock.spend.get(name) / clock.limits[name])
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

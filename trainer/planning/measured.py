@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 from ...callbacks.accounting.budget import Budget
 from ..run import fit
 from .planner import Choice, Plan
+from .predictions import costs, whole_run
 
 STEPS = 8
 
@@ -44,29 +44,19 @@ def _said() -> Choice:
 
 
 def _scaled(plan: Plan, summary: Any) -> dict[str, Any]:
-    told = dict(plan.predictions)
-    each = {
-        "seconds": summary["windows"]["train"] / STEPS,
+    step = {
+        "steps": 1.0,
         "samples": summary["samples"] / STEPS,
         "tokens": summary["tokens"] / STEPS,
         "flops": summary["flops_realised"] / STEPS,
+        **costs(summary["windows"]["train"] / STEPS, plan.world_size, plan.usd_per_device_hour, plan.watts_per_device),
     }
-    hours = each["seconds"] * plan.world_size / 3600
-    each |= {"usd": hours * plan.usd_per_device_hour, "device_hours": hours, "steps": 1.0}
-    each["kwh"] = hours * (plan.watts_per_device or 0) / 1000
-    told |= {
-        "seconds_per_step": each["seconds"],
-        "flops_per_step": each["flops"],
-        "usd_per_step": each["usd"],
-        "kwh_per_step": each["kwh"],
+    return {
+        **plan.predictions,
+        **{f"{name}_per_step": step[name] for name in ("seconds", "flops", "usd", "kwh")},
         "peak_bytes": summary["peak_bytes"],
+        **whole_run(plan.budget, step),
     }
-    ends = {name: limit / each[name] for name, limit in plan.budget.limits().items() if each.get(name)}
-    if ends:
-        binding = min(ends, key=lambda name: ends[name])
-        last = math.floor(ends[binding])
-        told |= {"steps": last, "binding": binding} | {k: last * each[k] for k in ("seconds", "usd", "kwh")}
-    return told
 
 
 __all__ = ["STEPS", "measured"]

@@ -143,6 +143,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         warnings=composition.warnings,
         predictions=predict(
             recipe,
+            budget,
             machine,
             device,
             size,

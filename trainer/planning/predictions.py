@@ -5,10 +5,12 @@ States and activations: ZeRO (arXiv 1910.02054 §3) and Korthikanti (2205.05198)
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
+from ...callbacks.accounting.budget import Budget
+from ...callbacks.accounting.forecast import first_exhausted
 from ...callbacks.contract import Effect, Technique, Workload
 from ...cluster import Hardware
 from ...recipes import Recipe
@@ -38,7 +40,7 @@ def state_bytes(size: Size, strategy: str, world: int, optimizer: float = 8.0) -
 
 
 def predict(
-    recipe: Recipe, machine: Machine, device: Hardware, size: Size, techniques: tuple[Technique, ...],
+    recipe: Recipe, budget: Budget, machine: Machine, device: Hardware, size: Size, techniques: tuple[Technique, ...],
     world: int, strategy: str, micro: int, usd: float, watts: float | None, optimizer: float = 8.0,
 ) -> dict[str, Any]:  # fmt: skip
     tokens = recipe.data.batch_size * (recipe.data.sequence_length if size.tokens else 1)
@@ -57,34 +59,41 @@ def predict(
     dtype = "bf16" if any(t.card.name == "mixed_precision" for t in techniques) else "fp32"
     reachable = peak(dtype, device.name)[0] * ASSUMED_MFU[machine.accelerator] * world
     seconds = flops / reachable
+    cost = costs(seconds, world, usd, watts)
     told |= {
         "tokens_per_step": tokens if size.tokens else None,
         "flops_per_step": flops,
         "state_bytes": state_bytes(size, strategy, world, optimizer) * effect.states,
         "activation_bytes": micro * size.activation_bytes(recipe.data.sequence_length) * effect.activations,
         "seconds_per_step": seconds,
-        "usd_per_step": seconds / 3600 * world * usd,
-        "kwh_per_step": seconds / 3600 * world * (watts or 0) / 1000,
+        "usd_per_step": cost["usd"],
+        "kwh_per_step": cost["kwh"],
     }
-    ends = {
-        "steps": recipe.budget.steps,
-        "tokens": recipe.budget.tokens and recipe.budget.tokens / tokens,
-        "samples": recipe.budget.samples and recipe.budget.samples / recipe.data.batch_size,
-        "hours": recipe.budget.hours and recipe.budget.hours * 3600 / seconds,
-        "device_hours": recipe.budget.device_hours and recipe.budget.device_hours * 3600 / seconds / world,
-        "usd": recipe.budget.usd and usd and recipe.budget.usd / told["usd_per_step"],
-        "flops": recipe.budget.flops and recipe.budget.flops / flops,
-        "kwh": recipe.budget.kwh and watts and recipe.budget.kwh / told["kwh_per_step"],
-    }
-    known = {name: end for name, end in ends.items() if end}
-    if known:
-        binding = min(known, key=lambda name: known[name])
-        last = math.floor(known[binding])
-        told |= {
-            "steps": last, "binding": binding, "seconds": last * seconds,
-            "usd": last * told["usd_per_step"], "kwh": last * told["kwh_per_step"],
-        }  # fmt: skip
-    return told
+    step = {"steps": 1.0, "tokens": tokens, "samples": recipe.data.batch_size, "flops": flops}
+    return told | whole_run(budget, step | cost)
+
+
+def costs(seconds: float, world: int, usd: float, watts: float | None) -> dict[str, float]:
+    """What so many seconds of all devices cost, in the clock's units."""
+    hours = seconds / 3600 * world
+    return {"seconds": seconds, "device_hours": hours, "usd": hours * usd, "kwh": hours * (watts or 0) / 1000}
+
+
+def whole_run(budget: Budget, step: Mapping[str, float]) -> dict[str, Any]:
+    """The last step within a budget, what ends it there, and the whole run's seconds, dollars and kWh.
+
+    Args:
+        budget: Its limits.
+        step: What every step costs, in the clock's units.
+
+    Returns:
+        Nothing where no limit is reached by such steps.
+    """
+    end = first_exhausted(budget.limits(), step)
+    if end is None:
+        return {}
+    binding = "hours" if end.binding == "seconds" else end.binding  # as the recipe spells it
+    return {"steps": end.last, "binding": binding} | {k: end.last * step[k] for k in ("seconds", "usd", "kwh")}
 
 
 def _times(a: Effect, b: Effect) -> Effect:
