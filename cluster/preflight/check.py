@@ -23,6 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ...cgroups import available_memory
 from ..config.reading import ClusterError
 from ..config.sections import PreflightSpec
 from ..node import ranks
@@ -158,7 +159,7 @@ def report(task: Task, store: Any) -> Report:
     except (OSError, TimeoutError) as error:
         problems.append(f"disk: {task.run_dir} cannot be written: {error}")
     with suppress(OSError, ImportError):
-        memory = health.available_memory()
+        memory = available_memory()
     problems += _names(task)
     matmul, wrong = _devices(task, store)
     return Report(node=task.node, name=task.name, problems=(*problems, *wrong), disk=disk, memory=memory, matmul=matmul)

@@ -87,21 +87,6 @@ def sees(path: Path, content: str, patience: float = 5.0) -> bool:
         time.sleep(0.1)
 
 
-def available_memory() -> int:
-    """Bytes of host memory that could be filled now: the machine's, or what a cgroup leaves where that is less."""
-    import psutil
-
-    found = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        group = Path("/sys/fs/cgroup") / next(line[4:] for line in lines if line.startswith("0::/"))
-        most = int((group / "memory.max").read_text())
-        told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(told.get("inactive_file", 0))
-        found = min(found, most - used)
-    return found
-
-
 def visible_devices() -> int:
     """GPUs that this process sees."""
     import torch

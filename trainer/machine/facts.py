@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import ShoestringError
+from ...cgroups import usable_cpus, usable_memory
 from ...cluster.config.hardware import HardwareError, hardware, match
 from ...directories import home
 from ...files import replace_file
@@ -30,7 +31,6 @@ PACKAGES = ("torch", "pytorch-lightning", "deepspeed", "transformers", "peft")
 BUDGET_SECONDS = 0.25  # of one peak measurement
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 class MachineError(ShoestringError):
@@ -95,24 +95,6 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def usable_cpus() -> int:
-    """Cores this process may run on: the smaller of its affinity and its cgroup's CPU quota, at least 1."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cpu_quota()
-    return max(1, min(allowed, int(quota))) if quota else allowed
-
-
-def usable_memory() -> int:
-    """Bytes of host memory this process may fill: the machine's, or its cgroup's limit where that is lower."""
-    import psutil
-
-    limits = [psutil.virtual_memory().total]
-    for value in (_cgroup("memory", "memory.max"), _cgroup("memory", "memory.limit_in_bytes")):
-        if value and value[0].isdigit():
-            limits.append(int(value[0]))
-    return min(limits)
 
 
 def peak(dtype: str, name: str | None = None) -> tuple[float, str]:
@@ -260,35 +242,3 @@ def _cpuinfo(*keys: str) -> str:
             if key.strip() in keys:
                 return value.strip()
     return ""
-
-
-def _cpu_quota() -> float | None:
-    """Cores' worth of time the cgroup allows, None without a limit. Version 2 first, then version 1."""
-    both = _cgroup("cpu", "cpu.max")
-    if not both:
-        quota, period = _cgroup("cpu", "cpu.cfs_quota_us"), _cgroup("cpu", "cpu.cfs_period_us")
-        both = [*quota, *period]
-    if len(both) == 2 and both[0].isdigit() and int(both[1]):  # "max" or -1: no limit
-        return int(both[0]) / int(both[1])
-    return None
-
-
-def _cgroup(controller: str, name: str) -> list[str]:
-    """Words of one limit file of this process's cgroup; empty where it does not exist."""
-    for folder in _cgroup_folders(controller):
-        with contextlib.suppress(OSError):
-            return (folder / name).read_text().split()
-    return []
-
-
-def _cgroup_folders(controller: str) -> list[Path]:
-    """Where this process's limits may stand: its own group, then the root, which inside a container is its own."""
-    folders = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers:  # version 2: one tree
-                folders.append(_CGROUP / path.lstrip("/"))
-            elif controller in controllers.split(","):
-                folders.append(_CGROUP / controller / path.lstrip("/"))
-    return [*folders, _CGROUP, _CGROUP / controller]

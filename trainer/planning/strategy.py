@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...cgroups import usable_memory
 from ...cluster import Hardware
 from ...own_code import CannotImport
 from ...recipes import Recipe, RecipeError
 from ...strategies import OFFLOADS
-from ..machine.facts import Machine, usable_memory
+from ..machine.facts import Machine
 from ..tasks.optimizer_cards import OptimizerCard, UnknownOptimizer, optimizer_card
 from .predictions import state_bytes
 from .sizes import Size
