@@ -6,7 +6,7 @@ On the nodes, a job's script calls `node/attempts.py`, each task leaves a record
 looks after the tasks of a node, `node/heartbeat.py` does.
 """
 
+from .config.document import ClusterError
 from .config.hardware import Hardware, HardwareError, hardware, known_hardware, match
-from .config.reading import ClusterError
 
 __all__ = ["ClusterError", "Hardware", "HardwareError", "hardware", "known_hardware", "match"]

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from .config.reading import ClusterError
+from .config.document import ClusterError
 from .config.sections import Section
 from .job import Job
 
@@ -93,7 +93,9 @@ def call(
     try:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, env=environ)
     except FileNotFoundError:
-        raise ClusterError(f"{command[0]} is not installed here: launch where this engine's commands are") from None
+        raise ClusterError(
+            f"{command[0]} is not installed here: launch from a machine that has this engine's commands"
+        ) from None
     except subprocess.TimeoutExpired:
         raise ClusterError(f"{' '.join(command[:3])} has not answered within {timeout:.0f} s") from None
     if done.returncode:

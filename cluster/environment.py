@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..exits import BAD_INPUT
-from .config.reading import ClusterError
+from .config.document import ClusterError
 from .config.sections import SecretSpec
 from .job import Job, secret_sources
 
@@ -40,7 +40,7 @@ def variables(job: Job) -> dict[str, str]:
     """The variables of every task: what the cluster file gives, its fabric's, and the names by which tasks know
     their job."""
     cluster = job.cluster
-    found = {
+    values = {
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "1",
         **(_gpu_defaults() if job.on_gpus else {}),
@@ -50,13 +50,13 @@ def variables(job: Job) -> dict[str, str]:
         "SHOESTRING_JOB_DIR": job.job_dir,
     }
     if job.home:
-        found.setdefault("SHOESTRING_HOME", job.home)
+        values.setdefault("SHOESTRING_HOME", job.home)
     if cluster.interconnect.interface:
         for library in ("NCCL", "GLOO"):
-            found.setdefault(f"{library}_SOCKET_IFNAME", cluster.interconnect.interface)
+            values.setdefault(f"{library}_SOCKET_IFNAME", cluster.interconnect.interface)
     if cluster.secrets:
-        found[SECRET_NAMES] = ",".join(sorted(cluster.secrets))
-    return found
+        values[SECRET_NAMES] = ",".join(sorted(cluster.secrets))
+    return values
 
 
 def _gpu_defaults() -> dict[str, str]:
@@ -90,7 +90,7 @@ def files(job: Job) -> dict[str, str]:
 
 def resolve(secrets: Mapping[str, SecretSpec], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The values of secrets, from where they are kept; ClusterError, one line each, for those that are not there."""
-    found, problems = {}, []
+    values, problems = {}, []
     for name, spec in secrets.items():
         if spec.env is not None:
             value = environ.get(spec.env)
@@ -106,10 +106,10 @@ def resolve(secrets: Mapping[str, SecretSpec], environ: Mapping[str, str] = os.e
             if value == "":
                 problems.append(f"secrets.{name}: {path} is empty")
         if value:
-            found[name] = value
+            values[name] = value
     if problems:
         raise ClusterError("\n".join(problems))
-    return found
+    return values
 
 
 def redacted(text: str, environ: Mapping[str, str] = os.environ) -> str:
@@ -123,8 +123,13 @@ def redacted(text: str, environ: Mapping[str, str] = os.environ) -> str:
 @lru_cache
 def _spellings(value: str) -> tuple[str, ...]:
     """How a secret may stand in a text: as it is, as `repr` and JSON write it, and each of its lines."""
-    found = {value, repr(value)[1:-1], json.dumps(value)[1:-1], *(part for part in value.split("\n") if len(part) > 7)}
-    return tuple(sorted(filter(None, found), key=len, reverse=True))
+    spellings = {
+        value,
+        repr(value)[1:-1],
+        json.dumps(value)[1:-1],
+        *(part for part in value.split("\n") if len(part) > 7),
+    }
+    return tuple(sorted(filter(None, spellings), key=len, reverse=True))
 
 
 def redacted_values(value: Any) -> Any:

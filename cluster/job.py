@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from .config.reading import ClusterError
+from .config.document import ClusterError
 from .config.sections import Cluster
 
 # a warning shorter than this saves nothing: the step has to end, and a checkpoint to be written
@@ -178,12 +178,13 @@ def refuse_over_cap(job: Job) -> list[str]:
         return lines
     if total is None:
         raise ClusterError(
-            f"{lines[0]}. limits.usd is ${cap:g}, which cannot be kept without a price: set price.usd_per_device_hour"
+            f"{lines[0]}. limits.usd is ${cap:g}, which cannot be checked without a price: "
+            "set price.usd_per_device_hour"
         )
     if total > cap:
         within = max(0.0, (cap - job.spent_usd) / (job.tasks * (job.cluster.usd_per_device_hour or 1)))
         raise ClusterError(
-            f"too dear for {job.cluster.name}: {'; '.join(lines)}; the cap is ${cap:.2f} (limits.usd). "
+            f"too expensive for {job.cluster.name}: {'; '.join(lines)}; the cap is ${cap:.2f} (limits.usd). "
             f"--hours {math.floor(within * 100) / 100:g} would fit."
         )
     return [*lines, f"the cap is ${cap:.2f}: within it"]

@@ -14,7 +14,7 @@ from typing import Literal
 from ..files import replace_file
 from ..spelling import did_you_mean
 from . import environment, registry
-from .config.reading import ClusterError
+from .config.document import ClusterError
 from .engine import EngineStatus, JobRecord
 from .job import Job, refuse_over_cap
 from .node import attempts
@@ -42,10 +42,10 @@ class Status:
 
 def rendered(job: Job) -> dict[str, str]:
     """Every file of the job; the first one is what the engine is given. No secrets, no torch, nothing asked."""
-    found = registry.engine(job.cluster.engine).render(job)
+    files = registry.engine(job.cluster.engine).render(job)
     if not registry.shares_filesystem(job.cluster.engine):
-        return found
-    return {**found, **{name: text for name, text in environment.files(job).items() if name not in found}}
+        return files
+    return {**files, **{name: text for name, text in environment.files(job).items() if name not in files}}
 
 
 def dry_run(job: Job) -> str:
@@ -67,7 +67,7 @@ def submit(job: Job) -> JobRecord:
     secrets = environment.resolve(job.cluster.secrets)
     files, folder = rendered(job), Path(job.job_dir)
     if folder.exists():
-        raise ClusterError(f"{folder} is there already: this job has been submitted")
+        raise ClusterError(f"{folder} exists already: this job has been submitted")
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     record = JobRecord(job.id, engine.name, "", job.run_dir, job.job_dir, time.time(), job.facts())
     try:
@@ -89,26 +89,26 @@ def status(record: JobRecord) -> Status:
     """Where the job stands; never "unknown": what was written down answers where the engine cannot."""
     done = tuple(attempts.history(record.job_dir))
     try:
-        heard = registry.engine(record.engine).query_status(record)
+        live = registry.engine(record.engine).query_status(record)
     except ClusterError as error:
-        heard = (
+        live = (
             EngineStatus("gone", detail=str(error))
             if _closed(done)
             else EngineStatus("queued", detail=f"not answering: {error}")
         )
-    state = _state(done, heard)
+    state = _state(done, live)
     if state in attempts.FINAL:  # a job that ended before any attempt could say so
         attempts.forget_secrets(record.job_dir)
-    if done and done[-1].ended is None and heard.state == "gone":
+    if done and done[-1].ended is None and live.state == "gone":
         done = (*done[:-1], attempts.closed(record.job_dir, done[-1]))
-    if heard.state == "gone":  # also if nothing of the job was left to do it
+    if live.state == "gone":  # also if nothing of the job was left to do it
         with suppress(OSError):
             attempts.forget_secrets(record.job_dir)
     seconds = attempts.spent_seconds(done)
     last = done[-1] if done else None
     return Status(
-        state=state, detail=heard.detail if not _closed(done) or not last else last.reason,
-        nodes=heard.nodes or (last.nodes if last else ()), start=heard.start, attempts=done, seconds=seconds,
+        state=state, detail=live.detail if not _closed(done) or not last else last.reason,
+        nodes=live.nodes or (last.nodes if last else ()), start=live.start, attempts=done, seconds=seconds,
         usd=_usd(record, seconds),
     )  # fmt: skip
 
@@ -117,33 +117,33 @@ def _closed(done: tuple[Attempt, ...]) -> bool:
     return bool(done) and done[-1].next in attempts.FINAL
 
 
-def _state(done: tuple[Attempt, ...], heard: EngineStatus) -> StatusName:
+def _state(done: tuple[Attempt, ...], live: EngineStatus) -> StatusName:
     if _closed(done):
         return done[-1].next  # type: ignore[return-value]
-    if heard.state == "running":
+    if live.state == "running":
         return "running"
-    if heard.state == "queued":
-        return "requeued" if done else "queued" if heard.detail else "submitted"
-    if heard.ended:
-        return heard.ended
+    if live.state == "queued":
+        return "requeued" if done else "queued" if live.detail else "submitted"
+    if live.ended:
+        return live.ended
     # the engine has nothing to run and nobody has written down an end
     return "failed"
 
 
 def records(run_dir: str | Path) -> list[JobRecord]:
     """The jobs of one run, oldest first."""
-    found = []
+    loaded = []
     for path in Path(run_dir).glob("jobs/*/job.json"):
         with suppress(OSError, ValueError, TypeError, KeyError):
-            found.append(load(path.parent))
-    return sorted(found, key=lambda record: record.submitted)
+            loaded.append(load(path.parent))
+    return sorted(loaded, key=lambda record: record.submitted)
 
 
 def load(job_dir: Path) -> JobRecord:
     """The record in `job_dir`."""
-    told = json.loads((job_dir / "job.json").read_text())
-    own = told.pop("record")
-    return JobRecord(**{**own, "job_dir": str(job_dir)}, facts=told)
+    facts = json.loads((job_dir / "job.json").read_text())
+    own = facts.pop("record")
+    return JobRecord(**{**own, "job_dir": str(job_dir)}, facts=facts)
 
 
 def spent(run_dir: str | Path) -> float:
@@ -151,9 +151,9 @@ def spent(run_dir: str | Path) -> float:
     total = 0.0
     for record in records(run_dir):
         done = attempts.history(record.job_dir)
-        # no engine is asked: one whose machine died without a word was over when it was last seen
-        told = [attempts.closed(record.job_dir, each) if each.ended is None else each for each in done]
-        total += _usd(record, attempts.spent_seconds(told)) or 0.0
+        # no engine is queried: an attempt whose machine failed silently was over when it was last seen
+        done_attempts = [attempts.closed(record.job_dir, each) if each.ended is None else each for each in done]
+        total += _usd(record, attempts.spent_seconds(done_attempts)) or 0.0
     return total
 
 
@@ -166,8 +166,8 @@ def _usd(record: JobRecord, seconds: float) -> float | None:
 
 def excluded(run_dir: str | Path) -> tuple[str, ...]:
     """The nodes that jobs of this run have found bad."""
-    found = [node for record in records(run_dir) for node in attempts.excluded(record.job_dir)]
-    return tuple(dict.fromkeys(found))
+    nodes = [node for record in records(run_dir) for node in attempts.excluded(record.job_dir)]
+    return tuple(dict.fromkeys(nodes))
 
 
 def find(wanted: str, known: list[JobRecord]) -> JobRecord:
@@ -178,7 +178,9 @@ def find(wanted: str, known: list[JobRecord]) -> JobRecord:
         [r for r in known if wanted and r.id.startswith(wanted)],
     ):
         if len(same) > 1:
-            raise ClusterError(f"{wanted!r} means {len(same)} jobs: {', '.join(r.id for r in same)}. Give more of it.")
+            raise ClusterError(
+                f"{wanted!r} means {len(same)} jobs: {', '.join(r.id for r in same)}. Give more of the id."
+            )
         if same:
             return same[0]
     hint = did_you_mean(wanted, [r.id for r in known]) or f"there are {', '.join(r.id for r in known[:8]) or 'none'}"

@@ -18,8 +18,8 @@ from pydantic.fields import FieldInfo
 from ..spelling import did_you_mean
 from ..yaml_reader import is_text
 from . import registry
+from .config.document import LEAST, ClusterError, Document, Where, read, shown
 from .config.hardware import known_hardware
-from .config.reading import LEAST, ClusterError, Document, Where, read, shown
 from .config.sections import Cluster
 
 # texts by nature: `012` and `yes` stay what was written
@@ -34,8 +34,8 @@ def load_cluster(path: str | Path) -> Cluster:
     """
     document = read(Path(path))
     if not isinstance(document.values, dict) or not document.values:
-        found = shown(document.values) if document.values else "an empty file"
-        raise ClusterError(document.complain((), found, LEAST))
+        content = shown(document.values) if document.values else "an empty file"
+        raise ClusterError(document.complain((), content, LEAST))
     _keep_spelling(document)
     problems: list[str] = []
     cluster: Cluster | None = None
@@ -77,13 +77,13 @@ def _engine_problems(document: Document, name: str) -> list[str]:
 
 
 def _problems(document: Document, error: ValidationError, model: type[BaseModel], above: Where) -> list[str]:
-    found: dict[Where, str] = {}
+    complaints: dict[Where, str] = {}
     for detail in error.errors(include_url=False):
         spot = _spot(model, detail["loc"], document.values, above)
-        if spot.at not in found:
-            found[spot.at] = _complaint(document, dict(detail), spot)
-    deepest = [at for at in found if not any(other[: len(at)] == at and other != at for other in found)]
-    return [found[at] for at in deepest]
+        if spot.at not in complaints:
+            complaints[spot.at] = _complaint(document, dict(detail), spot)
+    deepest = [at for at in complaints if not any(other[: len(at)] == at and other != at for other in complaints)]
+    return [complaints[at] for at in deepest]
 
 
 @dataclass(frozen=True)

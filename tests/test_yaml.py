@@ -11,8 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoestring.cluster.config.document import read
 from shoestring.cluster.config.hardware import CATALOGUE, hardware
-from shoestring.cluster.config.reading import read
 from shoestring.problems import Malformed
 from shoestring.recipes import load_recipe
 from shoestring.yaml_reader import is_text, plain, read_text, read_yaml

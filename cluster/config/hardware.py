@@ -81,9 +81,9 @@ def hardware(name: str) -> Hardware:
     for entry in known.values():
         if spelled == entry.name or spelled in entry.aliases:
             return entry
-    found = match(name)
-    if found is not None:
-        return found
+    matched = match(name)
+    if matched is not None:
+        return matched
     raise HardwareError(_unknown(name, spelled, known))
 
 

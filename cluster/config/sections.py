@@ -99,7 +99,7 @@ class PreflightSpec(Section):
 
     enabled: bool = Field(True, description="true | false")
     timeout: Hours = Field(120 / 3600, description=DURATION)
-    disk: Bytes = Field(2**30, description='free bytes where the run lives, like "20 GB"')
+    disk: Bytes = Field(2**30, description='free bytes where the run is stored, like "20 GB"')
     memory: Bytes = Field(2**29, description='available bytes, like "16 GiB"')
     clock_skew: Hours = Field(5 / 3600, description=DURATION)
     matmul: Annotated[float, Field(ge=0, lt=1, strict=False)] = Field(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ..config.reading import ClusterError
+from ..config.document import ClusterError
 from ..engine import EngineStatus, JobRecord
 from ..job import Job
 
@@ -55,15 +55,15 @@ def _started(pid: int) -> str:
         after = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if after[0] in "ZX" else after[19]
     except (OSError, IndexError):
-        found = subprocess.run(["ps", "-o", "lstart=,stat=", "-p", str(pid)], capture_output=True, text=True)
-        words = found.stdout.split()
+        listed = subprocess.run(["ps", "-o", "lstart=,stat=", "-p", str(pid)], capture_output=True, text=True)
+        words = listed.stdout.split()
         return "" if not words or words[-1].startswith("Z") else "-".join(words[:-1])
 
 
 def _alive(record: JobRecord) -> int | None:
     host, pid, started = record.engine_id.split(":")
     if host != socket.gethostname():
-        raise ClusterError(f"{record.id} was launched on {host}: ask there")
+        raise ClusterError(f"{record.id} was launched on {host}: run this command there")
     return int(pid) if started and _started(int(pid)) == started else None
 
 
@@ -115,7 +115,9 @@ def streamed(command: list[str]) -> Iterator[str]:
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace")
     except FileNotFoundError:
-        raise ClusterError(f"{command[0]} is not installed here: ask where this engine's commands are") from None
+        raise ClusterError(
+            f"{command[0]} is not installed here: run this on a machine that has this engine's commands"
+        ) from None
     assert process.stdout is not None
     try:
         for line in process.stdout:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from ...yaml_writer import write_yaml
-from ..config.reading import ClusterError
+from ..config.document import ClusterError
 from ..engine import EngineStatus, JobRecord, call
 from ..job import Job, secret_sources
 from ..node import attempts
@@ -52,17 +52,17 @@ class Kubernetes:
     def remarks(self, job: Job) -> list[str]:
         chosen = options(job)
         home = there(job, [volume.mount for volume in chosen.volumes if not volume.read_only]).run_dir
-        found = [f"the pods keep the run in {home}"]
+        remarks = [f"the pods keep the run in {home}"]
         if job.cluster.price.kind == "spot" and grace_seconds(job) > SPOT_NOTICE:
-            found.append(
-                f"saving may take {job.lead_seconds} s, and spot machines often go {SPOT_NOTICE} s after their notice: "
-                "what is not saved by then is done again from the last checkpoint"
+            remarks.append(
+                f"saving may take {job.lead_seconds} s, but spot machines are often taken away {SPOT_NOTICE} s after "
+                "the notice: steps that are not saved by then are repeated from the last checkpoint"
             )
         if chosen.kind == "trainjob":
-            found.append(f"whether it is started again after saving is decided by the runtime {chosen.runtime}")
+            remarks.append(f"the runtime {chosen.runtime} decides whether the job is started again after it has saved")
         if shutil.which("kubectl"):
-            found += _asked(chosen)
-        return found
+            remarks += _cluster_remarks(chosen)
+        return remarks
 
     def submit(self, job: Job, files: Mapping[str, str], secrets: Mapping[str, str]) -> str:
         chosen = options(job)
@@ -92,7 +92,7 @@ class Kubernetes:
         kubectl = _kubectl(record.facts["options"])
         seen: set[str] = set()
         while True:
-            found, pods = _state(record)
+            resource, pods = _state(record)
             ready = {pod["metadata"]["uid"] for pod in pods if _phase(pod) in ("Running", "Succeeded", "Failed")}
             if pods and len(ready) == len(pods) and not ready & seen:
                 seen |= ready
@@ -101,13 +101,13 @@ class Kubernetes:
                     f"--max-log-requests={len(pods)}", *(["-f"] if follow else []),
                 ]  # fmt: skip
                 yield from streamed(command)
-            if not follow or status_from(record, found, pods).state == "gone":
+            if not follow or status_from(record, resource, pods).state == "gone":
                 return
             time.sleep(POLL)
 
     def cancel(self, record: JobRecord) -> None:
-        found, pods = _state(record)
-        if status_from(record, found, pods).state == "gone":
+        resource, pods = _state(record)
+        if status_from(record, resource, pods).state == "gone":
             raise ClusterError(f"{record.id} is not running any more")
         job_dir = Path(record.job_dir)
         (job_dir / "cancelled").touch()
@@ -126,7 +126,7 @@ def _kubectl(chosen: Mapping[str, Any]) -> list[str]:
     return ["kubectl", *context, f"--namespace={chosen['namespace']}", PATIENCE]
 
 
-def _asked(chosen: KubernetesOptions) -> list[str]:
+def _cluster_remarks(chosen: KubernetesOptions) -> list[str]:
     """What the cluster says of a launch before there is one."""
     group = "trainjobs.trainer.kubeflow.org" if chosen.kind == "trainjob" else "jobsets.jobset.x-k8s.io"
     command = [*_kubectl(chosen.model_dump())[:-1], "--request-timeout=3s", "auth", "can-i", "create", group]
@@ -151,26 +151,26 @@ def _phase(pod: Mapping[str, Any]) -> str:
 def _state(record: JobRecord) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """The job's object as the cluster has it (None: it has none), and its pods in the order of nodes."""
     kubectl, kind = _kubectl(record.facts["options"]), record.facts["options"]["kind"]
-    told = call([*kubectl, "get", kind, record.id, "--ignore-not-found", "-o", "json"])
-    if not told.strip():
+    output = call([*kubectl, "get", kind, record.id, "--ignore-not-found", "-o", "json"])
+    if not output.strip():
         return None, []
     pods = json.loads(call([*kubectl, "get", "pods", "-l", _selector(record), "-o", "json"]))["items"]
-    return json.loads(told), sorted(pods, key=_index)
+    return json.loads(output), sorted(pods, key=_index)
 
 
 def _index(pod: Mapping[str, Any]) -> int:
     return int(pod["metadata"].get("annotations", {}).get("batch.kubernetes.io/job-completion-index", 0))
 
 
-def status_from(record: JobRecord, found: Mapping[str, Any] | None, pods: list[dict[str, Any]]) -> EngineStatus:
+def status_from(record: JobRecord, resource: Mapping[str, Any] | None, pods: list[dict[str, Any]]) -> EngineStatus:
     """What the object and its pods say; what the nodes wrote down of their attempts is kept on the way."""
     job_dir = Path(record.job_dir)
     ended: Literal["finished", "failed", "cancelled"] | None
-    if found is None:
+    if resource is None:
         ended = "cancelled" if (job_dir / "cancelled").exists() else None
         return EngineStatus("gone", detail="not in the cluster any more", ended=ended)
     _keep_attempts(job_dir, pods)
-    conditions = {c["type"]: c for c in found.get("status", {}).get("conditions", []) if c.get("status") == "True"}
+    conditions = {c["type"]: c for c in resource.get("status", {}).get("conditions", []) if c.get("status") == "True"}
     nodes = tuple(str(pod["spec"]["nodeName"]) for pod in pods if pod.get("spec", {}).get("nodeName"))
     for condition, ended in (("Completed", "finished"), ("Complete", "finished"), ("Failed", "failed")):
         if condition in conditions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config.reading import ClusterError
+from ..config.document import ClusterError
 from ..config.sections import Section
 from ..job import Job
 from .background import InBackground

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...exits import AGAIN
-from ..config.reading import ClusterError
+from ..config.document import ClusterError
 from ..job import Job
 from .pods import NODE, command, env, grace_seconds, image, mounts, options, placement, resources, volumes
 from .remote import facts_file, there
@@ -22,7 +22,7 @@ def manifests(job: Job) -> dict[str, dict[str, Any]]:
     if job.cluster.environment.container is None:
         raise ClusterError("Kubernetes runs images: set environment.container.image to one that has shoestring in it")
     if job.cluster.environment.modules:
-        raise ClusterError("environment.modules: pods have no modules; put what they give into the image")
+        raise ClusterError("environment.modules: pods have no environment modules; install their software in the image")
     remote = there(job, [volume.mount for volume in chosen.volumes if not volume.read_only])
     made = {f"{chosen.kind}.yaml": train_job(remote) if chosen.kind == "trainjob" else job_set(remote)}
     made["configmap.yaml"] = _object("v1", "ConfigMap", job, data={
@@ -112,7 +112,7 @@ def train_job(job: Job) -> dict[str, Any]:
     """A TrainJob: its failure policy, and so whether it is started again, is the runtime's."""
     chosen = options(job)
     if chosen.priority_class:
-        raise ClusterError("options.priority_class: a TrainJob has none of its own; set it in the runtime")
+        raise ClusterError("options.priority_class: a TrainJob has no priority class of its own; set it in the runtime")
     patch = {
         "terminationGracePeriodSeconds": grace_seconds(job),
         **placement(job),

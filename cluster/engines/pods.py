@@ -73,9 +73,9 @@ class KubernetesOptions(Section):
 
 
 def options(job: Job) -> KubernetesOptions:
-    found = job.cluster.options
-    assert isinstance(found, KubernetesOptions)
-    return found
+    chosen = job.cluster.options
+    assert isinstance(chosen, KubernetesOptions)
+    return chosen
 
 
 def grace_seconds(job: Job) -> int:
@@ -103,35 +103,35 @@ def command(job: Job) -> list[str]:
 
 
 def env(job: Job) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = [
+    entries: list[dict[str, Any]] = [
         {"name": name, "value": literal(value)} for name, value in environment.variables(job).items()
     ]
-    found.append({"name": "SHOESTRING_NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}})
+    entries.append({"name": "SHOESTRING_NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}})
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-    found.append({"name": "JOB_COMPLETION_INDEX", "valueFrom": {"fieldRef": {"fieldPath": index}}})
+    entries.append({"name": "JOB_COMPLETION_INDEX", "valueFrom": {"fieldRef": {"fieldPath": index}}})
     for name in sorted(job.cluster.secrets):
-        found.append({"name": name, "valueFrom": {"secretKeyRef": {"name": job.id, "key": name}}})
-    return found
+        entries.append({"name": name, "valueFrom": {"secretKeyRef": {"name": job.id, "key": name}}})
+    return entries
 
 
 def resources(job: Job) -> dict[str, Any]:
     chosen = options(job)
-    asked = {"cpu": chosen.cpu, "memory": chosen.memory, chosen.gpu: job.devices_per_node if job.on_gpus else None}
+    amounts = {"cpu": chosen.cpu, "memory": chosen.memory, chosen.gpu: job.devices_per_node if job.on_gpus else None}
     # texts, as quantities are written
-    given = {name: str(value) for name, value in asked.items() if value is not None}
+    given = {name: str(value) for name, value in amounts.items() if value is not None}
     return {"requests": given, "limits": given} if given else {}
 
 
 def placement(job: Job) -> dict[str, Any]:
     chosen = options(job)
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if chosen.node_selector:
-        found["nodeSelector"] = dict(chosen.node_selector)
+        fields["nodeSelector"] = dict(chosen.node_selector)
     if job.exclude:
         not_there = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": list(job.exclude)}
         terms = {"nodeSelectorTerms": [{"matchExpressions": [not_there]}]}
-        found["affinity"] = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}
-    found["tolerations"] = [
+        fields["affinity"] = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}
+    fields["tolerations"] = [
         *({key: value for key, value in spec.model_dump().items() if value is not None} for spec in chosen.tolerations),
         *({
             "key": f"node.kubernetes.io/{state}", "operator": "Exists", "effect": "NoExecute",
@@ -139,10 +139,10 @@ def placement(job: Job) -> dict[str, Any]:
         } for state in ("unreachable", "not-ready")),
     ]  # fmt: skip
     if chosen.service_account:
-        found["serviceAccountName"] = chosen.service_account
+        fields["serviceAccountName"] = chosen.service_account
     if chosen.image_pull_secrets:
-        found["imagePullSecrets"] = [{"name": name} for name in chosen.image_pull_secrets]
-    return found
+        fields["imagePullSecrets"] = [{"name": name} for name in chosen.image_pull_secrets]
+    return fields
 
 
 def volumes(job: Job) -> list[dict[str, Any]]:

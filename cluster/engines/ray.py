@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ..config.reading import ClusterError
+from ..config.document import ClusterError
 from ..config.sections import Count, Line, Section
 from ..engine import EngineStatus, JobRecord, call
 from ..job import Job
@@ -58,18 +58,18 @@ class Ray:
         image = job.cluster.environment.container
         if image:
             raise ClusterError(
-                f"environment.container: found {image.image}; allowed with engine ray: null. Ray's nodes run in what "
-                "they were started in"
+                f"environment.container: found {image.image}; allowed with engine ray: null. Ray's nodes use "
+                "the environment that they were started in"
             )
         return {"job.sh": _driver_script(job), "node.sh": _node_script(job)}
 
     def remarks(self, job: Job) -> list[str]:
         address = _address(job.cluster.options.address)
         try:
-            _ask(address, "/api/version", timeout=5)
+            _request(address, "/api/version", timeout=5)
             # how many nodes Ray has is asked of an interface that may change; without an answer nothing is said
-            found = _ask(address, "/api/v0/nodes?detail=true&limit=10000", timeout=10)["data"]["result"]["result"]
-            return _too_small(job, [node for node in found if node["state"] == "ALIVE"])
+            nodes = _request(address, "/api/v0/nodes?detail=true&limit=10000", timeout=10)["data"]["result"]["result"]
+            return _too_small(job, [node for node in nodes if node["state"] == "ALIVE"])
         except ClusterError as error:
             return [str(error)]
         except (KeyError, TypeError):
@@ -77,7 +77,7 @@ class Ray:
 
     def submit(self, job: Job, files: Mapping[str, str], secrets: Mapping[str, str]) -> str:
         address, ray = _address(job.cluster.options.address), _command()
-        _ask(address, "/api/version")  # Ray's own command takes long to say in many lines that nobody answers
+        _request(address, "/api/version")  # Ray's own command takes long to say in many lines that nobody answers
         # Ray kills what it stops after 3 s, if it is not told here to wait for a checkpoint
         runtime = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(job.lead_seconds + 2 * GIVES_UP)}}
         try:
@@ -90,19 +90,19 @@ class Ray:
             )  # fmt: skip
         except BaseException:
             with suppress(ClusterError):  # it may have come through all the same
-                _ask(address, f"/api/jobs/{job.id}/stop", method="POST")
+                _request(address, f"/api/jobs/{job.id}/stop", method="POST")
             raise
         return f"{address}/#/jobs/{job.id}"
 
     def query_status(self, record: JobRecord) -> EngineStatus:
         if not record.engine_id:
             return EngineStatus("queued")
-        told = _job(record)
-        if told is None:
-            return EngineStatus("gone", detail="Ray no longer knows it")
-        status, last = told["status"], attempts.history(record.job_dir)[-1:]
+        job = _job(record)
+        if job is None:
+            return EngineStatus("gone", detail="Ray no longer lists this job")
+        status, last = job["status"], attempts.history(record.job_dir)[-1:]
         if status in ENDS:
-            said = str(told.get("message") or "").partition("\n")[0]
+            said = str(job.get("message") or "").partition("\n")[0]
             return EngineStatus("gone", detail=f"{status} ({said})" if said else status, ended=ENDS[status])  # type: ignore[arg-type]
         if status == "RUNNING" and last and last[0].ended is None:
             return EngineStatus("running", detail=status, nodes=last[0].nodes)
@@ -114,11 +114,11 @@ class Ray:
         yield from background.lines(log, follow, lambda: self.query_status(record).state == "gone", POLL)
         if not log.exists():  # the job never came to write it; Ray may know why
             address, job = _of(record)
-            yield from str(_ask(address, f"/api/jobs/{job}/logs").get("logs", "")).splitlines()
+            yield from str(_request(address, f"/api/jobs/{job}/logs").get("logs", "")).splitlines()
 
     def cancel(self, record: JobRecord) -> None:
-        told = _job(record)
-        if told is None or told["status"] in ENDS:
+        state = _job(record)
+        if state is None or state["status"] in ENDS:
             raise ClusterError(f"{record.id} is not running any more")
         address, job = _of(record)
         call([_command(), "job", "stop", "--no-wait", "--address", address, job], environ=_environ(address))
@@ -171,10 +171,10 @@ def _too_small(job: Job, nodes: list[Mapping[str, Any]]) -> list[str]:
 def _command() -> str:
     """Ray's own command: of this environment, or of the path."""
     beside = Path(sys.executable).with_name("ray")
-    found = str(beside) if beside.exists() else shutil.which("ray")
-    if not found:
+    path = str(beside) if beside.exists() else shutil.which("ray")
+    if not path:
         raise ClusterError(INSTALL)
-    return found
+    return path
 
 
 def _environ(address: str) -> dict[str, str]:
@@ -195,10 +195,10 @@ def _of(record: JobRecord) -> tuple[str, str]:
 
 def _job(record: JobRecord) -> dict[str, Any] | None:
     address, job = _of(record)
-    return _ask(address, f"/api/jobs/{job}", missing=True)
+    return _request(address, f"/api/jobs/{job}", missing=True)
 
 
-def _ask(address: str, path: str, *, method: str = "GET", timeout: float = 30, missing: bool = False) -> Any:
+def _request(address: str, path: str, *, method: str = "GET", timeout: float = 30, missing: bool = False) -> Any:
     """What the dashboard answers; None for `missing` where there is nothing; ClusterError if it does not."""
     request = urllib.request.Request(address + path, method=method, headers=_headers())
     try:
@@ -219,11 +219,11 @@ def _ask(address: str, path: str, *, method: str = "GET", timeout: float = 30, m
 
 def _headers() -> dict[str, str]:
     """What Ray's own commands add for clusters that want to know who asks."""
-    found: dict[str, str] = {}
+    headers: dict[str, str] = {}
     with suppress(ValueError):
-        found.update(json.loads(os.environ.get("RAY_JOB_HEADERS") or "{}"))
+        headers.update(json.loads(os.environ.get("RAY_JOB_HEADERS") or "{}"))
     if os.environ.get("RAY_AUTH_MODE") == "token":
         path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
         token = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.exists() else "")
-        found.setdefault("Authorization", f"Bearer {token}")
-    return found
+        headers.setdefault("Authorization", f"Bearer {token}")
+    return headers

@@ -36,7 +36,7 @@ def bundle(facts: Mapping[str, Any]) -> dict[str, float]:
     return {"CPU": tasks * options["cpus_per_task"], **gpus, **options["resources"]}
 
 
-class Asked:
+class StopRequest:
     """What signals have asked of the job: to end after saving (`cancelled`), or to save and run again."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class Tasks:
         said = os.pread(self.output.fileno(), CHUNK, offset)  # the offset of the file itself is the writer's
         return said, code if len(said) < CHUNK else None
 
-    def tell(self, name: str) -> None:
+    def signal_tasks(self, name: str) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.Signals[name])
 
@@ -131,7 +131,7 @@ class Node:
         self.code = 137 if self.code is None else self.code
 
 
-def wait_for_group(facts: Mapping[str, Any], job_dir: Path, asked: Asked) -> Any:
+def wait_for_group(facts: Mapping[str, Any], job_dir: Path, request: StopRequest) -> Any:
     """A placement group on nodes that are not excluded; None if the job is cancelled before there is one."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -141,7 +141,7 @@ def wait_for_group(facts: Mapping[str, Any], job_dir: Path, asked: Asked) -> Any
         selector["ray.io/node-id"] = f"!in({','.join(bad)})"
     nodes = facts["nodes"]
     group = placement_group([bundle(facts)] * nodes, "STRICT_SPREAD", bundle_label_selector=[selector] * nodes)
-    while not asked.cancelled:
+    while not request.cancelled:
         if group.wait(POLL):
             return group
     remove_placement_group(group)
@@ -172,39 +172,39 @@ def start_nodes(facts: Mapping[str, Any], group: Any, ids: Sequence[str], comman
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[Tasks.__module__])
     wanted = bundle(facts)
-    extra = {name: amount for name, amount in wanted.items() if name not in ("CPU", "GPU")}
-    options = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU", 0), "resources": extra}
-    found = []
+    custom = {name: amount for name, amount in wanted.items() if name not in ("CPU", "GPU")}
+    options = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU", 0), "resources": custom}
+    nodes = []
     for rank, id in enumerate(ids):
         place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
         actor = ray.remote(Tasks).options(scheduling_strategy=place, **options).remote()
-        found.append(Node(actor, id, f"{rank}: " if len(ids) > 1 else ""))
-    address, port = ray.get(found[0].actor.where.remote())
+        nodes.append(Node(actor, id, f"{rank}: " if len(ids) > 1 else ""))
+    address, port = ray.get(nodes[0].actor.where.remote())
     begun = []
-    for rank, node in enumerate(found):
+    for rank, node in enumerate(nodes):
         begun.append(node.actor.start.remote([*command, str(rank), address, str(port)]))
     ray.get(begun)
-    return found
+    return nodes
 
 
-def watch(nodes: Sequence[Node], seconds: int, lead: int, asked: Asked) -> None:
+def watch(nodes: Sequence[Node], seconds: int, lead: int, request: StopRequest) -> None:
     """Pass on what the nodes say and what signals ask, until all have ended.
 
     Where one has failed, the others, which may wait for it for ever, get `lead` seconds and are then told to end; where
     one has died, at once.
     """
-    told, latest, failed = "", time.monotonic() + seconds + GIVES_UP, 0.0
+    sent, latest, failed = "", time.monotonic() + seconds + GIVES_UP, 0.0
     while any(node.code is None for node in nodes):
         now = time.monotonic()
         if any(node.code for node in nodes):
             failed = failed or now
         alone = any(node.died for node in nodes) or (failed and now > failed + lead)
-        name = "SIGTERM" if alone else asked.signal
-        if name and told != "SIGTERM" and name != told:
-            told, latest = name, min(latest, now + lead + GIVES_UP)
+        name = "SIGTERM" if alone else request.signal
+        if name and sent != "SIGTERM" and name != sent:
+            sent, latest = name, min(latest, now + lead + GIVES_UP)
             for node in nodes:
                 if node.code is None:
-                    node.actor.tell.remote(name)
+                    node.actor.signal_tasks.remote(name)
         for node in nodes:
             node.look()
             if now > latest:
@@ -221,7 +221,7 @@ def lost(suspects: Sequence[str]) -> list[str]:
     return [id for id in suspects if id not in alive]
 
 
-def attempt(job_dir: Path, number: int, facts: Mapping[str, Any], group: Any, asked: Asked) -> tuple[str, int]:
+def attempt(job_dir: Path, number: int, facts: Mapping[str, Any], group: Any, request: StopRequest) -> tuple[str, int]:
     """One attempt on the nodes of `group`: what comes next, and the exit code."""
     import ray
 
@@ -234,7 +234,7 @@ def attempt(job_dir: Path, number: int, facts: Mapping[str, Any], group: Any, as
     try:
         command = ["bash", str(job_dir / "node.sh"), str(number), str(seconds), ",".join(on)]
         nodes = start_nodes(facts, group, ids, command)
-        watch(nodes, seconds, facts["lead_seconds"], asked)
+        watch(nodes, seconds, facts["lead_seconds"], request)
         code = next((node.code for node in nodes if node.code), 0)
         gone = lost([node.id for node in nodes if node.died])
     except ray.exceptions.RayError as error:  # before anything ran
@@ -242,21 +242,21 @@ def attempt(job_dir: Path, number: int, facts: Mapping[str, Any], group: Any, as
         code, gone = 1, lost(ids)
     warned = any(node.code == 124 for node in nodes)
     names_gone = [on[ids.index(id)] for id in gone]
-    return attempts.end(job_dir, number, code, cancelled=asked.cancelled, warned=warned, lost=names_gone)
+    return attempts.end(job_dir, number, code, cancelled=request.cancelled, warned=warned, lost=names_gone)
 
 
-def run(job_dir: Path, asked: Asked) -> int:
+def run(job_dir: Path, request: StopRequest) -> int:
     """Attempt after attempt; the exit code of the last."""
     from ray.util.placement_group import remove_placement_group
 
     facts, number = attempts.job_facts(job_dir), len(attempts.history(job_dir))
     while True:
-        group = wait_for_group(facts, job_dir, asked)
+        group = wait_for_group(facts, job_dir, request)
         if group is None:  # an attempt of no time, so that the record says how the job ended
             attempts.begin(job_dir, number)
             return attempts.end(job_dir, number, 0, cancelled=True)[1]
-        asked.again = False
-        after, code = attempt(job_dir, number, facts, group, asked)
+        request.again = False
+        after, code = attempt(job_dir, number, facts, group, request)
         remove_placement_group(group)
         if after != "requeue":
             return code
@@ -264,8 +264,8 @@ def run(job_dir: Path, asked: Asked) -> int:
 
 
 def main() -> int:
-    asked = Asked()
-    asked.listen()
+    request = StopRequest()
+    request.listen()
     try:
         import ray
     except ImportError:
@@ -274,8 +274,8 @@ def main() -> int:
     job_dir = Path(sys.argv[1])
     namespace = attempts.job_facts(job_dir)["options"]["namespace"]
     ray.init(namespace=namespace, log_to_driver=False, logging_level=logging.WARNING)
-    asked.listen()  # Ray has put in its own
-    return run(job_dir, asked)
+    request.listen()  # Ray has put in its own
+    return run(job_dir, request)
 
 
 if __name__ == "__main__":

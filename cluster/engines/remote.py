@@ -37,12 +37,12 @@ def train_words(job: Job, files: str) -> list[str]:
     return ["--", *job.train(f"{files}/recipe.yaml")[1:]]
 
 
-def keep(job_dir: Path, told: str) -> None:
+def keep(job_dir: Path, output: str) -> None:
     """Write down here what nodes have said of attempts, in rows of their own record; rows known already stay single."""
     log = job_dir / LOG
     known = set(log.read_text().splitlines()) if log.exists() else set()
     fresh = []
-    for line in told.splitlines():
+    for line in output.splitlines():
         with suppress(ValueError, TypeError):
             row = json.loads(line)
             if "excluded" in row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from ...exits import AGAIN, BAD_INPUT, BAD_NODE, NO_SHOESTRING
-from ..config.reading import ClusterError
+from ..config.document import ClusterError
 from ..environment import prologue, quoted
 from ..job import Job
 

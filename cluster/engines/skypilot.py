@@ -21,8 +21,8 @@ from pydantic import Field, model_validator
 
 from ...exits import AGAIN, BAD_INPUT, BAD_NODE
 from ...yaml_writer import write_yaml
+from ..config.document import ClusterError
 from ..config.hardware import hardware
-from ..config.reading import ClusterError
 from ..config.sections import Line, Section
 from ..engine import EngineStatus, JobRecord, call
 from ..environment import exports, quoted, variables
@@ -81,14 +81,14 @@ class SkyPilot:
 
     def remarks(self, job: Job) -> list[str]:
         chosen = _options(job)
-        found = [f"the machines keep the run in {there(job, [chosen.mount]).run_dir}"]
+        remarks = [f"the machines keep the run in {there(job, [chosen.mount]).run_dir}"]
         if chosen.bucket and job.nodes > 1:
-            found.append(
+            remarks.append(
                 "checkpoints of more than one machine need storage that all of them write to at once: a bucket often "
                 "is not; use options.volume where there are volumes"
             )
-        found.append("SkyPilot ends machines without a warning: what was done since the last checkpoint is done again")
-        return found
+        remarks.append("SkyPilot stops machines without warning: steps since the last checkpoint are repeated")
+        return remarks
 
     def submit(self, job: Job, files: Mapping[str, str], secrets: Mapping[str, str]) -> str:
         if not shutil.which("sky"):
@@ -99,14 +99,14 @@ class SkyPilot:
             command, env={**os.environ, **secrets}, capture_output=True, text=True, timeout=LAUNCH_SECONDS
         )
         said = done.stdout + done.stderr
-        found = re.search(r"(?:Managed )?Job ID:?\s*(?:\x1b\[[0-9;]*m)*(\d+)", said, re.I)
-        if done.returncode or not found:
+        match = re.search(r"(?:Managed )?Job ID:?\s*(?:\x1b\[[0-9;]*m)*(\d+)", said, re.I)
+        if done.returncode or not match:
             raise ClusterError(f"sky jobs launch ended with {done.returncode} and no job: {said.strip()[-2000:]}")
-        return found[1]
+        return match[1]
 
     def query_status(self, record: JobRecord) -> EngineStatus:
-        told = call(["sky", "jobs", "queue", "--all", "--output", "json"], timeout=120)
-        return status_from(record.engine_id, told)
+        output = call(["sky", "jobs", "queue", "--all", "--output", "json"], timeout=120)
+        return status_from(record.engine_id, output)
 
     def logs(self, record: JobRecord, follow: bool) -> Iterator[str]:
         yield from streamed(["sky", "jobs", "logs", "--follow" if follow else "--no-follow", record.engine_id])
@@ -115,12 +115,12 @@ class SkyPilot:
         call(["sky", "jobs", "cancel", "--yes", record.engine_id], timeout=120)
 
 
-def status_from(engine_id: str, told: str) -> EngineStatus:
+def status_from(engine_id: str, output: str) -> EngineStatus:
     """What `sky jobs queue` says of one job; notices around its JSON are passed over."""
     try:
-        rows, _ = json.JSONDecoder().raw_decode(told[told.index("[") :])
+        rows, _ = json.JSONDecoder().raw_decode(output[output.index("[") :])
     except ValueError:
-        raise ClusterError(f"sky jobs queue says what cannot be read: {told.strip()[-500:]}") from None
+        raise ClusterError(f"cannot read the output of sky jobs queue: {output.strip()[-500:]}") from None
     for row in rows:
         if str(row.get("job_id")) == engine_id:
             status = str(row.get("status", "")).rpartition(".")[2]
@@ -136,16 +136,18 @@ def status_from(engine_id: str, told: str) -> EngineStatus:
 
 
 def _options(job: Job) -> SkyPilotOptions:
-    found = job.cluster.options
-    assert isinstance(found, SkyPilotOptions)
-    return found
+    chosen = job.cluster.options
+    assert isinstance(chosen, SkyPilotOptions)
+    return chosen
 
 
 def task(job: Job) -> dict[str, Any]:
     """The task that SkyPilot is given."""
     chosen = _options(job)
     if job.cluster.environment.modules:
-        raise ClusterError("environment.modules: machines of a cloud have no modules; use options.setup or an image")
+        raise ClusterError(
+            "environment.modules: cloud machines have no environment modules; use options.setup or an image"
+        )
     remote = there(job, [chosen.mount])
     made: dict[str, Any] = {"name": job.id, "num_nodes": job.nodes, "resources": _resources(job)}
     if chosen.volume:
@@ -165,7 +167,7 @@ def _resources(job: Job) -> dict[str, Any]:
     device = NAMES.get(job.cluster.hardware, hardware(job.cluster.hardware).name.upper())
     accelerators = chosen.accelerators or (f"{device}:{job.devices_per_node}" if job.on_gpus else None)
     container = job.cluster.environment.container
-    asked = {
+    amounts = {
         "infra": chosen.infra,
         "accelerators": accelerators,
         "instance_type": chosen.instance_type,
@@ -180,7 +182,7 @@ def _resources(job: Job) -> dict[str, Any]:
             "recover_on_exit_codes": [AGAIN, BAD_NODE],
         },
     }
-    return {key: value for key, value in asked.items() if value is not None}
+    return {key: value for key, value in amounts.items() if value is not None}
 
 
 def _run(job: Job) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..config.reading import ClusterError
+from ..config.document import ClusterError
 from ..config.sections import Count, Section
 from ..engine import EngineStatus, JobRecord, call
 from ..job import Job, as_time
@@ -62,17 +62,17 @@ class Slurm:
     def render(self, job: Job) -> dict[str, str]:
         for option in job.cluster.options.extra:
             if re.fullmatch(rf"--({OURS})(=.*)?", option):
-                raise ClusterError(f"options.extra: found {option}; allowed: what the job does not decide itself")
+                raise ClusterError(f"options.extra: found {option}; allowed: options that the job does not set itself")
         return {"job.sh": job_script(job), "task.sh": task_script(job)}
 
     def remarks(self, job: Job) -> list[str]:
-        found = _paths(job)
+        remarks = _paths(job)
         if shutil.which("sbatch") is None:
-            return [*found, "sbatch is not installed here: Slurm has not been asked"]
+            return [*remarks, "sbatch is not installed here: the job was not checked with Slurm"]
         for question in (_start, _lead, _partitions):
             with suppress(ClusterError, ValueError):
-                found += question(self, job)
-        return found
+                remarks += question(self, job)
+        return remarks
 
     def submit(self, job: Job, files: Mapping[str, str], secrets: Mapping[str, str]) -> str:
         said = call(["sbatch", "--parsable", str(Path(job.job_dir, "job.sh"))])
@@ -84,13 +84,13 @@ class Slurm:
         problems = []
         for source in (_controller, _queue, _accounting):
             try:
-                heard = source(record)
+                live = source(record)
             except ClusterError as error:
                 if "Invalid job id" not in str(error):
                     problems.append(error)
                 continue
-            if heard is not None:
-                return heard
+            if live is not None:
+                return live
         if len(problems) == 3:
             raise problems[0]
         return EngineStatus("gone")
@@ -100,23 +100,23 @@ class Slurm:
 
     def _over(self, record: JobRecord) -> Callable[[], bool]:
         """Whether the job is gone, asked now and then only."""
-        asked, gone = float("-inf"), False
+        checked, gone = float("-inf"), False
 
         def over() -> bool:
-            nonlocal asked, gone
-            if not gone and time.monotonic() - asked > LOOKS_EVERY:
+            nonlocal checked, gone
+            if not gone and time.monotonic() - checked > LOOKS_EVERY:
                 with suppress(ClusterError):  # a controller that does not answer for a while
                     gone = self.query_status(record).state == "gone"
-                asked = time.monotonic()
+                checked = time.monotonic()
             return gone
 
         return over
 
     def cancel(self, record: JobRecord) -> None:
-        heard = self.query_status(record)
-        if heard.state == "gone":
+        status = self.query_status(record)
+        if status.state == "gone":
             raise ClusterError(f"{record.id} is not running any more")
-        if heard.state == "running":
+        if status.state == "running":
             # the script only: it has the tasks save, and takes the time that needs. A plain scancel kills after
             # KillWait; `--full` would reach srun too, which then kills the tasks
             call(["scancel", "--batch", "--signal=TERM", record.engine_id])
@@ -145,14 +145,14 @@ def _status(state: str, reason: str, nodes: str, start: str) -> EngineStatus:
 
 
 def _controller(record: JobRecord) -> EngineStatus | None:
-    told = _pairs(call(["scontrol", "show", "job", "-o", record.engine_id]))
-    state = told.get("JobState", "")
+    fields = _pairs(call(["scontrol", "show", "job", "-o", record.engine_id]))
+    state = fields.get("JobState", "")
     if not state:
         return None
     done = attempts.history(record.job_dir)
-    if state == "COMPLETING" and done and int(told.get("Restarts", 0)) > done[-1].number:
+    if state == "COMPLETING" and done and int(fields.get("Restarts", 0)) > done[-1].number:
         state = "REQUEUED"
-    return _status(state, told.get("Reason", ""), told.get("NodeList", ""), told.get("StartTime", ""))
+    return _status(state, fields.get("Reason", ""), fields.get("NodeList", ""), fields.get("StartTime", ""))
 
 
 def _queue(record: JobRecord) -> EngineStatus | None:
@@ -167,12 +167,12 @@ def _accounting(record: JobRecord) -> EngineStatus | None:
 
 def _pairs(line: str) -> dict[str, str]:
     """`Key=value Key=value` as `scontrol -o` prints it; the first of each key."""
-    found: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     for word in line.split():
         key, equals, value = word.partition("=")
         if equals:
-            found.setdefault(key, value)
-    return found
+            pairs.setdefault(key, value)
+    return pairs
 
 
 def _hostnames(nodes: str) -> tuple[str, ...]:
@@ -203,14 +203,16 @@ def _paths(job: Job) -> list[str]:
         wanted["environment.venv"] = job.cluster.environment.venv.rstrip("/") + "/bin/activate"
     if job.python.startswith("/") and job.cluster.environment.container is None:
         wanted["the Python of the job"] = job.python
-    return [f"{what}: {path} is not there on this machine" for what, path in wanted.items() if not Path(path).exists()]
+    return [
+        f"{what}: {path} does not exist on this machine" for what, path in wanted.items() if not Path(path).exists()
+    ]
 
 
 def _start(slurm: Slurm, job: Job) -> list[str]:
     try:
         said = call(["sh", "-c", "exec sbatch --test-only 2>&1"], stdin=slurm.render(job)["job.sh"])
     except ClusterError as error:
-        return [f"Slurm does not take this job: {str(error).partition(': ')[2] or error}"]
+        return [f"Slurm does not accept this job: {str(error).partition(': ')[2] or error}"]
     match = re.search(r"to start at (\S+) .*?nodes (\S+)", said)
     return [f"Slurm expects to start it at {match[1].replace('T', ' ')} on {match[2]}"] if match else []
 
@@ -227,28 +229,28 @@ def _lead(slurm: Slurm, job: Job) -> list[str]:
 
 def _partitions(slurm: Slurm, job: Job) -> list[str]:
     wanted = (job.cluster.options.partition or "").split(",")
-    found = []
-    for told in map(_pairs, call(["scontrol", "show", "partition", "-o"]).splitlines()):
-        name = told.get("PartitionName", "")
-        if name in wanted or (wanted == [""] and told.get("Default") == "YES"):
-            found += _partition(name, told, job)
-    return found
+    remarks = []
+    for fields in map(_pairs, call(["scontrol", "show", "partition", "-o"]).splitlines()):
+        name = fields.get("PartitionName", "")
+        if name in wanted or (wanted == [""] and fields.get("Default") == "YES"):
+            remarks += _partition(name, fields, job)
+    return remarks
 
 
-def _partition(name: str, told: Mapping[str, Any], job: Job) -> list[str]:
-    found = []
-    most, grace = _seconds(told.get("MaxTime", "")), int(told.get("GraceTime", 0))
+def _partition(name: str, fields: Mapping[str, Any], job: Job) -> list[str]:
+    remarks = []
+    most, grace = _seconds(fields.get("MaxTime", "")), int(fields.get("GraceTime", 0))
     if most is not None and most < 60 * minutes(job):
-        found.append(
+        remarks.append(
             f"partition {name} gives a job at most {as_time(most)} (MaxTime), and an attempt asks for "
             f"{as_time(60 * minutes(job))}: it would never start. Set limits.attempt_hours: {most / 3600:g}"
         )
-    if told.get("PreemptMode", "OFF") not in ("OFF", "GANG") and grace < job.lead_seconds:
-        found.append(
+    if fields.get("PreemptMode", "OFF") not in ("OFF", "GANG") and grace < job.lead_seconds:
+        remarks.append(
             f"partition {name} kills {grace} s after a preemption (GraceTime), and saving may take {job.lead_seconds} "
             "s: what was trained since the last checkpoint may be lost. Lower checkpoint.every"
         )
-    return found
+    return remarks
 
 
 def _seconds(text: str) -> float | None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...exits import AGAIN, BAD_INPUT, BAD_NODE, FINISHED
-from ..config.reading import ClusterError
+from ..config.document import ClusterError
 from ..environment import quoted
 from ..job import Job, as_time
 from .background import LOG
@@ -24,7 +24,7 @@ from .scripts import ATTEMPTS, WAIT, head
 def header(job: Job) -> str:
     """The `#SBATCH` lines: one spec decides nodes, tasks, devices and time."""
     options = job.cluster.options
-    asked = {
+    values = {
         "job-name": job.id,
         "nodes": job.nodes,
         "ntasks-per-node": job.devices_per_node,
@@ -36,7 +36,7 @@ def header(job: Job) -> str:
         "output": _in_header(f"{job.job_dir}/{LOG}").replace("%", "%%"),
         **{key: getattr(options, key) for key in ("partition", "account", "qos", "constraint", "reservation")},
     }
-    lines = [f"--{key}={value}" for key, value in asked.items() if value is not None]
+    lines = [f"--{key}={value}" for key, value in values.items() if value is not None]
     return "".join(f"#SBATCH {line}\n" for line in [*lines, "--requeue", "--open-mode=append", *options.extra])
 
 
@@ -89,12 +89,12 @@ export SLURM_EXPORT_ENV=ALL  # to the tasks, also if the job was submitted with 
 fact() {  # one of the things that Slurm knows of this job
   scontrol show job -o "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "/^$1=/{s///p;q}"
 }
-tell() {  # the tasks to save; again and again, since one that has just been started does not hear yet
+request_save() {  # of the tasks; again and again, since one that has just started does not handle signals yet
   [ -z "$child" ] || while kill -USR1 "$child" 2>/dev/null; do sleep 5; done &
 }
 child= ending= warned= code=1
-trap 'warned=1; tell' USR1  # the time limit is near
-trap 'ending=1; tell' TERM  # scancel, or Slurm takes the nodes away
+trap 'warned=1; request_save' USR1  # the time limit is near
+trap 'ending=1; request_save' TERM  # scancel, or Slurm takes the nodes away
 
 seconds=$(attempts begin "$JOB" --attempt "$SHOESTRING_ATTEMPT" --nodes "${nodes//$'\n'/,}" \
   --engine-id "$SLURM_JOB_ID") || exit 1
@@ -104,7 +104,7 @@ seconds=$(attempts begin "$JOB" --attempt "$SHOESTRING_ATTEMPT" --nodes "${nodes
 timeout --signal=USR1 --kill-after="$LEAD" $((seconds - LEAD)) \
   srun --label --kill-on-bad-exit=1 --wait=0 --distribution=block "${IN_STEP[@]}" bash "$JOB/task.sh" &
 child=$!
-[ -z "$ending$warned" ] || tell
+[ -z "$ending$warned" ] || request_save
 """
 
 _AFTER = r"""}

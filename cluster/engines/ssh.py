@@ -15,7 +15,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ..config.reading import ClusterError
+from ..config.document import ClusterError
 from ..config.sections import Line, Section
 from ..environment import exports, quoted, variables
 from ..job import Job
@@ -24,7 +24,7 @@ from .scripts import controller, node_script
 
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:-]*$")]
 PATIENCE = 20  # seconds for a machine to answer what is asked before a launch
-ASKED = 16  # machines, all at once
+CHECKED = 16  # machines, all at once
 
 # what the user's own options, which come first, can change; nothing may ask questions
 DEFAULTS = (
@@ -71,9 +71,11 @@ class SSH(InBackground):
         are asked, for many would take minutes; at the start of an attempt each says for itself what it lacks."""
         options: SSHOptions = job.cluster.options
         hosts = list(dict.fromkeys(options.hosts))
-        with ThreadPoolExecutor(ASKED) as pool:
-            found = [remark for told in pool.map(lambda h: _lacks(job, options, h), hosts[:ASKED]) for remark in told]
-        return found if len(hosts) <= ASKED else [*found, f"{ASKED} of the {len(hosts)} machines were asked"]
+        with ThreadPoolExecutor(CHECKED) as pool:
+            remarks = [
+                remark for lines in pool.map(lambda h: _lacks(job, options, h), hosts[:CHECKED]) for remark in lines
+            ]
+        return remarks if len(hosts) <= CHECKED else [*remarks, f"{CHECKED} of the {len(hosts)} machines were checked"]
 
 
 def command(options: SSHOptions) -> list[str]:
@@ -99,8 +101,8 @@ def _engine(job: Job, options: SSHOptions) -> str:
     if job.nodes == 1:
         address, known = "  echo 127.0.0.1\n", ""
     elif interface:
-        ask = quoted(f"ip -o -4 address show dev {quoted(interface)}")
-        address = f"""  "${{SSH[@]}}" "$1" {ask} </dev/null | awk '{{ sub("/.*", "", $4); print $4; exit }}'\n"""
+        query = quoted(f"ip -o -4 address show dev {quoted(interface)}")
+        address = f"""  "${{SSH[@]}}" "$1" {query} </dev/null | awk '{{ sub("/.*", "", $4); print $4; exit }}'\n"""
     else:
         address = """  "${SSH[@]}" -G "$1" | awk '$1 == "hostname" { print $2; exit }'\n"""
     several = '> >(label "$2: ") 2>&1 ' if job.nodes > 1 else ""
@@ -130,7 +132,7 @@ def _lacks(job: Job, options: SSHOptions, host: str) -> list[str]:
         f"{exports(variables(job))}"
         f"{f'. {quoted(environment.venv)}/bin/activate{chr(10)}' if environment.venv else ''}"
         f"cd {quoted(job.workdir)} 2>/dev/null || echo {quoted(f'there is no {job.workdir}')}\n"
-        f"[ -d {quoted(str(storage))} ] || echo {quoted(f'there is no {storage}, below which the run is to be kept')}\n"
+        f"[ -d {quoted(str(storage))} ] || echo {quoted(f'there is no {storage}, in which the run is to be stored')}\n"
         f"if ! command -v {quoted(job.python)} >/dev/null; then echo {quoted(f'there is no {job.python}')}\n"
         f"elif ! {quoted(job.python)} -c 'import shoestring.cluster' 2>/dev/null; then\n"
         f"echo {quoted(f'{job.python} cannot import shoestring')}; fi\n"

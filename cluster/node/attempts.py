@@ -11,7 +11,7 @@ the tasks ended, tells the story on its error output (the job's log), and prints
     finished   the run has come to its end
     cancelled  somebody ended the job; it has saved
     exhausted  saved, but the job has used up its hours or its requeues
-    failed     a task failed, or was killed without a word
+    failed     a task failed, or was killed and left no exit record
 
 Spent time is counted from `begin` to `end`, waiting in a queue costs nothing. An attempt whose machine died before its
 `end` counts until the run last wrote something.
@@ -41,7 +41,7 @@ LOG = "attempts.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One attempt. `next` is the decision at its end; empty while it runs, "lost" if its machine died on the way."""
+    """One attempt. `next` is the decision at its end; empty while it runs, "lost" if its machine failed on the way."""
 
     number: int
     started: float
@@ -59,18 +59,18 @@ class Attempt:
 
 def history(job_dir: str | Path) -> list[Attempt]:
     """The attempts so far, in order. One that was followed by another without having ended is "lost"."""
-    found: dict[int, dict[str, Any]] = {}
-    for told in _rows(Path(job_dir) / LOG):
-        row = found.setdefault(told["attempt"], {"number": told["attempt"]})
-        row.update({key: value for key, value in told.items() if key in Attempt.__dataclass_fields__})
-    made = [Attempt(**{**row, "nodes": tuple(row.get("nodes", ()))}) for row in found.values() if "started" in row]
+    rows: dict[int, dict[str, Any]] = {}
+    for entry in _rows(Path(job_dir) / LOG):
+        row = rows.setdefault(entry["attempt"], {"number": entry["attempt"]})
+        row.update({key: value for key, value in entry.items() if key in Attempt.__dataclass_fields__})
+    made = [Attempt(**{**row, "nodes": tuple(row.get("nodes", ()))}) for row in rows.values() if "started" in row]
     made.sort(key=lambda attempt: attempt.number)
     return [closed(job_dir, a) if a.ended is None and a is not made[-1] else a for a in made]
 
 
 def closed(job_dir: str | Path, attempt: Attempt) -> Attempt:
     """An attempt that is over and has not said so: "lost", ended when it was last seen."""
-    fields = {**attempt.__dict__, "ended": last_seen(job_dir, attempt), "next": "lost", "reason": "its machine died"}
+    fields = {**attempt.__dict__, "ended": last_seen(job_dir, attempt), "next": "lost", "reason": "its machine failed"}
     return Attempt(**fields)
 
 
@@ -94,8 +94,8 @@ def _rows(log: Path) -> Iterator[dict[str, Any]]:
     with suppress(OSError):
         for line in log.read_text().splitlines():
             with suppress(ValueError, KeyError, TypeError):
-                told = json.loads(line)
-                yield {**told, "attempt": int(told["attempt"])}
+                row = json.loads(line)
+                yield {**row, "attempt": int(row["attempt"])}
 
 
 def spent_seconds(attempts: Iterable[Attempt]) -> float:
@@ -131,16 +131,16 @@ def end(job_dir: Path, number: int, code: int, *, cancelled: bool = False, warne
     """Note that an attempt has ended and decide what comes next: (next, exit code).
 
     `code` is what the engine's own launcher returned; the tasks' records say more and come first. `cancelled`:
-    somebody has ended the job. `warned`: its time was over. `lost`: nodes that no longer answer. `pool`: all the nodes
+    somebody has ended the job. `warned`: its time was up. `lost`: nodes that no longer answer. `pool`: all the nodes
     there are, where the engine has no others to give. `again`: the engine has taken the nodes away and runs the job
     again by itself, so tasks that were killed are no failure.
     """
-    facts, told = job_facts(job_dir), ranks.read(job_dir, number)
-    verdict, reason = _verdict(told, facts["nodes"] * facts["devices_per_node"], code, lost)
-    if cancelled and not told:
-        verdict, reason = AGAIN, "the job was cancelled before anything began"
+    facts, records = job_facts(job_dir), ranks.read(job_dir, number)
+    verdict, reason = _verdict(records, facts["nodes"] * facts["devices_per_node"], code, lost)
+    if cancelled and not records:
+        verdict, reason = AGAIN, "the job was cancelled before any task started"
     elif verdict == AGAIN:
-        reason = "the job was cancelled" if cancelled else "its time was over" if warned else reason
+        reason = "the job was cancelled" if cancelled else "its time was up" if warned else reason
     after = "requeue" if again and verdict != FINISHED else _next(verdict, cancelled)
     if verdict == BAD_NODE and after == "requeue":
         exclude(job_dir, [*bad_nodes(job_dir, number), *lost])
@@ -158,7 +158,7 @@ def end(job_dir: Path, number: int, code: int, *, cancelled: bool = False, warne
     _append(job_dir, attempt=number, ended=time.time(), code=verdict, next=after, reason=reason)
     if after in FINAL:
         forget_secrets(job_dir)
-    for line in _story(told, verdict, number, after, reason):
+    for line in _story(records, verdict, number, after, reason):
         print(line, file=sys.stderr, flush=True)
     return after, verdict
 
@@ -173,33 +173,33 @@ def withdrawn(job_dir: str | Path) -> None:
     forget_secrets(job_dir)
 
 
-def _verdict(told: Sequence[RankRecord], tasks: int, code: int, lost: Sequence[str]) -> tuple[int, str]:
-    codes = {record.code for record in told}
+def _verdict(records: Sequence[RankRecord], tasks: int, code: int, lost: Sequence[str]) -> tuple[int, str]:
+    codes = {record.code for record in records}
     if BAD_NODE in codes:
         return BAD_NODE, "a node has failed its checks"
     if lost:  # before what the others met with: they failed because somebody was gone
         return BAD_NODE, f"lost {', '.join(lost)}"
-    if not told and code == AGAIN:
-        return AGAIN, "asked to stop before any task began"
-    wrong = [r for r in told if r.code not in (None, FINISHED, AGAIN)]
+    if not records and code == AGAIN:
+        return AGAIN, "stopped on request before any task started"
+    wrong = [r for r in records if r.code not in (None, FINISHED, AGAIN)]
     if wrong:
         first = min(wrong, key=lambda record: record.ended or 0.0)
         assert first.code is not None
         return first.code if 0 < first.code < 128 else FAILURE, f"rank {first.rank} on {first.host}: {first.error}"
-    silent = [r for r in told if r.code is None]
-    if len(told) == tasks and not silent:
+    silent = [r for r in records if r.code is None]
+    if len(records) == tasks and not silent:
         if AGAIN in codes:
-            return AGAIN, "asked to stop; saved"
+            return AGAIN, "stopped on request; saved"
         return FINISHED, "the run is finished"
-    if told and not silent and code in (FINISHED, AGAIN) and codes == {code}:
-        return code, "the run is finished" if code == FINISHED else "asked to stop; saved"
+    if records and not silent and code in (FINISHED, AGAIN) and codes == {code}:
+        return code, "the run is finished" if code == FINISHED else "stopped on request; saved"
     if silent:
         who = ", ".join(f"{r.rank} on {r.host}" for r in silent[:4]) + (" and others" if len(silent) > 4 else "")
         return (
             FAILURE,
-            f"rank {who} was killed without a word (out of memory, or out of time before it had saved)",
+            f"rank {who} left no exit record (out of memory, or out of time before it had saved?)",
         )
-    return FAILURE, f"{len(told)} of {tasks} tasks came to start; the launcher returned {code}"
+    return FAILURE, f"{len(records)} of {tasks} tasks started; the launcher returned exit code {code}"
 
 
 def _next(verdict: int, cancelled: bool) -> str:
@@ -210,8 +210,10 @@ def _next(verdict: int, cancelled: bool) -> str:
     return "requeue" if verdict in (AGAIN, BAD_NODE) else "failed"
 
 
-def _story(told: Sequence[RankRecord], verdict: int, number: int, after: str, reason: str) -> Iterable[str]:
-    wrong = sorted((r for r in told if r.code not in (None, FINISHED, AGAIN, BAD_NODE)), key=lambda r: r.ended or 0.0)
+def _story(records: Sequence[RankRecord], verdict: int, number: int, after: str, reason: str) -> Iterable[str]:
+    wrong = sorted(
+        (r for r in records if r.code not in (None, FINISHED, AGAIN, BAD_NODE)), key=lambda r: r.ended or 0.0
+    )
     for record in wrong[:1]:
         yield f"[shoestring] rank {record.rank} on {record.host} was the first to fail, with exit code {record.code}:"
         yield (record.traceback or record.error).rstrip()
@@ -224,8 +226,8 @@ def _story(told: Sequence[RankRecord], verdict: int, number: int, after: str, re
 def bad_nodes(job_dir: str | Path, number: int) -> list[str]:
     """The nodes that failed the checks of an attempt, by the names the engine knows them by."""
     with suppress(OSError, ValueError):
-        told = json.loads((ranks.attempt_dir(job_dir, number) / "preflight.json").read_text())
-        return [str(node) for node in told.get("bad", [])]
+        outcome = json.loads((ranks.attempt_dir(job_dir, number) / "preflight.json").read_text())
+        return [str(node) for node in outcome.get("bad", [])]
     return []
 
 
@@ -249,8 +251,8 @@ def forget_secrets(job_dir: str | Path) -> None:
 
 def job_facts(job_dir: str | Path) -> dict[str, Any]:
     """What `Job.facts` said when the job was submitted."""
-    found: dict[str, Any] = json.loads((Path(job_dir) / "job.json").read_text())
-    return found
+    facts: dict[str, Any] = json.loads((Path(job_dir) / "job.json").read_text())
+    return facts
 
 
 def _append(job_dir: Path, **row: Any) -> None:

@@ -1,10 +1,10 @@
-"""The tasks of one node: started by a script of the job, told once when to save, and ended together.
+"""The tasks of one node: started by a script of the job, signalled once to save, and ended together.
 
     python -m shoestring.cluster.node.heartbeat --node-rank 1 --tasks 2 --lead 90 --master 10.0.0.1 -- COMMAND…
 
-Standard input is the life line. Whoever started the node writes a word in a line every second: `on` while all is well,
-`USR1` or `TERM` when the tasks are to save and end, `KILL` when they are to end at once. If the line ends, or says
-nothing for `SILENCE` seconds, then the one who started the node or the network between them is gone: the tasks save
+Standard input carries the heartbeat. Whoever started the node writes a word in a line every second: `on` while all is
+well, `USR1` or `TERM` when the tasks are to save and end, `KILL` when they are to end at once. If the input ends, or is
+silent for `SILENCE` seconds, then the one who started the node or the network between them is gone: the tasks save
 and end. So nothing has to be left on a machine to look after them, and nothing stays behind there.
 
 COMMAND is torchrun with everything it needs. It dies of signals that come before its tasks are started, and its tasks
@@ -32,21 +32,21 @@ from tempfile import TemporaryDirectory
 from ...exits import AGAIN, FINISHED, KILLED, die_with_parent
 from . import ranks
 
-SILENCE = 30.0  # seconds without a word after which the line counts as broken
+SILENCE = 30.0  # seconds of silence after which the heartbeat counts as lost
 POLL = 0.2
 AFTERWARDS = 15.0  # seconds for tasks that have saved, and for torchrun, to come to their ends
 CONSEQUENCE = 5.0  # tasks that fail within so many seconds of a killed one have failed because of it
-ASKS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
-class LifeLine:
-    """What the one who started this process has said so far: `stop` (save and end) and `kill`."""
+class Heartbeat:
+    """The heartbeat of the process that started this one, and its requests: `stop` (save and end) and `kill`."""
 
     def __init__(self, source: int = 0) -> None:
         self.source: int | None = source
         self.stop = self.kill = False
-        self.heard = time.monotonic()
-        for number in ASKS:
+        self.last_beat = time.monotonic()
+        for number in STOP_SIGNALS:
             signal.signal(number, self._signalled)
 
     def _signalled(self, number: int, frame: object) -> None:
@@ -59,12 +59,12 @@ class LifeLine:
             return
         if select.select([self.source], [], [], seconds)[0]:
             words = os.read(self.source, 4096)
-            self.heard = time.monotonic()
+            self.last_beat = time.monotonic()
             self.stop = self.stop or not words or b"USR1" in words or b"TERM" in words
             self.kill = self.kill or b"KILL" in words
             if not words:
                 self.source = None
-        if time.monotonic() - self.heard > SILENCE:
+        if time.monotonic() - self.last_beat > SILENCE:
             self.stop = True
 
 
@@ -77,7 +77,7 @@ class Tasks:
         self.gone: set[int] = set()
 
     def listening(self) -> bool:
-        """Whether every task has come far enough to hear signals."""
+        """Whether every task handles signals by now."""
         if len(self.pids) < len(self.numbers):
             self.pids = {r.rank: r.pid for r in ranks.read(self.job_dir, self.attempt) if r.rank in self.numbers}
         return len(self.pids) == len(self.numbers)
@@ -88,15 +88,15 @@ class Tasks:
         if not gone:
             return
         self.gone |= gone
-        told, now = ranks.read(self.job_dir, self.attempt), time.time()
-        first = min((r.ended for r in told if r.ended and r.code not in (None, FINISHED, AGAIN)), default=now)
+        records, now = ranks.read(self.job_dir, self.attempt), time.time()
+        first = min((r.ended for r in records if r.ended and r.code not in (None, FINISHED, AGAIN)), default=now)
         ended = first - 0.001 if now - first < CONSEQUENCE else now
-        for record in told:
+        for record in records:
             if record.rank in gone and record.code is None:
-                killed = replace(record, code=KILLED, ended=ended, error="killed (out of memory, or by somebody)")
+                killed = replace(record, code=KILLED, ended=ended, error="killed (out of memory, or by someone)")
                 ranks.write(self.job_dir, self.attempt, killed)
 
-    def tell(self) -> None:
+    def request_save(self) -> None:
         """Ask every one of them to save and end."""
         for record in ranks.read(self.job_dir, self.attempt):
             with suppress(ProcessLookupError):
@@ -113,26 +113,26 @@ class Tasks:
             time.sleep(POLL / 4)
 
 
-def run(command: Sequence[str], tasks: Tasks, line: LifeLine, lead: float) -> int:
+def run(command: Sequence[str], tasks: Tasks, heartbeat: Heartbeat, lead: float) -> int:
     """Run torchrun to its end; its exit code. `lead`: seconds that tasks have for saving."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent)
-    told: float | None = None  # when the tasks were told to save
-    asked: float | None = None
+    signalled: float | None = None  # when the tasks got the signal to save
+    stop_seen: float | None = None
     while process.poll() is None:
-        line.listen(POLL)
+        heartbeat.listen(POLL)
         listening, now = tasks.listening(), time.monotonic()
-        asked = asked or (now if line.stop else None)
-        if asked is None:
+        stop_seen = stop_seen or (now if heartbeat.stop else None)
+        if stop_seen is None:
             tasks.note_killed()
-        elif told is None and listening:
-            tasks.tell()
-            told = now
-        if line.kill or now > (told or asked or now) + lead + AFTERWARDS:
+        elif signalled is None and listening:
+            tasks.request_save()
+            signalled = now
+        if heartbeat.kill or now > (signalled or stop_seen or now) + lead + AFTERWARDS:
             process.kill()
             tasks.kill()
             process.wait()
             return KILLED
-    if asked is None:
+    if stop_seen is None:
         tasks.note_killed()
     if process.returncode:
         tasks.kill()
@@ -159,9 +159,9 @@ def interface_to(master: str) -> str:
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((target, 9))  # sends nothing
             mine = socket.inet_aton(probe.getsockname()[0])
-            found = [name for _, name in socket.if_nameindex() if _address(probe, name) == mine]
-            if found and mine[0] != 127:
-                return found[0]
+            interfaces = [name for _, name in socket.if_nameindex() if _address(probe, name) == mine]
+            if interfaces and mine[0] != 127:
+                return interfaces[0]
     return ""
 
 
@@ -184,9 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", nargs="+")
     given = parser.parse_args(arguments)
     if given.master != "127.0.0.1":
-        found = interface_to(given.master)
-        if found:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
+        interface = interface_to(given.master)
+        if interface:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     # to torchrun 85 is a failure: it would end the tasks that are still busy after having saved
     os.environ[ranks.SAVED_EXIT] = str(FINISHED)
     first = given.node_rank * given.tasks
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = Tasks(job_dir, attempt, range(first, first + given.tasks))
     with TemporaryDirectory(prefix="shoestring-") as logs:
         os.environ["PET_LOG_DIR"] = logs  # torchrun leaves an empty folder behind
-        return run(given.command, tasks, LifeLine(), given.lead)
+        return run(given.command, tasks, Heartbeat(), given.lead)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ LONGEST = 20_000  # characters of a traceback that are kept
 
 @dataclass(frozen=True, kw_only=True)
 class RankRecord:
-    """One task of one attempt. `code` is its exit code, None while it runs or if it was killed without a word.
+    """One task of one attempt. `code` is its exit code, None while it runs or if it was killed.
 
     started, ended   Unix seconds
     error            the exception in one line, `traceback` all of it; secrets taken out
@@ -74,9 +74,9 @@ def write(job_dir: str | Path, attempt: int, record: RankRecord) -> None:
 
 def read(job_dir: str | Path, attempt: int) -> list[RankRecord]:
     """The records of an attempt in rank order; half-written ones left out."""
-    found = []
+    records = []
     for path in sorted(attempt_dir(job_dir, attempt).glob("rank-*.json")):
         with suppress(OSError, ValueError, TypeError):
-            told = json.loads(path.read_text())
-            found.append(RankRecord(**{f.name: told[f.name] for f in fields(RankRecord) if f.name in told}))
-    return sorted(found, key=lambda record: record.rank)
+            row = json.loads(path.read_text())
+            records.append(RankRecord(**{f.name: row[f.name] for f in fields(RankRecord) if f.name in row}))
+    return sorted(records, key=lambda record: record.rank)

@@ -43,7 +43,7 @@ class Node:
         self.facts, self.job_dir, self.index, self.attempt = facts, job_dir, index, attempt
         self.lead = float(facts["lead_seconds"])
         self.warning = time.monotonic() + seconds - self.lead
-        self.asked: int | None = None  # the signal that came, not yet passed on
+        self.pending: int | None = None  # the signal that came, not yet passed on
         self.warned = False
         self.child: subprocess.Popen[bytes] | None = None
 
@@ -64,7 +64,7 @@ class Node:
 
     def request_stop(self, number: int, frame: object = None) -> None:
         """Handler: the tasks are to save and end."""
-        self.asked = self.asked or number
+        self.pending = self.pending or number
 
     def running(self) -> bool:
         """Whether torchrun still runs; on the way, passes on what was asked once every task here can hear it."""
@@ -74,9 +74,9 @@ class Node:
         if not self.warned and time.monotonic() > self.warning:
             self.warned = True
             self.request_stop(signal.SIGUSR1)
-        if self.asked and len(self.records()) == self.facts["devices_per_node"]:
-            self.child.send_signal(self.asked)
-            self.asked = None
+        if self.pending and len(self.records()) == self.facts["devices_per_node"]:
+            self.child.send_signal(self.pending)
+            self.pending = None
         return True
 
     def records(self) -> list[ranks.RankRecord]:
@@ -126,12 +126,12 @@ def lead(node: Node, others: Followers) -> tuple[str, int, list[str]]:
 
 def follow(node: Node, leader: Leader) -> int:
     """Another node: watch, tell node 0 how it went, and exit as node 0 says. Node 0 lost: 85, run again."""
-    told = False
+    reported = False
     try:
         while True:
-            if not told and not node.running():
+            if not reported and not node.running():
                 leader.send(well=node.well())
-                told = True
+                reported = True
             said = leader.decision()
             if said is not None:
                 return said

@@ -1,7 +1,7 @@
 """Pre-flight: before any training, the nodes of a job are checked together, and a bad one is found by name.
 
-Node 0 directs through a small store next to the job's port (MASTER_PORT + 1, or the next free one); the first task of
-each other node does what it is asked, and all other tasks only wait for the verdict:
+Node 0 coordinates through a small store next to the job's port (MASTER_PORT + 1, or the next free one); the first task
+of each other node answers its requests, and all other tasks only wait for the verdict:
 
     every node   names resolve, disk, memory, devices, a timed product -> its report; who sends none in time is bad
     node 0       asks each for its clock; judges; asks again who computed slowly
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from ...cgroups import available_memory
-from ..config.reading import ClusterError
+from ..config.document import ClusterError
 from ..config.sections import PreflightSpec
 from ..node import ranks
 from ..node.attempts import history
 from . import health
-from .coordinator import Director
+from .coordinator import Coordinator
 from .verdict import Report, Task, Verdict
 
 DRILL = "SHOESTRING_FAIL_PREFLIGHT"
@@ -80,7 +80,7 @@ def check(task: Task) -> Verdict:
 def _take_part(task: Task) -> Verdict:
     store = _store(task)
     if task.rank == 0:
-        return Director(task, store, Verdict(), answer).direct(lambda: report(task, store))
+        return Coordinator(task, store, Verdict(), answer).run(lambda: report(task, store))
     if task.local_rank == 0:
         _serve(task, store)
     elif task.on_gpus:
@@ -138,12 +138,12 @@ def _without_node_0(task: Task, error: Exception) -> Verdict:
     name = task.listed[0] if len(task.listed) == task.nodes else task.name if task.rank == 0 else task.master
     ports = f"{task.ports[0]}-{task.ports[-1]}"
     fault = f"cannot be reached at {task.master}:{ports} ({str(error).splitlines()[0]})"
-    found = Verdict([name], [{"node": 0, "name": name, "faults": [fault]}])
+    outcome = Verdict([name], [{"node": 0, "name": name, "faults": [fault]}])
     with suppress(OSError), path.open("x") as file:  # another node may have said so first
-        json.dump(found.__dict__, file)
+        json.dump(outcome.__dict__, file)
     with suppress(OSError, ValueError):
         return Verdict(**json.loads(path.read_text()))
-    return found
+    return outcome
 
 
 # -- a node --------------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def report(task: Task, store: Any) -> Report:
     """Look at this node; the first of its tasks does, with the others' figures where each has a GPU."""
     problems = []
     if task.name in os.environ.get(DRILL, "").split(","):
-        problems.append(f"asked to fail by {DRILL}")
+        problems.append(f"fails on purpose: {DRILL} names it")
     disk, memory = None, None
     try:
         disk = health.free_disk(task.run_dir, f"{task.folder.name}-{task.node}")
@@ -169,8 +169,8 @@ def _names(task: Task) -> list[str]:
     """gloo and NCCL ask for the own host's address, unless they have been told their interface."""
     import socket
 
-    told = any(f"{library}_SOCKET_IFNAME" in os.environ for library in ("GLOO", "NCCL"))
-    wanted = [task.master] if told or task.nodes == 1 else [socket.gethostname(), task.master]
+    chosen = any(f"{library}_SOCKET_IFNAME" in os.environ for library in ("GLOO", "NCCL"))
+    wanted = [task.master] if chosen or task.nodes == 1 else [socket.gethostname(), task.master]
     return [f"names: cannot resolve {name}" for name in health.unresolved(wanted)]
 
 
@@ -185,8 +185,8 @@ def _shared(task: Task, store: Any) -> list[str]:
             store.set("token", token)
         return []
     store.wait(["token"], timedelta(seconds=task.timeout))
-    told = store.get("token").decode()
-    if health.within(health.PATIENCE, health.sees, path, told):
+    token_of_node_0 = store.get("token").decode()
+    if health.within(health.PATIENCE, health.sees, path, token_of_node_0):
         return []
     return [f"disk: {task.run_dir} is not the folder that node 0 sees: the run's folder must be on shared storage"]
 
@@ -197,16 +197,16 @@ def _devices(task: Task, store: Any) -> tuple[tuple[float, ...], list[str]]:
         seen = health.within(health.PATIENCE * 3, health.visible_devices)
         if seen < task.devices:
             return (), [f"devices: {seen} of {task.devices} GPUs are visible"]
-    told = [_speed(task)]
+    speeds = [_speed(task)]
     for other in range(1, task.devices if task.on_gpus else 1):
         key = f"device/{task.rank + other}"
         try:
             store.wait([key], timedelta(seconds=task.timeout / 2))
-            told.append(json.loads(store.get(key)))
+            speeds.append(json.loads(store.get(key)))
         except Exception as error:
-            told.append(f"no word of its task ({str(error).splitlines()[0]})")
-    wrong = [f"devices: device {i}: {one}" for i, one in enumerate(told) if isinstance(one, str)]
-    return tuple(one for one in told if not isinstance(one, str)), wrong
+            speeds.append(f"its task sent no result ({str(error).splitlines()[0]})")
+    wrong = [f"devices: device {i}: {one}" for i, one in enumerate(speeds) if isinstance(one, str)]
+    return tuple(one for one in speeds if not isinstance(one, str)), wrong
 
 
 def _speed(task: Task) -> float | str:
@@ -224,26 +224,26 @@ def _serve(task: Task, store: Any) -> None:
     store.set(f"report/{task.node}", json.dumps(report(task, store).__dict__))
     number = 0
     while True:
-        key = f"ask/{task.node}/{number}"
+        key = f"request/{task.node}/{number}"
         store.wait([key], timedelta(seconds=2 * task.timeout + 60))
-        asked = json.loads(store.get(key))
-        if asked["what"] == "end":
+        request = json.loads(store.get(key))
+        if request["what"] == "end":
             return
-        store.set(f"told/{task.node}/{number}", json.dumps(answer(task, store, asked)))
+        store.set(f"reply/{task.node}/{number}", json.dumps(answer(task, store, request)))
         number += 1
 
 
-def answer(task: Task, store: Any, asked: Mapping[str, Any]) -> Any:
+def answer(task: Task, store: Any, request: Mapping[str, Any]) -> Any:
     """What a node says when asked: a clock's time, FLOP/s, or bytes a second (0: the all-reduce has failed)."""
-    if asked["what"] == "clock":
+    if request["what"] == "clock":
         return time.time()
-    if asked["what"] == "matmul":
+    if request["what"] == "matmul":
         return _speed(task)
     from .allreduce import bandwidth
 
     try:
-        group = asked["where"], asked["place"], asked["size"]
-        return bandwidth(store, *group, task.device, asked["times"], asked["timeout"])
+        group = request["where"], request["place"], request["size"]
+        return bandwidth(store, *group, task.device, request["times"], request["timeout"])
     except Exception as error:
-        print(f"[shoestring] pre-flight, {task.name}: all-reduce {asked['where']}: {error}", flush=True)
+        print(f"[shoestring] pre-flight, {task.name}: all-reduce {request['where']}: {error}", flush=True)
         return 0.0

@@ -1,4 +1,4 @@
-"""Node 0's part of the pre-flight: it asks, judges, and says what came of it."""
+"""Node 0's part of the pre-flight: it queries the nodes, judges, and announces the verdict."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import replace_file
-from ..config.reading import ClusterError
+from ..config.document import ClusterError
 from ..node import ranks
 from . import allreduce, verdict
 from .verdict import Pair, Report, Task, Verdict
@@ -21,23 +21,23 @@ RETRIES = 3  # of suspects, with other nodes
 ROUND = 30.0  # seconds an all-reduce of a few megabytes may take before it counts as hung
 
 
-class Director:
-    """Directs the pre-flight of one attempt and fills in `found`, the verdict."""
+class Coordinator:
+    """Coordinates the pre-flight of one attempt and fills in `result`, the verdict."""
 
-    def __init__(self, task: Task, store: Any, found: Verdict, answer: Callable[..., Any]) -> None:
-        self.task, self.store, self.found, self.answer = task, store, found, answer
+    def __init__(self, task: Task, store: Any, result: Verdict, answer: Callable[..., Any]) -> None:
+        self.task, self.store, self.result, self.answer = task, store, result, answer
         self.limits, self.began = task.limits, time.monotonic()
         self.reports: dict[int, Report] = {}
         self.faults: dict[int, list[str]] = {}
         self.pairs: dict[Pair, float] = {}
-        self._asked: dict[int, int] = {}
+        self._sequence: dict[int, int] = {}
         self._rounds = 0
 
-    def direct(self, report: Callable[[], Report]) -> Verdict:
-        """From this node's own report to the verdict, which everybody is told even if something goes wrong here."""
+    def run(self, report: Callable[[], Report]) -> Verdict:
+        """Go from this node's own report to the verdict, which all nodes get even if something goes wrong here."""
         try:
             self.reports[0] = report()
-            self._hear()
+            self._collect_reports()
             self._clocks()
             self._judge()
             if not self._bad() and self.task.nodes > 1:
@@ -46,29 +46,29 @@ class Director:
                 self._everybody()
             self._conclude()
         except ClusterError as error:
-            self.found.error = str(error)
+            self.result.error = str(error)
             raise
         except Exception as error:
             traceback.print_exc()
-            self.found.error = f"the pre-flight could not be done: {type(error).__name__}: {error}"
-            raise ClusterError(self.found.error) from error
+            self.result.error = f"the pre-flight could not be done: {type(error).__name__}: {error}"
+            raise ClusterError(self.result.error) from error
         finally:
-            self._tell()
-        return self.found
+            self._announce()
+        return self.result
 
-    # -- asking ----------------------------------------------------------------------------------------------------
-    def _hear(self) -> None:
+    # -- queries ---------------------------------------------------------------------------------------------------
+    def _collect_reports(self) -> None:
         """Wait for the reports of all nodes, until the timeout."""
         for node in range(1, self.task.nodes):
             left = self.began + self.task.timeout - time.monotonic()
-            told = self._get(f"report/{node}", max(left, 0.05))
-            if told is not None:
-                self.reports[node] = Report(**{**told, **{k: tuple(told[k]) for k in ("problems", "matmul")}})
+            report = self._get(f"report/{node}", max(left, 0.05))
+            if report is not None:
+                self.reports[node] = Report(**{**report, **{k: tuple(report[k]) for k in ("problems", "matmul")}})
         if len(self.reports) < self.task.nodes:
             alive = {record.node_rank for record in ranks.read(*_place(self.task.folder))}
             for node in verdict.absent(self.task.nodes, self.reports, alive):
                 why = f"has not reported within {self.task.timeout:g} s"
-                self._blame(node, "is reached by no other node" if node == 0 else why)
+                self._blame(node, "no other node can reach it" if node == 0 else why)
 
     def _get(self, key: str, seconds: float) -> Any:
         """What the store holds under `key`, waited for; None if it does not come in time."""
@@ -80,30 +80,30 @@ class Director:
             return None
         return json.loads(self.store.get(key))
 
-    def _ask(self, messages: Mapping[int, Mapping[str, Any]], seconds: float) -> dict[int, Any]:
+    def _query(self, messages: Mapping[int, Mapping[str, Any]], seconds: float) -> dict[int, Any]:
         """Ask several nodes at the same time; their answers, None from who is silent."""
-        told: dict[int, Any] = {}
+        replies: dict[int, Any] = {}
         for node, message in messages.items():
             if node:
-                self.store.set(f"ask/{node}/{self._asked.setdefault(node, 0)}", json.dumps(message))
+                self.store.set(f"request/{node}/{self._sequence.setdefault(node, 0)}", json.dumps(message))
         if 0 in messages:
-            told[0] = self.answer(self.task, self.store, messages[0])
+            replies[0] = self.answer(self.task, self.store, messages[0])
         end = time.monotonic() + seconds
         for node in messages:
             if node:
-                told[node] = self._get(f"told/{node}/{self._asked[node]}", max(end - time.monotonic(), 0.05))
-                self._asked[node] += 1
-                if told[node] is None:
+                replies[node] = self._get(f"reply/{node}/{self._sequence[node]}", max(end - time.monotonic(), 0.05))
+                self._sequence[node] += 1
+                if replies[node] is None:
                     self._blame(node, f"has not answered within {seconds:g} s")
-        return told
+        return replies
 
     def _clocks(self) -> None:
         for node in [node for node in self.reports if node]:
             before = time.time()
-            told = self._ask({node: {"what": "clock"}}, ROUND).get(node)
+            reading = self._query({node: {"what": "clock"}}, ROUND).get(node)
             after = time.time()
-            if told is not None:
-                skew, error = told - (before + after) / 2, (after - before) / 2
+            if reading is not None:
+                skew, error = reading - (before + after) / 2, (after - before) / 2
                 self.reports[node] = replace(self.reports[node], skew=skew, skew_error=error)
 
     # -- judging ---------------------------------------------------------------------------------------------------
@@ -111,15 +111,15 @@ class Director:
         """Each node by itself, then its devices beside all others'."""
         if len(self.reports) == self.task.nodes and (short := verdict.shortage(self.reports.values(), self.limits)):
             raise ClusterError(short)
-        for node, told in self.reports.items():
-            for fault in verdict.faults(told, self.limits):
+        for node, report in self.reports.items():
+            for fault in verdict.faults(report, self.limits):
                 self._blame(node, fault)
         slow = self._slow_devices()
         if slow and not self.task.on_gpus:  # what else runs on a CPU comes and goes: once more, and now alone
-            for node, speed in self._ask({node: {"what": "matmul"} for node in slow}, ROUND).items():
-                told = self.reports[node]
+            for node, speed in self._query({node: {"what": "matmul"} for node in slow}, ROUND).items():
+                report = self.reports[node]
                 if isinstance(speed, float):
-                    self.reports[node] = replace(told, matmul=(max(speed, *told.matmul),))
+                    self.reports[node] = replace(report, matmul=(max(speed, *report.matmul),))
             slow = self._slow_devices()
         for node, fault in slow.items():
             self._blame(node, fault)
@@ -163,8 +163,8 @@ class Director:
         nodes = range(self.task.nodes)
         values = [self.pairs[0, 1]] if self.task.nodes == 2 else self._reduce([tuple(nodes)])
         if min(values) <= 0 and not self._bad():
-            raise ClusterError("every pair of nodes can reduce, but not all of them together")
-        self.found.bandwidth = min(values)
+            raise ClusterError("an all-reduce works between every pair of nodes, but not between all of them")
+        self.result.bandwidth = min(values)
 
     def _reduce(self, groups: Sequence[Sequence[int]], times: int = allreduce.TIMES) -> list[float]:
         """Let groups of nodes reduce at the same time; the bandwidth of each, as its slowest member saw it."""
@@ -175,14 +175,14 @@ class Director:
                    "times": times, "timeout": seconds}
             for group in groups for place, node in enumerate(group)
         }  # fmt: skip
-        told = self._ask(messages, 2 * seconds + 2)  # to try, and to let go of the group
-        values = [min(told[node] or 0.0 for node in group) for group in groups]
+        replies = self._query(messages, 2 * seconds + 2)  # to try, and to let go of the group
+        values = [min(replies[node] or 0.0 for node in group) for group in groups]
         for group, value in zip(groups, values, strict=True):
             if len(group) == 2:
                 self.pairs[group[0], group[1]] = max(value, self.pairs.get((group[0], group[1]), 0.0))
         return values
 
-    # -- saying ----------------------------------------------------------------------------------------------------
+    # -- results ---------------------------------------------------------------------------------------------------
     def _blame(self, node: int, fault: str) -> None:
         self.faults.setdefault(node, []).append(fault)
 
@@ -190,33 +190,33 @@ class Director:
         return bool(self.faults)
 
     def _warn(self, text: str) -> None:
-        self.found.warnings.append(text)
+        self.result.warnings.append(text)
 
     def _name(self, node: int) -> str:
-        told = {number: report.name for number, report in self.reports.items()}
-        return verdict.names_of(self.task.nodes, self.task.listed, told)[node]
+        names = {number: report.name for number, report in self.reports.items()}
+        return verdict.names_of(self.task.nodes, self.task.listed, names)[node]
 
     def _conclude(self) -> None:
         best = verdict.better(self.pairs)
         for node in range(self.task.nodes):
             row: dict[str, Any] = {"node": node, "name": self._name(node), "faults": self.faults.get(node, [])}
             if node in self.reports:
-                told = self.reports[node]
-                row |= {"disk": told.disk, "memory": told.memory, "matmul": list(told.matmul), "skew": told.skew,
-                        "bandwidth": best.get(node)}  # fmt: skip
-            self.found.nodes.append(row)
-        self.found.bad = [self._name(node) for node in sorted(self.faults)]
-        self.found.seconds = time.monotonic() - self.began
-        print(verdict.table(self.found.nodes, self.found.seconds), flush=True)
-        for warning in self.found.warnings:
+                report = self.reports[node]
+                row |= {"disk": report.disk, "memory": report.memory, "matmul": list(report.matmul),
+                        "skew": report.skew, "bandwidth": best.get(node)}  # fmt: skip
+            self.result.nodes.append(row)
+        self.result.bad = [self._name(node) for node in sorted(self.faults)]
+        self.result.seconds = time.monotonic() - self.began
+        print(verdict.table(self.result.nodes, self.result.seconds), flush=True)
+        for warning in self.result.warnings:
             print(f"[shoestring] pre-flight: {warning}", flush=True)
-        replace_file(self.task.folder / "preflight.json", json.dumps(self.found.__dict__, indent=1))
+        replace_file(self.task.folder / "preflight.json", json.dumps(self.result.__dict__, indent=1))
 
-    def _tell(self) -> None:
+    def _announce(self) -> None:
         """Give the verdict, and keep the store until everybody has read it, or everybody who may still come."""
-        self.store.set("verdict", json.dumps(self.found.__dict__))
+        self.store.set("verdict", json.dumps(self.result.__dict__))
         for node in self.reports:
-            self.store.set(f"ask/{node}/{self._asked.get(node, 0)}", json.dumps({"what": "end"}))
+            self.store.set(f"request/{node}/{self._sequence.get(node, 0)}", json.dumps({"what": "end"}))
         others = self.task.nodes * self.task.devices - 1
         end = time.monotonic() + 3 if self.faults else max(self.began + self.task.timeout, time.monotonic() + 3)
         while others and int(self.store.add("read", 0)) < others and time.monotonic() < end:

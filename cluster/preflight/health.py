@@ -48,19 +48,19 @@ def node_name(environ: Mapping[str, str] = os.environ) -> str:
 
 def unresolved(names: list[str]) -> list[str]:
     """The names that cannot be resolved here, each with what was said against it."""
-    found = []
+    failures = []
     for name in names:
         try:
             within(PATIENCE, socket.getaddrinfo, name, None)
         except (OSError, TimeoutError, UnicodeError) as error:
-            found.append(f"{name} ({error})")
-    return found
+            failures.append(f"{name} ({error})")
+    return failures
 
 
 def free_disk(folder: Path, label: str) -> int:
     """Free bytes in `folder`, after having written there. OSError if that is refused, TimeoutError if it hangs."""
 
-    def ask() -> int:
+    def write_and_measure() -> int:
         probe = folder / f".preflight-{label}"
         try:
             with probe.open("wb") as file:
@@ -72,7 +72,7 @@ def free_disk(folder: Path, label: str) -> int:
                 probe.unlink(missing_ok=True)
         return shutil.disk_usage(folder).free
 
-    return within(PATIENCE, ask)
+    return within(PATIENCE, write_and_measure)
 
 
 def sees(path: Path, content: str, patience: float = 5.0) -> bool:

@@ -23,7 +23,7 @@ class Report:
     """What one node says of itself.
 
     problems    checks that failed outright, in words
-    disk        free bytes where the run lives, `memory` available bytes; None: could not be asked
+    disk        free bytes where the run is stored, `memory` available bytes; None: could not be asked
     matmul      FLOP/s of each of its devices
     skew        seconds that its clock is ahead of node 0's, give or take `skew_error`, half the round trip
     """
@@ -85,14 +85,14 @@ class Verdict:
 
 def faults(report: Report, limits: PreflightSpec) -> list[str]:
     """Why this node fails by itself, compared with nobody; empty: it does not."""
-    found = list(report.problems)
+    problems = list(report.problems)
     for what, have, least in (("disk", report.disk, limits.disk), ("memory", report.memory, limits.memory)):
         if have is not None and have < least:
-            found.append(f"{what}: {have / GIB:.2f} GiB, wanted {least / GIB:.2f} GiB (preflight.{what})")
+            problems.append(f"{what}: {have / GIB:.2f} GiB, wanted {least / GIB:.2f} GiB (preflight.{what})")
     allowed = limits.clock_skew * 3600
     if abs(report.skew) - report.skew_error > allowed:
-        found.append(f"clock: {report.skew:+.2f} s off node 0's, allowed {allowed:g} s (preflight.clock_skew)")
-    return found
+        problems.append(f"clock: {report.skew:+.2f} s from node 0's, allowed {allowed:g} s (preflight.clock_skew)")
+    return problems
 
 
 def shortage(reports: Collection[Report], limits: PreflightSpec) -> str:
@@ -101,8 +101,8 @@ def shortage(reports: Collection[Report], limits: PreflightSpec) -> str:
         return ""
     most = max(report.disk or 0 for report in reports)
     return (
-        f"{most / GIB:.2f} GiB are free where the run lives, on every node; wanted {limits.disk / GIB:.2f} GiB "
-        "(preflight.disk). Make room, or give another run directory."
+        f"{most / GIB:.2f} GiB at most are free on each node where the run is stored; wanted "
+        f"{limits.disk / GIB:.2f} GiB (preflight.disk). Make room, or give another run directory."
     )
 
 
@@ -111,16 +111,16 @@ def slow_devices(speeds: Mapping[int, Sequence[float]], share: float) -> dict[in
     everyone = [speed for node in speeds.values() for speed in node]
     if not everyone:
         return {}
-    usual, found = median(everyone), {}
+    usual, faults = median(everyone), {}
     for node, own in speeds.items():
         slow = [(speed, device) for device, speed in enumerate(own) if speed < share * usual]
         if slow:
             speed, device = min(slow)
-            found[node] = (
+            faults[node] = (
                 f"matmul: device {device} does {speed / 1e9:.4g} GFLOP/s, {speed / usual:.0%} of the median "
                 f"{usual / 1e9:.4g}; wanted {share:.0%} (preflight.matmul)"
             )
-    return found
+    return faults
 
 
 def ring(nodes: Sequence[int]) -> list[list[Pair]]:
@@ -142,11 +142,11 @@ def ring(nodes: Sequence[int]) -> list[list[Pair]]:
 
 def better(pairs: Mapping[Pair, float]) -> dict[int, float]:
     """Each node's bandwidth: that of its better pair."""
-    found: dict[int, float] = {}
+    best: dict[int, float] = {}
     for pair, bandwidth in pairs.items():
         for node in pair:
-            found[node] = max(found.get(node, 0.0), bandwidth)
-    return found
+            best[node] = max(best.get(node, 0.0), bandwidth)
+    return best
 
 
 def slow_nodes(pairs: Mapping[Pair, float], share: float) -> set[int]:
@@ -162,9 +162,9 @@ def slow_nodes(pairs: Mapping[Pair, float], share: float) -> set[int]:
 def rematch(suspects: Iterable[int], others: Iterable[int], turn: int = 0) -> list[Pair]:
     """Each suspect with a node that is none, as far as there are any, every `turn` with another: so a node is cleared
     that only stood between two bad ones."""
-    free = sorted(others)
-    start = turn % max(1, len(free))
-    return list(zip(sorted(suspects), free[start:] + free[:start], strict=False))
+    partners = sorted(others)
+    start = turn % max(1, len(partners))
+    return list(zip(sorted(suspects), partners[start:] + partners[:start], strict=False))
 
 
 def slow_links(pairs: Mapping[Pair, float], share: float, suspects: Collection[int]) -> list[Pair]:
@@ -175,35 +175,35 @@ def slow_links(pairs: Mapping[Pair, float], share: float, suspects: Collection[i
     return [p for p, value in pairs.items() if value < share * usual and not set(p) & set(suspects)]
 
 
-def absent(nodes: int, heard: Collection[int], alive: Collection[int]) -> set[int]:
+def absent(nodes: int, reported: Collection[int], alive: Collection[int]) -> set[int]:
     """Who is bad when node 0 has not heard of everybody in time; `alive` have left a sign of life in the run's folder.
 
     Whoever is missing; but node 0 itself, if it has heard of nobody while most of the others live.
     """
-    missing = set(range(nodes)) - set(heard)
-    if nodes > 2 and set(heard) <= {0} and 2 * len(missing & set(alive)) > len(missing):
+    missing = set(range(nodes)) - set(reported)
+    if nodes > 2 and set(reported) <= {0} and 2 * len(missing & set(alive)) > len(missing):
         return {0}
     return missing
 
 
-def names_of(nodes: int, listed: Sequence[str], told: Mapping[int, str]) -> dict[int, str]:
+def names_of(nodes: int, listed: Sequence[str], known: Mapping[int, str]) -> dict[int, str]:
     """Every node's name: what it has said itself, else its place in the engine's list, else `node-N`."""
-    left = [name for name in listed if name not in told.values()]
-    missing = [node for node in range(nodes) if node not in told]
-    found = dict(told)
+    left = [name for name in listed if name not in known.values()]
+    missing = [node for node in range(nodes) if node not in known]
+    names = dict(known)
     for place, node in enumerate(missing):
         if len(listed) == nodes and listed[node] in left:
-            found[node] = listed[node]
+            names[node] = listed[node]
         else:
-            found[node] = left[place] if len(left) == len(missing) else f"node-{node}"
-    return found
+            names[node] = left[place] if len(left) == len(missing) else f"node-{node}"
+    return names
 
 
 def table(rows: Iterable[Mapping[str, object]], seconds: float) -> str:
     """The verdict as text, a line a node; `rows` as in preflight.json."""
-    found = list(rows)
+    entries = list(rows)
     lines = [("node", "matmul", "all-reduce", "disk", "memory", "clock", "verdict")]
-    for row in found:
+    for row in entries:
         faults = row["faults"]
         assert isinstance(faults, list)
         lines.append((
@@ -214,7 +214,7 @@ def table(rows: Iterable[Mapping[str, object]], seconds: float) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(6)]
     text = ["  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]])
             for line in lines]  # fmt: skip
-    return "\n".join([f"[shoestring] pre-flight of {len(found)} nodes: {seconds:.1f} s", *(f"  {t}" for t in text)])
+    return "\n".join([f"[shoestring] pre-flight of {len(entries)} nodes: {seconds:.1f} s", *(f"  {t}" for t in text)])
 
 
 def _figure(value: object, unit: float, name: str) -> str:

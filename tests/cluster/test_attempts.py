@@ -20,8 +20,15 @@ def job_dir_with(folder: Path, **facts) -> Path:
     """The folder of a job of two tasks on two nodes."""
     job_dir = folder / "jobs" / "j"
     job_dir.mkdir(parents=True)
-    told = {"nodes": 2, "devices_per_node": 1, "hours": 1.0, "attempt_hours": 1.0, "lead_seconds": 60, "requeues": 3}
-    (job_dir / "job.json").write_text(json.dumps({**told, **facts}))
+    facts_of_job = {
+        "nodes": 2,
+        "devices_per_node": 1,
+        "hours": 1.0,
+        "attempt_hours": 1.0,
+        "lead_seconds": 60,
+        "requeues": 3,
+    }
+    (job_dir / "job.json").write_text(json.dumps({**facts_of_job, **facts}))
     return job_dir
 
 
@@ -50,7 +57,7 @@ def ended(job_dir: Path, *codes: int | None, number: int = 0, **how) -> tuple[st
     return attempts.end(job_dir, number, how.pop("code", 1), **how)
 
 
-ENDS = [0, 85, 86, 1, 137, None]  # what a task may leave behind; None: killed without a word
+ENDS = [0, 85, 86, 1, 137, None]  # what a task may leave behind; None: no exit record
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
@@ -69,14 +76,14 @@ def test_every_pair_of_ends(tmp_path, clock, codes, cancelled) -> None:
     else:
         expected = ("finished", 0)
     assert (after, code) == expected
-    [told] = attempts.history(job_dir)
-    assert (told.next, told.code, told.seconds) == (after, code, 60)
+    [attempt] = attempts.history(job_dir)
+    assert (attempt.next, attempt.code, attempt.seconds) == (after, code, 60)
 
 
 @pytest.mark.parametrize(
     ("codes", "how", "expected"),
     [
-        ((), {"code": 0}, ("failed", 1)),  # nobody came to start
+        ((), {"code": 0}, ("failed", 1)),  # no task started
         ((), {"code": 85}, ("requeue", 85)),  # … because the end came first
         ((0,), {"code": 0}, ("finished", 0)),  # a launcher that waits for all, and one record not yet seen
         ((0,), {"code": 1}, ("failed", 1)),
@@ -91,7 +98,7 @@ def test_other_ends(tmp_path, clock, codes, how, expected) -> None:
     assert attempts.excluded(job_dir) == how.get("lost", [])
 
 
-def test_the_first_to_fail_is_told(tmp_path, clock, capsys) -> None:
+def test_the_first_to_fail_is_named(tmp_path, clock, capsys) -> None:
     job_dir = job_dir_with(tmp_path)
     attempts.begin(job_dir, 0)
     ranks.write(job_dir, 0, rank(0, 1, ended=9.0, error="RuntimeError: connection closed by peer"))
@@ -212,7 +219,7 @@ def test_attempts_never_take_more_than_the_job_has(tmp_path_factory, hours, shar
         assert spent(job_dir) <= hours * HOUR + 1e-3
 
 
-def test_the_script_is_told_in_two_words(tmp_path, capsys) -> None:
+def test_the_script_reads_two_words(tmp_path, capsys) -> None:
     """As scripts call it."""
     job_dir = job_dir_with(tmp_path)
     assert attempts.main(["begin", str(job_dir), "--attempt", "0", "--nodes", "n0,n1"]) == 0

@@ -30,12 +30,15 @@ def folder(tmp_path, monkeypatch):
 
 def cases() -> dict[str, tuple[str, str]]:
     """Name -> (file, answer) of the golden file."""
-    found = {}
+    cases_by_name = {}
     for case in GOLDEN.read_text().split("\n== ")[1:]:
         name, *lines = case.strip("\n").split("\n")
         answer = [line[3:] for line in lines if line.startswith("-> ")]
-        found[name] = ("\n".join(line for line in lines if not line.startswith("-> ")) + "\n", "\n".join(answer))
-    return found
+        cases_by_name[name] = (
+            "\n".join(line for line in lines if not line.startswith("-> ")) + "\n",
+            "\n".join(answer),
+        )
+    return cases_by_name
 
 
 def answer(name: str, text: str) -> str:

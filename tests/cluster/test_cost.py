@@ -39,7 +39,7 @@ def test_what_earlier_jobs_have_spent_counts(tmp_path, spent, fits) -> None:
     if fits:
         assert refuse_over_cap(job)[-1] == "the cap is $10.00: within it"
         return
-    with pytest.raises(ClusterError, match="too dear for lab") as caught:
+    with pytest.raises(ClusterError, match="too expensive for lab") as caught:
         refuse_over_cap(job)
     assert f"${spent:.2f} spent by earlier jobs of this run" in str(caught.value)
 
@@ -77,14 +77,14 @@ def test_an_attempt_that_never_said_that_it_ended_costs_until_it_was_last_seen(t
 
 def test_a_cap_needs_a_price(tmp_path) -> None:
     cluster = a_cluster(tmp_path, "local", hardware="gb300", price={}, limits={"hours": 4, "usd": 10})
-    with pytest.raises(ClusterError, match=r"cannot be kept without a price: set price\.usd_per_device_hour"):
+    with pytest.raises(ClusterError, match=r"cannot be checked without a price: set price\.usd_per_device_hour"):
         refuse_over_cap(a_job(tmp_path, cluster=cluster))
     unlimited = a_cluster(tmp_path, "local", hardware="gb300", price={}, limits={"hours": 4})
     assert "no price is known for gb300" in refuse_over_cap(a_job(tmp_path, cluster=unlimited))[0]
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("requested", "said"),
     [
         ({"nodes": 9}, "9 nodes; allowed on lab: at most 4 (limits.nodes)"),
         ({"devices_per_node": 3}, "3 devices; allowed on lab: at most 2 a node"),
@@ -93,10 +93,10 @@ def test_a_cap_needs_a_price(tmp_path) -> None:
         ({"hours": 1.0, "lead_seconds": 1800}, "the last 1800 s are for saving"),
     ],
 )
-def test_limits(tmp_path, asked, said) -> None:
+def test_limits(tmp_path, requested, said) -> None:
     cluster = a_cluster(tmp_path, "local", limits={"hours": 4, "nodes": 4})
     with pytest.raises(ClusterError) as caught:
-        make_job(cluster, name="digits", recipe="", run_dir="/r", workdir="/w", **asked)
+        make_job(cluster, name="digits", recipe="", run_dir="/r", workdir="/w", **requested)
     assert all(word in str(caught.value) for word in said.split(" a node")[0].split(" devices;"))
 
 
@@ -106,11 +106,11 @@ def test_a_job_needs_hours(tmp_path) -> None:
 
 
 def test_a_refused_job_leaves_nothing(tmp_path, monkeypatch) -> None:
-    """Too dear, a secret that is missing, an engine that refuses: the run's folder does not come to be."""
+    """Too expensive, a secret that is missing, an engine that refuses: the run's folder does not come to be."""
     monkeypatch.delenv("LAB_TOKEN", raising=False)
     home = tmp_path / "runs" / "digits"
     cases = {
-        "too dear": a_cluster(tmp_path, "local", limits={"hours": 400, "usd": 10}),
+        "too expensive": a_cluster(tmp_path, "local", limits={"hours": 400, "usd": 10}),
         "LAB_TOKEN is not set": a_cluster(tmp_path, "local"),
         "allowed with engine local: 1": a_cluster(tmp_path, "local", secrets={}),
     }

@@ -92,7 +92,7 @@ def launch(folder: Path, engine: str, nodes: int, **more) -> subprocess.Complete
 
 def test_a_refusal_is_as_light(tmp_path) -> None:
     done = launch(tmp_path, "kubernetes", 1000, limits={"hours": 4, "usd": 10})
-    assert done.returncode == 2 and "too dear for lab" in done.stderr and "HEAVY []" in done.stderr
+    assert done.returncode == 2 and "too expensive for lab" in done.stderr and "HEAVY []" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "empty"]
 
 

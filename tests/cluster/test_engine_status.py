@@ -23,8 +23,8 @@ def record(folder: Path, engine: str = "kubernetes") -> JobRecord:
 
 
 def job_set(**conditions: str) -> dict[str, Any]:
-    told = [{"type": kind, "status": "True", "message": said} for kind, said in conditions.items()]
-    return {"kind": "JobSet", "status": {"conditions": [{"type": "StartupPolicy", "status": "False"}, *told]}}
+    given = [{"type": kind, "status": "True", "message": said} for kind, said in conditions.items()]
+    return {"kind": "JobSet", "status": {"conditions": [{"type": "StartupPolicy", "status": "False"}, *given]}}
 
 
 def pod(index: int, phase: str, restart: int = 0, **state: Any) -> dict[str, Any]:
@@ -43,7 +43,7 @@ RUNNING = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
 
 
 @pytest.mark.parametrize(
-    ("found", "pods", "state", "detail", "ended"),
+    ("resource", "pods", "state", "detail", "ended"),
     [
         (job_set(), [], "queued", "0 pods", None),
         (job_set(Suspended="jobset is suspended"), [], "queued", "suspended: jobset is suspended", None),
@@ -56,24 +56,24 @@ RUNNING = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
         (None, [], "gone", "not in the cluster any more", None),
     ],
 )  # fmt: skip
-def test_kubernetes(tmp_path, found, pods, state, detail, ended) -> None:
-    heard = kubernetes.status_from(record(tmp_path), found, pods)
-    assert (heard.state, heard.ended) == (state, ended) and detail in heard.detail
-    assert heard.nodes == tuple(f"n{i}" for i in range(len(pods)))
+def test_kubernetes(tmp_path, resource, pods, state, detail, ended) -> None:
+    status = kubernetes.status_from(record(tmp_path), resource, pods)
+    assert (status.state, status.ended) == (state, ended) and detail in status.detail
+    assert status.nodes == tuple(f"n{i}" for i in range(len(pods)))
 
 
 def test_a_cancelled_job_is_known_to_be(tmp_path) -> None:
-    told = record(tmp_path)
-    Path(told.job_dir, "cancelled").touch()
-    assert kubernetes.status_from(told, None, []).ended == "cancelled"
+    job = record(tmp_path)
+    Path(job.job_dir, "cancelled").touch()
+    assert kubernetes.status_from(job, None, []).ended == "cancelled"
 
 
 def test_what_pods_leave_behind_is_kept_here(tmp_path) -> None:
     """The cluster knows when an attempt began; node 0's last words tell the rest, over restarts, each row once."""
-    told = record(tmp_path)
-    job_dir = Path(told.job_dir)
+    job = record(tmp_path)
+    job_dir = Path(job.job_dir)
     for _ in range(2):
-        kubernetes.status_from(told, job_set(), [pod(0, "Running", **RUNNING)])
+        kubernetes.status_from(job, job_set(), [pod(0, "Running", **RUNNING)])
     [first] = attempts.history(job_dir)
     assert (first.number, first.started, first.ended) == (0, 1767225600.0, None)
     rows = [
@@ -83,24 +83,24 @@ def test_what_pods_leave_behind_is_kept_here(tmp_path) -> None:
     ]
     message = "\n".join(map(json.dumps, rows)) + "\n"
     for _ in range(2):
-        kubernetes.status_from(told, job_set(), [pod(0, "Failed", terminated={"exitCode": 85, "message": message})])
+        kubernetes.status_from(job, job_set(), [pod(0, "Failed", terminated={"exitCode": 85, "message": message})])
     [first] = attempts.history(job_dir)
     assert (first.seconds, first.next, first.nodes) == (60.0, "requeue", ("n0", "n1"))
     again = {"running": {"startedAt": "2026-01-01T00:05:00Z"}}
-    kubernetes.status_from(told, job_set(), [pod(0, "Running", restart=1, **again)])
+    kubernetes.status_from(job, job_set(), [pod(0, "Running", restart=1, **again)])
     assert [(a.number, a.started) for a in attempts.history(job_dir)] == [(0, 1767225601.0), (1, 1767225900.0)]
-    (job_dir / "job.json").write_text(json.dumps({**told.facts, "record": {**told.__dict__, "facts": None}}))
+    (job_dir / "job.json").write_text(json.dumps({**job.facts, "record": {**job.__dict__, "facts": None}}))
     assert attempts.excluded(job_dir) == ["n1"]
     assert len((job_dir / "attempts.jsonl").read_text().splitlines()) == 4
 
 
 def test_nodes_that_were_bad_are_left_out_of_the_next_job(tmp_path) -> None:
-    told = record(tmp_path)
-    own = {key: value for key, value in told.__dict__.items() if key != "facts"}
-    Path(told.job_dir, "job.json").write_text(json.dumps({**told.facts, "record": own}))
-    attempts.exclude(Path(told.job_dir), ["n1"])
-    assert launch.excluded(told.run_dir) == ("n1",)
-    job = a_job(tmp_path, "kubernetes", exclude=launch.excluded(told.run_dir))
+    earlier = record(tmp_path)
+    own = {key: value for key, value in earlier.__dict__.items() if key != "facts"}
+    Path(earlier.job_dir, "job.json").write_text(json.dumps({**earlier.facts, "record": own}))
+    attempts.exclude(Path(earlier.job_dir), ["n1"])
+    assert launch.excluded(earlier.run_dir) == ("n1",)
+    job = a_job(tmp_path, "kubernetes", exclude=launch.excluded(earlier.run_dir))
     assert "- n1\n" in registry.engine("kubernetes").render(job)["jobset.yaml"]
 
 
@@ -117,14 +117,16 @@ def test_nodes_that_were_bad_are_left_out_of_the_next_job(tmp_path) -> None:
     ],
 )
 def test_skypilot(status, state, ended) -> None:
-    told = f"A notice.\n{json.dumps([{'job_id': 17, 'status': 'RUNNING'}, {'job_id': 7, 'status': status}])}\nAnother."
-    heard = skypilot.status_from("7", told)
-    assert (heard.state, heard.ended) == (state, ended)
-    assert skypilot.status_from("8", told).state == "gone"
+    output = (
+        f"A notice.\n{json.dumps([{'job_id': 17, 'status': 'RUNNING'}, {'job_id': 7, 'status': status}])}\nAnother."
+    )
+    seen = skypilot.status_from("7", output)
+    assert (seen.state, seen.ended) == (state, ended)
+    assert skypilot.status_from("8", output).state == "gone"
 
 
 def test_skypilot_says_nothing_that_can_be_read() -> None:
-    with pytest.raises(ClusterError, match="cannot be read: Traceback"):
+    with pytest.raises(ClusterError, match="cannot read the output of sky jobs queue: Traceback"):
         skypilot.status_from("7", "Traceback")
 
 
@@ -132,9 +134,9 @@ def test_sky_is_not_here(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     engine = registry.engine("skypilot")
     job = a_job(tmp_path, "skypilot")
-    for ask in (lambda: engine.submit(job, {}, {}), lambda: engine.query_status(record(tmp_path, "skypilot"))):
+    for call in (lambda: engine.submit(job, {}, {}), lambda: engine.query_status(record(tmp_path, "skypilot"))):
         with pytest.raises(ClusterError, match="sky is not installed here"):
-            ask()
+            call()
 
 
 def test_a_refused_launch_leaves_nothing(tmp_path, monkeypatch) -> None:

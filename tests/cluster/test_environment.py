@@ -39,8 +39,8 @@ def sourced(shell: str, text: str, folder: Path) -> dict[str, str]:
     script = f'. "{path}" || exit 3; exec {shutil.which("env")} -0'
     done = subprocess.run([shell, "-c", script], env={"LC_ALL": "C.UTF-8"}, capture_output=True, check=True)
     assert done.stderr == b""
-    found = dict(entry.split("=", 1) for entry in done.stdout.decode().split("\0")[:-1])
-    return {name: value for name, value in found.items() if name.startswith("V_")}
+    variables = dict(entry.split("=", 1) for entry in done.stdout.decode().split("\0")[:-1])
+    return {name: value for name, value in variables.items() if name.startswith("V_")}
 
 
 @pytest.mark.parametrize("shell", [path for path in map(shutil.which, ("bash", "dash")) if path])
@@ -63,8 +63,8 @@ def test_values_survive_the_manifests(tmp_path) -> None:
         kept = {engine: _with(cluster, variables) for engine, cluster in bare.items()}
         text = Kubernetes().render(a_job(tmp_path, "kubernetes", cluster=kept["kubernetes"]))["jobset.yaml"]
         pod = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-        found = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
-        assert {name: found[name] for name in variables} == {k: literal(v) for k, v in variables.items()}
+        env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+        assert {name: env[name] for name in variables} == {k: literal(v) for k, v in variables.items()}
         task = yaml.safe_load(SkyPilot().render(a_job(tmp_path, "skypilot", cluster=kept["skypilot"]))["task.yaml"])
         assert environment.exports(variables) in task["run"]
 
@@ -137,14 +137,14 @@ def test_private_at_every_moment(tmp_path) -> None:
     """A watcher never sees the file open to others, whatever the umask and whatever was there before."""
     path, seen, over = tmp_path / "secrets.sh", set(), threading.Event()
 
-    def watch() -> None:
+    def record_modes() -> None:
         while not over.is_set():
             try:
                 seen.add(stat.S_IMODE(path.stat().st_mode))
             except FileNotFoundError:
                 continue
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=record_modes)
     before = os.umask(0)
     try:
         watcher.start()

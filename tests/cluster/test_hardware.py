@@ -64,8 +64,8 @@ def own_home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("reported", "name"), DEVICE_NAMES.items())
 def test_a_device_name_matches_its_entry_and_no_other(reported, name):
-    found = match(reported)
-    assert (found.name if found else None) == name
+    matched = match(reported)
+    assert (matched.name if matched else None) == name
 
 
 def test_peaks_are_dense_and_consistent():

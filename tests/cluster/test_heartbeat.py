@@ -69,10 +69,10 @@ class Node:
 
     def records(self, count: int = 2) -> list[ranks.RankRecord]:
         end = time.monotonic() + 60
-        while len(found := ranks.read(self.folder, 0)) < count:
+        while len(records := ranks.read(self.folder, 0)) < count:
             assert time.monotonic() < end
             time.sleep(0.02)
-        return found
+        return records
 
     def close(self) -> tuple[str, int]:
         """Wait for its end; the decision about the attempt."""
@@ -93,7 +93,7 @@ def nodes(tmp_path: Path) -> Iterator[list[Node]]:
         node.process.stdin.close()
 
 
-def test_tasks_are_told_once_and_not_before_they_listen(nodes: list[Node], tmp_path: Path) -> None:
+def test_tasks_are_signalled_once_and_not_before_they_listen(nodes: list[Node], tmp_path: Path) -> None:
     nodes.append(node := Node(tmp_path, SAVES))
     for _ in range(3):
         node.say("USR1")
@@ -116,7 +116,7 @@ def test_tasks_that_do_not_save_in_time_are_killed(nodes: list[Node], tmp_path: 
     node.records()
     node.say("USR1")
     assert node.close() == ("failed", 1)
-    assert "killed without a word" in attempts.history(tmp_path)[0].reason
+    assert "left no exit record" in attempts.history(tmp_path)[0].reason
 
 
 def test_tasks_are_ended_at_once(nodes: list[Node], tmp_path: Path) -> None:

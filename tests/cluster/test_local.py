@@ -78,11 +78,11 @@ def test_four_tasks_come_to_the_end_and_the_secret_is_nowhere(whole: tuple[Launc
     assert "API_TOKEN: from the environment variable MY_TOKEN" in dry and "token-7f3a" not in dry
 
 
-def test_asked_at_once_and_cancelled_and_launched_again_it_ends_with_the_same_weights(
+def test_cancelled_and_launched_again_it_ends_with_the_same_weights(
     whole: tuple[Launcher, Job],
 ) -> None:
-    here, reference = whole
-    reference.until("finished")
+    here, undisturbed = whole
+    undisturbed.until("finished")
     job = here.launch("again", *RECIPE, "budget.steps=1000")
     os.kill(job.pid, signal.SIGUSR1)  # nothing has been imported yet
     wait_for(lambda: job.attempts() == 2, job.log())
@@ -97,7 +97,7 @@ def test_asked_at_once_and_cancelled_and_launched_again_it_ends_with_the_same_we
 
     second = here.launch("again", *RECIPE, "budget.steps=1000")
     assert len(second.until("finished")["attempts"]) == 1
-    assert (job.run_dir / "final.safetensors").read_bytes() == (reference.run_dir / "final.safetensors").read_bytes()
+    assert (job.run_dir / "final.safetensors").read_bytes() == (undisturbed.run_dir / "final.safetensors").read_bytes()
     assert "resume" in [event["event"] for event in job.events(rank=0)]
 
 
@@ -108,7 +108,7 @@ def test_an_attempt_whose_time_is_over_saves_and_is_followed_by_another(tmp_path
     job = here.launch("timed", *recipe, "budget.steps=1000000")
     wait_for(lambda: job.attempts() == 2, job.log())
     first = job.status()["attempts"][0]
-    assert (first["next"], first["code"], first["reason"]) == ("requeue", 85, "its time was over")
+    assert (first["next"], first["code"], first["reason"]) == ("requeue", 85, "its time was up")
     assert first["seconds"] >= 30
     here("cancel", job.id)  # while the next one starts
     status = job.until("cancelled")
@@ -154,7 +154,7 @@ strategy: {name: ddp}
 """
 
 
-def test_a_task_that_raises_is_told_without_the_secret_in_it(tmp_path: Path) -> None:
+def test_a_task_that_raises_is_reported_without_the_secret_in_it(tmp_path: Path) -> None:
     here = launcher(tmp_path, 2)
     (tmp_path / "fails.py").write_text(FAILS)
     (tmp_path / "recipe.yaml").write_text(FAILING)

@@ -61,7 +61,7 @@ def test_no_field_is_unknown_to_the_types(tmp_path, kind) -> None:
         assert chosen in text, chosen
 
 
-def test_a_wrong_field_is_found(tmp_path) -> None:
+def test_a_wrong_field_is_reported(tmp_path) -> None:
     made = everything(tmp_path, "jobset")["jobset.yaml"]
     pod = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     pod["terminationGracePeriod"] = 3
@@ -117,10 +117,10 @@ def test_secrets_are_named_and_never_written(tmp_path, monkeypatch) -> None:
     job = a_job(tmp_path, "kubernetes")
     text = "".join(Kubernetes().render(job).values())
     assert "hush" not in text and "the environment variable LAB_TOKEN" in text
-    reference = {"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": job.id, "key": "TOKEN"}}}
+    entry = {"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": job.id, "key": "TOKEN"}}}
     made = yaml.safe_load(Kubernetes().render(job)["jobset.yaml"])
     pod = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    assert reference in pod["containers"][0]["env"]
+    assert entry in pod["containers"][0]["env"]
     given = secret(job, {"TOKEN": "hush"})
     assert given["stringData"] == {"TOKEN": "hush"} and through_the_types(given) == []
 

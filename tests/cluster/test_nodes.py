@@ -36,8 +36,8 @@ class Nodes:
         self.started: list[subprocess.Popen] = []
 
     def start(self, steps: int) -> list[subprocess.Popen]:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
         train = ["-m", "shoestring.trainer.cli", "train", "digits", *SETTINGS, f"budget.steps={steps}"]
         pair = []
         for node in (0, 1):
@@ -112,7 +112,7 @@ def test_saved_then_lost_then_finished(nodes: Nodes) -> None:
     assert json.loads(said[-1]) == {"excluded": ["pod-1"]} and '"finished"' in said[-2]
 
 
-def test_a_failure_ends_all_and_is_told_once(nodes: Nodes) -> None:
+def test_a_failure_ends_all_and_is_reported_once(nodes: Nodes) -> None:
     pair = nodes.start(steps=-3)
     codes = nodes.ended(pair)
     assert codes[0] == codes[1] and codes[0] not in (0, 85, 86)

@@ -37,30 +37,30 @@ GIB = 2**30
 LIMITS = PreflightSpec.model_validate({"disk": "10 GiB", "memory": "4 GiB", "clock_skew": "2 s"})
 
 
-def report(node: int = 0, **told: Any) -> Report:
-    return Report(node=node, name=f"n{node}", **{"disk": 20 * GIB, "memory": 8 * GIB, **told})
+def report(node: int = 0, **values: Any) -> Report:
+    return Report(node=node, name=f"n{node}", **{"disk": 20 * GIB, "memory": 8 * GIB, **values})
 
 
 # -- one node ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("values", "said"),
     [
         ({}, []),
         ({"disk": 10 * GIB, "memory": 4 * GIB, "skew": -2.0}, []),
         ({"disk": 10 * GIB - 1}, ["disk: 10.00 GiB, wanted 10.00 GiB (preflight.disk)"]),
         ({"memory": GIB}, ["memory: 1.00 GiB, wanted 4.00 GiB (preflight.memory)"]),
         ({"disk": None, "memory": None}, []),
-        ({"skew": -2.5}, ["clock: -2.50 s off node 0's, allowed 2 s (preflight.clock_skew)"]),
+        ({"skew": -2.5}, ["clock: -2.50 s from node 0's, allowed 2 s (preflight.clock_skew)"]),
         ({"skew": 2.5, "skew_error": 0.6}, []),
         ({"problems": ("names: no",), "disk": 0}, ["names: no", "disk: 0.00 GiB, wanted 10.00 GiB (preflight.disk)"]),
     ],
 )
-def test_a_node_by_itself(told: dict[str, Any], said: list[str]) -> None:
-    assert faults(report(**told), LIMITS) == said
+def test_a_node_by_itself(values: dict[str, Any], said: list[str]) -> None:
+    assert faults(report(**values), LIMITS) == said
 
 
 def test_a_full_disk_that_all_share_is_no_nodes_fault() -> None:
-    assert shortage([report(0, disk=GIB), report(1, disk=2 * GIB)], LIMITS).startswith("2.00 GiB are free")
+    assert shortage([report(0, disk=GIB), report(1, disk=2 * GIB)], LIMITS).startswith("2.00 GiB at most are free")
     assert shortage([report(0, disk=GIB), report(1)], LIMITS) == ""
     assert shortage([report(0, disk=GIB), report(1, disk=None)], LIMITS) == ""
 
@@ -90,7 +90,7 @@ def test_every_node_meets_both_its_neighbours_and_never_two_at_once(count: int) 
 
 
 @given(st.integers(3, 20), st.data())
-def test_one_slow_node_is_found_among_any_number(count: int, data: st.DataObject) -> None:
+def test_one_slow_node_is_named_among_any_number(count: int, data: st.DataObject) -> None:
     bad = data.draw(st.integers(0, count - 1))
     usual, slow = st.floats(0.8e9, 1.2e9), st.floats(0, 0.19e9)
     pairs = {p: data.draw(slow if bad in p else usual) for pairs in ring(range(count)) for p in pairs}
@@ -120,14 +120,14 @@ def test_a_slow_link_blames_nobody() -> None:
     assert slow_links(pairs, 0.25, set()) == [(1, 2)]
 
 
-def test_two_nodes_tell_nothing_of_either_and_a_broken_pair_counts_even_unchecked() -> None:
+def test_two_nodes_blame_neither_and_a_broken_pair_counts_even_unchecked() -> None:
     assert slow_nodes({(0, 1): 1.0}, 0.25) == set()
     assert slow_nodes({(0, 1): 0.0, (1, 2): 0.0, (2, 0): 1e9}, 0.0) == {1}
 
 
 # -- who is missing ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("nodes", "heard", "alive", "bad"),
+    ("nodes", "reported", "alive", "bad"),
     [
         (3, {0, 1}, set(), {2}),
         (3, {0}, {0, 1, 2}, {0}),  # the others live, and none can reach it
@@ -137,8 +137,8 @@ def test_two_nodes_tell_nothing_of_either_and_a_broken_pair_counts_even_unchecke
         (2, {0}, {0, 1}, {1}),
     ],
 )
-def test_who_is_missing(nodes: int, heard: set[int], alive: set[int], bad: set[int]) -> None:
-    assert absent(nodes, heard, alive) == bad
+def test_who_is_missing(nodes: int, reported: set[int], alive: set[int], bad: set[int]) -> None:
+    assert absent(nodes, reported, alive) == bad
 
 
 def test_who_is_silent_is_named_by_the_engines_list() -> None:
@@ -163,13 +163,13 @@ def test_the_table_gives_a_line_a_node() -> None:
 
 
 # -- real nodes --------------------------------------------------------------------------------------------------------
-def test_three_healthy_nodes_are_told_so_and_nothing_has_changed(tmp_path: Path) -> None:
+def test_three_healthy_nodes_pass_and_nothing_has_changed(tmp_path: Path) -> None:
     codes, job_dir, said = fly(tmp_path, 3)
     assert codes == [0, 0, 0], said
-    told = verdict(job_dir)
-    assert told["bad"] == [] and told["seconds"] > 0
-    assert [row["name"] for row in told["nodes"]] == ["n1", "n2", "n3"]
-    for row in told["nodes"]:
+    outcome = verdict(job_dir)
+    assert outcome["bad"] == [] and outcome["seconds"] > 0
+    assert [row["name"] for row in outcome["nodes"]] == ["n1", "n2", "n3"]
+    for row in outcome["nodes"]:
         assert row["disk"] > 0 and row["memory"] > 0 and row["bandwidth"] > 0 and len(row["matmul"]) == 1
     assert "[shoestring] pre-flight of 3 nodes" in (tmp_path / "rank-0.log").read_text()
     assert "pre-flight" not in (tmp_path / "rank-1.log").read_text()
@@ -190,11 +190,11 @@ def test_tasks_that_measure_nothing_wait_for_the_verdict(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("nodes", "told", "bad", "why"),
+    ("nodes", "options", "bad", "why"),
     [
-        (2, {"SHOESTRING_FAIL_PREFLIGHT": "n2,n7"}, ["n2"], "asked to fail"),
-        (3, {"SHOESTRING_FAIL_PREFLIGHT": "n1"}, ["n1"], "asked to fail"),
-        (2, {"ahead": {1: 60}}, ["n2"], "clock: +60.00 s off"),
+        (2, {"SHOESTRING_FAIL_PREFLIGHT": "n2,n7"}, ["n2"], "fails on purpose"),
+        (3, {"SHOESTRING_FAIL_PREFLIGHT": "n1"}, ["n1"], "fails on purpose"),
+        (2, {"ahead": {1: 60}}, ["n2"], "clock: +60.00 s from"),
         (2, {"limits": {"memory": 2**60}}, ["n1", "n2"], "memory: "),
         (3, {"limits": {"timeout": "3 s"}, "missing": (2,)}, ["n3"], "has not reported within 3 s"),
         (3, {"limits": {"timeout": "1 s"}, "missing": (0,)}, ["n1"], "cannot be reached"),
@@ -202,14 +202,14 @@ def test_tasks_that_measure_nothing_wait_for_the_verdict(tmp_path: Path) -> None
     ids=["drill", "drill of the first", "clock", "memory", "never came", "the first never came"],
 )
 def test_a_bad_node_is_named_and_everybody_ends_with_86(
-    nodes: int, told: dict[str, Any], bad: list[str], why: str, tmp_path: Path
+    nodes: int, options: dict[str, Any], bad: list[str], why: str, tmp_path: Path
 ) -> None:
-    codes, job_dir, said = fly(tmp_path, nodes, **told)
-    gone = told.get("missing", ())
+    codes, job_dir, said = fly(tmp_path, nodes, **options)
+    gone = options.get("missing", ())
     assert [code for rank, code in enumerate(codes) if rank not in gone] == [86] * (nodes - len(gone)), said
-    found = verdict(job_dir)
-    assert found["bad"] == bad
-    (row, *_) = [row for row in found["nodes"] if row["name"] == bad[0]]
+    outcome = verdict(job_dir)
+    assert outcome["bad"] == bad
+    (row, *_) = [row for row in outcome["nodes"] if row["name"] == bad[0]]
     assert why in row["faults"][0]
     records = ranks.read(job_dir, 0)
     assert all(record.code == 86 and bad[0] in record.error for record in records if record.rank not in gone), records
@@ -217,7 +217,7 @@ def test_a_bad_node_is_named_and_everybody_ends_with_86(
 
 def test_a_full_disk_ends_the_job_and_blames_nobody(tmp_path: Path) -> None:
     codes, job_dir, said = fly(tmp_path, 2, limits={"disk": 2**60})
-    assert codes == [1, 1] and "are free where the run lives, on every node" in said
+    assert codes == [1, 1] and "at most are free on each node where the run is stored" in said
     assert not (job_dir / "attempts" / "0" / "preflight.json").exists()
 
 

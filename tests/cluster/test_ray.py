@@ -48,9 +48,9 @@ class Jobs:
 
     def say(self, *words: str) -> str:
         code = command(self.monkeypatch, *words)
-        told = self.capsys.readouterr()
-        assert code == 0, told.err
-        return told.out
+        captured = self.capsys.readouterr()
+        assert code == 0, captured.err
+        return captured.out
 
     def launch(
         self, name: str, *words: str, limits: str = "hours: 1 h", nodes: int = 2, variables: dict[str, str] = PAUSE
@@ -63,24 +63,24 @@ class Jobs:
             f"environment: {{variables: {given}}}\noptions: {{address: '{self.dashboard}'}}\n"
         )
         run = ("--cluster", "cluster.yaml", "--run-dir", str(self.folder / name))
-        told = json.loads(self.say("launch", "recipe.yaml", *words, *run, "--allow-code", "--json"))
-        self.remarks = told["remarks"]
-        return told["id"], self.folder / name / "jobs" / told["id"]
+        answer = json.loads(self.say("launch", "recipe.yaml", *words, *run, "--allow-code", "--json"))
+        self.remarks = answer["remarks"]
+        return answer["id"], self.folder / name / "jobs" / answer["id"]
 
     def job(self, id: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.say("jobs", id, "--json"))
-        self.states.append(found["state"])
-        assert found["state"] in STATES
-        return found
+        status: dict[str, Any] = json.loads(self.say("jobs", id, "--json"))
+        self.states.append(status["state"])
+        assert status["state"] in STATES
+        return status
 
     def wait(self, id: str, true: Callable[[dict[str, Any]], Any], seconds: float = 400) -> dict[str, Any]:
         end = time.monotonic() + seconds
-        while not true(found := self.job(id)):
-            assert time.monotonic() < end and found["state"] not in ("failed", "exhausted"), (
-                f"{found}\n{self.say('logs', id)[-5000:]}"
+        while not true(status := self.job(id)):
+            assert time.monotonic() < end and status["state"] not in ("failed", "exhausted"), (
+                f"{status}\n{self.say('logs', id)[-5000:]}"
             )
             time.sleep(1)
-        return found
+        return status
 
 
 @pytest.fixture
@@ -122,20 +122,20 @@ def holding(text: str, folder: Path) -> list[Path]:
 def environment(job_dir: Path, rank: int) -> dict[str, str]:
     """What a task found around it; forgotten then, for it holds the secret."""
     path = job_dir / f"environment-{rank}.json"
-    told: dict[str, str] = json.loads(path.read_text())
+    variables: dict[str, str] = json.loads(path.read_text())
     path.unlink()
-    return told
+    return variables
 
 
 def test_a_job_runs_to_its_end(nodes: Nodes, jobs: Jobs, workplace: Path) -> None:
     id, job_dir = jobs.launch("whole", variables=VARIABLES)
     assert [remark.partition(" = ")[2] for remark in jobs.remarks] == ["$0.00 at most"], "and nothing to warn of"
     assert (job_dir / "secrets.sh").stat().st_mode & 0o777 == 0o600
-    jobs.wait(id, lambda told: told["state"] == "running")
+    jobs.wait(id, lambda job: job["state"] == "running")
     said = jobs.say("logs", "-f", id)
-    told = jobs.job(id)
+    job = jobs.job(id)
     assert jobs.states[-2:] == ["running", "finished"]
-    assert [(a["code"], a["next"]) for a in told["attempts"]] == [(0, "finished")]
+    assert [(a["code"], a["next"]) for a in job["attempts"]] == [(0, "finished")]
     assert "60, stopped by steps" in said and "attempt 0: the run is finished (0); finished" in said
     assert id in [row["id"] for row in json.loads(jobs.say("jobs", "--json"))]
 
@@ -143,13 +143,13 @@ def test_a_job_runs_to_its_end(nodes: Nodes, jobs: Jobs, workplace: Path) -> Non
     for rank, environ in enumerate(around):
         assert {name: environ[name] for name in VARIABLES} == VARIABLES
         assert (environ["RANK"], environ["LOCAL_RANK"], environ["WORLD_SIZE"]) == (str(rank), str(rank % 2), "4")
-        assert environ["TOKEN"] == SECRET and environ["SHOESTRING_NODE"] == told["on"][rank // 2]
-    assert len(set(told["on"])) == 2
-    assert {environ["MASTER_ADDR"] for environ in around} == {f"127.0.0.{int(told['on'][0][1]) + 1}"}
+        assert environ["TOKEN"] == SECRET and environ["SHOESTRING_NODE"] == job["on"][rank // 2]
+    assert len(set(job["on"])) == 2
+    assert {environ["MASTER_ADDR"] for environ in around} == {f"127.0.0.{int(job['on'][0][1]) + 1}"}
 
     assert not (job_dir / "secrets.sh").exists()
-    assert nodes.ask(f"/api/jobs/{id}")["status"] == "SUCCEEDED"
-    about = json.dumps([nodes.ask("/api/jobs/"), nodes.ask(f"/api/jobs/{id}/logs")])
+    assert nodes.get(f"/api/jobs/{id}")["status"] == "SUCCEEDED"
+    about = json.dumps([nodes.get("/api/jobs/"), nodes.get(f"/api/jobs/{id}/logs")])
     assert "RAY_JOB_STOP_WAIT_TIME_S" in about and "the run is finished" in about and SECRET not in about
     assert holding(id, nodes.folder) and not holding(SECRET, nodes.folder), "what Ray writes down"
     assert holding(id, workplace) and not holding(SECRET, workplace), "what the job leaves behind"
@@ -161,22 +161,22 @@ def test_a_time_limit_costs_no_bit(jobs: Jobs, workplace: Path) -> None:
     limit = max(62, int(2 * whole.seconds) + 30)
     pause = {"PAUSE": f"{max(2, (limit - 30) / 50):.1f}"}
     id, _ = jobs.launch("cut", limits=f"hours: 1 h, attempt_hours: {limit} s", variables=pause)
-    told = jobs.wait(id, lambda told: told["state"] == "finished", 1000)
-    first, *_, last = [(a["code"], a["next"], a["reason"]) for a in told["attempts"]]
-    assert first == (85, "requeue", "its time was over") and last == (0, "finished", "the run is finished")
-    assert told["attempts"][0]["seconds"] < limit
+    job = jobs.wait(id, lambda job: job["state"] == "finished", 1000)
+    first, *_, last = [(a["code"], a["next"], a["reason"]) for a in job["attempts"]]
+    assert first == (85, "requeue", "its time was up") and last == (0, "finished", "the run is finished")
+    assert job["attempts"][0]["seconds"] < limit
     assert digest(workplace / "cut") == digest(workplace / "whole")
 
 
 def test_a_cancelled_job_has_saved_and_leaves_nothing_running(nodes: Nodes, jobs: Jobs, workplace: Path) -> None:
     id, job_dir = jobs.launch("cancelled")
-    jobs.wait(id, lambda told: trains(job_dir))
+    jobs.wait(id, lambda job: trains(job_dir))
     assert len(mentioned(f"SHOESTRING_JOB={id}", "environ")) > 4, "the ranks among them"
     assert "told to save and end" in jobs.say("cancel", id)
-    told = jobs.wait(id, lambda told: told["state"] == "cancelled", 120)
-    assert told["attempts"][-1]["code"] == 85 and told["detail"] == "the job was cancelled"
+    job = jobs.wait(id, lambda job: job["state"] == "cancelled", 120)
+    assert job["attempts"][-1]["code"] == 85 and job["detail"] == "the job was cancelled"
     assert 1 < saved(workplace / "cancelled") < 60
-    until(lambda: nodes.ask(f"/api/jobs/{id}")["status"] == "STOPPED", 20, "Ray knows that the job was stopped")
+    until(lambda: nodes.get(f"/api/jobs/{id}")["status"] == "STOPPED", 20, "Ray knows that the job was stopped")
     until(lambda: not mentioned(f"SHOESTRING_JOB={id}", "environ"), 20, "no process of the job is left")
     assert command(jobs.monkeypatch, "cancel", id) == 2, "it is not running any more"
     assert not (job_dir / "secrets.sh").exists()
@@ -185,11 +185,11 @@ def test_a_cancelled_job_has_saved_and_leaves_nothing_running(nodes: Nodes, jobs
 def test_a_job_that_finds_no_nodes_waits_and_can_be_cancelled(jobs: Jobs) -> None:
     id, job_dir = jobs.launch("large", "data.batch_size=20", nodes=5)
     assert jobs.remarks[-1] == "3 of Ray's 3 nodes have 2 CPU; the job wants 5; it waits for more"
-    told = jobs.wait(id, lambda told: told["detail"].startswith("RUNNING"))
-    assert (told["state"], told["detail"]) == ("queued", "RUNNING: waits for 5 nodes with 2 CPU")
+    job = jobs.wait(id, lambda job: job["detail"].startswith("RUNNING"))
+    assert (job["state"], job["detail"]) == ("queued", "RUNNING: waits for 5 nodes with 2 CPU")
     jobs.say("cancel", id)
-    told = jobs.wait(id, lambda told: told["state"] == "cancelled", 60)
-    assert told["detail"] == "the job was cancelled before anything began" and told["seconds"] < 1
+    job = jobs.wait(id, lambda job: job["state"] == "cancelled", 60)
+    assert job["detail"] == "the job was cancelled before any task started" and job["seconds"] < 1
     assert not (job_dir / "secrets.sh").exists()
 
 
@@ -221,11 +221,11 @@ def test_a_cluster_that_does_not_answer(jobs: Jobs) -> None:
 
 def test_a_lost_node_is_replaced(nodes: Nodes, jobs: Jobs, workplace: Path) -> None:
     id, job_dir = jobs.launch("lost")
-    jobs.wait(id, lambda told: trains(job_dir))
+    jobs.wait(id, lambda job: trains(job_dir))
     gone = next(name for name in jobs.job(id)["on"] if name != "n1")
     nodes.pull_the_plug(gone)
-    told = jobs.wait(id, lambda told: told["state"] == "finished", 600)
-    first, last = [(a["code"], a["next"], a["reason"]) for a in told["attempts"]]
+    job = jobs.wait(id, lambda job: job["state"] == "finished", 600)
+    first, last = [(a["code"], a["next"], a["reason"]) for a in job["attempts"]]
     assert first == (86, "requeue", f"lost {gone}") and last == (0, "finished", "the run is finished")
-    assert gone not in told["on"] and attempts.excluded(job_dir) == [gone]
+    assert gone not in job["on"] and attempts.excluded(job_dir) == [gone]
     assert digest(workplace / "lost") == digest(workplace / "whole")

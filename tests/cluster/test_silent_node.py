@@ -11,5 +11,5 @@ pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 def test_who_falls_silent_is_named_and_nobody_waits_for_ever(tmp_path: Path) -> None:
     codes, job_dir, said = fly(tmp_path, 3, limits={"timeout": "3 s"}, dies=1)
     assert codes == [86, 9, 86], said
-    found = verdict(job_dir)
-    assert found["bad"] == ["n2"] and "has not answered" in found["nodes"][1]["faults"][0]
+    outcome = verdict(job_dir)
+    assert outcome["bad"] == ["n2"] and "has not answered" in outcome["nodes"][1]["faults"][0]

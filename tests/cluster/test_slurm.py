@@ -19,7 +19,7 @@ GRACE = 60  # seconds, of the partition `spot`
 
 def odd_values() -> dict[str, str]:
     """What a shell, a comma separated list or a line-based file would change on the way."""
-    found = [
+    values = [
         "a,b",
         'it\'s "so"',
         "$HOME `id` $(id) \\",
@@ -34,10 +34,10 @@ def odd_values() -> dict[str, str]:
     @settings(max_examples=40, database=None, derandomize=True)
     @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30))
     def collect(text: str) -> None:
-        found.append(text)
+        values.append(text)
 
     collect()
-    return {f"ODD_{number}": text for number, text in enumerate(found)}
+    return {f"ODD_{number}": text for number, text in enumerate(values)}
 
 
 @pytest.fixture(scope="session")
@@ -82,12 +82,12 @@ def test_at_the_time_limit_it_saves_and_goes_on(slurm, undisturbed):
     slurm.run("scontrol", "update", f"JobId={job['engine_id']}", f"TimeLimit={minutes}")
     job = slurm.ended(job["id"])
     first, *_, last = job["attempts"]
-    assert (first["code"], first["next"], first["reason"]) == (85, "requeue", "its time was over")
+    assert (first["code"], first["next"], first["reason"]) == (85, "requeue", "its time was up")
     assert last["next"] == job["state"] == "finished"
     assert first["seconds"] < 60 * minutes
     assert slurm.weights("limited") == slurm.weights("undisturbed")
     log = slurm.log(job["id"])
-    assert "attempt 0: its time was over (85); requeue" in log
+    assert "attempt 0: its time was up (85); requeue" in log
     assert f"attempt {last['number']}: the run is finished" in log
 
 
@@ -95,17 +95,17 @@ def test_a_job_of_higher_priority_gets_the_nodes_at_once(slurm, undisturbed):
     # loader workers hear the signals that Slurm sends to every process of a step
     job = slurm.launch("preempted", "data.workers=1", variables=SLOW, options={"partition": "spot"})
     slurm.training(job["id"])
-    asked = time.monotonic()
+    started = time.monotonic()
     said = slurm.run("sbatch", "--parsable", "-pbatch", "-N3", "--exclusive", "-o/dev/null", "--wrap=true").stdout
     urgent = {"engine_id": said.strip()}
     while slurm.fact(urgent, "JobState") == "PENDING":
         time.sleep(0.5)
-    waited = time.monotonic() - asked
+    waited = time.monotonic() - started
     print(f"the urgent job started after {waited:.1f} s")
     assert waited < GRACE / 2  # it saved and left, and was not killed when its grace ended
     job = slurm.ended(job["id"])
     first, last = job["attempts"]
-    assert (first["code"], first["next"], first["reason"]) == (85, "requeue", "asked to stop; saved")
+    assert (first["code"], first["next"], first["reason"]) == (85, "requeue", "stopped on request; saved")
     assert last["next"] == job["state"] == "finished"
     assert slurm.weights("preempted") == slurm.weights("undisturbed")
 

@@ -88,9 +88,9 @@ def test_two_nodes_of_two_tasks_come_to_the_end_with_every_value_as_it_was_writt
     assert [(r.node_rank, r.host) for r in records] == [(0, "n1"), (0, "n1"), (1, "n2"), (1, "n2")]
     for record in records:
         around = Path(f"/proc/{record.pid}/environ").read_bytes().decode().split("\0")
-        found = dict(line.partition("=")[::2] for line in around)
-        assert {name: found.get(name) for name in variables} == variables
-        assert found["API_TOKEN"] == SECRET
+        seen = dict(line.partition("=")[::2] for line in around)
+        assert {name: seen.get(name) for name in variables} == variables
+        assert seen["API_TOKEN"] == SECRET
     assert not [words for words in job.processes().values() if "token-9b1e" in words or "ODD_" in words]
     status = job.until("finished")
     assert [a["nodes"] for a in status["attempts"]] == [["n1", "n2"]]
@@ -102,8 +102,8 @@ def test_two_nodes_of_two_tasks_come_to_the_end_with_every_value_as_it_was_writt
 def test_a_node_that_is_cut_off_is_replaced_and_nothing_is_lost(
     lab: Path, whole: tuple[Launcher, Job, dict[str, str]]
 ) -> None:
-    here, reference, _ = whole
-    reference.until("finished")
+    here, undisturbed, _ = whole
+    undisturbed.until("finished")
     job = here.launch("cut", *RECIPE, "budget.steps=800")
     job.until_step(60)
     subprocess.run([LAB, lab, "cut", "n2"], check=True)
@@ -117,7 +117,7 @@ def test_a_node_that_is_cut_off_is_replaced_and_nothing_is_lost(
     assert (job.folder / "excluded").read_text() == "n2\n"
     resumed = [event["step"] for event in job.events(rank=0) if event["event"] == "resume"]
     assert resumed and resumed[0] >= 50
-    assert (job.run_dir / "final.safetensors").read_bytes() == (reference.run_dir / "final.safetensors").read_bytes()
+    assert (job.run_dir / "final.safetensors").read_bytes() == (undisturbed.run_dir / "final.safetensors").read_bytes()
 
 
 def test_tasks_save_and_end_without_their_script_and_when_they_are_cancelled(
@@ -146,9 +146,9 @@ def test_tasks_save_and_end_without_their_script_and_when_they_are_cancelled(
 def test_what_is_missing_is_said_for_each_host(lab: Path, tmp_path: Path) -> None:
     here = launcher(lab, tmp_path, python="/no/python")
     job = here.launch("none", *RECIPE)
-    remarks = job.told["remarks"]
+    remarks = job.launched["remarks"]
     assert [f"n{i}: there is no /no/python" for i in (1, 2, 3)] == [r for r in remarks if "python" in r]
-    assert "0 of 4 tasks came to start" in job.until("failed")["detail"]
+    assert "0 of 4 tasks started" in job.until("failed")["detail"]
     assert "n1: [shoestring] n1: there is no /no/python" in job.log()
 
 
@@ -158,7 +158,7 @@ def test_without_enough_hosts_the_job_fails_and_says_so(lab: Path, tmp_path: Pat
         subprocess.run([LAB, lab, "cut", host], check=True)
     try:
         job = here.launch("few", *RECIPE)
-        assert [r.split(":")[0] for r in job.told["remarks"] if "n1" not in r and "=" not in r] == ["n2", "n3"]
+        assert [r.split(":")[0] for r in job.launched["remarks"] if "n1" not in r and "=" not in r] == ["n2", "n3"]
         status = job.until("failed")
     finally:
         for host in ("n2", "n3"):

@@ -20,20 +20,20 @@ WAIT = 600.0  # seconds for anything on a machine that is busy with other things
 def wait_for(what: Callable[[], object], why: str, seconds: float = WAIT) -> object:
     """What `what()` returns once that is true."""
     end = time.monotonic() + seconds
-    while not (found := what()):
+    while not (value := what()):
         assert time.monotonic() < end, why
         time.sleep(0.2)
-    return found
+    return value
 
 
 class Job:
     """One that has been launched; `shoestring` is the command line that did it."""
 
-    def __init__(self, shoestring: Callable[..., str], told: dict) -> None:
-        self.shoestring, self.told = shoestring, told
-        self.id, self.run_dir = told["id"], Path(told["run_dir"])
+    def __init__(self, shoestring: Callable[..., str], launched: dict) -> None:
+        self.shoestring, self.launched = shoestring, launched
+        self.id, self.run_dir = launched["id"], Path(launched["run_dir"])
         self.folder = self.run_dir / "jobs" / self.id
-        self.pid = int(told["engine_id"].split(":")[1])
+        self.pid = int(launched["engine_id"].split(":")[1])
 
     def status(self) -> dict:
         return json.loads(self.shoestring("jobs", self.id, "--json"))
@@ -45,13 +45,13 @@ class Job:
         """Its status when it has come to one of `states`, and no process of it is left."""
 
         def reached() -> dict | None:
-            found = self.status()
-            assert found["state"] in states or not _over(found), f"{found}\n{self.log()[-8000:]}"
-            return found if found["state"] in states else None
+            status = self.status()
+            assert status["state"] in states or not _over(status), f"{status}\n{self.log()[-8000:]}"
+            return status if status["state"] in states else None
 
-        found = wait_for(reached, f"{self.id} did not come to be {states}\n{self.log()[-8000:]}")
+        status = wait_for(reached, f"{self.id} did not come to be {states}\n{self.log()[-8000:]}")
         wait_for(lambda: not self.processes(), f"{self.processes()} are left", 120)
-        return found
+        return status
 
     def step(self) -> int:
         """The last one that the journal tells of."""
@@ -71,7 +71,7 @@ class Job:
 
     def processes(self) -> dict[int, str]:
         """Every process on this machine that belongs to the job, and its command line."""
-        mark, found = str(self.folder).encode(), {}
+        mark, processes = str(self.folder).encode(), {}
         for place in Path("/proc").glob("[0-9]*"):
             try:
                 words, around = (place / "cmdline").read_bytes(), (place / "environ").read_bytes()
@@ -80,8 +80,8 @@ class Job:
                 continue
             ours = mark in words or b"SHOESTRING_JOB_DIR=" + mark in around
             if ours and state != "Z" and int(place.name) != os.getpid():
-                found[int(place.name)] = words.replace(b"\0", b" ").decode(errors="replace")
-        return found
+                processes[int(place.name)] = words.replace(b"\0", b" ").decode(errors="replace")
+        return processes
 
 
 def _over(status: dict) -> bool:
@@ -106,8 +106,8 @@ class Launcher:
 
     def launch(self, run: str, *words: object) -> Job:
         """A job of the recipe and overrides `words`, whose run is `run`."""
-        told = self("launch", *words, "--cluster", "cluster.yaml", "--run-dir", self.folder / run, "--json")
-        job = Job(self, json.loads(told))
+        output = self("launch", *words, "--cluster", "cluster.yaml", "--run-dir", self.folder / run, "--json")
+        job = Job(self, json.loads(output))
         LAUNCHED.append(job)
         return job
 

@@ -61,16 +61,16 @@ def node(
         time.time = lambda: right() + ahead[rank]  # type: ignore[index]
     if dies == rank:
         plain = cluster_preflight.answer
-        cluster_preflight.answer = lambda task, store, asked: (
-            os._exit(9) if asked["what"] == "allreduce" else plain(task, store, asked)
+        cluster_preflight.answer = lambda task, store, request: (
+            os._exit(9) if request["what"] == "allreduce" else plain(task, store, request)
         )
     random.seed(1)
     torch.manual_seed(1)
     np.random.seed(1)
-    found, began = state(), time.perf_counter()
+    untouched, began = state(), time.perf_counter()
     with as_task():
         rows = preflight()
-        seen = {"rows": rows, "same": state() == found, "seconds": time.perf_counter() - began}
+        seen = {"rows": rows, "same": state() == untouched, "seconds": time.perf_counter() - began}
         (job_dir / f"seen-{rank}.json").write_text(json.dumps(seen))
     if train is not None:
         os.environ.update({key: before[key] for key in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID")})
@@ -78,10 +78,12 @@ def node(
         plain_training(train)
 
 
-def fly(folder: Path, nodes: int, devices: int = 1, limits: dict | None = None, **told: Any) -> tuple[list, Path, str]:
+def fly(
+    folder: Path, nodes: int, devices: int = 1, limits: dict | None = None, **options: Any
+) -> tuple[list, Path, str]:
     """Processes that are nodes: (exit codes, the job's folder, what they said)."""
     job_dir = make_job(folder, nodes, devices, **(limits or {}))
-    target = partial(node, job_dir, devices=devices, **told)
+    target = partial(node, job_dir, devices=devices, **options)
     codes = run(target, world=nodes * devices, folder=folder)
     return codes, job_dir, last_words(folder)
 

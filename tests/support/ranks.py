@@ -30,7 +30,7 @@ FEW = 4  # steps are enough to see strength 0 do something
 OFFLOADS = {"zero2": "optimizer", "zero3": "parameters"}
 
 
-class Watch(pl.Callback):
+class Recorder(pl.Callback):
     """Sees every step after all techniques and the monitor have acted."""
 
     def __init__(self, case: str, folder: Path) -> None:
@@ -120,7 +120,7 @@ class Group:
         every: int | None = None, callbacks: tuple = (), run: str | None = None, steps: int = STEPS, **options: object,
     ) -> dict:  # fmt: skip
         """Train the toy and report. `run` is the run's folder, the case's own if not given."""
-        watch = Watch(case, self.folder)
+        recorder = Recorder(case, self.folder)
         run_dir = self.folder / "runs" / (run or case)
         trainer = Trainer(
             techniques=techniques, strategy=self.strategy, devices=self.world, run_dir=run_dir, ledger=False,
@@ -128,12 +128,12 @@ class Group:
             max_steps=steps, max_epochs=-1, accumulate_grad_batches=ACCUMULATE, num_sanity_val_steps=0,
             val_check_interval=8, log_every=1, **options,
         )  # fmt: skip
-        trainer.callbacks.append(watch)
+        trainer.callbacks.append(recorder)
         trainer.fit(toy(dropout=dropout, optimizer=optimizer), loader(self.world), held_out())
         final = fingerprint(load_file(run_dir / "final.safetensors")) if self.rank == 0 else None
         spent = {key: trainer.summary[key] for key in ("steps", "samples", "tokens", "stopped_by", "resumed_from")}
         rows = [row.fields["loss"] for row in read(run_dir / "events", rank=0) if "loss" in row.fields]
-        return {**watch.report(), "rows": rows, "final": final, **spent}
+        return {**recorder.report(), "rows": rows, "final": final, **spent}
 
     def resume(self, case: str, make_technique, **options: object) -> dict:
         """The same run uninterrupted, and crashed and resumed in a new trainer."""
@@ -173,8 +173,8 @@ class Group:
 
     def topology(self) -> dict:
         """Fifty steps in which connections move three times."""
-        told = {"sparsity": 0.6, "drop_fraction": 0.5, "every": 12}
-        return {n: self.train(f"topology-{n}", make(n, told), dropout=0.0, steps=50) for n in ("set", "rigl")}
+        settings = {"sparsity": 0.6, "drop_fraction": 0.5, "every": 12}
+        return {n: self.train(f"topology-{n}", make(n, settings), dropout=0.0, steps=50) for n in ("set", "rigl")}
 
     def offload(self) -> dict:
         offload = OFFLOADS[self.strategy]
@@ -246,13 +246,13 @@ def main(strategy: str, folder: Path) -> None:
         cases["double"] = group.double
     if strategy == "ddp":
         cases |= {"tokens": group.tokens, "collectives": group.collectives}
-    found = {}
+    results = {}
     for case, action in cases.items():
         started = perf_counter()
         try:
-            found[case] = action()
+            results[case] = action()
         except Exception:
-            found[case] = {"error": traceback.format_exc()}
-        found[case]["seconds"] = perf_counter() - started
-        print(case, f"{found[case]['seconds']:.1f} s", found[case].get("error", ""), flush=True)
-        (folder / f"rank-{group.rank}.json").write_text(json.dumps(found))
+            results[case] = {"error": traceback.format_exc()}
+        results[case]["seconds"] = perf_counter() - started
+        print(case, f"{results[case]['seconds']:.1f} s", results[case].get("error", ""), flush=True)
+        (folder / f"rank-{group.rank}.json").write_text(json.dumps(results))

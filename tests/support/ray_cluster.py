@@ -42,21 +42,23 @@ class Nodes:
             )  # fmt: skip
         until(lambda: name in self.alive(), 120, f"{name}\n{(self.folder / f'{name}.log').read_text()}")
 
-    def ask(self, path: str) -> Any:
+    def get(self, path: str) -> Any:
         with urllib.request.urlopen(self.dashboard + path, timeout=10) as answer:
             return json.loads(answer.read())
 
     def alive(self) -> list[str]:
         try:
-            told = self.ask("/api/v0/nodes?detail=true&limit=100")["data"]["result"]["result"]
+            nodes = self.get("/api/v0/nodes?detail=true&limit=100")["data"]["result"]["result"]
         except (OSError, KeyError, TypeError):
             return []  # not up yet
-        return [node["node_name"] for node in told if node["state"] == "ALIVE"]
+        return [node["node_name"] for node in nodes if node["state"] == "ALIVE"]
 
     def pull_the_plug(self, name: str) -> None:
         """End a node as a power cut would, seen from the others."""
-        found = subprocess.run(["pgrep", "-P", str(self.processes[name].pid), "raylet"], capture_output=True, text=True)
-        os.kill(int(found.stdout), signal.SIGKILL)
+        listed = subprocess.run(
+            ["pgrep", "-P", str(self.processes[name].pid), "raylet"], capture_output=True, text=True
+        )
+        os.kill(int(listed.stdout), signal.SIGKILL)
 
     def end(self) -> None:
         for process in reversed(self.processes.values()):
@@ -69,14 +71,14 @@ class Nodes:
 
 def mentioned(text: str, where: str) -> list[int]:
     """Processes in whose command line or environment `text` stands."""
-    found = []
+    pids = []
     for place in Path("/proc").glob(f"[0-9]*/{where}"):
         try:
             if text.encode() in place.read_bytes() and int(place.parent.name) != os.getpid():
-                found.append(int(place.parent.name))
+                pids.append(int(place.parent.name))
         except OSError:
             continue
-    return found
+    return pids
 
 
 def until(true: Callable[[], Any], seconds: float, what: str) -> None:

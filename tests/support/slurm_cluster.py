@@ -50,29 +50,29 @@ class SlurmCluster:
     def launch(self, run: str, *overrides: str, again: bool = False, **cluster: Any) -> dict[str, Any]:
         """Submit the recipe as the run `run`; what `shoestring jobs` says right afterwards."""
         file = str(self.folder / f"{run}.yaml") if again else self.cluster_file(run, **cluster)
-        told = self.shoestring(
+        done = self.shoestring(
             "launch", "recipe.yaml", *overrides,
             "--cluster", file, "--run-dir", str(self.home(run)), "--allow-code", "--json",
         )  # fmt: skip
-        return self.job(json.loads(told.stdout)["id"])
+        return self.job(json.loads(done.stdout)["id"])
 
     def home(self, run: str) -> Path:
         return self.folder / "runs" / run
 
     def job(self, id: str) -> dict[str, Any]:
-        found = json.loads(self.shoestring("jobs", id, "--json").stdout)
-        assert found["state"] in STATES, found
-        return found
+        status = json.loads(self.shoestring("jobs", id, "--json").stdout)
+        assert status["state"] in STATES, status
+        return status
 
     def wait(self, id: str, until: Callable[[dict[str, Any]], Any], seconds: float = 600) -> dict[str, Any]:
         """Ask after the job until `until` is true of what is said; its log if that takes too long, or it ends first."""
         end = time.monotonic() + seconds
         while True:
-            found = self.job(id)
-            if until(found):
-                return found
-            if found["state"] in OVER or time.monotonic() > end:
-                raise AssertionError(f"{json.dumps(found, indent=1)}\n{self.log(id)}")
+            status = self.job(id)
+            if until(status):
+                return status
+            if status["state"] in OVER or time.monotonic() > end:
+                raise AssertionError(f"{json.dumps(status, indent=1)}\n{self.log(id)}")
             time.sleep(1)
 
     def ended(self, id: str, **how: Any) -> dict[str, Any]:

@@ -37,9 +37,9 @@ class SlowWords(Words):
         return super().__getitem__(index)
 
 
-def train(folder: Path, world: int, *, computing: tuple = (), reading: int = -1, steps: int = 52,
+def train(folder: Path, world: int, *, computing: tuple = (), reader: int = -1, steps: int = 52,
           strategy: str = "ddp") -> None:  # fmt: skip
-    """computing: (rank, more seconds, steps) of a slow forward pass; reading: the rank that is slow to read."""
+    """computing: (rank, more seconds, steps) of a slow forward pass; reader: the rank that is slow to read."""
     words = SlowWords(144)
     trainer = Trainer(
         strategy=strategy, devices=world, run_dir=folder / "run", ledger=False, accelerator="cpu", max_steps=steps,
@@ -47,7 +47,7 @@ def train(folder: Path, world: int, *, computing: tuple = (), reading: int = -1,
     )  # fmt: skip
     (watching,) = (callback for callback in trainer.callbacks if isinstance(callback, Stragglers))
     watching.every = 0.1  # the least number of steps
-    if trainer.global_rank == reading:
+    if trainer.global_rank == reader:
         words.seconds = 3 * USUAL
     model = toy(dropout=0.0)
     model.__class__ = Sleeper

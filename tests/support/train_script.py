@@ -96,9 +96,9 @@ def stretch(folder: Path, number: int, strategy: str, devices: int, crash: int |
     techniques = tuple(technique_class(name).example() for name in ("gradual_pruning", "weight_averaging"))
     folder.mkdir(parents=True, exist_ok=True)
     callbacks = (Samples(folder / f"samples-{number}"), *((Explode(crash),) if crash else ()))
-    told = {"techniques": techniques, "callbacks": callbacks, "workers": 0, "dropout": 0.0}
+    options = {"techniques": techniques, "callbacks": callbacks, "workers": 0, "dropout": 0.0}
     try:
-        train(folder, strategy=strategy, devices=devices, **told)
+        train(folder, strategy=strategy, devices=devices, **options)
     except Exploded:
         assert crash
 
@@ -112,12 +112,12 @@ if __name__ == "__main__":
     parser.add_argument("--mishaps", type=json.loads, default=[])
     given = parser.parse_args()
     chosen = [technique_class(name).example() for name in given.techniques]
-    told = {"strategy": given.strategy, "devices": given.devices}
+    strategy_options = {"strategy": given.strategy, "devices": given.devices}
     try:
-        train(given.folder / "broken", techniques=tuple(chosen), mishaps=tuple(given.mishaps), **told)
+        train(given.folder / "broken", techniques=tuple(chosen), mishaps=tuple(given.mishaps), **strategy_options)
     except SystemExit as ended:
         say(f"rank {os.environ['LOCAL_RANK']} ends with {ended.code}")
         raise
     again = [technique_class(name).example() for name in given.techniques]
-    train(given.folder / "whole", techniques=tuple(again), **told)
+    train(given.folder / "whole", techniques=tuple(again), **strategy_options)
     sys.exit(0)

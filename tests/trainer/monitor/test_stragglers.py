@@ -74,7 +74,7 @@ def test_a_rank_that_computes_slowly_is_named_and_said_to_be_over(tmp_path: Path
 
 
 def test_a_rank_that_reads_slowly_is_named(tmp_path: Path) -> None:
-    (found,) = train(tmp_path, 2, reading=1)
+    (found,) = train(tmp_path, 2, reader=1)
     assert (found["event"], found["rank"], found["step"]) == ("straggler", 1, 3 * LEAST)
 
 

@@ -1,6 +1,6 @@
-"""A user's own task that tells which samples every step has seen and how large their losses were, rank by rank.
+"""A user's own task that records which samples every step has seen and how large their losses were, rank by rank.
 
-For recipes: `model.task: told_samples:Told`, `data.source: told_samples:data`, launched from this folder.
+For recipes: `model.task: recorded_samples:Recorded`, `data.source: recorded_samples:data`, launched from this folder.
 """
 
 import json
@@ -33,8 +33,8 @@ def data() -> tuple:
     return Points(), None
 
 
-class Told(pl.LightningModule):
-    """Writes [step, [samples], [their losses]] to `TOLD_TO`/<number of ranks>-<rank>-<process>.jsonl."""
+class Recorded(pl.LightningModule):
+    """Writes [step, [samples], [their losses]] to `RECORDS`/<number of ranks>-<rank>-<process>.jsonl."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Told(pl.LightningModule):
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
         losses = (self.net(batch["x"]) - batch["y"]).square().mean(1)
         name = f"{self.trainer.world_size}-{self.global_rank}-{os.getpid()}.jsonl"
-        with (Path(os.environ["TOLD_TO"]) / name).open("a") as file:
+        with (Path(os.environ["RECORDS"]) / name).open("a") as file:
             row = [self.trainer.global_step, batch["index"].tolist(), losses.tolist()]
             file.write(json.dumps(row) + "\n")
         time.sleep(0.02)  # long enough to be interrupted

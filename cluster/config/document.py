@@ -34,9 +34,9 @@ class Document:
             key = key[:-1]
         return self.places.get(key, f"{self.path}:1")
 
-    def complain(self, key: Where, found: str, allowed: str, hint: str = "") -> str:
+    def complain(self, key: Where, value: str, allowed: str, hint: str = "") -> str:
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
-        return str(Problem(self.place(key), name, found, allowed, hint))
+        return str(Problem(self.place(key), name, value, allowed, hint))
 
 
 def read(path: Path) -> Document:
