@@ -10,7 +10,7 @@ import pytest
 from shoestring import __version__
 from shoestring.callbacks.registry import names
 from shoestring.recipes import load_recipe, shipped_recipes
-from shoestring.trainer.cli.reference import with_table
+from shoestring.trainer.cli.technique_table import with_table
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 README = Path(__file__).parents[1] / "README.md"

@@ -54,7 +54,7 @@ def test_every_command_has_its_place(site: Path) -> None:
         assert f'id="command-{words.replace(" ", "-")}"' in page, words
 
 
-def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
+def test_nothing_is_loaded_from_other_sites(site: Path) -> None:
     for page in site.rglob("*.html"):
         loaded = re.findall(
             r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text()
@@ -157,8 +157,8 @@ def test_recipes_and_cluster_files_that_are_shown_are_valid(block: str, tmp_path
     keys = yaml.safe_load(block).keys()
     file = tmp_path / "shown.yaml"
     file.write_text(block if keys & {"engine", "model"} else f"extends: digits\n{block}")  # or a piece of a recipe
-    found = (load_cluster if "engine" in keys else load_recipe)(file)
-    assert keys - {"extends"} <= found.model_fields_set | {"name"}
+    loaded = (load_cluster if "engine" in keys else load_recipe)(file)
+    assert keys - {"extends"} <= loaded.model_fields_set | {"name"}
 
 
 @pytest.mark.parametrize("path", [*WRITTEN, ROOT / "SECURITY.md", ROOT / "README.md"], ids=lambda path: path.stem)

@@ -31,7 +31,7 @@ FILES = {p.with_suffix("").parts: p for p in [*MODULES, *GROUND]}  # a package's
 @cache
 def imported(path: Path) -> set[Path]:
     """The modules of ours that a module imports: at once, when asked for, or for type checkers alone."""
-    found: set[Path] = set()
+    targets: set[Path] = set()
     nodes: list[ast.AST] = [ast.parse((ROOT / path).read_text())]
     while nodes:
         node = nodes.pop()
@@ -41,11 +41,11 @@ def imported(path: Path) -> set[Path]:
             target = (*base, *(node.module.split(".") if node.module else ()))
             for name in node.names:
                 places = ((*target, name.name), (*target, name.name, "__init__"), target, (*target, "__init__"))
-                found |= {FILES[place] for place in places if place in FILES}
+                targets |= {FILES[place] for place in places if place in FILES}
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
             assert not any((n or "").split(".")[0] == "shoestring" for n in names), f"{path} imports itself absolutely"
-    return found - {path}
+    return targets - {path}
 
 
 def imports(path: Path) -> set[str]:
@@ -67,7 +67,7 @@ def circle(arrows: dict[str, set[str]]) -> set[str]:
     return set(left)
 
 
-def test_circles_are_found() -> None:
+def test_circles_are_detected() -> None:
     line = {"a": {"b"}, "b": {"c"}, "c": set(), "d": {"c"}}
     assert circle(line) == set()
     assert circle({**line, "c": {"b"}}) == {"b", "c"}, "and neither a nor d, which only lead there"
@@ -148,9 +148,9 @@ def test_every_module_imports(path: Path) -> None:
 
 
 def test_pyproject_lists_every_package() -> None:
-    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     there = {"shoestring", *(".".join(("shoestring", *p.parent.parts)) for p in MODULES)}
-    assert set(told) == there
+    assert set(packages) == there
 
 
 def test_public_names() -> None:

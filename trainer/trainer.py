@@ -203,12 +203,12 @@ class Trainer(pl.Trainer):
 
         Collective; for callbacks that in `setup` give the module the shapes it was saved in. None: nothing to resume.
         """
-        found = None
+        state = None
         if self.is_global_zero and self.monitor.resume and self.records.given is not None:
             with suppress(checkpoint.DamagedCheckpoint):  # the monitor reports it, on all ranks
                 folder, _ = checkpoint.newest_intact(Path(self.records.given) / "checkpoints")
-                found = checkpoint.read_state(folder / "state.pt")["callbacks"].get(key) if folder else None
-        return self.strategy.broadcast(found)
+                state = checkpoint.read_state(folder / "state.pt")["callbacks"].get(key) if folder else None
+        return self.strategy.broadcast(state)
 
     def _same_global_batch(self) -> None:
         """Resumed on another number of ranks: accumulate more or less, so that every step sees the same samples."""
@@ -245,18 +245,18 @@ class _EndedLoop(_FitLoop):
 def facts(strategy: Any, accelerator: str, offload: str = "none", optimizer: str | None = None) -> frozenset[str]:
     """What techniques may need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", …, "offload"."""
     machine = machine_facts()
-    found = {accelerator}
+    names = {accelerator}
     if machine.bf16 or accelerator == "cpu":  # CPUs without bf16 instructions emulate it
-        found.add("bf16")
+        names.add("bf16")
     if machine.fp16 and accelerator == "cuda":
-        found.add("fp16")
+        names.add("fp16")
     if isinstance(strategy, str):
-        found.add(f"zero-{strategy[-1]}" if strategy.startswith("zero") else strategy)
+        names.add(f"zero-{strategy[-1]}" if strategy.startswith("zero") else strategy)
     if offload != "none":
-        found.add("offload")
+        names.add("offload")
     if optimizer:
-        found.add(optimizer)
-    return frozenset(found)
+        names.add(optimizer)
+    return frozenset(names)
 
 
 def _price() -> float:

@@ -1,4 +1,4 @@
-"""Quantization-aware training: learn weights that will be stored in few bits (arXiv 1712.05877)."""
+"""Quantization-aware training: learn weights that will be stored in low-bit form (arXiv 1712.05877)."""
 
 from __future__ import annotations
 

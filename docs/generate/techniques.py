@@ -9,7 +9,7 @@ from shoestring import ShoestringError
 from shoestring.callbacks.compose import compose
 from shoestring.callbacks.contract import Technique
 from shoestring.callbacks.registry import TECHNIQUES, names, technique_class
-from shoestring.trainer.cli.reference import technique_table
+from shoestring.trainer.cli.technique_table import technique_table
 
 from .markdown import cell, code, directive, page, table
 from .results import about

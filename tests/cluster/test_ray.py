@@ -172,7 +172,7 @@ def test_a_cancelled_job_has_saved_and_leaves_nothing_running(nodes: Nodes, jobs
     id, job_dir = jobs.launch("cancelled")
     jobs.wait(id, lambda job: trains(job_dir))
     assert len(mentioned(f"SHOESTRING_JOB={id}", "environ")) > 4, "the ranks among them"
-    assert "told to save and end" in jobs.say("cancel", id)
+    assert "signal to save and end" in jobs.say("cancel", id)
     job = jobs.wait(id, lambda job: job["state"] == "cancelled", 120)
     assert job["attempts"][-1]["code"] == 85 and job["detail"] == "the job was cancelled"
     assert 1 < saved(workplace / "cancelled") < 60

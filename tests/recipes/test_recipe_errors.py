@@ -16,14 +16,14 @@ GOOD = WHOLE.read_text()
 
 def cases():
     """Name -> (recipe, overrides, answer) of the golden file."""
-    found = {}
+    cases_by_name = {}
     for case in GOLDEN.read_text().split("\n== ")[1:]:
         name, *lines = case.strip("\n").split("\n")
         overrides = [line[2:] for line in lines if line.startswith("$ ")]
         answer = [line[3:] for line in lines if line.startswith("-> ")]
         recipe = "\n".join(line for line in lines if line[:2] not in ("$ ", "->"))
-        found[name] = (recipe, overrides, "\n".join(answer))
-    return found
+        cases_by_name[name] = (recipe, overrides, "\n".join(answer))
+    return cases_by_name
 
 
 @pytest.fixture(autouse=True)
@@ -122,13 +122,13 @@ def test_files_that_cannot_be_read(path, found, hint):
 
 
 def test_every_problem_is_reported_at_once():
-    found = problems(
+    reported = problems(
         GOOD.replace("gpt2", "gpt2\n  adapter: {rnk: 3}") + "seed: !x 1\nseed: 2\nprecision: fp3\n"
         "strategy: {name: single, devices: 3}\ngoal: {metric: a}\noptimizer: {lr: 0, betas: [2, 0.1]}\n",
         "evaluation.every=never",
         "typo=1",
     )
-    assert [(each.where, each.key) for each in found] == [
+    assert [(each.where, each.key) for each in reported] == [
         ("r.yaml:4", "model.adapter.rnk"),
         ("r.yaml:9", "seed"),
         ("r.yaml:10", "seed"),
@@ -140,7 +140,7 @@ def test_every_problem_is_reported_at_once():
         ('override "evaluation.every=never"', "evaluation.every"),
         ('override "typo=1"', "typo"),
     ]
-    assert found[0].hint == "did you mean rank?"
+    assert reported[0].hint == "did you mean rank?"
 
 
 def test_messages_carry_no_terminal_codes():

@@ -51,7 +51,7 @@ def test_anchors_within_reason():
     assert (recipe.where("model.tokenizer"), recipe.where("model.config.model_type")) == ("r.yaml:3", "r.yaml:4")
 
 
-def test_shipped_recipes_load_and_tell_their_names():
+def test_shipped_recipes_load_and_show_their_names():
     shipped = shipped_recipes()
     assert {"quickstart", "finetune-minilm", "digits", "finetune-lora"} <= set(shipped)
     for name, path in shipped.items():
@@ -62,7 +62,7 @@ def test_shipped_recipes_load_and_tell_their_names():
 
 def test_every_field_says_what_is_allowed():
     def sections(section):
-        return [section, *(found for child in section.__subclasses__() for found in sections(child))]
+        return [section, *(nested for child in section.__subclasses__() for nested in sections(child))]
 
     for section in sections(Section):
         for name, field in section.model_fields.items():
@@ -132,7 +132,7 @@ def test_overrides():
     )
 
 
-def test_a_problem_found_later_has_its_place_too():
+def test_a_later_problem_has_its_place_too():
     recipe = load(GOOD + "techniques:\n  - rigl:\n      sparsity: 0.9\n", "techniques.rigl.every=3")
     late = recipe.problem("techniques.rigl.sparsity", 0.9, "a number below 0.5")
     assert (late.where, late.found) == ("r.yaml:10", "0.9")

@@ -36,15 +36,15 @@ CASES = {
 def fit_all(folder: Path) -> None:
     """Fit every case on this rank's share; what each came to goes to `folder`/rank-N.json."""
     warnings.simplefilter("ignore")
-    told = {}
+    reports = {}
     for name, (budget, grows, pause) in CASES.items():
         trainer = train(
             folder / name, budget, module=Small(pause), data=DataLoader(Sentences(), 2, shuffle=True),
             validation=loader(8, shuffle=False), strategy="ddp", devices=2, usd_per_device_hour=3600.0,
             techniques=[SequenceLengthWarmup(start=8, until="60%", multiple=1)] if grows else [],
         )  # fmt: skip
-        told[name] = {
+        reports[name] = {
             **trainer.summary, "horizons": trainer.monitor.account.clock.horizons, "rate": rate(trainer),
             "reserve": trainer.monitor.account.horizon.guard.reserve_seconds,
         }  # fmt: skip
-    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(told))
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(reports))

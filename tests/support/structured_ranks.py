@@ -24,13 +24,13 @@ def main(strategy: str, folder: Path) -> None:
     """All cases without dropout, so that the uninterrupted runs are those of one device too."""
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    group, found = Group(strategy, folder), {}
+    group, results = Group(strategy, folder), {}
     for case, techniques in CASES.items():
         try:
-            found[case] = group.resume(case, techniques, dropout=0.0)
+            results[case] = group.resume(case, techniques, dropout=0.0)
         except Exception:
-            found[case] = {"error": traceback.format_exc()}
-        (folder / f"rank-{group.rank}.json").write_text(json.dumps(found))
+            results[case] = {"error": traceback.format_exc()}
+        (folder / f"rank-{group.rank}.json").write_text(json.dumps(results))
 
 
 def attempt(folder: Path, strategy: str, devices: int, mishap: dict | None = None) -> None:

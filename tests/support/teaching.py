@@ -54,7 +54,7 @@ class Late(Toy):
         assert lightning.keys() <= vars(self).keys()
 
 
-class Watch(pl.Callback):
+class Recorder(pl.Callback):
     """The losses, and at the first batch how many of the teacher's elements this rank holds and of which it is made."""
 
     def __init__(self, distillation: Distillation) -> None:
@@ -78,20 +78,20 @@ class Watch(pl.Callback):
 def train(
     folder: Path, strategy: str, world: int, module: pl.LightningModule, technique: Distillation, steps: int = STEPS
 ) -> dict:
-    watch = Watch(technique)
+    recorder = Recorder(technique)
     trainer = Trainer(
         techniques=[technique], strategy=strategy, devices=world, run_dir=folder, ledger=False, accelerator=DEVICE,
         max_steps=steps, max_epochs=-1, checkpoint_every=None, callbacks=[], limit_val_batches=0,
     )  # fmt: skip
-    trainer.callbacks.append(watch)
+    trainer.callbacks.append(recorder)
     trainer.fit(module, loader(world, words={"noise": 0.0}))
     final = load_file(folder / "final.safetensors") if trainer.global_rank == 0 else {}
     return {
-        "losses": watch.losses,
+        "losses": recorder.losses,
         "final": fingerprint(final),
         "names": sorted(final),
         "forwards": technique.teacher_forwards,
-        **watch.facts,
+        **recorder.facts,
     }
 
 
@@ -100,18 +100,18 @@ def main(strategy: str, folder: Path) -> None:
     prepare_environment("zero3", "none", DEVICE)  # under ddp nobody else does, and DeepSpeed would compile for a minute
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     settings = {"teacher": WideTeacher(), "weight": 1.0, "teacher_dtype": "float32"}
-    found = {}
+    results = {}
     for name, sharded in (("replicated", False), ("sharded", True)):
         technique = Distillation(**settings, shard_teacher=sharded)
-        found[name] = train(folder / name, strategy, world, toy(dropout=0.0), technique)
+        results[name] = train(folder / name, strategy, world, toy(dropout=0.0), technique)
     torch.manual_seed(13)  # the same teachers on all ranks
     initial = {"weight": 1.0, "teacher_dtype": "float32"}
-    found["early"] = train(folder / "early", strategy, world, toy(dropout=0.0), Distillation(**initial))
-    found["late"] = train(folder / "late", strategy, world, Late(), Distillation(**initial))
-    found["hidden"] = train(
+    results["early"] = train(folder / "early", strategy, world, toy(dropout=0.0), Distillation(**initial))
+    results["late"] = train(folder / "late", strategy, world, Late(), Distillation(**initial))
+    results["hidden"] = train(
         folder / "hidden", strategy, world, toy(dropout=0.0),
         Distillation(teacher=Toy(dropout=0.0), hidden=1.0, teacher_dtype="float32"),
     )  # fmt: skip
     cached = Distillation(**initial, cache=str(folder / "cache"))
-    found["cached"] = train(folder / "cached", strategy, world, toy(dropout=0.0), cached, 2 * EPOCH)
-    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+    results["cached"] = train(folder / "cached", strategy, world, toy(dropout=0.0), cached, 2 * EPOCH)
+    (folder / f"rank-{rank}.json").write_text(json.dumps(results))

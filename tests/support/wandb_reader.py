@@ -65,8 +65,8 @@ def summary(path):
 
 def run(path):
     """(the run record, its config)"""
-    found = next(record.run for record in records(path) if record.WhichOneof("record_type") == "run")
-    return found, {item.key: json.loads(item.value_json) for item in found.config.update}
+    opened = next(record.run for record in records(path) if record.WhichOneof("record_type") == "run")
+    return opened, {item.key: json.loads(item.value_json) for item in opened.config.update}
 
 
 def _value(item):

@@ -44,8 +44,8 @@ class MatMulInteger(OpRun):
         assert b_zero_point is None or not np.any(b_zero_point), "weights are symmetric"
         zero = np.int32(0 if a_zero_point is None else a_zero_point)
         rows = a.reshape(-1, a.shape[-1])
-        found = saturated(rows, b) - zero * b.astype(np.int32).sum(0)
-        return (found.reshape(*a.shape[:-1], b.shape[1]).astype(np.int32),)
+        products = saturated(rows, b) - zero * b.astype(np.int32).sum(0)
+        return (products.reshape(*a.shape[:-1], b.shape[1]).astype(np.int32),)
 
 
 def without_vnni(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:

@@ -92,9 +92,9 @@ def publish(root: Path, step: int, files: Mapping[str, Any], about: Mapping[str,
 
 def prune(root: Path, keep: int, newest: int) -> None:
     """Keep `keep` checkpoints up to the one of step `newest`. Later ones are damaged ones that were passed over."""
-    found = steps(root)
-    kept = [step for step in found if step <= newest][-max(1, keep) :]
-    for step in found:
+    saved = steps(root)
+    kept = [step for step in saved if step <= newest][-max(1, keep) :]
+    for step in saved:
         if step not in kept:
             shutil.rmtree(root / f"{step:09d}", ignore_errors=True)
 
@@ -116,9 +116,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] > FORMAT:
             raise DamagedCheckpoint(f"{folder} has format {manifest['format']}; this version reads up to {FORMAT}")
-        for told in (manifest["step"], manifest["world_size"], *(f["bytes"] for f in manifest["files"].values())):
-            int(told)
-        if not all(len(told["sha256"]) == 64 for told in manifest["files"].values()):
+        for value in (manifest["step"], manifest["world_size"], *(f["bytes"] for f in manifest["files"].values())):
+            int(value)
+        if not all(len(value["sha256"]) == 64 for value in manifest["files"].values()):
             raise ValueError("not every file has its sha256")
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -128,13 +128,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of an intact checkpoint; raises `DamagedCheckpoint` naming the first file that is not as written."""
     manifest = read_manifest(folder)
-    for name, told in manifest["files"].items():
+    for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise DamagedCheckpoint(f"{folder}: {name} is missing")
-        if path.stat().st_size != told["bytes"]:
-            raise DamagedCheckpoint(f"{folder}: {name} has {path.stat().st_size} bytes instead of {told['bytes']}")
-        if _sha256(path) != told["sha256"]:
+        if path.stat().st_size != entry["bytes"]:
+            raise DamagedCheckpoint(f"{folder}: {name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
+        if _sha256(path) != entry["sha256"]:
             raise DamagedCheckpoint(f"{folder}: the content of {name} has changed since it was written")
     return manifest
 
@@ -165,7 +165,7 @@ def read_state(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, EOFError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DamagedCheckpoint(f"{path} holds more than tensors and plain data, or not even that: {reason}") from None
+        raise DamagedCheckpoint(f"{path} holds more than tensors and plain data, or is damaged: {reason}") from None
 
 
 class Pieces:

@@ -73,7 +73,7 @@ class Saver:
             if first:
                 shutil.rmtree(folder, ignore_errors=True)
             self.report("checkpoint_failed", step=step, reason=failed[0])
-            log.warning("no checkpoint of step %d: %s. The previous one stays.", step, failed[0])
+            log.warning("no checkpoint of step %d: %s. The previous one is kept.", step, failed[0])
             return False
         self.seconds = max(self.seconds, perf_counter() - began)
         self._prove(step, first)

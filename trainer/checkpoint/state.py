@@ -31,9 +31,9 @@ class AnotherModel(ShoestringError):
 # -- taking --------------------------------------------------------------------------------------------------------
 def common_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
     """Rank 0's part: loops, callbacks, schedulers, parameter groups and what the module itself wants saved."""
-    extra: dict[str, Any] = {"state_dict": {}}
-    module.on_save_checkpoint(extra)
-    extra.pop("state_dict", None)
+    module_state: dict[str, Any] = {"state_dict": {}}
+    module.on_save_checkpoint(module_state)
+    module_state.pop("state_dict", None)
     datamodule = trainer.datamodule
     return {
         "loops": trainer.fit_loop.state_dict(),
@@ -42,7 +42,7 @@ def common_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, A
         "param_groups": [[_plain(group) for group in o.param_groups] for o in trainer.optimizers],
         "precision": trainer.precision_plugin.state_dict(),
         "datamodule": datamodule.state_dict() if datamodule is not None else {},
-        "module": extra,
+        "module": module_state,
         "accumulate": trainer.accumulate_grad_batches,
     }
 
@@ -54,7 +54,7 @@ def rank_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
     scaler = getattr(getattr(trainer.strategy.model, "optimizer", None), "loss_scaler", None)
     return {
         "rng": rng_state(),
-        "scalars": {name: found for name, found in scalars.items() if found},
+        "scalars": {name: values for name, values in scalars.items() if values},
         "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)} if scaler else {},
     }
 
@@ -62,30 +62,30 @@ def rank_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
 def tensors(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, tuple[Piece, torch.Tensor]]:
     """This rank's slices: master/, optimizer/<state>/, technique/<name>/<state>/, frozen/, and rank 0's buffer/."""
     shards = shards_of(trainer, module)
-    found: dict[str, tuple[Piece, torch.Tensor]] = {}
+    pieces: dict[str, tuple[Piece, torch.Tensor]] = {}
     first = trainer.global_rank == 0
     if first or not shards.replicated:
         for name, where in shards.slices.items():
             if where.length:
-                found[f"master/{name}"] = _piece(where, shards.master(name))
+                pieces[f"master/{name}"] = _piece(where, shards.master(name))
                 for state, view in shards.state(name).items():
-                    found[f"optimizer/{state}/{name}"] = _piece(where, view)
+                    pieces[f"optimizer/{state}/{name}"] = _piece(where, view)
         for technique in trainer.callbacks:
             if isinstance(technique, Technique):
                 for state, named in technique.fragments().items():
                     for name, local in named.items():
                         if shards.slices[name].length:
                             key = f"technique/{technique.state_key}/{state}/{name}"
-                            found[key] = _piece(shards.slices[name], local)
+                            pieces[key] = _piece(shards.slices[name], local)
     if not getattr(module, "reloads_frozen_weights", False):
         for name, (where, view) in shards.frozen().items():
             if (first or where.length != where.numel) and where.length:
-                found[f"frozen/{name}"] = _piece(where, view)
+                pieces[f"frozen/{name}"] = _piece(where, view)
     if first:
         for name, buffer in module.named_buffers():
             whole = Slice(0, buffer.numel(), buffer.shape)
-            found[f"buffer/{name}"] = _piece(whole, buffer.detach().reshape(-1))
-    return found
+            pieces[f"buffer/{name}"] = _piece(whole, buffer.detach().reshape(-1))
+    return pieces
 
 
 def rng_state() -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _fits(shards: Shards, pieces: Pieces) -> None:
         if key not in pieces:
             raise AnotherModel(f"the checkpoint has no {name}. It is of another model, or has other trainable parts.")
         if pieces.shape(key) != tuple(where.shape):
-            raise AnotherModel(f"{name} has shape {tuple(where.shape)}, and in the checkpoint {pieces.shape(key)}.")
+            raise AnotherModel(f"{name} has shape {tuple(where.shape)}, but in the checkpoint {pieces.shape(key)}.")
 
 
 def _restore_parameters(shards: Shards, pieces: Pieces, scalars: Mapping[str, Mapping[str, Any]]) -> None:
@@ -165,13 +165,13 @@ def _restore_parameters(shards: Shards, pieces: Pieces, scalars: Mapping[str, Ma
 
 def _scalars(folder: Path, world: int, shards: Shards, rank: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     """Step counts and their like for every parameter this rank needs; another rank's file may hold them."""
-    found = dict(rank["scalars"])
-    if all(name in found for name in shards.slices):
-        return found
+    scalars = dict(rank["scalars"])
+    if all(name in scalars for name in shards.slices):
+        return scalars
     for other in range(world):
         for name, values in checkpoint.read_state(folder / f"rank-{other:05d}.pt")["scalars"].items():
-            found.setdefault(name, values)
-    return found
+            scalars.setdefault(name, values)
+    return scalars
 
 
 def _restore_rest(module: pl.LightningModule, shards: Shards, pieces: Pieces) -> None:

@@ -32,7 +32,7 @@ app.add_typer(recipes_app, name="recipes")
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the recipe.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report here as JSON.")]
-RunDir = Annotated[Path | None, typer.Option("--run-dir", help="The run's home; default runs/<recipe name>.")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="The run's directory; default runs/<recipe name>.")]
 
 
 @app.command()
@@ -109,13 +109,13 @@ def runs_list(as_json: AsJson = False, limit: Annotated[int, typer.Option(help="
 
     ledger = Ledger()
     ledger.refresh()
-    found = ledger.runs(limit=limit)
+    rows = ledger.runs(limit=limit)
     if as_json:
-        print_json([_fields(run) for run in found])
+        print_json([_fields(run) for run in rows])
     else:
         from .display import show_runs
 
-        show_runs(found)
+        show_runs(rows)
 
 
 @runs_app.command("show")
@@ -127,14 +127,14 @@ def runs_show(
 
     ledger = Ledger()
     ledger.refresh()
-    found = ledger.run(run)
-    kinds = {kind: [row.fields for row in getattr(ledger, kind)(found.id)] for kind in _KINDS}
+    record = ledger.run(run)
+    kinds = {kind: [row.fields for row in getattr(ledger, kind)(record.id)] for kind in _KINDS}
     if as_json:
-        print_json({**_fields(found), **kinds})
+        print_json({**_fields(record), **kinds})
         return
     from .display import show_fields
 
-    show_fields(_fields(found))
+    show_fields(_fields(record))
     for kind, rows in kinds.items():
         for fields in rows:
             show_fields({kind[:-1]: fields})

@@ -65,20 +65,26 @@ def show_plan(plan: Plan) -> None:
     for place, technique in enumerate(plan.techniques, 1):
         table.add_row(f"technique {place}", technique.card.name, repr(technique).partition("(")[2][:-1])
     console.print(table)
-    told = plan.predictions
-    if told.get("parameters"):
+    facts = plan.predictions
+    if facts.get("parameters"):
         lines = [
-            ("parameters", f"{number(told['parameters'])} ({number(told['trainable'])} trained)"),
+            ("parameters", f"{number(facts['parameters'])} ({number(facts['trainable'])} trained)"),
             (
                 "memory a device",
-                f"{size(told.get('state_bytes'))} states + {size(told.get('activation_bytes'))} activations",
+                f"{size(facts.get('state_bytes'))} states + {size(facts.get('activation_bytes'))} activations",
             ),
-            ("a step", f"{number(told.get('flops_per_step'), 'FLOP')}, {seconds(told.get('seconds_per_step'))}"),
+            (
+                "a step",
+                f"{number(facts.get('flops_per_step'), 'FLOP')}, {seconds(facts.get('seconds_per_step'))}",
+            ),
         ]
-        if "binding" in told:
-            cost = f"{seconds(told.get('seconds'))}, {dollars(told.get('usd'))}, {told.get('kwh', 0):.2g} kWh"
+        if "binding" in facts:
+            cost = f"{seconds(facts.get('seconds'))}, {dollars(facts.get('usd'))}, {facts.get('kwh', 0):.2g} kWh"
             lines.append(
-                ("the run", f"about {told['steps']:,} steps until the budget of {told['binding']} ends: {cost}")
+                (
+                    "the run",
+                    f"about {facts['steps']:,} steps until the budget of {facts['binding']} ends: {cost}",
+                )
             )
         console.print("predicted (estimates):")
         for name, text in lines:
@@ -208,32 +214,34 @@ def show_export(made: Exported) -> None:
         console.print(f"[yellow]note[/] {note}")
 
 
-def show_measurement(told: Mapping[str, Any]) -> None:
+def show_measurement(row: Mapping[str, Any]) -> None:
     """One model: worth, footprint, then a line for each backend and batch, then the comparison with its baseline."""
-    rows = {name: told.get(name) for name in ("model", "loss", "perplexity", "accuracy") if told.get(name) is not None}
-    share = told["nonzero"] / max(1, told["parameters"])
-    rows["size"] = f"{size(told['bytes'])} on disk, {number(told['parameters'])} parameters, {share:.1%} not zero"
-    if told["flops_counted"] is not None:
-        rows["a sample"] = f"{number(told['flops_counted'])}FLOP counted, {number(told['flops_realised'])}FLOP realised"
-    if "peak_bytes" in told:
-        rows["memory"] = f"{size(told['peak_bytes'])} at most, {size(told['over_idle_bytes'])} over the bare libraries"
-    if "recall" in told:
-        rows["recall"] = ", ".join(f"{name} {share:.1%}" for name, share in told["recall"].items())
+    rows = {name: row.get(name) for name in ("model", "loss", "perplexity", "accuracy") if row.get(name) is not None}
+    share = row["nonzero"] / max(1, row["parameters"])
+    rows["size"] = f"{size(row['bytes'])} on disk, {number(row['parameters'])} parameters, {share:.1%} not zero"
+    if row["flops_counted"] is not None:
+        rows["a sample"] = f"{number(row['flops_counted'])}FLOP counted, {number(row['flops_realised'])}FLOP realised"
+    if "peak_bytes" in row:
+        rows["memory"] = (
+            f"{size(row['peak_bytes'])} at most, {size(row['over_idle_bytes'])} more than the libraries alone"
+        )
+    if "recall" in row:
+        rows["recall"] = ", ".join(f"{name} {share:.1%}" for name, share in row["recall"].items())
     show_fields(rows)
-    table = Table(box=None, pad_edge=False, title_justify="left", title=f"{told['machine']}, {told['threads']} threads")
+    table = Table(box=None, pad_edge=False, title_justify="left", title=f"{row['machine']}, {row['threads']} threads")
     for column in ("backend, batch", "median ms", "p95 ms", "CPU ms", "samples/s", "J/sample"):
         table.add_column(column)
-    for name, row in told["timings"].items():
+    for name, timing in row["timings"].items():
         figures = [
-            f"{row[key]:.3g}" for key in ("p50_ms", "p95_ms", "cpu_ms", "samples_per_second", "joules_per_sample")
+            f"{timing[key]:.3g}" for key in ("p50_ms", "p95_ms", "cpu_ms", "samples_per_second", "joules_per_sample")
         ]
-        table.add_row(name, *figures[:-1], f"{figures[-1]} ({row['joules_source']})")
+        table.add_row(name, *figures[:-1], f"{figures[-1]} ({timing['joules_source']})")
     console.print(table)
-    if told.get("against"):
-        show_fields(told["against"])
-    show_fields({"ledger": "one row" if told["recorded"] else "no row: it is of no run (give --data RUN)"})
-    if told.get("note"):
-        console.print(f"[yellow]note[/] {told['note']}")
+    if row.get("against"):
+        show_fields(row["against"])
+    show_fields({"ledger": "one row" if row["recorded"] else "no row: it belongs to no run (give --data RUN)"})
+    if row.get("note"):
+        console.print(f"[yellow]note[/] {row['note']}")
 
 
 def show_front(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
@@ -277,18 +285,18 @@ def show_findings(findings: Iterable[Finding]) -> None:
             console.print(f"            {finding.fix}", markup=False)
 
 
-def show_compression(found: Compression) -> None:
+def show_compression(result: Compression) -> None:
     """The model before, every candidate tried, the smallest first, and the one that was kept."""
     table = Table(box=None, pad_edge=False)
     for column in ("candidate", "backend", "bytes", "ms", "accuracy", "loss", ""):
         table.add_column(column, overflow="fold")
-    for tried in (*found.before, *sorted(found.tried, key=lambda t: t.bytes or float("inf"))):
+    for tried in (*result.before, *sorted(result.tried, key=lambda t: t.bytes or float("inf"))):
         figures = [
             f"{value:.4g}" if value is not None else "-" for value in (tried.latency_ms, tried.accuracy, tried.loss)
         ]
         verdict = tried.problem or "too large" * tried.skipped or "fits" * tried.fits
-        verdict = "chosen" if tried.name == found.chosen else verdict
+        verdict = "chosen" if tried.name == result.chosen else verdict
         table.add_row(tried.name, tried.backend, "-" if tried.bytes is None else f"{tried.bytes:,}", *figures, verdict)
     console.print(table)
-    if found.path:
-        show_fields({"written": found.path})
+    if result.path:
+        show_fields({"written": result.path})

@@ -10,7 +10,7 @@ import typer
 
 from .options import AllowCode, AsJson, print_json
 
-JobName = Annotated[str, typer.Argument(metavar="JOB", help="Id, start of an id, or the engine's own.")]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="Id, start of an id, or the engine's own id.")]
 
 
 def launch(
@@ -20,8 +20,10 @@ def launch(
     nodes: Annotated[
         int | None, typer.Option(help="How many nodes; default: the recipe's, else the cluster's.")
     ] = None,
-    hours: Annotated[float | None, typer.Option(help="The job's hours in all; default: what the budget lasts.")] = None,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="The run's home, on shared storage.")] = None,
+    hours: Annotated[
+        float | None, typer.Option(help="The job's hours in total; default: as long as the budget lasts.")
+    ] = None,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="The run's directory, on shared storage.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be submitted, and what it costs.")
     ] = False,
@@ -69,26 +71,27 @@ def jobs(
 
     known = known_jobs()
     wanted = [find(job, known)] if job else known[:limit]
-    found = [status_fields(record, status(record)) for record in wanted]
+    statuses = [status_fields(record, status(record)) for record in wanted]
     if as_json:
-        print_json(found[0] if job else found)
+        print_json(statuses[0] if job else statuses)
         return
     from .job_display import show_job, show_jobs
 
     if job:
-        show_job(found[0])
+        show_job(statuses[0])
     else:
-        show_jobs(found)
+        show_jobs(statuses)
 
 
 def logs(
-    job: JobName, follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job ends.")] = False
+    job: JobName,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Follow the output until the job ends.")] = False,
 ) -> None:
     """The output of a job, all its attempts."""
     from ...cluster.launch import find
     from ...cluster.launch import logs as job_logs
 
-    for line in job_logs(_found(find, job), follow):
+    for line in job_logs(_record_of(find, job), follow):
         typer.echo(line)
 
 
@@ -97,12 +100,12 @@ def cancel(job: JobName) -> None:
     from ...cluster.launch import cancel as cancel_job
     from ...cluster.launch import find
 
-    record = _found(find, job)
+    record = _record_of(find, job)
     cancel_job(record)
-    typer.echo(f"{record.id} has been told to save and end")
+    typer.echo(f"{record.id} has got the signal to save and end")
 
 
-def _found(find: Any, job: str) -> Any:
+def _record_of(find: Any, job: str) -> Any:
     from ..jobs.submit import known_jobs
 
     return find(job, known_jobs())

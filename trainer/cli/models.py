@@ -52,49 +52,53 @@ def measure(
     batch: Annotated[list[str] | None, typer.Option("--batch", help="Rows x tokens, like 1x128; repeatable.")] = None,
     backend: Annotated[list[str] | None, typer.Option("--backend", help="eager, compile, onnxruntime.")] = None,
     baseline: Annotated[str | None, typer.Option("--baseline", help="Another model to compare with.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="The run whose validation data judges it.")] = None,
-    memory: Annotated[bool, typer.Option(help="Peak memory, in a process of its own.")] = True,
+    data: Annotated[
+        str | None, typer.Option("--data", help="The run on whose validation data it is evaluated.")
+    ] = None,
+    memory: Annotated[bool, typer.Option(help="Also measure peak memory, in a separate process.")] = True,
     as_json: AsJson = False,
     allow_code: AllowCode = False,
 ) -> None:
     """Quality, size, FLOPs, latency, memory and energy of a model on this machine; one row in the ledger."""
+    from ..export.measure_target import home_of
     from ..export.measurement import MeasureOptions, parse_shape, record
     from ..export.measurement import measure as measured
-    from ..export.subject import home_of
     from ..run import quiet
 
     quiet()
     shapes = tuple(parse_shape(text) for text in batch or ())
-    wish = MeasureOptions(backends=tuple(backend or ()), shapes=shapes, memory=memory, data=data, allow_code=allow_code)
+    options = MeasureOptions(
+        backends=tuple(backend or ()), shapes=shapes, memory=memory, data=data, allow_code=allow_code
+    )
     with stdout_to_stderr(as_json):
-        told = measured(model, wish, baseline=baseline)
-    told["recorded"] = record(told, home_of(model, data))
+        result = measured(model, options, baseline=baseline)
+    result["recorded"] = record(result, home_of(model, data))
     if as_json:
-        print_json(told)
+        print_json(result)
     else:
         from .display import show_measurement
 
-        show_measurement(told)
+        show_measurement(result)
 
 
 def pareto(
     x: Annotated[
-        str, typer.Option("--x", help="What it costs: bytes, latency_ms, nonzero, joules_per_sample ...")
+        str, typer.Option("--x", help="The cost to compare: bytes, latency_ms, nonzero, joules_per_sample ...")
     ] = "bytes",
-    y: Annotated[str, typer.Option("--y", help="What it is worth: accuracy, loss ...")] = "accuracy",
+    y: Annotated[str, typer.Option("--y", help="The quality to compare: accuracy, loss ...")] = "accuracy",
     as_json: AsJson = False,
 ) -> None:
     """The measured models that no other beats in both; of a model measured twice, the newest figures count."""
     from ..export.pareto import front
     from ..ledger import Ledger
 
-    found = front(Ledger().models(), x, y)
+    rows = front(Ledger().models(), x, y)
     if as_json:
-        print_json(found)
+        print_json(rows)
     else:
         from .display import show_front
 
-        show_front(found, x, y)
+        show_front(rows, x, y)
 
 
 def compress(
@@ -103,9 +107,12 @@ def compress(
     budget_bytes: Annotated[str | None, typer.Option("--budget-bytes", help="The weights' size, like 25MB.")] = None,
     max_latency: Annotated[str | None, typer.Option("--max-latency", help="Median of one call, like 5ms.")] = None,
     recipe: Annotated[
-        str | None, typer.Option("--with", metavar="RECIPE", help="Train the model on first, by this recipe.")
+        str | None,
+        typer.Option("--with", metavar="RECIPE", help="Continue training the model first, with this recipe."),
     ] = None,
-    batch: Annotated[str | None, typer.Option("--batch", help="What a call is: rows x tokens, like 1x128.")] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", help="The input of one call: rows x tokens, like 1x128.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="A folder; default RUN/export/compressed.")] = None,
     as_json: AsJson = False,
     allow_code: AllowCode = False,
@@ -124,7 +131,7 @@ def compress(
     limits = Limits.parse(budget_bytes, max_latency)
     shape = parse_shape(batch) if batch else None
     if overrides and recipe is None:
-        raise CannotExport(f"{overrides[0]} changes a recipe, and there is none: name it by --with.")
+        raise CannotExport(f"{overrides[0]} changes a recipe, but no recipe was given: name one by --with.")
     with stdout_to_stderr(as_json):
         before = trained = open_run(run, allow_code=allow_code)
         if recipe is not None:
@@ -132,14 +139,14 @@ def compress(
             if home is None:  # one of several ranks, whose part is done
                 return
             trained = open_run(home, allow_code=allow_code)
-        found = search(trained, limits, before=before, out=out, shape=shape, report=_tell)
+        result = search(trained, limits, before=before, out=out, shape=shape, report=_report)
     if as_json:
-        print_json(found.as_dict())
+        print_json(result.as_dict())
     else:
         from .display import show_compression
 
-        show_compression(found)
-    found.require_fit()
+        show_compression(result)
+    result.require_fit()
 
 
 def _retrained(
@@ -160,10 +167,10 @@ def _retrained(
             bar.close()
 
 
-def _tell(tried: Tried) -> None:
+def _report(tried: Tried) -> None:
     """One line of progress on the error output."""
     size = "" if tried.bytes is None else f"{tried.bytes:,} bytes"
     if tried.accuracy is not None:
         size += f", accuracy {tried.accuracy:.4f}"
-    more = tried.problem or ("too many, not written" if tried.skipped else "")
+    more = tried.problem or ("too large, not written" if tried.skipped else "")
     typer.echo(f"tried {tried.name}: {', '.join(filter(None, [size, more]))}", err=True)

@@ -47,10 +47,10 @@ def low_rank(energy: float) -> Change:
     def change(trained: Trained) -> nn.Module:
         from .low_rank import factorized, ranks
 
-        thin = factorized(trained.model, energy)
-        if not ranks(thin):
+        low_rank_model = factorized(trained.model, energy)
+        if not ranks(low_rank_model):
             raise CannotExport(f"no layer is smaller at the rank that keeps {energy:.6g} of its energy")
-        return thin
+        return low_rank_model
 
     return change
 
@@ -74,12 +74,12 @@ def all_candidates(trained: Trained) -> tuple[Candidate, ...]:
     plain = [Candidate(name="float32"), Candidate(name="float16", quantize="float16")]
     small = [Candidate(name=name, quantize=name) for name in ("int8", "int4")]
     aware = []
-    if trained.arithmetic is not None:
+    if trained.rounding is not None:
         aware = [Candidate(name="as trained", quantize=AS_TRAINED)]
-        if trained.arithmetic.activation_bits == 8:
+        if trained.rounding.activation_bits == 8:
             aware.append(Candidate(name="onnx as trained", to="onnx", quantize=AS_TRAINED))
     changes = {energy: low_rank(energy) for energy in (0.999999, 0.99, 0.95, 0.9)}
-    thin = [
+    factorized = [
         Candidate(name=f"rank {energy:.0%} {quantize}", quantize=quantize, change=change)
         for energy, change in changes.items()
         for quantize in ("float16", "int8")
@@ -92,7 +92,7 @@ def all_candidates(trained: Trained) -> tuple[Candidate, ...]:
         Candidate(name="onnx", to="onnx"), Candidate(name="onnx int8", to="onnx", quantize="int8"),
         Candidate(name="onnx int8 tables", to="onnx", quantize="int8", change=int8_tables),
     ]  # fmt: skip
-    return (*plain, *small, *aware, *thin, *pruned, *fast)
+    return (*plain, *small, *aware, *factorized, *pruned, *fast)
 
 
 def int8_tables(trained: Trained) -> nn.Module:
@@ -114,8 +114,8 @@ def least_bytes(model: nn.Module, candidate: Candidate, ways: Ways | None = None
     from . import torch_file
 
     if candidate.to == "torch":
-        told = torch_file.encoded_tensors(model, candidate.quantize, True, ways)
-        return sum(part.nbytes for _, _, parts in told for part in parts.values())
+        encoded = torch_file.encoded_tensors(model, candidate.quantize, True, ways)
+        return sum(part.nbytes for _, _, parts in encoded for part in parts.values())
     products = _products(model) if candidate.quantize == "int8" else set()
     if candidate.quantize == AS_TRAINED:
         products = {id(p) for name, p in model.named_parameters() if name in (ways or {})} & _products(model)

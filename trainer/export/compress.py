@@ -20,10 +20,10 @@ from ...units import BYTES, TIME, UnitError, Vocabulary, quantity
 from . import onnx_file, torch_file
 from .candidates import Candidate, all_candidates, least_bytes
 from .footprint import weight_bytes
+from .measure_target import MeasureTarget
 from .quality import quality
-from .runtimes import Outputs, eager, onnxruntime, sample
+from .runtimes import LogitsFunction, eager, onnxruntime, sample
 from .speed import timings
-from .subject import Subject
 from .trained import AS_TRAINED, WEIGHTS, CannotExport, Trained
 from .write import beside, clear_leftovers, export, whole
 
@@ -46,7 +46,9 @@ class Limits:
     def parse(cls, size: str | None, latency: str | None) -> Limits:
         """From "25MB" (decimal; MiB is binary) and "5ms"."""
         if size is None and latency is None:
-            raise CannotExport("compress needs --budget-bytes, --max-latency or both: without a limit nothing is best.")
+            raise CannotExport(
+                "compress needs --budget-bytes, --max-latency or both: without a limit there is no best candidate."
+            )
         return cls(
             bytes=_amount("--budget-bytes", size, BYTES, "25MB"),
             milliseconds=_amount("--max-latency", latency, TIME, "5ms", scale=1000),
@@ -71,7 +73,7 @@ class Tried:
     problem: str | None = None
 
 
-Row = tuple[Tried, Outputs | None]  # a line of the table, and what computes it
+Row = tuple[Tried, LogitsFunction | None]  # a line of the table, and what computes it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +93,15 @@ class Compression:
         """Raise `NothingFits` with the smallest figures there are, where nothing was chosen."""
         if self.chosen is not None:
             return
-        found = [t for t in self.tried if t.bytes is not None]
-        if not found:
+        exported = [t for t in self.tried if t.bytes is not None]
+        if not exported:
             raise NothingFits(
-                f"no candidate could be made: {self.tried[0].problem if self.tried else 'there are none'}"
+                f"no candidate could be exported: {self.tried[0].problem if self.tried else 'there are none'}"
             )
-        small = min(found, key=lambda t: t.bytes or math.inf)
+        small = min(exported, key=lambda t: t.bytes or math.inf)
         said = f"nothing fits; the smallest is {small.name} with {small.bytes:,} bytes"
         if self.limits.milliseconds is not None:
-            timed = [t for t in found if t.latency_ms is not None]
+            timed = [t for t in exported if t.latency_ms is not None]
             fast = min(timed, key=lambda t: t.latency_ms or math.inf, default=None)
             said += f", the fastest {fast.name} with {fast.latency_ms:.3g} ms" if fast else ""
         raise NothingFits(f"{said}. Allow more, or train a smaller model.")
@@ -119,7 +121,7 @@ def search(
     more is not judged. Quality is that of at most `SAMPLES` held-out samples.
     """
     if trained.task.validation is None:
-        raise CannotExport(f"{trained.run_dir} held out no validation data: nothing says which candidate is best.")
+        raise CannotExport(f"{trained.run_dir} has no validation data, so the candidates cannot be compared.")
     out = out or trained.run_dir / "export" / "compressed"
     clear_leftovers(out)
     work = beside(out, "candidates")
@@ -133,7 +135,7 @@ def search(
         for candidate in candidates:
             report(trials.attempt(candidate))
         table = _timed(trained, {**first, **trials.made}, limits, shape)
-        tried = [found for found in table if found.name not in first]
+        tried = [row for row in table if row.name not in first]
         chosen = best(tried)
         if chosen is not None:
             with whole(out) as folder:
@@ -142,7 +144,7 @@ def search(
         shutil.rmtree(work, ignore_errors=True)
     return Compression(
         limits=limits,
-        before=tuple(found for found in table if found.name in first),
+        before=tuple(row for row in table if row.name in first),
         tried=tuple(tried),
         chosen=chosen.name if chosen else None,
         path=None if chosen is None else str(out),
@@ -201,13 +203,13 @@ class Trials:
             changed = self._model(candidate)
             least = least_bytes(changed.model, candidate, changed.ways)
             if least > MARGIN * limit:
-                found: Row = replace(blank, bytes=least, skipped=True), None
+                row: Row = replace(blank, bytes=least, skipped=True), None
             else:
-                found = self._exported(changed, candidate, blank)
+                row = self._exported(changed, candidate, blank)
         except ShoestringError as error:
-            found = replace(blank, problem=str(error)), None
-        self.made[candidate.name] = found
-        return found[0]
+            row = replace(blank, problem=str(error)), None
+        self.made[candidate.name] = row
+        return row[0]
 
     def _exported(self, changed: Trained, candidate: Candidate, blank: Tried) -> Row:
         folder, limit = self.folder(candidate.name), self.limits.bytes or math.inf
@@ -244,19 +246,19 @@ def _trace(trained: Trained, work: Path) -> Path:
     return path
 
 
-def _worth(tried: Tried, run: Outputs, trained: Trained) -> Tried:
+def _worth(tried: Tried, run: LogitsFunction, trained: Trained) -> Tried:
     worth = quality(run, trained, SAMPLES)
     return replace(tried, loss=worth.get("loss"), accuracy=worth.get("accuracy"))
 
 
 def _timed(trained: Trained, made: Mapping[str, Row], limits: Limits, shape: Sequence[int] | None) -> list[Tried]:
-    subject = Subject("", trained.run_dir, "run", trained, trained.model)
-    batch = subject.batch(shape or subject.shape)
+    measured = MeasureTarget("", trained.run_dir, "run", trained, trained.model)
+    batch = measured.batch(shape or measured.shape)
     rows = len(next(iter(batch.values())))
     cases = {name: (partial(run, batch), rows) for name, (_, run) in made.items() if run is not None}
-    found = timings(cases, rounds=5) if cases else {}
+    latencies = timings(cases, rounds=5) if cases else {}
     return [
-        _judged(replace(tried, latency_ms=found[name].p50_ms) if name in found else tried, limits)
+        _judged(replace(tried, latency_ms=latencies[name].p50_ms) if name in latencies else tried, limits)
         for name, (tried, _) in made.items()
     ]
 

@@ -1,7 +1,8 @@
 """Smaller spellings of weights: int8 and int4 values with scales, and the kept values of a sparse tensor with a mask.
 
 Pure functions, tensor in, tensor out. Each encoding has its exact inverse: unpacking gives back what was packed, bit
-for bit, and quantizing what was dequantized gives the same integers. The grids are those of training for few bits.
+for bit, and quantizing what was dequantized gives the same integers. The grids are those of training with
+low-bit weights.
 
     int8      one scale per row of `axis`: 1 byte a weight, error at most half a scale
     product   int8 as the weights of int8 matrix products have it: within 7 bits, where any CPU is to compute them
@@ -106,16 +107,16 @@ class Codebook:
 
     def values(self, weight: Tensor) -> Tensor:
         """They, ascending."""
-        found = _finite(weight).unique()
-        if len(found) > LARGEST:
-            raise CannotEncode(f"{len(found)} distinct values, where a codebook has at most {LARGEST}")
-        return found
+        distinct = _finite(weight).unique()
+        if len(distinct) > LARGEST:
+            raise CannotEncode(f"{len(distinct)} distinct values, where a codebook has at most {LARGEST}")
+        return distinct
 
     def rounded(self, weight: Tensor) -> Tensor:
         return weight.detach()
 
 
-# -- integers of few bits --------------------------------------------------------------------------------------------
+# -- low-bit integers ---------------------------------------------------------------------------------------------
 def pack_bits(values: Tensor, bits: int) -> Tensor:
     """Integers of `bits` bits (two's complement) as uint8 [ceil(n * bits / 8)], one after another, lowest bit first."""
     each = values.flatten().to(torch.uint8).cpu().numpy()[:, None] >> np.arange(bits, dtype=np.uint8) & 1
@@ -160,8 +161,8 @@ def sparse_pays(values: Tensor, bits: int | None = None) -> bool:
 
 
 def _finite(weight: Tensor) -> Tensor:
-    found = weight.detach().float()
-    if not torch.isfinite(found).all():
-        bad = int((~torch.isfinite(found)).sum())
-        raise CannotEncode(f"{bad} of {found.numel()} weights are NaN or infinite: nothing to quantize.")
-    return found
+    values = weight.detach().float()
+    if not torch.isfinite(values).all():
+        bad = int((~torch.isfinite(values)).sum())
+        raise CannotEncode(f"{bad} of {values.numel()} weights are NaN or infinite: nothing to quantize.")
+    return values

@@ -27,8 +27,8 @@ def weight_bytes(path: Path) -> int:
 
 def parameters(model: nn.Module) -> dict[str, int]:
     """`parameters`, shared ones once, and how many of them are not 0 (`nonzero`)."""
-    found = list(model.parameters())
-    return {"parameters": sum(p.numel() for p in found), "nonzero": sum(int((p != 0).sum()) for p in found)}
+    weights = list(model.parameters())
+    return {"parameters": sum(p.numel() for p in weights), "nonzero": sum(int((p != 0).sum()) for p in weights)}
 
 
 def onnx_parameters(path: Path) -> dict[str, int]:

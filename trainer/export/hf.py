@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .runtimes import Outputs, eager
+from .runtimes import LogitsFunction, eager
 from .trained import CannotExport, Trained
 
 # conversions that llama.cpp registers under these names and that our tasks can train
@@ -47,12 +47,12 @@ def write(trained: Trained, folder: Path) -> list[str]:
     return []
 
 
-def reload(trained: Trained, folder: Path) -> Outputs:
+def reload(trained: Trained, folder: Path) -> LogitsFunction:
     """The folder's model through transformers, from the disk alone."""
     return eager(load(folder, trained.kind))
 
 
-def expected(trained: Trained) -> Outputs:
+def expected(trained: Trained) -> LogitsFunction:
     return eager(trained.model)
 
 
@@ -88,10 +88,11 @@ def half(trained: Trained) -> Any:
 def write_half(trained: Trained, folder: Path) -> list[str]:
     """The folder that llama.cpp's converter reads, with what is still to be known about it."""
     model: Any = trained.model
-    found = type(model).__name__
-    if found not in ARCHITECTURES:
+    architecture = type(model).__name__
+    if architecture not in ARCHITECTURES:
         raise CannotExport(
-            f"llama.cpp's converter has no {found}, as far as we know; it has {', '.join(sorted(ARCHITECTURES))}."
+            f"llama.cpp's converter is not known to support {architecture}; "
+            f"it supports {', '.join(sorted(ARCHITECTURES))}."
         )
     cast = half(trained)
     save(cast, trained.task.tokenizer, folder)
@@ -103,5 +104,5 @@ def write_half(trained: Trained, folder: Path) -> list[str]:
     return notes
 
 
-def expected_half(trained: Trained) -> Outputs:
+def expected_half(trained: Trained) -> LogitsFunction:
     return eager(half(trained))

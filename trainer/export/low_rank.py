@@ -1,4 +1,4 @@
-"""A trained model's linear layers as products of two thin ones, at the rank that keeps a share of their energy."""
+"""A trained model's linear layers as products of two low-rank ones, at the rank that keeps a share of their energy."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import hf, onnx_file, torch_file
 from .footprint import random_batch, weight_bytes
-from .runtimes import BACKENDS, Batch, Outputs, compiled, eager, onnxruntime, sample
+from .runtimes import BACKENDS, Batch, LogitsFunction, compiled, eager, onnxruntime, sample
 from .trained import AS_TRAINED, MANIFEST, WEIGHTS, CannotExport, Trained, find_run, manifest_of, open_run
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ SHAPE = {"text": (1, 128), "image": (1,)}
 
 
 @dataclass(frozen=True)
-class Subject:
+class MeasureTarget:
     """A model to measure. trained: the run whose data judges it. model: where torch can run it. onnx: the file."""
 
     name: str
@@ -41,12 +41,12 @@ class Subject:
         """What can run it."""
         return BACKENDS if self.model is not None else ("onnxruntime",)
 
-    def outputs(self, backend: str) -> Outputs:
+    def logits_function(self, backend: str) -> LogitsFunction:
         """The model in one of `BACKENDS`; a torch model is exported for ONNX Runtime first."""
         if backend not in BACKENDS:
             raise CannotExport(f"--backend {backend}: there are {', '.join(BACKENDS)}.")
         if backend not in self.backends():
-            raise CannotExport(f"--backend {backend}: {self.name} is an ONNX file, which onnxruntime alone runs.")
+            raise CannotExport(f"--backend {backend}: {self.name} is an ONNX file, which only onnxruntime can run.")
         if backend == "onnxruntime":
             return onnxruntime(self.onnx or self._traced())
         assert self.model is not None
@@ -84,7 +84,7 @@ class Subject:
         return int(getattr(getattr(self.model, "config", None), "vocab_size", 100))
 
 
-def open_subject(wanted: str, *, data: str | None = None, allow_code: bool = False) -> Subject:
+def open_target(wanted: str, *, data: str | None = None, allow_code: bool = False) -> MeasureTarget:
     """What `wanted` names: a run (directory, id or name), an exported or a Hugging Face folder, or an .onnx file.
 
     data: the run on whose validation data it is judged; by default the one that it is, or was exported from.
@@ -97,16 +97,18 @@ def open_subject(wanted: str, *, data: str | None = None, allow_code: bool = Fal
     if not path.exists() or (path / "run.json").exists():
         trained = open_run(wanted, allow_code=allow_code)
         other = open_run(data, allow_code=allow_code) if data else trained
-        return Subject(wanted, trained.run_dir / WEIGHTS, "run", other, trained.model)
+        return MeasureTarget(wanted, trained.run_dir / WEIGHTS, "run", other, trained.model)
     known = data or about.get("run_dir")
     judge = open_run(known, allow_code=allow_code) if known else None
     if path.suffix == ".onnx" or about.get("to") == "onnx":
         file = path if path.suffix == ".onnx" else path / onnx_file.NAME
-        return Subject(wanted, file, "onnx", judge, None, file)
+        return MeasureTarget(wanted, file, "onnx", judge, None, file)
     if about.get("to") == "torch":
-        return Subject(wanted, path, "torch", judge, _torch(path, about, allow_code))
+        return MeasureTarget(wanted, path, "torch", judge, _torch(path, about, allow_code))
     if (path / "config.json").exists():
-        return Subject(wanted, path, about.get("to", "hf"), judge, hf.load(path, about.get("task") or _kind(path)))
+        return MeasureTarget(
+            wanted, path, about.get("to", "hf"), judge, hf.load(path, about.get("task") or _kind(path))
+        )
     raise CannotExport(f"{wanted} is no run, no Hugging Face folder (config.json), no ONNX file and no {MANIFEST}.")
 
 

@@ -147,8 +147,8 @@ def prune_one_shot(
     owners = {name: used[0].module for name, used in quantizable(model, skip).items()}
     layers = {name: layer for name, layer in owners.items() if isinstance(layer, nn.Linear)}
     if not layers:
-        raise CannotPrune(f"no linear layer to prune but what skip={list(skip)} leaves")
-    found: dict[str, float] = {}
+        raise CannotPrune(f"no linear layer is left to prune after skip={list(skip)}")
+    zeros: dict[str, float] = {}
     model.eval()
     try:
         with torch.no_grad():
@@ -156,10 +156,10 @@ def prune_one_shot(
                 weight = named[name]
                 hessian = _hessian(model, layers[name], data, run)
                 weight.copy_(prune_weight(weight, hessian, method, sparsity, pattern))
-                found[name] = float((weight == 0).float().mean())
+                zeros[name] = float((weight == 0).float().mean())
     finally:
         model.train(training)
-    return found
+    return zeros
 
 
 def _check(method: str, sparsity: float, pattern: tuple[int, int] | None) -> None:
@@ -191,7 +191,7 @@ def _in_order(
         for handle in handles:
             handle.remove()
     if missing := layers.keys() - seen.keys():
-        raise CannotPrune(f"{', '.join(sorted(missing))} took no part in the first batch; add to skip")
+        raise CannotPrune(f"{', '.join(sorted(missing))} were not used in the first batch; add them to skip")
     return list(seen)
 
 

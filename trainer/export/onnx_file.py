@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ...callbacks.compression.fake_quantization import PRODUCT_BITS, highest
 from . import encodings
-from .runtimes import CPU, EXACT, Batch, Outputs, eager, needed, onnxruntime, sample
+from .runtimes import CPU, EXACT, Batch, LogitsFunction, eager, needed, onnxruntime, sample
 from .torch_file import channel_axes
 from .trained import CannotExport, Trained
 
@@ -89,8 +89,8 @@ def write(trained: Trained, folder: Path, products: Products | None, *, traced: 
         quantize_file(folder / NAME, keep, products.bits, products.on_grid)
         if products.cpu == "vnni":
             notes.append(
-                "for CPUs with VNNI (and Arm): elsewhere ONNX Runtime computes other numbers from this file, unless "
-                f"its session has {EXACT}='1'"
+                "for CPUs with VNNI (and Arm): on other CPUs ONNX Runtime computes other numbers from this file, "
+                f"unless its session has {EXACT}='1'"
             )
     if trained.task.tokenizer is not None:
         trained.task.tokenizer.save_pretrained(folder)
@@ -178,7 +178,7 @@ def _products(graph: Any, keep: Sequence[Tensor]) -> list[Product]:
     """
     onnx = needed("onnx")
     constants = {each.name: each for each in graph.graph.initializer}
-    found = []
+    products = []
     for node in graph.graph.node:
         if node.op_type not in ("MatMul", "Gemm") or node.input[1] not in constants:
             continue
@@ -187,8 +187,8 @@ def _products(graph: Any, keep: Sequence[Tensor]) -> list[Product]:
         # a Gemm is first split into a product of this name and a sum
         name = node.name if node.op_type == "MatMul" or not kept else f"{node.name}_MatMul"
         axis = 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
-        found.append(Product(name, node.input[1], weight, axis, kept))
-    return found
+        products.append(Product(name, node.input[1], weight, axis, kept))
+    return products
 
 
 def _channels(product: Product, bits: int, on_grid: bool) -> list[dict[str, Any]]:
@@ -216,11 +216,11 @@ def left(model: nn.Module, ways: Collection[str]) -> list[Tensor]:
     return [named[name].detach() for name in channel_axes(model) if name not in ways]
 
 
-def reload(folder: Path) -> Outputs:
+def reload(folder: Path) -> LogitsFunction:
     return onnxruntime(folder / NAME)
 
 
-def expected(trained: Trained, products: Products | None) -> Outputs:
+def expected(trained: Trained, products: Products | None) -> LogitsFunction:
     """What the file must compute: the model or its emulation with int8 products, on the inputs the graph takes."""
     run = eager(trained.model if products is None else emulated(trained.model, products))
     return lambda batch: run(model_inputs(batch))
@@ -236,8 +236,8 @@ def emulated(model: nn.Module, products: Products) -> nn.Module:
         axis = by_weight.get(id(layer._parameters.get("weight")))
         if axis is None or not (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"):
             continue
-        found: Any = layer.weight
-        weight = encodings.dequantize_int8(*encodings.quantize_product(found, axis, products.bits, products.on_grid))
+        tensor: Any = layer.weight
+        weight = encodings.dequantize_int8(*encodings.quantize_product(tensor, axis, products.bits, products.on_grid))
         layer.weight = nn.Parameter(weight, requires_grad=False)  # of its own: a tied embedding stays float32
         layer.register_forward_pre_hook(lambda layer, args: (affine_uint8(args[0]), *args[1:]))
     return model.eval()
@@ -263,13 +263,13 @@ def longest(model: Any) -> int:
 def _quietly() -> Iterator[None]:
     """Without remarks on torchvision, pre-processing and deprecations inside the exporter."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
-    before = [found.level for found in loggers]
+    before = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for found in loggers:
-            found.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            for found, level in zip(loggers, before, strict=True):
-                found.setLevel(level)
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)

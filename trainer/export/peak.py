@@ -7,21 +7,21 @@ import sys
 
 from ..run import quiet
 from .footprint import forget_peak, resident
-from .subject import open_subject
+from .measure_target import open_target
 
 
 def main() -> None:
     """Answer one question on stdout; see `footprint.peak_memory`."""
-    asked = json.loads(sys.argv[1])
+    request = json.loads(sys.argv[1])
     quiet()
     import pytorch_lightning  # noqa: F401  # what every model is opened with is no part of the model
     import transformers  # noqa: F401
 
     forget_peak()
     idle = resident()
-    subject = open_subject(asked["wanted"], data=asked["data"], allow_code=asked["allow_code"])
-    batch = subject.batch(asked["shape"])
-    run = subject.outputs(asked["backend"])
+    target = open_target(request["wanted"], data=request["data"], allow_code=request["allow_code"])
+    batch = target.batch(request["shape"])
+    run = target.logits_function(request["backend"])
     forget_peak()
     run(batch)
     peak = resident("VmHWM")

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
 
-from .runtimes import Outputs, inputs
+from .runtimes import LogitsFunction, inputs
 from .trained import Trained
 
 ROWS = 32
 IGNORED = -100
 
 
-def quality(outputs: Outputs, trained: Trained, at_most: int | None = None) -> dict[str, Any]:
+def quality(logits_of: LogitsFunction, trained: Trained, at_most: int | None = None) -> dict[str, Any]:
     """Loss and accuracy over all held-out samples; empty where there are none, or where the task is the user's own.
 
     at_most: so many of them instead, evenly spread over the set, always the same ones.
@@ -33,14 +33,14 @@ def quality(outputs: Outputs, trained: Trained, at_most: int | None = None) -> d
         held = Subset(held, [index * len(held) // at_most for index in range(at_most)])
     loader: Any = DataLoader(held, batch_size=ROWS, collate_fn=task.collate)
     if trained.kind == "causal-lm":
-        return _language(outputs, loader)
-    return _classes(outputs, loader, task.facts["classes"]) if "classes" in task.facts else {}
+        return _language(logits_of, loader)
+    return _classes(logits_of, loader, task.facts["classes"]) if "classes" in task.facts else {}
 
 
-def _language(outputs: Outputs, loader: Any) -> dict[str, Any]:
+def _language(logits_of: LogitsFunction, loader: Any) -> dict[str, Any]:
     loss = right = count = 0.0
     for batch in loader:
-        logits = outputs(inputs(batch))[:, :-1].float().flatten(0, 1)
+        logits = logits_of(inputs(batch))[:, :-1].float().flatten(0, 1)
         labels = batch["labels"][:, 1:].flatten()
         loss += float(cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
         right += int((logits.argmax(-1) == labels).sum())
@@ -49,14 +49,14 @@ def _language(outputs: Outputs, loader: Any) -> dict[str, Any]:
     return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "accuracy": right / count, "tokens": int(count)}
 
 
-def _classes(outputs: Outputs, loader: Any, classes: list[str]) -> dict[str, Any]:
-    loss, found, wanted = 0.0, [], []
+def _classes(logits_of: LogitsFunction, loader: Any, classes: list[str]) -> dict[str, Any]:
+    loss, predictions, wanted = 0.0, [], []
     for batch in loader:
-        logits = outputs(inputs(batch)).float()
+        logits = logits_of(inputs(batch)).float()
         loss += float(cross_entropy(logits, batch["labels"], reduction="sum"))
-        found.append(logits.argmax(-1))
+        predictions.append(logits.argmax(-1))
         wanted.append(batch["labels"])
-    predicted, labels = torch.cat(found), torch.cat(wanted)
+    predicted, labels = torch.cat(predictions), torch.cat(wanted)
     return {
         "loss": loss / len(labels), "accuracy": float((predicted == labels).float().mean()), "samples": len(labels),
         "recall": recall(predicted, labels, classes),

@@ -65,7 +65,7 @@ def quantize(
     served = copy.deepcopy(model).eval().requires_grad_(False)
     layers = quantizable(served, skip)
     if not layers and not embeddings:
-        raise CannotQuantize(f"nothing to quantize: no linear or convolution layer but what skip={list(skip)} leaves")
+        raise CannotQuantize(f"nothing to quantize: no linear or convolution layer is left after skip={list(skip)}")
     for name, used in layers.items():
         weight = used[0].module.weight
         assert isinstance(weight, Tensor)
@@ -182,13 +182,13 @@ def _weight_only(name: str, weight: Tensor, bits: int, group_size: int | None, s
     if weight.dim() not in (2, 4) or (weight.dim() == 4 and group_size is not None):
         raise CannotQuantize(
             f"{name} of shape {list(weight.shape)}: linear layers, and 2-D convolutions with group_size=None, can be "
-            f"stored in few bits. Leave it out: skip=[{name!r}]"
+            f"stored in low-bit form. Leave it out: skip=[{name!r}]"
         )
     check_groups(weight.shape, group_size, name)
     steps = scales(weight, bits, group_size, scale)
     block = (1, group_size or weight.shape[1], *weight.shape[2:])
-    told: Any = steps.view(*(n // b for n, b in zip(weight.shape, block, strict=True))).to(weight.dtype)
+    typed: Any = steps.view(*(n // b for n, b in zip(weight.shape, block, strict=True))).to(weight.dtype)
     return IntxUnpackedToInt8Tensor(
-        codes(weight, steps, bits), told, torch.zeros_like(told, dtype=torch.int8), getattr(torch, f"int{bits}"),
+        codes(weight, steps, bits), typed, torch.zeros_like(typed, dtype=torch.int8), getattr(torch, f"int{bits}"),
         block, weight.dtype, None,
     )  # fmt: skip

@@ -42,7 +42,7 @@ def retrained(
     home = trained.run_dir.resolve() / "compress" / recipe.name
     _same_start(home, mark, trained)
     if finished_report(home, recipe) is not None:
-        say(f"{home} is finished and taken as it is")
+        say(f"{home} is finished and is used as it is")
         return home
     say(f"training it by {over.name} in {home}")
     made = plan(recipe)
@@ -73,14 +73,14 @@ def _start(trained: Trained, mark: str, say: Callable[[str], None]) -> Path | No
     model: Any = trained.model
     if getattr(getattr(model, "config", None), "structured_cut", None):
         raise CannotExport(
-            f"structured_pruning has cut the model of {trained.run_dir}, so that no recipe's model has its shape. "
+            f"structured_pruning has cut the model of {trained.run_dir}, so no recipe builds a model of its shape. "
             "Compress it without --with, or start from a run that was not cut."
         )
     if not hasattr(model, "save_pretrained"):
         return None
     folder = trained.run_dir.resolve() / "compress" / f"start-{mark}"
     if not (folder / MANIFEST).exists():
-        say(f"writing the trained model to {folder}: it is where training starts, and the teacher")
+        say(f"writing the trained model to {folder}: it is the start of the training, and the teacher")
         export(trained, "hf", out=folder)
     return folder
 
@@ -88,7 +88,9 @@ def _start(trained: Trained, mark: str, say: Callable[[str], None]) -> Path | No
 def _same_start(home: Path, mark: str, trained: Trained) -> None:
     """Refuse to go on from a model that the run has since been trained past."""
     if (home / BEGAN).exists() and (home / BEGAN).read_text() != mark:
-        raise CannotExport(f"{home} began with other weights than {trained.run_dir} has now: remove it to begin anew.")
+        raise CannotExport(
+            f"{home} started from other weights than {trained.run_dir} has now: remove it to start again."
+        )
 
 
 def _hash(path: Path) -> str:

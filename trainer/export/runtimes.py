@@ -14,7 +14,7 @@ from ..machine.facts import multiplies_bytes
 from .trained import CannotExport, Trained
 
 Batch = dict[str, Tensor]
-Outputs = Callable[[Batch], Tensor]  # a batch's tensors by name -> logits
+LogitsFunction = Callable[[Batch], Tensor]  # a batch's tensors by name -> logits
 BACKENDS = ("eager", "compile", "onnxruntime")
 CPU = "shoestring.cpu"  # in an ONNX file's metadata: "vnni" where other CPUs compute its int8 products wrong, or "any"
 EXACT = "session.x64quantprecision"  # lets ONNX Runtime take slower products that are right without VNNI
@@ -36,13 +36,13 @@ def calibration(trained: Trained, samples: int = 128, rows: int = 16) -> list[Ba
     seed, data = trained.recipe.seed, trained.task.train
     size = len(data) if data is not None else 0  # type: ignore[arg-type]
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-    found: list[Batch] = []
+    batches: list[Batch] = []
     with seeded(seed):  # samples and loaders may be random
         for batch in _batches(trained, data, order, rows):
-            found.append(batch)
-            if sum(len(next(iter(b.values()))) for b in found) >= samples:
+            batches.append(batch)
+            if sum(len(next(iter(b.values()))) for b in batches) >= samples:
                 break
-    return found
+    return batches
 
 
 def _batches(trained: Trained, data: Any, order: Sequence[int], rows: int) -> Iterator[Batch]:
@@ -67,7 +67,7 @@ def inputs(batch: Mapping[str, Tensor]) -> Batch:
     return {name: value for name, value in batch.items() if name not in NOT_INPUTS}
 
 
-def eager(model: nn.Module) -> Outputs:
+def eager(model: nn.Module) -> LogitsFunction:
     """The module as it is, without gradients."""
 
     @torch.no_grad()  # in inference mode torch hides matrix products from the FLOP counter
@@ -78,14 +78,14 @@ def eager(model: nn.Module) -> Outputs:
     return run
 
 
-def compiled(model: nn.Module) -> Outputs:
+def compiled(model: nn.Module) -> LogitsFunction:
     """The module through torch.compile, one graph for each shape. Compilation happens in the first call."""
     # beyond 8 shapes of one code torch falls back to eager, silently
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return eager(torch.compile(model, dynamic=False))  # type: ignore[arg-type]
 
 
-def onnxruntime(path: Path, threads: int | None = None) -> Outputs:
+def onnxruntime(path: Path, threads: int | None = None) -> LogitsFunction:
     """An ONNX file in ONNX Runtime on the CPU, with as many threads as torch has. Inputs the graph lacks are left out,
     and an attention mask that the batch lacks is all ones."""
     session = open_session(path, threads or torch.get_num_threads())
@@ -95,7 +95,7 @@ def onnxruntime(path: Path, threads: int | None = None) -> Outputs:
         if "attention_mask" in names and "attention_mask" not in batch:
             batch = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
         if lacking := [name for name in names if name not in batch]:
-            raise CannotExport(f"{path} takes {', '.join(names)}; the data has no {', '.join(lacking)}.")
+            raise CannotExport(f"{path} takes {', '.join(names)}; the data lacks {', '.join(lacking)}.")
         return torch.from_numpy(session.run(None, {name: batch[name].numpy() for name in names})[0])
 
     return run
@@ -133,15 +133,15 @@ def needed(package: str) -> Any:
     try:
         return import_module(package)
     except ImportError as error:
-        raise CannotExport(f"this takes {package}: pip install 'shoestring[compress]' ({error})") from None
+        raise CannotExport(f"this needs {package}: pip install 'shoestring[compress]' ({error})") from None
 
 
-def relative_error(found: Tensor, wanted: Tensor, batch: Batch) -> float:
+def relative_error(logits: Tensor, wanted: Tensor, batch: Batch) -> float:
     """|found - wanted| / |wanted| (Frobenius), padding left out; inf where a shape differs or a value is not finite."""
-    if found.shape != wanted.shape:
+    if logits.shape != wanted.shape:
         return float("inf")
     mask = batch.get("attention_mask")
-    if mask is not None and found.ndim == 3:
-        found, wanted = found[mask.bool()], wanted[mask.bool()]
-    error = (found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)
+    if mask is not None and logits.ndim == 3:
+        logits, wanted = logits[mask.bool()], wanted[mask.bool()]
+    error = (logits.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)
     return float(error) if torch.isfinite(error) else float("inf")

@@ -1,4 +1,4 @@
-"""One safetensors file that says how to read itself: tensors plain, sparse or in few bits, and a header in JSON.
+"""One safetensors file that says how to read itself: tensors plain, sparse or in low-bit form, and a header in JSON.
 
 The header is the file's own metadata (key "shoestring"): `{"version": 1, "tensors": {name: how}, "recipe": ...}`. A
 tensor `w` is stored under its name, or in parts: `w:values` `w:scale` (int8, int4, grid), `w:values` `w:codebook`,
@@ -54,7 +54,7 @@ from ... import ShoestringError
 from ...callbacks.compression import codebooks
 from . import encodings, low_rank
 from .encodings import Codebook, Grid
-from .runtimes import Outputs, eager
+from .runtimes import LogitsFunction, eager
 from .trained import AS_TRAINED, CannotExport, Trained
 
 NAME = "model.safetensors"
@@ -150,7 +150,9 @@ def _halved(tensor: Tensor, way: str) -> Tensor:
         return tensor
     half = tensor.to(HALVES[way])
     if torch.isfinite(tensor).all() and not torch.isfinite(half).all():
-        raise encodings.CannotEncode(f"{way}: a magnitude of {tensor.abs().max():.3g} is beyond it. Use bfloat16.")
+        raise encodings.CannotEncode(
+            f"{way}: a magnitude of {tensor.abs().max():.3g} is too large for it. Use bfloat16."
+        )
     return half
 
 
@@ -189,7 +191,7 @@ def _decode(file: Any, name: str, how: dict[str, Any]) -> Tensor:
     return values.to(dtype)
 
 
-def reload(trained: Trained, folder: Path) -> Outputs:
+def reload(trained: Trained, folder: Path) -> LogitsFunction:
     """The file's weights in a model of the same shape, in which nothing of the trained one is left."""
     return eager(filled(trained.model, folder / NAME))
 
@@ -214,7 +216,7 @@ def filled(model: nn.Module, path: Path) -> nn.Module:
     return fresh.eval()
 
 
-def expected(trained: Trained, quantize: str | None) -> Outputs:
+def expected(trained: Trained, quantize: str | None) -> LogitsFunction:
     """What the file must compute: the model itself, or a copy with its weights rounded in memory."""
     return eager(trained.model if quantize is None else rounded(trained.model, quantize, trained.ways))
 
@@ -248,11 +250,11 @@ def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def channel_axes(model: nn.Module) -> dict[str, int]:
     """The weights of linear, convolution and embedding layers, and which axis is the output channel (or the row)."""
-    found: dict[int, int] = {}
+    axes: dict[int, int] = {}
     for layer in model.modules():
         weight = layer._parameters.get("weight")
         if weight is not None and weight.ndim >= 2:
             transposed = type(layer).__name__ == "Conv1D"  # transformers' linear layer with weight [in, out]
             if transposed or isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding):
-                found[id(weight)] = int(transposed)
-    return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}
+                axes[id(weight)] = int(transposed)
+    return {name: axes[id(p)] for name, p in model.named_parameters() if id(p) in axes}

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..tasks import Task
-    from .arithmetic import Arithmetic
     from .encodings import Codebook, Grid
+    from .trained_rounding import TrainedRounding
 
 WEIGHTS = "final.safetensors"
 MANIFEST = "shoestring.json"  # in an exported folder: which run it is of, and how it was written
@@ -38,34 +38,34 @@ class Trained:
     run_id: str
     recipe: Recipe
     task: Task
-    arithmetic: Arithmetic | None = None
+    rounding: TrainedRounding | None = None
 
     @cached_property
     def model(self) -> nn.Module:
         """What is shipped, in evaluation mode: the model inside our modules, adapters merged, or the user's module."""
-        found: Any = self._inner
-        if hasattr(found, "merge_and_unload"):
-            if self.arithmetic is not None and self.arithmetic.apart:
-                found = copy.deepcopy(found)  # `as_trained` needs them apart
-            found = found.merge_and_unload()
-        return found.eval()
+        merged: Any = self._inner
+        if hasattr(merged, "merge_and_unload"):
+            if self.rounding is not None and self.rounding.apart:
+                merged = copy.deepcopy(merged)  # `as_trained` needs them apart
+            merged = merged.merge_and_unload()
+        return merged.eval()
 
     @property
     def _inner(self) -> nn.Module:
         from ..tasks.module import TaskModule
 
-        found: Any = self.task.module
-        return found.model if isinstance(found, TaskModule) else found
+        module: Any = self.task.module
+        return module.model if isinstance(module, TaskModule) else module
 
     @cached_property
     def ways(self) -> Mapping[str, Grid | Codebook]:
         """By the name of a weight of `model`: what it was trained to be. Empty where that is the weight as it is."""
-        ways = self.arithmetic.ways if self.arithmetic is not None else {}
+        ways = self.rounding.ways if self.rounding is not None else {}
         return {name: ways[id(p)] for name, p in self.model.named_parameters() if id(p) in ways}
 
     def with_model(self, model: nn.Module) -> Trained:
         """The same run with another model in the place of its own, which nothing was trained for."""
-        other = replace(self, arithmetic=None)
+        other = replace(self, rounding=None)
         other.__dict__["model"] = model
         return other
 
@@ -74,12 +74,12 @@ class Trained:
 
         `CannotExport` where the run has trained for no bits, or its model is no longer what it was trained as.
         """
-        if self.arithmetic is None:
+        if self.rounding is None:
             raise CannotExport(
-                f"--quantize {AS_TRAINED}: {self.run_dir} was not trained for few bits: it has neither "
+                f"--quantize {AS_TRAINED}: {self.run_dir} was not trained for low-bit weights: it has neither "
                 "quantization_aware nor weight_clustering, or the model has been changed since."
             )
-        if not self.arithmetic.apart:
+        if not self.rounding.apart:
             return self
         other = replace(self)
         other.__dict__["model"] = self._inner.eval()
@@ -97,10 +97,10 @@ def find_run(wanted: str | Path) -> Path:
         return Path(wanted)
     if Path(wanted).exists():
         raise CannotExport(f"{wanted} is not a run directory: it has no run.json.")
-    found = Path(Ledger().run(str(wanted)).run_dir)
-    if not (found / "run.json").exists():
-        raise CannotExport(f"run {wanted!r} was in {found}, and that is gone or out of reach.")
-    return found
+    folder = Path(Ledger().run(str(wanted)).run_dir)
+    if not (folder / "run.json").exists():
+        raise CannotExport(f"run {wanted!r} was in {folder}, and which does not exist any more or cannot be reached.")
+    return folder
 
 
 def open_run(wanted: str | Path, *, allow_code: bool = False) -> Trained:
@@ -110,7 +110,9 @@ def open_run(wanted: str | Path, *, allow_code: bool = False) -> Trained:
     if not identity.recipe:
         raise CannotExport(f"{run_dir} was trained without a recipe, so its model cannot be rebuilt from its records.")
     if not (run_dir / WEIGHTS).exists():
-        raise CannotExport(f"run {identity.name} in {run_dir} has not finished: there is no {WEIGHTS}. Train it on.")
+        raise CannotExport(
+            f"run {identity.name} in {run_dir} has not finished: there is no {WEIGHTS}. Continue its training first."
+        )
     return rebuilt(recipe_from(identity.recipe, identity.name, allow_code), run_dir, identity.id)
 
 
@@ -120,7 +122,7 @@ def rebuilt(recipe: Recipe, run_dir: Path, run_id: str = "") -> Trained:
 
     from ...callbacks.compression.factors import merged_state, ranks_in
     from ..tasks import build_task
-    from .arithmetic import arithmetic
+    from .trained_rounding import trained_rounding
 
     task = build_task(recipe, workdir=run_dir)
     _reshape(task.module, recipe, run_dir)
@@ -129,7 +131,7 @@ def rebuilt(recipe: Recipe, run_dir: Path, run_id: str = "") -> Trained:
     weights = merged_state(task.module, saved)  # others read plain layers
     _load(task.module, weights, run_dir / WEIGHTS)
     # what was rounded are the factors, and their product is on no grid
-    return Trained(run_dir, run_id, recipe, task, None if factored else arithmetic(task.module, recipe))
+    return Trained(run_dir, run_id, recipe, task, None if factored else trained_rounding(task.module, recipe))
 
 
 def _reshape(module: nn.Module, recipe: Recipe, run_dir: Path) -> None:
@@ -148,20 +150,20 @@ def _reshape(module: nn.Module, recipe: Recipe, run_dir: Path) -> None:
 def manifest_of(folder: Path) -> dict[str, Any]:
     """What an exported folder says of itself; empty where it is none of ours."""
     try:
-        found = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _load(module: nn.Module, weights: dict[str, Any], path: Path) -> None:
     try:
-        found = module.load_state_dict(weights, strict=False)  # tied weights are stored once
+        mismatch = module.load_state_dict(weights, strict=False)  # tied weights are stored once
     except RuntimeError as error:
         raise CannotExport(f"{path} does not fit the model of the recipe: {_second_line(str(error))}") from None
     buffers = {name for name, _ in module.named_buffers()}  # also those that a state dict leaves out
-    strange = set(found.unexpected_keys) - buffers
-    absent = [] if getattr(module, "reloads_frozen_weights", False) else _absent(module, found.missing_keys, weights)
+    strange = set(mismatch.unexpected_keys) - buffers
+    absent = [] if getattr(module, "reloads_frozen_weights", False) else _absent(module, mismatch.missing_keys, weights)
     if strange or absent:
         raise CannotExport(
             f"{path} does not fit the model of the recipe: {_some('lacks', absent)}{_some('has', sorted(strange))}."

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class TrainedRounding:
     """ways: by the identity of a parameter, which merging adapters does not change. activation_bits: of what enters
-    linear layers. apart: adapters in full precision lie beside weights in few bits, and no one matrix is both.
+    linear layers. apart: adapters in full precision lie beside low-bit weights, and no one matrix is both.
     """
 
     ways: dict[int, Grid | Codebook]
@@ -33,7 +33,7 @@ class Arithmetic:
     apart: bool = False
 
 
-def arithmetic(module: nn.Module, recipe: Recipe) -> Arithmetic | None:
+def trained_rounding(module: nn.Module, recipe: Recipe) -> TrainedRounding | None:
     """Of the run's module before adapters are merged; None where no technique rounds its weights."""
     for spec in recipe.techniques:
         found = _of(make(spec.name, spec.settings), module)
@@ -42,18 +42,18 @@ def arithmetic(module: nn.Module, recipe: Recipe) -> Arithmetic | None:
     return None
 
 
-def _of(technique: Technique, module: nn.Module) -> Arithmetic | None:
+def _of(technique: Technique, module: nn.Module) -> TrainedRounding | None:
     named = dict(module.named_parameters())
     if isinstance(technique, WeightClustering) and technique.clusters:
         names = trained_weights(module, technique.skip)
         adapted = any(hasattr(layer, "lora_A") for layer in module.modules())  # it is they who share values
-        return Arithmetic({id(named[name]): Codebook() for name in names}, apart=adapted)
+        return TrainedRounding({id(named[name]): Codebook() for name in names}, apart=adapted)
     if not isinstance(technique, QuantizationAware) or technique.weight_bits in OFF:
         return None
     layers = quantizable(module, technique.skip)
     grid = Grid(technique.grid_bits, technique.group_size, technique.scale)
     adapted = any(layer.adapter is not None for used in layers.values() for layer in used)
-    return Arithmetic(
+    return TrainedRounding(
         {id(named[name]): grid for name in layers}, technique.activation_bits,
         adapted and technique.adapters == "apart",
     )  # fmt: skip

@@ -29,7 +29,7 @@ from typing import Any
 from ...callbacks.compression.fake_quantization import PRODUCT_BITS
 from . import hf, onnx_file, torch_file
 from .encodings import Codebook, Grid
-from .runtimes import Outputs, eager, relative_error, sample
+from .runtimes import LogitsFunction, eager, relative_error, sample
 from .trained import AS_TRAINED, MANIFEST, CannotExport, Trained, manifest_of
 
 FORMATS = ("hf", "torch", "onnx", "gguf-ready-safetensors")
@@ -67,8 +67,8 @@ class Format:
     """How one format is written, loaded again, and what it is compared with."""
 
     write: Callable[[Path], list[str]]
-    reload: Callable[[Path], Outputs]
-    expected: Callable[[], Outputs]
+    reload: Callable[[Path], LogitsFunction]
+    expected: Callable[[], LogitsFunction]
     tolerance: float
 
 
@@ -92,16 +92,16 @@ def export(
     form = _format(trained, to, quantize, sparse, traced)
     with whole(out) as folder:
         notes = form.write(folder)
-        if quantize is None and trained.arithmetic is not None:
+        if quantize is None and trained.rounding is not None:
             notes.append(f"the weights in full; --quantize {AS_TRAINED} stores the bits that they were trained for")
         batch = sample(trained)
-        found = form.reload(folder)(batch)
+        logits = form.reload(folder)(batch)
         wanted, original = form.expected()(batch), eager(trained.model)(batch)
-        error = relative_error(found, wanted, batch)
+        error = relative_error(logits, wanted, batch)
         if error > form.tolerance:
             raise CannotExport(
-                f"{to}: what was written computes something else: relative error {error:.2g}, "
-                f"allowed {form.tolerance:g}. Nothing was kept."
+                f"{to}: the written file computes different numbers: relative error {error:.2g}, "
+                f"allowed {form.tolerance:g}. The export was removed."
             )
         manifest = {
             "version": 1, "to": to, "quantize": quantize, "sparse": sparse, "run": trained.run_id,
@@ -111,14 +111,14 @@ def export(
     files = file_sizes(out)
     return Exported(
         path=str(out), to=to, quantize=quantize, sparse=sparse, bytes=sum(files.values()), files=files, error=error,
-        tolerance=form.tolerance, from_original=relative_error(found, original, batch), notes=tuple(notes),
+        tolerance=form.tolerance, from_original=relative_error(logits, original, batch), notes=tuple(notes),
     )  # fmt: skip
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file at or below a folder, by its path in there."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.stat().st_size for path in found}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def check_format(to: str, quantize: str | None, sparse: bool) -> None:
@@ -130,22 +130,24 @@ def check_format(to: str, quantize: str | None, sparse: bool) -> None:
         held = f"it takes {' or '.join(legal)}" if legal else f"{', '.join(QUANTIZED)} hold some"
         raise CannotExport(f"--quantize {quantize}: {to} does not hold that; {held}.")
     if sparse and to != "torch":
-        raise CannotExport(f"--sparse: {to} has no place for masks; torch does.")
+        raise CannotExport(f"--sparse: {to} cannot store masks; torch can.")
 
 
 def _check_trained(trained: Trained, to: str) -> None:
     """Raise `CannotExport` where the format has no place for what the run has trained its weights for."""
-    found = trained.arithmetic
-    assert found is not None
-    if to == "hf" and found.apart:
+    rounding = trained.rounding
+    assert rounding is not None
+    if to == "hf" and rounding.apart:
         raise CannotExport(
-            f"--quantize {AS_TRAINED}: {trained.run_dir} keeps its adapters in full precision beside weights in few "
-            "bits, and hf holds one matrix for both. torch holds them apart."
+            f"--quantize {AS_TRAINED}: {trained.run_dir} keeps its adapters in full precision beside low-bit "
+            "weights, and hf holds one matrix for both. torch holds them apart."
         )
-    if to == "onnx" and (found.activation_bits != 8 or any(isinstance(way, Codebook) for way in trained.ways.values())):
+    if to == "onnx" and (
+        rounding.activation_bits != 8 or any(isinstance(way, Codebook) for way in trained.ways.values())
+    ):
         raise CannotExport(
             f"--quantize {AS_TRAINED}: onnx holds int8 products, for training with activation_bits: 8, and "
-            f"{trained.run_dir} has trained its weights alone for few bits. torch holds those."
+            f"{trained.run_dir} has trained only its weights for low-bit storage. torch holds those."
         )
 
 
@@ -194,21 +196,21 @@ def clear_leftovers(out: Path) -> None:
     """Remove what killed processes left beside `out`; what they had put aside and not yet replaced comes back."""
     import psutil
 
-    for found in out.parent.glob(f".{out.name}.*-*"):
-        process = found.name.rpartition("-")[2]
+    for leftover in out.parent.glob(f".{out.name}.*-*"):
+        process = leftover.name.rpartition("-")[2]
         if not process.isdigit() or (int(process) != os.getpid() and psutil.pid_exists(int(process))):
             continue
-        if found.name.startswith(f".{out.name}.old-") and not out.exists():
-            found.rename(out)
-        elif not found.name.startswith(f".{out.name}.candidates-{os.getpid()}"):
-            shutil.rmtree(found, ignore_errors=True)
+        if leftover.name.startswith(f".{out.name}.old-") and not out.exists():
+            leftover.rename(out)
+        elif not leftover.name.startswith(f".{out.name}.candidates-{os.getpid()}"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
 def whole(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write in, which takes its name once the block has succeeded and vanishes if it fails."""
     if out.exists() and not manifest_of(out) and (not out.is_dir() or any(out.iterdir())):
-        raise CannotExport(f"{out} exists and is no export of ours: choose another --out.")
+        raise CannotExport(f"{out} exists and was not written by an export: choose another --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(out)
     folder, old = (beside(out, kind) for kind in ("writing", "old"))

@@ -41,9 +41,9 @@ def job_for(
     pays. `hours` None: what the recipe's budget lasts, and a tenth of that hour more; else the cluster's limit.
     """
     first = load_recipe(recipe, overrides, allow_code)
-    asked = first.strategy
-    nodes = nodes or (asked.nodes if asked.nodes > 1 else None) or cluster.nodes
-    devices = cluster.devices_per_node if asked.devices == "auto" else asked.devices
+    strategy = first.strategy
+    nodes = nodes or (strategy.nodes if strategy.nodes > 1 else None) or cluster.nodes
+    devices = cluster.devices_per_node if strategy.devices == "auto" else strategy.devices
     price = cluster.usd_per_device_hour
     sizes = [f"strategy.nodes={nodes}", f"strategy.devices={devices}", f"cluster.hardware={cluster.hardware}"]
     if price is not None:
@@ -144,16 +144,16 @@ def submit(job: Job) -> JobRecord:
 
 def known_jobs() -> list[JobRecord]:
     """Every job of every run in the ledger, newest first; those in ./runs too, which another ledger may have seen."""
-    found = {record.id: record for record in _indexed()}
-    for run_dir in {*(Path(record.run_dir) for record in found.values()), *Path("runs").glob("*")}:
-        found.update({record.id: record for record in launching.records(run_dir.absolute())})
-    return sorted(found.values(), key=lambda record: -record.submitted)
+    records = {record.id: record for record in _indexed()}
+    for run_dir in {*(Path(record.run_dir) for record in records.values()), *Path("runs").glob("*")}:
+        records.update({record.id: record for record in launching.records(run_dir.absolute())})
+    return sorted(records.values(), key=lambda record: -record.submitted)
 
 
 def _indexed() -> Iterable[JobRecord]:
-    for told in Ledger().jobs():
-        own = told.pop("record")
-        yield JobRecord(**own, facts=told)
+    for facts in Ledger().jobs():
+        own = facts.pop("record")
+        yield JobRecord(**own, facts=facts)
 
 
 def status_fields(record: JobRecord, status: launching.Status) -> dict[str, Any]:

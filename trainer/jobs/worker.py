@@ -66,15 +66,15 @@ def preflight() -> list[dict[str, Any]]:
 
     task = this_task(*here, facts)
     try:
-        found = check(task)
+        verdict = check(task)
     except BadNodes as error:
         if task.local_rank == 0:
             print(f"[shoestring] {error}", file=sys.stderr, flush=True)
         raise SystemExit(exits.BAD_NODE) from error
     if task.rank:
         return []
-    about = {"window": "preflight", "seconds": found.seconds, "bandwidth": found.bandwidth, "nodes": task.nodes}
-    return [about, *({"window": "preflight", **row} for row in found.nodes)]
+    about = {"window": "preflight", "seconds": verdict.seconds, "bandwidth": verdict.bandwidth, "nodes": task.nodes}
+    return [about, *({"window": "preflight", **row} for row in verdict.nodes)]
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:

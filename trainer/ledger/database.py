@@ -38,7 +38,7 @@ class LedgerBusy(LedgerError):
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[sqlite3.Connection | None]:
+def read_connection(path: Path) -> Iterator[sqlite3.Connection | None]:
     """A connection for queries; None if there is no ledger yet, and then none is made."""
     if not path.exists():
         yield None
@@ -48,13 +48,13 @@ def reading(path: Path) -> Iterator[sqlite3.Connection | None]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[sqlite3.Connection]:
+def write_connection(path: Path) -> Iterator[sqlite3.Connection]:
     """A connection inside one transaction: all of it is kept, or nothing if the block raises."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LedgerError(
-            f"cannot make {path.parent}: {error.strerror}. Set SHOESTRING_HOME to a folder of yours."
+            f"cannot make {path.parent}: {error.strerror}. Set SHOESTRING_HOME to a folder that you can write to."
         ) from None
     with explained(path), closing(_begin(path)) as connection:
         try:
@@ -77,7 +77,8 @@ def explained(path: Path) -> Iterator[None]:
         if code & 0xFF in _BUSY:
             raise LedgerBusy(f"the ledger {path} has been busy for {PATIENCE:.0f} s. Try again later.") from error
         raise LedgerError(
-            f"the ledger {path} cannot be used ({error}). It is only an index: `rebuild` makes it anew from the runs."
+            f"the ledger {path} cannot be used ({error}). It is only an index: "
+            "`shoestring runs rebuild` makes it again from the runs."
         ) from error
 
 
@@ -155,8 +156,8 @@ def _version(connection: sqlite3.Connection, path: Path) -> int:
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if version not in (0, VERSION):
         raise LedgerError(
-            f"the ledger {path} has version {version}, this program reads {VERSION}. It is only an index: `rebuild` "
-            "makes it anew from the runs, or set SHOESTRING_HOME to another folder."
+            f"the ledger {path} has version {version}, this program reads {VERSION}. It is only an index: "
+            "`shoestring runs rebuild` makes it again from the runs, or set SHOESTRING_HOME to another folder."
         )
     return version
 

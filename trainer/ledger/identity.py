@@ -69,8 +69,8 @@ class RunIdentity:
         """The identity of an existing run; `IdentityError` if `run_dir` is not a run or its `run.json` is damaged."""
         path = Path(run_dir) / "run.json"
         try:
-            found = json.loads(path.read_bytes())
-            return cls(**{key.name: found[key.name] for key in fields(cls) if key.name in found})
+            values = json.loads(path.read_bytes())
+            return cls(**{key.name: values[key.name] for key in fields(cls) if key.name in values})
         except FileNotFoundError:
             raise IdentityError(f"{run_dir} is not a run directory: it has no run.json.") from None
         except (OSError, ValueError, TypeError) as error:
@@ -88,10 +88,10 @@ def write_summary(run_dir: Path, values: Mapping[str, Any]) -> None:
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """What `summary.json` says; nothing if it is missing or damaged, for the journal says it too."""
     try:
-        found = json.loads((Path(run_dir) / "summary.json").read_bytes())
+        summary = json.loads((Path(run_dir) / "summary.json").read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def _publish(path: Path, text: str) -> None:
@@ -121,8 +121,8 @@ def _git_commit() -> str | None:
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"shoestring": __version__, "python": platform.python_version(), "platform": sys.platform}
+    versions = {"shoestring": __version__, "python": platform.python_version(), "platform": sys.platform}
     for package in _RECORDED:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions

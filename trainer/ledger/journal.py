@@ -68,7 +68,7 @@ class Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if rank == 0:
-                lock.hold(self.path.with_name(LOCK_NAME), f"process {os.getpid()} on {socket.gethostname()}")
+                lock.acquire(self.path.with_name(LOCK_NAME), f"process {os.getpid()} on {socket.gethostname()}")
                 self._locked = True
             fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._size, self._seq = resume_point(self.path)
@@ -125,7 +125,7 @@ class Journal:
             self._fd = -1
             self._unlock()
         if self.lost:
-            log.warning("%s: %d rows were lost because the disk refused them", self.path, self.lost)
+            log.warning("%s: %d rows were lost because the disk could not be written", self.path, self.lost)
         return self.lost
 
     def __enter__(self) -> Journal:
@@ -201,7 +201,9 @@ class Journal:
     def _complain(self, error: OSError) -> None:
         if not self._warned and self._fd >= 0:
             self._warned = True
-            log.warning("%s: %s. Training goes on; rows wait in memory and are tried again.", self.path, error.strerror)
+            log.warning(
+                "%s: %s. Training continues; the rows stay in memory and are written later.", self.path, error.strerror
+            )
 
     def _unlock(self) -> None:
         if self._locked:

@@ -24,7 +24,7 @@ class RunBusy(ShoestringError):
     """Another process is writing this run."""
 
 
-def hold(path: Path, note: str) -> None:
+def acquire(path: Path, note: str) -> None:
     """Take the lock file `path`, or raise `RunBusy` after `PATIENCE` seconds. Again in one process: counted."""
     key = os.path.realpath(path)
     fd, count = _held.get(key, (-1, 0))
@@ -37,7 +37,7 @@ def hold(path: Path, note: str) -> None:
 
 
 def release(path: Path) -> None:
-    """Give back what `hold` took; the lock is free once every `hold` of this process is given back."""
+    """Give back what `acquire` took; the lock is free once every `acquire` of this process is given back."""
     key = os.path.realpath(path)
     fd, count = _held.pop(key, (-1, 0))
     if count > 1:

@@ -161,13 +161,13 @@ def effective(rows: Iterable[Row]) -> list[Row]:
 
 
 def _fitting(values: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
+    values_that_fit = {}
     for name in _FIT.keys() & values.keys():
         try:
-            found[name] = _FIT[name](values[name]) if values[name] is not None else None
+            values_that_fit[name] = _FIT[name](values[name]) if values[name] is not None else None
         except (TypeError, ValueError, OverflowError):
             continue
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in values_that_fit.items() if value is not None}
 
 
 def _number(value: Any) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 from ...directories import home
 from ...spelling import nearest
 from . import lock
-from .database import TABLES, LedgerBusy, LedgerError, reading, writing
+from .database import TABLES, LedgerBusy, LedgerError, read_connection, write_connection
 from .identity import IdentityError, RunIdentity, read_summary
 from .journal import LOCK_NAME
 from .lines import Problem, Row, read, segments
@@ -48,7 +48,7 @@ class Ledger:
         """
         run_dir = Path(run_dir).resolve()
         identity = RunIdentity.load(run_dir)
-        with writing(self.path) as db:
+        with write_connection(self.path) as db:
             # taken inside the transaction and before reading: no older look at the run can overwrite a newer one
             alive = lock.is_held(run_dir / "events" / LOCK_NAME)
             fingerprint = _fingerprint(run_dir, alive)
@@ -76,13 +76,13 @@ class Ledger:
             raise
         except LedgerError:
             known = []
-            self._put_aside()
+            self._rename_damaged_file()
         places = {place.resolve() for folder in [*map(Path, dirs), *known] for place in _run_dirs(folder)}
-        found = [self.index(place, force=True) for place in sorted(places)]
+        indexed = [self.index(place, force=True) for place in sorted(places)]
         for run in self.runs():
-            if run.id not in found:
+            if run.id not in indexed:
                 self.delete(run.id)
-        return found
+        return indexed
 
     def runs(
         self, *, status: str | None = None, name: str | None = None, recipe_hash: str | None = None, limit: int = -1
@@ -92,7 +92,7 @@ class Ledger:
         given = {column: value for column, value in wanted.items() if value is not None}
         where = " AND ".join(f"{column}=:{column}" for column in given) or "1"
         query = f"SELECT {', '.join(COLUMNS)} FROM runs WHERE {where} ORDER BY created DESC, id LIMIT :limit"
-        with reading(self.path) as db:
+        with read_connection(self.path) as db:
             return [_run_row(row) for row in db.execute(query, {**given, "limit": limit})] if db else []
 
     def run(self, wanted: str) -> RunRow:
@@ -107,7 +107,8 @@ class Ledger:
         ):
             if len(same) > 1:
                 raise LedgerError(
-                    f"{wanted!r} begins {len(same)} ids: {', '.join(run.id for run in same)}. Give more of it."
+                    f"{wanted!r} is the start of {len(same)} ids: {', '.join(run.id for run in same)}. "
+                    "Give more of the id."
                 )
             if same:
                 return same[0]
@@ -128,7 +129,7 @@ class Ledger:
     def models(self) -> list[tuple[str, dict[str, Any]]]:
         """What was measured of the models of all runs, as (run id, fields), oldest first."""
         query = "SELECT run, fields FROM measurements WHERE json_extract(fields, '$.window')='model' ORDER BY t"
-        with reading(self.path) as db:
+        with read_connection(self.path) as db:
             return [(run, json.loads(fields)) for run, fields in db.execute(query)] if db else []
 
     def verdicts(self, run: str) -> list[Row]:
@@ -146,7 +147,7 @@ class Ledger:
 
     def jobs(self) -> list[dict[str, Any]]:
         """What was written down of every job at its submission, newest first."""
-        with reading(self.path) as db:
+        with read_connection(self.path) as db:
             if db is None or not db.execute("SELECT 1 FROM sqlite_master WHERE name='jobs'").fetchone():
                 return []
             return [json.loads(row[0]) for row in db.execute("SELECT fields FROM jobs ORDER BY submitted DESC, id")]
@@ -154,24 +155,24 @@ class Ledger:
     def delete(self, run: str, *, files: bool = False) -> RunRow:
         """Forget a run and return what was known of it. Its directory stays, and `index` would bring it back,
         unless `files`: then it is removed too, if it still is that run's."""
-        found = self.run(run)
+        row = self.run(run)
         if files:
-            if RunIdentity.load(Path(found.run_dir)).id != found.id:
-                raise LedgerError(f"{found.run_dir} now belongs to another run than {found.id}; nothing was removed.")
-            shutil.rmtree(found.run_dir)
-        with writing(self.path) as db:
-            _forget(db, found.id)
-        return found
+            if RunIdentity.load(Path(row.run_dir)).id != row.id:
+                raise LedgerError(f"{row.run_dir} now belongs to another run than {row.id}; nothing was removed.")
+            shutil.rmtree(row.run_dir)
+        with write_connection(self.path) as db:
+            _forget(db, row.id)
+        return row
 
     def _rows(self, table: str, run: str) -> list[Row]:
         kind = next(kind for kind, name in TABLES.items() if name == table)
         query = f"SELECT rank, attempt, seq, t, mono, fields FROM {table} WHERE run=? ORDER BY rank, attempt, seq"
         identifier = self.run(run).id
-        with reading(self.path) as db:
+        with read_connection(self.path) as db:
             rows = db.execute(query, (identifier,)) if db else []
             return [Row(row[0], row[1], row[2], row[3], row[4], kind, json.loads(row[5])) for row in rows]
 
-    def _put_aside(self) -> None:
+    def _rename_damaged_file(self) -> None:
         for suffix in ("", "-wal", "-shm", "-journal"):
             part = self.path.with_name(self.path.name + suffix)
             if part.is_file():
@@ -196,14 +197,14 @@ def _insert(db: sqlite3.Connection, run_dir: Path, identity: RunIdentity, alive:
 
 def _insert_jobs(db: sqlite3.Connection, run_dir: Path, run_id: str) -> int:
     """The jobs that were launched for a run, as its own folder tells of them; how many."""
-    found = 0
+    jobs = 0
     for path in sorted(run_dir.glob("jobs/*/job.json")):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            told = json.loads(path.read_text())
-            row = (told["id"], run_id, told["record"]["submitted"], json.dumps(told))
+            facts = json.loads(path.read_text())
+            row = (facts["id"], run_id, facts["record"]["submitted"], json.dumps(facts))
             db.execute("INSERT OR REPLACE INTO jobs VALUES (?,?,?,?)", row)
-            found += 1
-    return found
+            jobs += 1
+    return jobs
 
 
 def _forget(db: sqlite3.Connection, run_id: str) -> None:

@@ -180,7 +180,7 @@ class WandbSink:
 
     def _break(self, why: str) -> None:
         self.broken = True
-        self._warn(f"W&B was given up ({why}). The journal has every row, and training is not affected.")
+        self._warn(f"W&B was turned off ({why}). The journal has every row, and training is not affected.")
 
     def _warn(self, text: str) -> None:
         if not self._warned:
@@ -227,12 +227,12 @@ def _connect(url: str) -> None:
 def _core_processes() -> set[int]:
     import psutil
 
-    found = set()
+    pids = set()
     for child in psutil.Process().children():
         with suppress(psutil.Error):
             if "wandb" in child.name():
-                found.add(child.pid)
-    return found
+                pids.add(child.pid)
+    return pids
 
 
 def _first_line(error: Exception) -> str:

@@ -123,14 +123,14 @@ def _gpus(machine: Machine) -> Finding:
         return Finding("gpu", None, "none: training runs on the CPU")
     unknown = [gpu.name for gpu in machine.accelerators if gpu.hardware is None]
     driver = _first_line(Path("/proc/driver/nvidia/version"))
-    found = ", ".join(f"{gpu.name} ({gpu.memory_bytes / GIB:.0f} GiB)" for gpu in machine.accelerators)
+    names = ", ".join(f"{gpu.name} ({gpu.memory_bytes / GIB:.0f} GiB)" for gpu in machine.accelerators)
     fix = f"describe {unknown[0]!r} in {home() / 'hardware.yaml'}" if unknown else ""
-    return Finding("gpu", None if unknown else True, f"{found}; {driver}", fix)
+    return Finding("gpu", None if unknown else True, f"{names}; {driver}", fix)
 
 
 def _nvml(machine: Machine) -> Finding:
     if not machine.accelerators:
-        return Finding("nvml", None, "no GPU to meter")
+        return Finding("nvml", None, "no GPU to measure")
     if Nvml.open(0, 1) is not None:
         return Finding("nvml", True, "GPU energy is measured")
     return Finding("nvml", None, "no readable GPU energy: it will be estimated", "set cluster.watts_per_device")
@@ -162,11 +162,15 @@ def _shared_memory() -> Finding:
 
 def _disk(name: str, folder: Path) -> Finding:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
+    free_bytes = shutil.disk_usage(there).free
     if not os.access(there, os.W_OK):
         return Finding(name, False, f"{there} is not writable", f"sudo chown $USER {there}  # or choose another place")
-    fix = "" if free >= ENOUGH_DISK else f"du -xsh {there}/* | sort -h | tail  # and delete, or choose another place"
-    return Finding(name, free >= ENOUGH_DISK, f"{free / GIB:.1f} GiB free for {folder}", fix)
+    fix = (
+        ""
+        if free_bytes >= ENOUGH_DISK
+        else f"du -xsh {there}/* | sort -h | tail  # and delete, or choose another place"
+    )
+    return Finding(name, free_bytes >= ENOUGH_DISK, f"{free_bytes / GIB:.1f} GiB free for {folder}", fix)
 
 
 def _open_files() -> Finding:
@@ -181,13 +185,15 @@ def _hostname() -> Finding:
         return Finding("host name", True, f"{name} is {socket.gethostbyname(name)}")
     except OSError:
         fix = f'echo "127.0.0.1 {name}" | sudo tee -a /etc/hosts  # or: export GLOO_SOCKET_IFNAME=lo'
-        return Finding("host name", False, f"{name} does not resolve: ranks on this machine cannot meet", fix)
+        return Finding(
+            "host name", False, f"{name} does not resolve: ranks on this machine cannot connect to each other", fix
+        )
 
 
 def _deepspeed() -> Finding:
     installed = version("deepspeed")
     if installed is None:
-        return Finding("deepspeed", None, "not installed: there is no zero1, zero2, zero3", _pip_deepspeed())
+        return Finding("deepspeed", None, "not installed: zero1, zero2 and zero3 are not available", _pip_deepspeed())
     ok = installed.startswith(f"{DEEPSPEED}.")
     return Finding("deepspeed", ok, installed, "" if ok else _pip_deepspeed())
 
@@ -197,10 +203,10 @@ def _pip_deepspeed() -> str:
 
 
 def _compiler() -> Finding:
-    found = [shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++"), shutil.which("ninja")]
-    if all(found):
-        return Finding("compiler", True, ", ".join(map(str, found)))
-    missing = " and ".join(name for name, path in zip(("a C++ compiler", "ninja"), found, strict=True) if path is None)
+    tools = [shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++"), shutil.which("ninja")]
+    if all(tools):
+        return Finding("compiler", True, ", ".join(map(str, tools)))
+    missing = " and ".join(name for name, path in zip(("a C++ compiler", "ninja"), tools, strict=True) if path is None)
     fix = "sudo apt-get install g++ ninja-build"
     return Finding("compiler", None, f"{missing} missing: only DeepSpeed's own optimizers need it", fix)
 
@@ -218,7 +224,7 @@ def _extensions() -> Finding:
 
 def _wandb() -> Finding:
     if importlib.util.find_spec("wandb") is None:
-        return Finding("wandb", None, "not installed: the ledger alone records runs", "pip install wandb")
+        return Finding("wandb", None, "not installed: only the ledger records runs", "pip install wandb")
     mode = os.environ.get("WANDB_MODE")
     if mode in ("offline", "disabled", "dryrun"):
         return Finding("wandb", True, f"{version('wandb')}, {mode} by $WANDB_MODE")

@@ -103,7 +103,7 @@ def settle(lock: Path, patience: float = PATIENCE_SECONDS) -> None:
 
     ExtensionsError after `patience` seconds.
     """
-    started, told = time.monotonic(), False
+    started, reported = time.monotonic(), False
     while (seen := _stat(lock)) is not None:
         holder = lock_holder(lock)
         if holder is None:
@@ -118,9 +118,9 @@ def settle(lock: Path, patience: float = PATIENCE_SECONDS) -> None:
                 f"{lock.parent.name} is still being built by {holder} after {patience:.0f} s. "
                 f"If that build hangs, end it and remove {lock}."
             )
-        if not told:
+        if not reported:
             _say(f"waiting for {holder}, which is building {lock.parent.name} ...")
-            told = True
+            reported = True
         time.sleep(0.2)
 
 
@@ -156,9 +156,9 @@ def _is_shared(folder: Path) -> bool:
     kind, longest, path = "", -1, str(folder.resolve())
     with contextlib.suppress(OSError):
         for line in Path("/proc/mounts").read_text().splitlines():
-            _, mount, found = line.split()[:3]
+            _, mount, filesystem = line.split()[:3]
             if len(mount) >= longest and (mount == "/" or path == mount or path.startswith(mount + "/")):
-                kind, longest = found, len(mount)
+                kind, longest = filesystem, len(mount)
     return kind.startswith(_SHARED)
 
 

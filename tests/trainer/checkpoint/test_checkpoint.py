@@ -97,8 +97,8 @@ DAMAGES = [
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, damage: Any) -> None:
     good, bad = write(tmp_path, 1), write(tmp_path, 2)
     damage(bad)
-    found, problems = checkpoint.newest_intact(tmp_path)
-    assert found == good
+    newest, problems = checkpoint.newest_intact(tmp_path)
+    assert newest == good
     assert len(problems) == 1 and str(bad) in problems[0]
     damage(good)
     with pytest.raises(DamagedCheckpoint, match="no intact checkpoint is left"):
@@ -255,11 +255,11 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run(
 
     trainer = run(tmp_path / "run", 8, width=8000, callbacks=[Fill()])
     assert trainer.summary["steps"] == 8
-    told = [json.loads(line) for path in (tmp_path / "run" / "events").glob("*.jsonl") for line in path.open()]
-    failed = [row for row in told if row.get("event") == "checkpoint_failed"]
+    rows = [json.loads(line) for path in (tmp_path / "run" / "events").glob("*.jsonl") for line in path.open()]
+    failed = [row for row in rows if row.get("event") == "checkpoint_failed"]
     assert failed and all("No space" in row["reason"] for row in failed)
-    found, problems = checkpoint.newest_intact(small_disk / "checkpoints")
-    assert found is not None and int(found.name) <= 4
+    newest, problems = checkpoint.newest_intact(small_disk / "checkpoints")
+    assert newest is not None and int(newest.name) <= 4
     assert not problems
     assert not list((small_disk / "checkpoints").glob(".writing*"))
 
@@ -301,6 +301,6 @@ def test_state_that_would_not_survive_is_refused_at_the_first_step(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [8]), (3, [4, 6, 8])])
-def test_a_run_keeps_as_many_checkpoints_as_it_is_told(tmp_path: Path, keep: int, left: list[int]) -> None:
+def test_a_run_keeps_as_many_checkpoints_as_requested(tmp_path: Path, keep: int, left: list[int]) -> None:
     run(tmp_path, 8, keep_checkpoints=keep)
     assert checkpoint.steps(tmp_path / "checkpoints") == left

@@ -249,12 +249,12 @@ def test_validating_by_itself_is_no_part_of_the_run(tmp_path):
     module = Small()
     (before,) = trainer.validate(module, data, verbose=False)
     trainer.fit(module, loader(), data)
-    told = dict(trainer.summary)
+    summary = dict(trainer.summary)
     (after,) = trainer.validate(module, data, verbose=False)
-    assert after["val_loss"] == told["metrics"]["val_loss"] < before["val_loss"]
+    assert after["val_loss"] == summary["metrics"]["val_loss"] < before["val_loss"]
     assert (
-        trainer.summary == told
-        and trainer.monitor.account.spending.windows.seconds["evaluation"] == told["windows"]["evaluation"]
+        trainer.summary == summary
+        and trainer.monitor.account.spending.windows.seconds["evaluation"] == summary["windows"]["evaluation"]
     )
 
 
@@ -290,23 +290,23 @@ START, STOP = ("event", {"event": "start"}), ("event", {"event": "error", "secon
 def test_time_money_and_energy_after_the_checkpoint_stay_spent(tmp_path, journals):
     assert spent(tmp_path, 0).seconds == 4.0  # nothing is known of any attempt
     journals(0, START, step(10.0), STOP)
-    found = spent(tmp_path, 1)
-    assert (found.seconds, found.usd, found.kwh, found.tokens) == (12.0, 6.0, 1.0, 77)
+    total = spent(tmp_path, 1)
+    assert (total.seconds, total.usd, total.kwh, total.tokens) == (12.0, 6.0, 1.0, 77)
 
 
-def test_a_killed_attempt_is_charged_until_it_was_last_heard_of(tmp_path, journals):
+def test_a_killed_attempt_is_charged_until_it_was_last_seen(tmp_path, journals):
     """In the middle of a long step or evaluation no row is written but that the process lives."""
     journals(0, START, step(10.0), silence=0.6)
-    found = spent(tmp_path, 1)
-    assert 10.3 + UNSEEN_SECONDS < found.seconds < 10.8 + UNSEEN_SECONDS
-    assert found.usd == pytest.approx(found.seconds / 2)
+    total = spent(tmp_path, 1)
+    assert 10.3 + UNSEEN_SECONDS < total.seconds < 10.8 + UNSEEN_SECONDS
+    assert total.usd == pytest.approx(total.seconds / 2)
 
 
-def test_attempts_that_died_before_they_told_a_total_are_charged_for_their_lives(tmp_path, journals):
+def test_attempts_that_died_before_they_recorded_a_total_are_charged_for_their_lives(tmp_path, journals):
     journals(0, START, step(10.0), STOP)
     time.sleep(0.3)  # nobody works in between
     journals(1, ("event", {"event": "checkpoint_damaged"}), silence=0.4)
     journals(2, ("event", {"event": "checkpoint_damaged"}), silence=0.4)
-    found = spent(tmp_path, 3)
-    assert 12.0 + 2 * UNSEEN_SECONDS + 0.4 < found.seconds < 12.0 + 2 * UNSEEN_SECONDS + 0.9
+    total = spent(tmp_path, 3)
+    assert 12.0 + 2 * UNSEEN_SECONDS + 0.4 < total.seconds < 12.0 + 2 * UNSEEN_SECONDS + 0.9
     assert spent(tmp_path, 1).seconds == 12.0  # and its own rows are not an attempt's own past

@@ -60,9 +60,9 @@ def test_help_answers_at_once_and_without_torch(tmp_path: Path) -> None:
 def test_bad_input_is_one_error_exit_2_and_nothing_left(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    extra, words = MALFORMED[case]
-    budget = "" if extra.startswith("budget") else "budget: {steps: 10}\n"
-    (tmp_path / "bad.yaml").write_text(BASE + budget + extra + "\n")
+    section, words = MALFORMED[case]
+    budget = "" if section.startswith("budget") else "budget: {steps: 10}\n"
+    (tmp_path / "bad.yaml").write_text(BASE + budget + section + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SHOESTRING_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(sys, "argv", ["shoestring", "train", "bad.yaml"])
@@ -101,17 +101,17 @@ def test_a_recipe_runs_is_accounted_and_resumes(tmp_path: Path) -> None:
 def test_plan_starts_nothing(tmp_path: Path) -> None:
     done = shoestring("plan", "quickstart", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["predictions"]["parameters"] > 1e5
-    assert {"hardware", "devices", "strategy", "batch", "price"} <= {c["what"] for c in told["choices"]}
+    plan = json.loads(done.stdout)
+    assert plan["predictions"]["parameters"] > 1e5
+    assert {"hardware", "devices", "strategy", "batch", "price"} <= {c["what"] for c in plan["choices"]}
     assert not (tmp_path / "runs").exists()
 
 
 def test_doctor_names_what_is_there(tmp_path: Path) -> None:
     done = shoestring("doctor", "--json", cwd=tmp_path)
-    told = json.loads(done.stdout)
+    report = json.loads(done.stdout)
     assert done.returncode in (0, 1)
-    assert "torch" in json.dumps(told)
+    assert "torch" in json.dumps(report)
 
 
 def test_recipes_validate_and_show(tmp_path: Path) -> None:

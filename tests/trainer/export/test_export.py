@@ -28,8 +28,8 @@ def trained(request: pytest.FixtureRequest, runs: Path) -> Trained:
 
 def packs_documents(trained: Trained) -> bool:
     """Whether a row that exports are compared on holds two documents; that depends on the corpus."""
-    positions = sample(trained).get("position_ids")
-    return positions is not None and bool((positions[:, 1:] == 0).any())
+    position_ids = sample(trained).get("position_ids")
+    return position_ids is not None and bool((position_ids[:, 1:] == 0).any())
 
 
 # -- formats ---------------------------------------------------------------------------------------------------------
@@ -82,13 +82,13 @@ def test_the_loader_in_the_documentation_reads_every_torch_file(
     assert block
     names: dict[str, Any] = {}
     exec("\n".join(line[4:] for line in block[1].splitlines()), names)
-    found = names["load"](tmp_path / "out" / torch_file.NAME)
+    loaded = names["load"](tmp_path / "out" / torch_file.NAME)
     ours = torch_file.read(tmp_path / "out" / torch_file.NAME)
-    assert found.keys() == ours.keys()
-    assert all(torch.equal(found[name], ours[name]) for name in ours)
+    assert loaded.keys() == ours.keys()
+    assert all(torch.equal(loaded[name], ours[name]) for name in ours)
     if quantize is None:
         state = trained.model.state_dict()
-        assert all(torch.equal(found[name], state[name]) for name in found)
+        assert all(torch.equal(loaded[name], state[name]) for name in loaded)
 
 
 @pytest.mark.parametrize("trained", ["digits"], indirect=True)
@@ -148,14 +148,14 @@ def test_an_export_that_computes_something_else_is_not_kept(
     export(trained, "torch", out=tmp_path / "out")
     before = (tmp_path / "out" / torch_file.NAME).read_bytes()
     monkeypatch.setattr(torch_file, "encode", wrong)
-    with pytest.raises(CannotExport, match="computes something else"):
+    with pytest.raises(CannotExport, match="computes different numbers"):
         export(trained, "torch", out=tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / torch_file.NAME).read_bytes() == before
 
 
 @pytest.mark.parametrize("trained", ["digits"], indirect=True)
-def test_what_a_killed_export_left_is_cleared_and_what_it_had_aside_is_back(trained: Trained, tmp_path: Path) -> None:
+def test_what_a_killed_export_left_is_cleared_and_what_it_had_renamed_is_back(trained: Trained, tmp_path: Path) -> None:
     made = export(trained, "torch", out=tmp_path / "out")
     dead = 2**22 + 1  # above what Linux gives to processes
     (tmp_path / "out").rename(tmp_path / f".out.old-{dead}")
@@ -171,7 +171,7 @@ def test_what_a_killed_export_left_is_cleared_and_what_it_had_aside_is_back(trai
 def test_other_peoples_folders_are_left_alone(trained: Trained, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(CannotExport, match="no export of ours"):
+    with pytest.raises(CannotExport, match="was not written by an export"):
         export(trained, "torch", out=tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
@@ -195,8 +195,8 @@ def test_export_by_name_and_its_errors(
 ) -> None:
     run_dir = finished("digits", runs)
     assert command(monkeypatch, "export", "digits", "--to", "torch", "--out", str(tmp_path / "a"), "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["bytes"] == sum(p.stat().st_size for p in (tmp_path / "a").iterdir())
+    report = json.loads(capsys.readouterr().out)
+    assert report["bytes"] == sum(p.stat().st_size for p in (tmp_path / "a").iterdir())
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run_dir, unfinished)
     (unfinished / "final.safetensors").unlink()
@@ -207,7 +207,7 @@ def test_export_by_name_and_its_errors(
         ([str(run_dir), "--to", "tflite"], "hf, torch, onnx, gguf-ready-safetensors"),
         ([str(run_dir), "--to", "hf"], "MLP"),
         ([str(run_dir), "--to", "onnx", "--quantize", "int4"], "takes int8 or int8-vnni"),
-        ([str(run_dir), "--to", "onnx", "--sparse"], "no place for masks"),
+        ([str(run_dir), "--to", "onnx", "--sparse"], "cannot store masks"),
     ):
         assert command(monkeypatch, "export", *words) == 2, words
         error = capsys.readouterr().err

@@ -17,9 +17,9 @@ from shoestring.recipes import recipe_from
 from shoestring.trainer import fit, plan
 from shoestring.trainer.export import torch_file
 from shoestring.trainer.export.compress import Limits, search
+from shoestring.trainer.export.measure_target import open_target
 from shoestring.trainer.export.quality import quality
 from shoestring.trainer.export.runtimes import eager
-from shoestring.trainer.export.subject import open_subject
 from shoestring.trainer.export.trained import CannotExport, open_run
 from shoestring.trainer.export.write import export
 
@@ -51,9 +51,9 @@ def trained_by(name: str, home: Path) -> tuple[Path, float]:
 
 
 def loss_of(folder: Path | str) -> float:
-    subject = open_subject(str(folder))
-    assert subject.trained is not None
-    return float(quality(subject.outputs(subject.backends()[0]), subject.trained)["loss"])
+    target = open_target(str(folder))
+    assert target.trained is not None
+    return float(quality(target.logits_function(target.backends()[0]), target.trained)["loss"])
 
 
 def is_weight(part: torch.Tensor) -> bool:
@@ -83,25 +83,25 @@ def test_the_file_computes_what_the_run_has_validated(name: str, sparse: bool, r
     assert all(torch.equal(documented[each], ours[each]) for each in ours)
 
 
-@pytest.mark.parametrize(("name", "bits", "extra"), [
+@pytest.mark.parametrize(("name", "bits", "overhead"), [
     ("w4 in groups", 4, lambda out, inputs: out * inputs // 16 * 4), ("w2 learned", 2, lambda out, inputs: out * 4),
     ("w8", 8, lambda out, inputs: out * 4), ("4 values", 2, lambda out, inputs: 4 * 4),
     ("13 values", 4, lambda out, inputs: 13 * 4),
 ])  # fmt: skip
-def test_bytes_are_those_of_the_bits(name: str, bits: int, extra: Any, runs: Path) -> None:
+def test_bytes_are_those_of_the_bits(name: str, bits: int, overhead: Any, runs: Path) -> None:
     trained = open_run(trained_by(name, runs)[0])
-    found = torch_file.encoded_tensors(trained.model, "trained", False, trained.ways)
-    bytes_of = {name: sum(part.nbytes for part in parts.values()) for name, _, parts in found}
+    encoded = torch_file.encoded_tensors(trained.model, "trained", False, trained.ways)
+    bytes_of = {name: sum(part.nbytes for part in parts.values()) for name, _, parts in encoded}
     shapes = {name: p.shape for name, p in trained.model.named_parameters() if is_weight(p)}
     assert shapes and shapes.keys() == trained.ways.keys()
     for weight, (out, inputs) in shapes.items():
-        assert bytes_of[weight] == -(-out * inputs * bits // 8) + extra(out, inputs)
+        assert bytes_of[weight] == -(-out * inputs * bits // 8) + overhead(out, inputs)
 
 
 def test_zeros_of_a_pruned_grid_take_a_bit_each(runs: Path, tmp_path: Path) -> None:
     trained = open_run(trained_by("w5 pruned", runs)[0])
-    found = torch_file.encoded_tensors(trained.model, "trained", True, trained.ways)
-    for name, how, parts in found:
+    encoded = torch_file.encoded_tensors(trained.model, "trained", True, trained.ways)
+    for name, how, parts in encoded:
         if how["sparse"]:
             kept = int((trained.ways[name].rounded(trained.model.get_parameter(name)) != 0).sum())
             size = trained.model.get_parameter(name).numel()
@@ -159,13 +159,13 @@ def test_adapters_stay_beside_few_bits_or_become_part_of_them(adapters: str, run
 def test_compress_tries_it(runs: Path, tmp_path: Path) -> None:
     trained = open_run(trained_by("w2 learned", runs)[0])
     limit = 1.02 * export(trained, "torch", out=tmp_path / "alone", quantize="trained").files["model.safetensors"]
-    found = search(trained, Limits(bytes=limit), out=tmp_path / "out")
-    assert found.chosen == "as trained"
+    result = search(trained, Limits(bytes=limit), out=tmp_path / "out")
+    assert result.chosen == "as trained"
     assert loss_of(tmp_path / "out") == pytest.approx(trained_by("w2 learned", runs)[1], rel=2e-6)
     few = search(open_run(trained_by("w8 a8", runs)[0]), Limits(bytes=1e9), out=tmp_path / "both").tried
     fast = next(t for t in few if t.name == "onnx as trained")
     assert fast.problem is None and fast.loss == pytest.approx(trained_by("w8 a8", runs)[1], rel=0.02)
-    assert "onnx as trained" not in {t.name for t in found.tried}
+    assert "onnx as trained" not in {t.name for t in result.tried}
     assert "as trained" not in {t.name for t in search(open_run(finished("digits", runs)), Limits(bytes=1e9),
                                                        out=tmp_path / "other").tried}  # fmt: skip
 
@@ -176,7 +176,7 @@ def test_low_rank_factors_are_on_a_grid_and_their_product_is_not(runs: Path, tmp
         "techniques": [{"low_rank": {"budget": 0.4}}, {"quantization_aware": {"weight_bits": 4}}],
     }  # fmt: skip
     fit(plan(recipe_from(values, "thin")), run_dir=tmp_path / "run")
-    with pytest.raises(CannotExport, match="was not trained for few bits"):
+    with pytest.raises(CannotExport, match="was not trained for low-bit weights"):
         export(open_run(tmp_path / "run"), "torch", out=tmp_path / "out", quantize="trained")
 
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shoestring.trainer.export import footprint, low_rank, metrics, quality, speed
+from shoestring.trainer.export.measure_target import open_target
 from shoestring.trainer.export.measurement import MeasureOptions, measure
 from shoestring.trainer.export.pareto import front
-from shoestring.trainer.export.subject import open_subject
 from shoestring.trainer.export.trained import CannotExport, open_run
 from shoestring.trainer.export.write import export
 from shoestring.trainer.ledger import Ledger, read
@@ -59,9 +59,9 @@ def test_what_pruned_parameters_are_worth_by_hand() -> None:
 def test_who_is_forgotten_by_hand() -> None:
     base = {"cat": 0.9, "dog": 0.8, "eel": 0.7, "fox": 0.5}
     now = {"cat": 0.9, "dog": 0.3, "eel": 0.6, "fox": 0.8}
-    found = metrics.forgotten(now, base)
-    assert [name for name, _ in found] == ["dog", "eel"]
-    assert found[0][1] == pytest.approx(0.5)
+    forgotten = metrics.forgotten(now, base)
+    assert [name for name, _ in forgotten] == ["dog", "eel"]
+    assert forgotten[0][1] == pytest.approx(0.5)
     assert len(metrics.forgotten(now, base, most=1)) == 1
 
 
@@ -91,14 +91,14 @@ def test_a_front_takes_the_newest_row_of_a_model() -> None:
 
 
 # -- instruments -----------------------------------------------------------------------------------------------------
-def test_timing_tells_a_slow_call_from_a_fast_one() -> None:
+def test_timing_separates_a_slow_call_from_a_fast_one() -> None:
     cases = {"slow": (lambda: time.sleep(0.02), 4), "fast": (lambda: time.sleep(0.002), 4)}
-    found = speed.timings(cases, rounds=2, round_seconds=0.05, watts_per_device=10.0)
-    assert 20 <= found["slow"].p50_ms <= found["slow"].p95_ms
-    assert found["slow"].p50_ms > 3 * found["fast"].p50_ms
-    assert found["slow"].samples_per_second < 4 / 0.02
-    assert found["slow"].cpu_ms < 10  # it sleeps
-    assert found["slow"].joules_per_sample > found["fast"].joules_per_sample > 0
+    timings = speed.timings(cases, rounds=2, round_seconds=0.05, watts_per_device=10.0)
+    assert 20 <= timings["slow"].p50_ms <= timings["slow"].p95_ms
+    assert timings["slow"].p50_ms > 3 * timings["fast"].p50_ms
+    assert timings["slow"].samples_per_second < 4 / 0.02
+    assert timings["slow"].cpu_ms < 10  # it sleeps
+    assert timings["slow"].joules_per_sample > timings["fast"].joules_per_sample > 0
 
 
 def test_flops_and_parameters_by_hand() -> None:
@@ -116,13 +116,13 @@ def test_flops_and_parameters_by_hand() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.inner(x)
 
-    found = footprint.forward_flops(Named(), {"x": torch.ones(3, 8)})
-    assert found.realised == 2 * 3 * (8 * 16 + 16 * 4)
-    assert found.counted == pytest.approx(2 * 3 * (0.75 * 8 * 16 + 16 * 4))
+    flops = footprint.forward_flops(Named(), {"x": torch.ones(3, 8)})
+    assert flops.realised == 2 * 3 * (8 * 16 + 16 * 4)
+    assert flops.counted == pytest.approx(2 * 3 * (0.75 * 8 * 16 + 16 * 4))
     assert footprint.parameters(model) == {"parameters": 8 * 16 + 16 + 64, "nonzero": 0.75 * 8 * 16 + 16 + 64}
 
 
-def test_low_rank_keeps_the_energy_asked_for() -> None:
+def test_low_rank_keeps_the_energy_requested() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(40, 30)
     with torch.no_grad():
@@ -141,61 +141,61 @@ def test_low_rank_keeps_the_energy_asked_for() -> None:
 def test_a_run_is_measured_like_its_own_validation(runs: Path) -> None:
     run_dir = finished("digits", runs)
     metrics_of_run = json.loads((run_dir / "summary.json").read_text())["metrics"]
-    told = measure(str(run_dir), QUICK)
-    assert told["accuracy"] == pytest.approx(metrics_of_run["val_accuracy"], abs=1e-6)
-    assert told["loss"] == pytest.approx(metrics_of_run["val_loss"], rel=1e-4)
-    assert told["bytes"] == (run_dir / "final.safetensors").stat().st_size
-    assert told["parameters"] == 64 * 64 + 64 + 640 + 10
-    assert told["nonzero"] < 0.3 * told["parameters"]
-    assert told["flops_realised"] == 2 * (64 * 64 + 640) > told["flops_counted"] > 0
-    assert told["timings"]["eager 1"]["calls"] >= 3 and told["cpu_ms"] > 0 and told["joules_per_sample"] > 0
+    measured = measure(str(run_dir), QUICK)
+    assert measured["accuracy"] == pytest.approx(metrics_of_run["val_accuracy"], abs=1e-6)
+    assert measured["loss"] == pytest.approx(metrics_of_run["val_loss"], rel=1e-4)
+    assert measured["bytes"] == (run_dir / "final.safetensors").stat().st_size
+    assert measured["parameters"] == 64 * 64 + 64 + 640 + 10
+    assert measured["nonzero"] < 0.3 * measured["parameters"]
+    assert measured["flops_realised"] == 2 * (64 * 64 + 640) > measured["flops_counted"] > 0
+    assert measured["timings"]["eager 1"]["calls"] >= 3 and measured["cpu_ms"] > 0 and measured["joules_per_sample"] > 0
 
 
 def test_every_backend_runs_the_same_model_in_the_same_rounds(runs: Path) -> None:
     backends = ("eager", "compile", "onnxruntime")
-    subject = open_subject(str(finished("digits", runs)))
-    batch = subject.batch((4,))
-    outputs = [subject.outputs(backend)(batch) for backend in backends]
-    assert all(torch.allclose(out, outputs[0], atol=1e-5) for out in outputs) and outputs[0].shape == (4, 10)
-    told = measure(subject.name, MeasureOptions(memory=False, rounds=1, backends=backends, shapes=((2,),)))
-    assert list(told["timings"]) == [f"{backend} 2" for backend in backends]
+    target = open_target(str(finished("digits", runs)))
+    batch = target.batch((4,))
+    logits = [target.logits_function(backend)(batch) for backend in backends]
+    assert all(torch.allclose(out, logits[0], atol=1e-5) for out in logits) and logits[0].shape == (4, 10)
+    measured = measure(target.name, MeasureOptions(memory=False, rounds=1, backends=backends, shapes=((2,),)))
+    assert list(measured["timings"]) == [f"{backend} 2" for backend in backends]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_text_models_are_measured_like_their_own_validation(name: str, runs: Path) -> None:
     run_dir = finished(name, runs)
     metrics_of_run = json.loads((run_dir / "summary.json").read_text())["metrics"]
-    told = measure(str(run_dir), MeasureOptions(memory=False, rounds=1, shapes=((1, 16), (2, 8))))
-    assert told["loss"] == pytest.approx(metrics_of_run["val_loss"], rel=1e-3)
-    assert told["timings"].keys() == {"eager 1x16", "eager 2x8"}
-    assert told["flops_realised"] > 0
+    measured = measure(str(run_dir), MeasureOptions(memory=False, rounds=1, shapes=((1, 16), (2, 8))))
+    assert measured["loss"] == pytest.approx(metrics_of_run["val_loss"], rel=1e-3)
+    assert measured["timings"].keys() == {"eager 1x16", "eager 2x8"}
+    assert measured["flops_realised"] > 0
     if name == "bert":
-        assert told["recall"].keys() <= {str(c) for c in open_run(run_dir).task.facts["classes"]}
+        assert measured["recall"].keys() <= {str(c) for c in open_run(run_dir).task.facts["classes"]}
 
 
 def test_an_int8_onnx_file_against_the_run_it_is_from(runs: Path, tmp_path: Path) -> None:
     run_dir = finished("digits", runs)
     made = export(open_run(run_dir), "onnx", out=tmp_path / "small", quantize="int8")
-    told = measure(str(tmp_path / "small" / "model.onnx"), QUICK, baseline=str(run_dir))
-    assert told["bytes"] == made.files["model.onnx"]
-    assert told["parameters"] == 64 * 64 + 64 + 640 + 10
-    assert told["timings"].keys() == {"onnxruntime 1", "baseline eager 1"}
-    found = told["against"]
-    dense = found["baseline_accuracy"]
-    share = told["nonzero"] / told["parameters"]
-    assert found["pruned_parameter_efficiency"] == pytest.approx(told["accuracy"] / dense / share)
-    assert abs(found["accuracy_difference"]) < 0.05
-    assert "Shoestring's own" in found["formulas"]
-    assert all(loss > 0 for _, loss in found["forgotten"])
+    measured = measure(str(tmp_path / "small" / "model.onnx"), QUICK, baseline=str(run_dir))
+    assert measured["bytes"] == made.files["model.onnx"]
+    assert measured["parameters"] == 64 * 64 + 64 + 640 + 10
+    assert measured["timings"].keys() == {"onnxruntime 1", "baseline eager 1"}
+    comparison = measured["against"]
+    dense = comparison["baseline_accuracy"]
+    share = measured["nonzero"] / measured["parameters"]
+    assert comparison["pruned_parameter_efficiency"] == pytest.approx(measured["accuracy"] / dense / share)
+    assert abs(comparison["accuracy_difference"]) < 0.05
+    assert "Shoestring's own" in comparison["formulas"]
+    assert all(loss > 0 for _, loss in comparison["forgotten"])
 
 
 def test_peak_memory_is_that_of_a_fresh_process(runs: Path) -> None:
     ballast = torch.ones(200_000_000)  # 800 MB here must not be counted there
-    found = footprint.peak_memory(str(finished("digits", runs)), None, "eager", (1,), False)
+    memory = footprint.peak_memory(str(finished("digits", runs)), None, "eager", (1,), False)
     assert ballast.sum() > 0
-    assert 0 < found["over_idle_bytes"] < found["peak_bytes"]
-    assert found["over_idle_bytes"] < 600e6
-    assert found["peak_bytes"] > 50e6
+    assert 0 < memory["over_idle_bytes"] < memory["peak_bytes"]
+    assert memory["over_idle_bytes"] < 600e6
+    assert memory["peak_bytes"] > 50e6
 
 
 def test_measurements_are_rows_of_the_ledger_and_make_a_front(
@@ -218,8 +218,8 @@ def test_measurements_are_rows_of_the_ledger_and_make_a_front(
     problems: list[Any] = []
     assert list(read(run_dir / "events", problems)) and problems == []
     assert command(monkeypatch, "runs", "pareto", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found[0]["model"] == str(small) and found[0]["run"] == before.id
+    front = json.loads(capsys.readouterr().out)
+    assert front[0]["model"] == str(small) and front[0]["run"] == before.id
     assert command(monkeypatch, "runs", "pareto", "--y", "colour") == 2
     assert "accuracy" in capsys.readouterr().err
 

@@ -115,8 +115,8 @@ def net():
 def test_a_model_is_pruned_layer_by_layer():
     """Each layer sees inputs from pruned layers: the last is pruned by what the pruned ones before it give."""
     model, batches = net(), [calibration(seed=s) for s in range(3)]
-    found = prune_one_shot(model, batches, "wanda", 0.5, skip=["4.*"])
-    assert found == {"0.weight": 0.5, "2.weight": 0.5} and (model[4].weight != 0).all()
+    sparsity = prune_one_shot(model, batches, "wanda", 0.5, skip=["4.*"])
+    assert sparsity == {"0.weight": 0.5, "2.weight": 0.5} and (model[4].weight != 0).all()
     first = prune_weight(net()[0].weight, sum(x.T @ x for x in batches), "wanda", 0.5)
     assert torch.equal(model[0].weight, first)
     with torch.no_grad():
@@ -147,8 +147,8 @@ def test_a_transformer_of_hugging_face_and_then_int8():
     model = BertModel(config).eval()
     batches = [{"input_ids": torch.randint(0, 50, (4, 16))} for _ in range(3)]
     expected = model(**batches[0]).last_hidden_state
-    found = prune_one_shot(model, batches, "sparsegpt", 0.5, skip=["pooler*"])
-    assert len(found) == 12 and all(share == pytest.approx(0.5, abs=1e-3) for share in found.values())
+    sparsity = prune_one_shot(model, batches, "sparsegpt", 0.5, skip=["pooler*"])
+    assert len(sparsity) == 12 and all(share == pytest.approx(0.5, abs=1e-3) for share in sparsity.values())
     pruned = model(**batches[0]).last_hidden_state
     assert 0 < (pruned - expected).norm() / expected.norm() < 0.2
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -180,5 +180,5 @@ def test_errors_say_what_is_allowed():
         def forward(self, x):
             return self.used(x)
 
-    with pytest.raises(CannotPrune, match=r"idle\.weight took no part"):
+    with pytest.raises(CannotPrune, match=r"idle\.weight were not used"):
         prune_one_shot(Idle(), batches)

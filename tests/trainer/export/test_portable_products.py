@@ -19,9 +19,9 @@ from weak_cpu import QEMU, on_haswell, saturated, without_vnni
 
 from shoestring.callbacks.compression.fake_quantization import PRODUCT_BITS, highest
 from shoestring.trainer.export import encodings, onnx_file, runtimes
+from shoestring.trainer.export.measure_target import open_target
 from shoestring.trainer.export.runtimes import EXACT, Batch, relative_error, sample
 from shoestring.trainer.export.runtimes import onnxruntime as opened
-from shoestring.trainer.export.subject import open_subject
 from shoestring.trainer.export.trained import CannotExport, Trained, open_run
 from shoestring.trainer.export.write import Exported, export
 
@@ -79,11 +79,11 @@ def test_onnx_runtime_itself_on_a_cpu_without_vnni(model: str, runs: Path, tmp_p
 def test_files_say_what_they_are_for(model: str, runs: Path) -> None:
     for form, cpu, top in (("int8", "any", 63), ("int8-vnni", "vnni", 127)):
         made = exported(model, form, runs)[1]
-        found = onnx.load(str(Path(made.path) / onnx_file.NAME))
-        assert {each.key: each.value for each in found.metadata_props}[onnx_file.CPU] == cpu
+        model_proto = onnx.load(str(Path(made.path) / onnx_file.NAME))
+        assert {each.key: each.value for each in model_proto.metadata_props}[onnx_file.CPU] == cpu
         assert any("VNNI" in note for note in made.notes) == (cpu == "vnni")
-        constants = {each.name: onnx.numpy_helper.to_array(each) for each in found.graph.initializer}
-        weights = [constants[node.input[1]] for node in found.graph.node if node.op_type == "MatMulInteger"]
+        constants = {each.name: onnx.numpy_helper.to_array(each) for each in model_proto.graph.initializer}
+        weights = [constants[node.input[1]] for node in model_proto.graph.node if node.op_type == "MatMulInteger"]
         assert weights and all(np.abs(w.astype(int)).max() == top for w in weights)
     assert exported(model, "int8", runs)[1].error < 2e-2
 
@@ -111,7 +111,7 @@ def test_a_file_for_vnni_is_opened_as_one_that_any_cpu_computes(runs: Path, monk
         trained, made = exported("digits", form, runs)
         monkeypatch.setattr(runtimes, "multiplies_bytes", lambda vnni=vnni: vnni)
         seen.clear()
-        open_subject(made.path).outputs("onnxruntime")(sample(trained))
+        open_target(made.path).logits_function("onnxruntime")(sample(trained))
         assert seen[-1] == ({EXACT: "1"} if form == "int8-vnni" and not vnni else {})
 
 
@@ -148,6 +148,6 @@ def test_weights_on_a_grid_keep_it(bits: int, seed: int, axis: int) -> None:
     steps = torch.rand(5, 1, generator=draw) + 0.01
     weight = torch.randint(-highest(bits), highest(bits) + 1, (5, 7), generator=draw) * steps
     weight = weight if axis == 0 else weight.T
-    found, scale = encodings.quantize_product(weight, axis, 8, on_grid=True)
-    assert torch.allclose(encodings.dequantize_int8(found, scale), weight, rtol=1e-6, atol=0)
-    assert found.abs().max() <= highest(bits) and scale.shape == ((5, 1) if axis == 0 else (1, 5))
+    codes, scale = encodings.quantize_product(weight, axis, 8, on_grid=True)
+    assert torch.allclose(encodings.dequantize_int8(codes, scale), weight, rtol=1e-6, atol=0)
+    assert codes.abs().max() <= highest(bits) and scale.shape == ((5, 1) if axis == 0 else (1, 5))

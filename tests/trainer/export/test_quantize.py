@@ -1,4 +1,4 @@
-"""Models with weights of few bits: served as trained, smaller, and close to the original."""
+"""Models with low-bit weights: served as trained, smaller, and close to the original."""
 
 import io
 
@@ -71,9 +71,9 @@ def trained(ids):
     return net.eval(), fixed.answers
 
 
-def off(found, expected):
+def off(actual, expected):
     """Relative error: |found - expected| / |expected|."""
-    return float((found - expected).norm() / expected.norm())
+    return float((actual - expected).norm() / expected.norm())
 
 
 # -- served as trained -------------------------------------------------------------------------------------------------

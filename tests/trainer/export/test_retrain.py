@@ -36,7 +36,7 @@ def written(name: str, *techniques: dict[str, Any], steps: int = 4, lr: float = 
     }, name)  # fmt: skip
 
 
-def outputs(run: Path, of: Path) -> torch.Tensor:
+def logits(run: Path, of: Path) -> torch.Tensor:
     """The logits of the model of `run` for held-out samples of the run `of`."""
     return eager(open_run(run).model)(sample(open_run(of)))
 
@@ -46,7 +46,7 @@ def test_training_starts_from_the_runs_own_weights(name: str, runs: Path) -> Non
     run = finished(name, runs)
     home = retrained(open_run(run), written("hardly", steps=1, lr=1e-12))
     assert home == run.resolve() / "compress" / "hardly"
-    torch.testing.assert_close(outputs(home, run), outputs(run, run), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(home, run), logits(run, run), rtol=1e-4, atol=1e-5)
 
 
 def test_the_run_keeps_model_task_and_data_and_takes_the_rest_from_the_recipe(runs: Path) -> None:
@@ -68,20 +68,20 @@ def test_one_command_trains_shrinks_and_compares(runs: Path, tmp_path: Path) -> 
                    {"quantization_aware": {"activation_bits": 8, "start": "50%"}})  # fmt: skip
     path = tmp_path / "small.json"
     path.write_text(json.dumps(over.model_dump(mode="json")))
-    wish = ["compress", str(run), "--budget-bytes", "40kB", "--with", str(path), "--json"]
-    done = CliRunner().invoke(app, wish)
+    command = ["compress", str(run), "--budget-bytes", "40kB", "--with", str(path), "--json"]
+    done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    before, chosen = told["before"][0], next(t for t in told["tried"] if t["name"] == told["chosen"])
+    report = json.loads(done.stdout)
+    before, chosen = report["before"][0], next(t for t in report["tried"] if t["name"] == report["chosen"])
     assert before["name"] == "before" and before["accuracy"] is not None and before["latency_ms"] > 0
     assert chosen["bytes"] <= 40e3 < before["bytes"]
-    assert told["path"] == str(run.resolve() / "compress" / "small" / "export" / "compressed")
+    assert report["path"] == str(run.resolve() / "compress" / "small" / "export" / "compressed")
     home = run.resolve() / "compress" / "small"
     sizes = [sum(p.numel() for p in open_run(each).model.parameters()) for each in (home, run)]
     assert sizes[0] < sizes[1]
-    heard: list[str] = []
-    assert retrained(open_run(run), load_recipe(path), say=heard.append) == home
-    assert heard == [f"{home} is finished and taken as it is"]
+    lines: list[str] = []
+    assert retrained(open_run(run), load_recipe(path), say=lines.append) == home
+    assert lines == [f"{home} is finished and is used as it is"]
     with pytest.raises(CannotExport, match="structured_pruning has cut the model"):
         retrained(open_run(home), over)
 
@@ -91,7 +91,7 @@ def test_a_start_that_is_no_longer_the_runs_is_refused(runs: Path, tmp_path: Pat
     home = retrained(open_run(run), over)
     assert home is not None
     (home / "began-with.txt").write_text("other")
-    with pytest.raises(CannotExport, match="began with other weights"):
+    with pytest.raises(CannotExport, match="started from other weights"):
         retrained(open_run(run), over)
 
 
@@ -99,7 +99,7 @@ def test_overrides_need_a_recipe(runs: Path) -> None:
     done = CliRunner().invoke(
         app, ["compress", str(finished("digits", runs)), "budget.steps=3", "--budget-bytes", "1MB"]
     )
-    assert "budget.steps=3 changes a recipe, and there is none" in str(done.exception)
+    assert "budget.steps=3 changes a recipe, but no recipe was given" in str(done.exception)
 
 
 CONFIGS = {

@@ -39,8 +39,8 @@ def submitted(folder: Path, id: str, *, number: int = 1, run: str = "digits", **
     record = {"id": id, "engine": "local", "engine_id": f"here:{number}:9", "run_dir": str(run_dir),
               "job_dir": str(job_dir), "submitted": 1000.0 + number}  # fmt: skip
     (job_dir / "job.json").write_text(json.dumps({**job.facts(), "record": record}))
-    told = {"attempt": 0, "started": 100.0, "ended": 3700.0, "code": 0, "next": "finished", "reason": "done", **row}
-    (job_dir / "attempts.jsonl").write_text(json.dumps(told) + "\n")
+    attempt = {"attempt": 0, "started": 100.0, "ended": 3700.0, "code": 0, "next": "finished", "reason": "done", **row}
+    (job_dir / "attempts.jsonl").write_text(json.dumps(attempt) + "\n")
     recipe = load_recipe("digits")
     RunIdentity.create_or_load(run_dir, name=run, recipe_hash=recipe.hash, recipe=recipe.model_dump(mode="json"))
     Ledger().index(run_dir)
@@ -58,11 +58,11 @@ def test_the_ledger_knows_the_jobs_of_every_run(folder) -> None:
     for number, id in enumerate(("digits-aaaaaa", "digits-bbbbbb"), 1):
         submitted(folder, id, number=number)
     submitted(folder, "other-cccccc", number=9, run="other")
-    assert [told["id"] for told in Ledger().jobs()] == ["other-cccccc", "digits-bbbbbb", "digits-aaaaaa"]
+    assert [job["id"] for job in Ledger().jobs()] == ["other-cccccc", "digits-bbbbbb", "digits-aaaaaa"]
     assert [record.id for record in known_jobs()] == ["other-cccccc", "digits-bbbbbb", "digits-aaaaaa"]
     assert [record.id for record in records(folder / "elsewhere" / "digits")] == ["digits-aaaaaa", "digits-bbbbbb"]
     Ledger().delete("other")
-    assert [told["id"] for told in Ledger().jobs()] == ["digits-bbbbbb", "digits-aaaaaa"]
+    assert [job["id"] for job in Ledger().jobs()] == ["digits-bbbbbb", "digits-aaaaaa"]
 
 
 def test_a_run_that_only_was_launched_is_listed(folder, monkeypatch, capsys) -> None:
@@ -75,12 +75,12 @@ def test_a_run_that_only_was_launched_is_listed(folder, monkeypatch, capsys) -> 
 def test_jobs_as_json(folder, monkeypatch, capsys) -> None:
     submitted(folder, "digits-aaaaaa", nodes=["n1"])
     assert shoestring(monkeypatch, "jobs", "--json") == 0
-    [told] = json.loads(capsys.readouterr().out)
-    assert (told["id"], told["state"], told["engine"], told["detail"]) == ("digits-aaaaaa", "finished", "local", "done")
-    assert (told["seconds"], told["usd"], told["on"]) == (3600.0, 1.0, ["n1"])  # 2 tasks, 0.5 $ a device-hour
-    assert [attempt["next"] for attempt in told["attempts"]] == ["finished"]
+    [job] = json.loads(capsys.readouterr().out)
+    assert (job["id"], job["state"], job["engine"], job["detail"]) == ("digits-aaaaaa", "finished", "local", "done")
+    assert (job["seconds"], job["usd"], job["on"]) == (3600.0, 1.0, ["n1"])  # 2 tasks, 0.5 $ a device-hour
+    assert [attempt["next"] for attempt in job["attempts"]] == ["finished"]
     assert shoestring(monkeypatch, "jobs", "digits-aaaaaa", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == told
+    assert json.loads(capsys.readouterr().out) == job
 
 
 def test_jobs_for_people(folder, monkeypatch, capsys) -> None:
@@ -123,11 +123,11 @@ def test_a_job_whose_machine_died_is_not_running(folder) -> None:
     import socket
 
     job_dir = submitted(folder, "digits-aaaaaa", ended=None, next="", code=None)
-    told = json.loads((job_dir / "job.json").read_text())
-    told["record"]["engine_id"] = f"{socket.gethostname()}:1:0"  # no process has begun at 0
-    (job_dir / "job.json").write_text(json.dumps(told))
-    found = launch.status(launch.load(job_dir))
-    assert (found.state, found.attempts[-1].next) == ("failed", "lost")
+    facts = json.loads((job_dir / "job.json").read_text())
+    facts["record"]["engine_id"] = f"{socket.gethostname()}:1:0"  # no process has begun at 0
+    (job_dir / "job.json").write_text(json.dumps(facts))
+    status = launch.status(launch.load(job_dir))
+    assert (status.state, status.attempts[-1].next) == ("failed", "lost")
 
 
 def test_a_ledger_from_before_there_were_jobs(folder) -> None:
@@ -139,7 +139,7 @@ def test_a_ledger_from_before_there_were_jobs(folder) -> None:
     ledger = Ledger()
     assert ledger.jobs() == [] and len(ledger.runs()) == 1
     ledger.index(job_dir.parents[1])
-    assert [told["id"] for told in ledger.jobs()] == ["digits-aaaaaa"]
+    assert [job["id"] for job in ledger.jobs()] == ["digits-aaaaaa"]
 
 
 def test_history_of_a_job_without_attempts(folder) -> None:

@@ -47,5 +47,5 @@ def test_what_does_not_divide_is_refused_and_what_fits_is_named(
 
 
 def test_the_thresholds_of_the_checks_travel_with_the_job(cluster: Cluster) -> None:
-    told = job_for("digits", [BATCH], cluster).facts()["preflight"]
-    assert told == cluster.preflight.model_dump(mode="json") and told["enabled"] is True
+    preflight = job_for("digits", [BATCH], cluster).facts()["preflight"]
+    assert preflight == cluster.preflight.model_dump(mode="json") and preflight["enabled"] is True

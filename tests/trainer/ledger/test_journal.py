@@ -50,11 +50,11 @@ def test_rows_come_back_and_lines_are_json(tmp_path_factory, rows):
         for row in rows:
             journal.write("event", **row)
     problems = []
-    found = list(read(directory, problems))
+    read_back = list(read(directory, problems))
     reserved = ("seq", "t", "mono", "kind", "crc")
     wanted = [{k + "_" * (k in reserved): expected(v) for k, v in row.items()} for row in rows]
-    assert [row.fields for row in found] == wanted and not problems
-    assert [row.seq for row in found] == list(range(len(rows)))
+    assert [row.fields for row in read_back] == wanted and not problems
+    assert [row.seq for row in read_back] == list(range(len(rows)))
     for line in journal.path.read_text().splitlines():
         assert json.loads(line)["kind"] == "event"
 
@@ -192,7 +192,7 @@ def test_full_disk_never_raises_and_says_what_was_lost(tmp_path, ending):
     problems = []
     numbers = [row.fields["n"] for row in read(tmp_path, problems)]
     assert int(held) > 500 and not problems and numbers == list(range(len(numbers)))
-    assert err.count("Training goes on") == 1
+    assert err.count("Training continues") == 1
     if ending == "mended":
         assert (synced, closed, len(numbers)) == ("True", "0", 1000)
     else:
@@ -230,7 +230,7 @@ def test_full_file_system_rows_wait_for_room(small_disk, caplog, monkeypatch):
     assert numbers[-1] == 899 and len(numbers) == 900 - dropped  # the newest were kept
     early = next(place for place, n in enumerate(numbers) if place != n)
     assert [problem.what for problem in problems] == [f"{dropped} rows before row {early + dropped} are lost"]
-    assert caplog.text.count("Training goes on") == 1 and f"{dropped} rows were lost" in caplog.text
+    assert caplog.text.count("Training continues") == 1 and f"{dropped} rows were lost" in caplog.text
 
 
 def test_fsync_is_paced_and_sync_is_now(tmp_path, monkeypatch):
@@ -270,7 +270,7 @@ def test_a_row_costs_fifteen_calls(tmp_path):
     assert seconds < 100e-6
 
 
-def test_unwritable_place_is_told_before_anything_is_spent(tmp_path):
+def test_unwritable_place_is_reported_before_anything_is_spent(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(JournalError, match=r"cannot write the journal .*choose another run directory"):
         Journal(tmp_path / "file" / "events", rank=0, attempt=0)

@@ -64,7 +64,7 @@ def test_missing_ledger_is_empty_and_is_not_made(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_index_tells_the_run_and_keeps_the_kinds_apart(ledger, run_dir):
+def test_index_describes_the_run_and_keeps_the_kinds_apart(ledger, run_dir):
     identifier = ledger.index(run_dir)
     run = ledger.run("first")
     assert (run.id, run.run_dir, run.recipe_hash) == (identifier, str(run_dir), "abcd")
@@ -78,8 +78,8 @@ def test_index_tells_the_run_and_keeps_the_kinds_apart(ledger, run_dir):
     (measurement,), (verdict,) = ledger.measurements(run.id), ledger.verdicts(run.id)
     assert claim.fields == {"technique": "lr_scaling", "saves": ["steps"]} and estimate.fields["usd"] == 999.0
     assert measurement.fields["usd"] == 777.0 and verdict.fields["reached"] is True
-    told = [(row.attempt, row.fields["event"]) for row in ledger.events(run.id) if row.rank == 0]
-    assert told == [(0, "start"), (0, "checkpoint"), (0, "preempted"), (1, "start"), (1, "stop")]
+    events = [(row.attempt, row.fields["event"]) for row in ledger.events(run.id) if row.rank == 0]
+    assert events == [(0, "start"), (0, "checkpoint"), (0, "preempted"), (1, "start"), (1, "stop")]
 
     steps = ledger.steps("first")
     assert [row.fields["step"] for row in steps] == list(range(1, 10))
@@ -160,7 +160,7 @@ def test_finding_a_run(ledger, tmp_path):
     assert [run.id for run in ledger.runs(recipe_hash="wide")] == [ids[1], ids[0]]
     assert ledger.run("wide").id == ids[1]  # the newest of that name
     assert ledger.run("bb").id == ids[2] and ledger.run(str(folders[0])).id == ids[0]
-    with pytest.raises(LedgerError, match=r"'aa' begins 2 ids: aa1111111111, aa0000000000\. Give more"):
+    with pytest.raises(LedgerError, match=r"'aa' is the start of 2 ids: aa1111111111, aa0000000000\. Give more"):
         ledger.run("aa")
     with pytest.raises(ShoestringError, match=r"no run 'narow' .* Did you mean 'narrow'\?"):
         ledger.steps("narow")
@@ -169,7 +169,7 @@ def test_finding_a_run(ledger, tmp_path):
     assert ledger.runs()[0].status == "unknown"
 
 
-def test_delete_forgets_and_removes_files_only_when_told(ledger, run_dir):
+def test_delete_forgets_and_removes_files_only_on_request(ledger, run_dir):
     identifier = ledger.index(run_dir)
     assert ledger.delete("first").id == identifier and run_dir.exists()
     assert all(rows == [] for rows in contents(ledger).values())
@@ -195,7 +195,7 @@ def test_rebuild_gives_the_same_ledger_even_from_a_damaged_file(ledger, run_dir,
 
     content = ledger.path.read_bytes()
     ledger.path.write_bytes(b"no database" + content[11:])
-    with pytest.raises(LedgerError, match="only an index: `rebuild`"):
+    with pytest.raises(LedgerError, match="only an index: `shoestring runs rebuild`"):
         ledger.runs()
     ledger.rebuild([tmp_path / "runs"])
     assert contents(ledger) == before and ledger.path.with_name("ledger.sqlite.damaged").exists()

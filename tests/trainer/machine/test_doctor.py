@@ -56,17 +56,17 @@ def test_every_check_answers_and_what_is_not_in_order_says_why():
     assert plain["findings"][0] == {"name": "python", "ok": True, "found": findings[0].found, "fix": ""}
 
 
-def test_a_stale_lock_is_found_and_the_command_mends_it(tmp_path):
+def test_a_stale_lock_is_named_and_the_command_fixes_it(tmp_path):
     lock = tmp_path / ".cache" / "torch_extensions" / "py311_cpu" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    found = finding("extensions")
-    assert found.ok is False
-    subprocess.run(found.fix, shell=True, check=True)
+    stale = finding("extensions")
+    assert stale.ok is False
+    subprocess.run(stale.fix, shell=True, check=True)
     assert finding("extensions").ok is True
 
 
-def test_a_low_limit_of_open_files_is_found():
+def test_a_low_limit_of_open_files_is_named():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
@@ -75,7 +75,7 @@ def test_a_low_limit_of_open_files_is_found():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_wandb_login_and_mode_are_told_apart_without_the_key(tmp_path, monkeypatch):
+def test_wandb_login_and_mode_are_reported_without_the_key(tmp_path, monkeypatch):
     assert finding("wandb").ok is None
     assert finding("wandb").fix == "wandb login"
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password not-to-be-shown\n")
@@ -89,9 +89,9 @@ def test_wandb_login_and_mode_are_told_apart_without_the_key(tmp_path, monkeypat
 def test_a_missing_compiler_is_optional_but_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    found = finding("compiler")
-    assert found.ok is None
-    assert "a C++ compiler and ninja missing" in found.found
+    compiler = finding("compiler")
+    assert compiler.ok is None
+    assert "a C++ compiler and ninja missing" in compiler.found
 
 
 def test_a_damaged_user_file_does_not_kill_the_doctor(tmp_path):

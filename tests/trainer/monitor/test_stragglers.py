@@ -37,11 +37,11 @@ def test_who_is_slow(busy: list[float], seconds: float, slow: dict[int, float]) 
 
 def test_two_windows_running_make_a_straggler_and_one_without_ends_it() -> None:
     streaks = Streaks()
-    told = [streaks.update(slow) for slow in ([2], [], [2], [2], [2, 0], [0], [], [1])]
-    assert told == [([], []), ([], []), ([], []), ([2], []), ([], []), ([0], [2]), ([], [0]), ([], [])]
+    changes = [streaks.update(slow) for slow in ([2], [], [2], [2], [2, 0], [0], [], [1])]
+    assert changes == [([], []), ([], []), ([], []), ([2], []), ([], []), ([0], [2]), ([], [0]), ([], [])]
 
 
-def test_windows_last_as_long_as_asked_from_the_pace_of_the_last_one() -> None:
+def test_windows_last_as_long_as_set_by_the_speed_of_the_last_one() -> None:
     assert next_window(100, 10.0, 30.0) == 300
     assert next_window(100, 1.0, 30.0) == 100 * GROWTH
     assert next_window(100, 100.0, 30.0) == 30
@@ -55,8 +55,8 @@ def events(folder: Path) -> list[dict]:
     return [dict(row.fields) for row in rows if str(row.fields.get("event")).startswith("straggler")]
 
 
-def train(folder: Path, world: int, **told: object) -> list[dict]:
-    succeed(partial(straggling.train, folder, world, **told), world=world, folder=folder)
+def train(folder: Path, world: int, **options: object) -> list[dict]:
+    succeed(partial(straggling.train, folder, world, **options), world=world, folder=folder)
     return events(folder)
 
 
@@ -74,8 +74,8 @@ def test_a_rank_that_computes_slowly_is_named_and_said_to_be_over(tmp_path: Path
 
 
 def test_a_rank_that_reads_slowly_is_named(tmp_path: Path) -> None:
-    (found,) = train(tmp_path, 2, reader=1)
-    assert (found["event"], found["rank"], found["step"]) == ("straggler", 1, 3 * LEAST)
+    (event,) = train(tmp_path, 2, reader=1)
+    assert (event["event"], event["rank"], event["step"]) == ("straggler", 1, 3 * LEAST)
 
 
 def test_one_rank_has_no_part_in_it(tmp_path: Path) -> None:

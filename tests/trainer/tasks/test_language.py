@@ -23,9 +23,9 @@ from shoestring.trainer.tasks.tokens import Blocks, PadTokens, stack
 def test_a_language_model_learns_and_its_validation_loss_is_exact(tiny: Any) -> None:
     task = tiny.task()
     tiny.fit(task, 40)
-    found = tiny.validate(task)
-    assert found["val_loss"] < task.facts["baselines"]["unigram"] < task.facts["baselines"]["uniform"]
-    assert found["val_perplexity"] == pytest.approx(math.exp(found["val_loss"]), rel=1e-4)
+    metrics = tiny.validate(task)
+    assert metrics["val_loss"] < task.facts["baselines"]["unigram"] < task.facts["baselines"]["uniform"]
+    assert metrics["val_perplexity"] == pytest.approx(math.exp(metrics["val_loss"]), rel=1e-4)
 
     module, total, count = task.module.eval(), 0.0, 0
     for i in range(len(task.validation)):  # one block at a time, the padded tail included
@@ -36,7 +36,7 @@ def test_a_language_model_learns_and_its_validation_loss_is_exact(tiny: Any) -> 
         total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
         count += int((labels != -100).sum())
     assert (task.validation[len(task.validation) - 1]["labels"] == -100).any(), "the tail is not the case it should be"
-    assert found["val_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert metrics["val_loss"] == pytest.approx(total / count, rel=1e-5)
     assert count == task.facts["validation_tokens"] - len(task.validation)
 
 
@@ -66,10 +66,10 @@ def test_completion_is_repeatable_and_leaves_random_numbers_alone(tiny: Any) -> 
     task = tiny.task()
     tiny.fit(task, 5)
     before = torch.get_rng_state()
-    tell = [complete(task.module, task.tokenizer, "def f(", max_new_tokens=12, temperature=t, seed=s)
+    texts = [complete(task.module, task.tokenizer, "def f(", max_new_tokens=12, temperature=t, seed=s)
             for t, s in ((0, 0), (0, 1), (1.5, 0), (1.5, 0), (1.5, 1))]  # fmt: skip
     assert torch.equal(before, torch.get_rng_state()) and task.module.training
-    assert tell[0] == tell[1] and tell[2] == tell[3] and tell[2] != tell[4] and tell[0] != tell[2]
+    assert texts[0] == texts[1] and texts[2] == texts[3] and texts[2] != texts[4] and texts[0] != texts[2]
 
 
 def test_blocks_by_hand(tiny: Any) -> None:
@@ -90,7 +90,7 @@ def test_blocks_by_hand(tiny: Any) -> None:
     assert store.tokens.dtype == np.uint16 and store.document(2).tolist() == [0, *b"fghij"]
 
 
-def test_packed_documents_do_not_see_each_other(tiny: Any) -> None:
+def test_packed_documents_do_not_attend_to_each_other(tiny: Any) -> None:
     task = tiny.task()
     model = task.module.model.eval()
     borders = next(i for i in range(len(task.train)) if (task.train[i]["position_ids"][1:] == 0).any())
@@ -100,8 +100,8 @@ def test_packed_documents_do_not_see_each_other(tiny: Any) -> None:
     changed["input_ids"][:, 1:start] = (changed["input_ids"][:, 1:start] + 7) % 300
     with torch.no_grad():
         one, two = (model(**batch).logits[0] for batch in (block, changed))
-        no_positions = [{**batch, "position_ids": torch.arange(64)[None]} for batch in (block, changed)]
-        one_leaky, two_leaky = (model(**batch).logits[0] for batch in no_positions)
+        without_position_ids = [{**batch, "position_ids": torch.arange(64)[None]} for batch in (block, changed)]
+        one_leaky, two_leaky = (model(**batch).logits[0] for batch in without_position_ids)
     assert not torch.allclose(one[:start], two[:start]), "the first document did not change"
     assert torch.allclose(one[start:], two[start:], atol=1e-6)
     assert not torch.allclose(one_leaky[start:], two_leaky[start:], atol=1e-4), "this test cannot see a leak"

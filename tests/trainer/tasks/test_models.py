@@ -37,12 +37,12 @@ def test_digits_are_learned(tiny: Any, tmp_path: Path, config: dict) -> None:
     )
     pl.seed_everything(0, verbose=False)
     tiny.fit(task, 200)
-    found = tiny.validate(task)
-    assert found["val_accuracy"] > 0.9
+    metrics = tiny.validate(task)
+    assert metrics["val_accuracy"] > 0.9
     with torch.no_grad():
         batch = stack([task.validation[i] for i in range(len(task.validation))])
         logits = task.module.eval()(batch)
-    assert found["val_loss"] == pytest.approx(
+    assert metrics["val_loss"] == pytest.approx(
         torch.nn.functional.cross_entropy(logits, batch["labels"]).item(), rel=1e-4
     )
     eights = batch["labels"] == 8
@@ -118,7 +118,7 @@ def test_labels_of_files(tiny: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("compute", torch.bfloat16), ("float32", torch.float32)])
-def test_lora_trains_adapters_alone_in_the_dtype_asked(tiny: Any, dtype: str, expected: torch.dtype) -> None:
+def test_lora_trains_adapters_alone_in_the_dtype_requested(tiny: Any, dtype: str, expected: torch.dtype) -> None:
     task = tiny.task(torch.bfloat16, model={"adapter": {"kind": "lora", "rank": 4, "dtype": dtype}})
     trained = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
     frozen = {name: p.clone() for name, p in task.module.named_parameters() if not p.requires_grad}
@@ -132,9 +132,11 @@ def test_lora_trains_adapters_alone_in_the_dtype_asked(tiny: Any, dtype: str, ex
     assert any(p.abs().max() > 0 for name, p in trained.items() if "lora_B" in name), "the adapters did not move"
 
 
-def test_decay_is_not_put_into_gradients_unasked() -> None:
-    def decay(name: str, asked: float | None) -> float:
-        settings = SimpleNamespace(name=name, lr=0.05, weight_decay=asked, betas=(0.9, 0.95), eps=1e-8, momentum=0.9)
+def test_decay_is_not_put_into_gradients_by_default() -> None:
+    def decay(name: str, weight_decay: float | None) -> float:
+        settings = SimpleNamespace(
+            name=name, lr=0.05, weight_decay=weight_decay, betas=(0.9, 0.95), eps=1e-8, momentum=0.9
+        )
         return build_optimizer(torch.nn.Linear(4, 4).named_parameters(), settings).param_groups[0]["weight_decay"]
 
     usual = {name: decay(name, None) for name in OPTIMIZERS}
