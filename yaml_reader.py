@@ -126,8 +126,8 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        found = f"the byte 0x{content[error.start]:02x}, which is not UTF-8"
-        raise Malformed([Problem(f"{path}:{line}", "", found, "text in UTF-8", "save the file as UTF-8")]) from None
+        bad_byte = f"the byte 0x{content[error.start]:02x}, which is not UTF-8"
+        raise Malformed([Problem(f"{path}:{line}", "", bad_byte, "text in UTF-8", "save the file as UTF-8")]) from None
 
 
 def read_yaml(
@@ -171,8 +171,8 @@ class _Builder:
                 raise self.fatal(event, "a second document", "one document; remove the line ---")
         except yaml.reader.ReaderError as error:
             where = self.place(self.text.count("\n", 0, error.position) + 1)
-            found = f"the character {chr(error.character)!r}"
-            raise Malformed([Problem(where, "", found, "printable text")]) from None
+            bad_character = f"the character {chr(error.character)!r}"
+            raise Malformed([Problem(where, "", bad_character, "printable text")]) from None
         except yaml.MarkedYAMLError as error:
             raise self.syntax(error) from None
         return node, self.problems
@@ -207,22 +207,22 @@ class _Builder:
             return Node(None, where, event.value, flawed=True)
 
     def items(self) -> list[Node]:
-        found: list[Node] = []
+        children: list[Node] = []
         while not isinstance(event := self.next(), yaml.SequenceEndEvent):
-            found.append(self.child(f"[{len(found)}]", event))
-        return found
+            children.append(self.child(f"[{len(children)}]", event))
+        return children
 
     def entries(self) -> dict[str, Node]:
-        found: dict[str, Node] = {}
+        entries: dict[str, Node] = {}
         while not isinstance(event := self.next(), yaml.MappingEndEvent):
             key, where = self.key(event), self.where(event)
             node = replace(self.child(key or "?", self.next()), where=where)
-            if key in found:
-                hint = f"remove one; the first stands at {found[key].where}"
+            if key in entries:
+                hint = f"remove one; the first stands at {entries[key].where}"
                 self.report(where, f"{key} a second time", "each key once", hint, key)
             elif key is not None:
-                found[key] = node
-        return found
+                entries[key] = node
+        return entries
 
     def child(self, part: str, event: Any) -> Node:
         self.path.append(part)
@@ -245,24 +245,24 @@ class _Builder:
             raise self.fatal(event, f"*{name}", f"an alias of an anchor that stands above it; there is no &{name}")
         node = self.anchors[name]
         if node is None:
-            raise self.fatal(event, f"*{name} inside &{name}", "an alias outside of what it stands for")
+            raise self.fatal(event, f"*{name} inside &{name}", "an alias that does not contain itself")
         self.count(node.size, node.height, event)
         return replace(node, where=self.where(event))
 
     def tagged(self, event: Any, node: Node) -> Node:
         tag = _TAG.search(self.text, event.start_mark.index)
-        found = f"the tag {clip(tag[0])}" if tag else "a tag"
-        self.report(self.where(event), found, "values without a tag", f"remove it: a {self.what} builds no objects")
+        described = f"the tag {clip(tag[0])}" if tag else "a tag"
+        self.report(self.where(event), described, "values without a tag", f"remove it: a {self.what} has no tags")
         return replace(node, value=None, flawed=True)
 
     def count(self, nodes: int, levels: int, event: Any) -> None:
         self.nodes += nodes
         if self.nodes > MAX_NODES:
-            found = f"{self.nodes} nodes or more, aliases expanded"
-            raise self.fatal(event, found, f"at most {MAX_NODES} nodes in a file")
+            size = f"{self.nodes} nodes or more, aliases expanded"
+            raise self.fatal(event, size, f"at most {MAX_NODES} nodes in a file")
         if len(self.path) + levels > MAX_DEPTH:
-            found = f"{len(self.path) + levels} levels of nesting or more"
-            raise self.fatal(event, found, f"at most {MAX_DEPTH} levels")
+            size = f"{len(self.path) + levels} levels of nesting or more"
+            raise self.fatal(event, size, f"at most {MAX_DEPTH} levels")
 
     def next(self) -> Any:
         return self.events.get_event()
@@ -287,5 +287,5 @@ class _Builder:
             hint = "indent with spaces, not with tabs"
         elif "mapping values are not allowed" in said:
             hint = "put quotes around a value that contains a colon"
-        found = clip(line.replace("\t", "\\t")) or "the end of the file"
-        return Malformed([*self.problems, Problem(self.place(number + 1), "", found, f"YAML ({said})", hint)])
+        described = clip(line.replace("\t", "\\t")) or "the end of the file"
+        return Malformed([*self.problems, Problem(self.place(number + 1), "", described, f"YAML ({said})", hint)])

@@ -64,7 +64,7 @@ def amount(value: object, base: str, scale: int = 1, whole: bool = False) -> flo
         raise UnitError(allowed)
     number = _read(value, base, scale, allowed)
     if number <= 0:
-        raise UnitError("a number above 0", "impossible budget: nothing runs on it; remove the key for no limit")
+        raise UnitError("a number above 0", "impossible budget: no step fits into it; remove the key for no limit")
     if whole and number.denominator != 1:
         raise UnitError(f"a whole number of {base}")
     return float(number)
@@ -82,11 +82,11 @@ def _read(value: int | float | str, base: str, scale: int, allowed: str) -> Frac
             raise UnitError("a finite number above 0", "remove the key for no limit")
         return Fraction(value)
     try:
-        number, found = quantity(value)
+        number, unit = quantity(value)
     except UnitError as error:
         raise UnitError(allowed, error.hint) from None
-    if not found:
+    if not unit:
         raise UnitError(allowed, f"a number needs no quotes: {value.strip()}")
-    if found != base:
+    if unit != base:
         raise UnitError(allowed)
     return number / scale

@@ -24,7 +24,7 @@ STAND_IN = {"name": "x", "model": {"task": "causal-lm"}, "data": {"source": "pyt
 
 def validate(tree: Node, problems: Iterable[Problem] = (), allow_code: bool = False) -> Recipe:
     """The recipe that `tree` describes. Raises `RecipeError` with `problems` and all that is wrong beside them."""
-    found = list(problems)
+    collected = list(problems)
     bad = {path for path, node in trees.walk(tree) if node.flawed}
     values = plain(tree) or {}
     recipe: Recipe | None = None
@@ -32,13 +32,13 @@ def validate(tree: Node, problems: Iterable[Problem] = (), allow_code: bool = Fa
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         slips = [slip for slip in _slips(error, tree) if not _within(slip.path, bad)]
-        found += [slip.problem for slip in slips if not slip.explained_by(slips)]
+        collected += [slip.problem for slip in slips if not slip.explained_by(slips)]
         bad |= {path for slip in slips for path in slip.touched}
         recipe = _healthy(values, bad)
     if recipe is not None:
-        found += _rules(recipe, tree, bad, allow_code)
-    if found or recipe is None:
-        raise RecipeError(sorted(found, key=_order))
+        collected += _rules(recipe, tree, bad, allow_code)
+    if collected or recipe is None:
+        raise RecipeError(sorted(collected, key=_order))
     recipe._places = _places(tree, recipe)
     return recipe
 
@@ -65,11 +65,11 @@ class Slip:
 
 def _slips(error: ValidationError, tree: Node) -> list[Slip]:
     """One per path: a field that may be of several types gets an error for each of them."""
-    found: dict[Path, Slip] = {}
+    by_path: dict[Path, Slip] = {}
     for detail in error.errors(include_url=False):
         slip = _slip(dict(detail), tree)
-        found.setdefault(slip.path, slip)
-    return list(found.values())
+        by_path.setdefault(slip.path, slip)
+    return list(by_path.values())
 
 
 def _slip(detail: dict[str, Any], tree: Node) -> Slip:

@@ -13,7 +13,7 @@ from . import tree as trees
 from .recipe import Recipe
 from .tree import Path
 
-ELSEWHERE_CALLED = {  # by the names that other tools use
+OTHER_TOOLS_NAMES = {  # by the names that other tools use
     "learning_rate": "optimizer.lr",
     "max_steps": "budget.steps",
     "max_time": "budget.hours",
@@ -43,8 +43,8 @@ def resolve(loc: tuple[str | int, ...], tree: Node) -> tuple[Path, type[BaseMode
 
 def homes(word: str) -> list[str]:
     """Where in a recipe a key of that name, or nearly, is at home: `lr` and `learning_rate` at `optimizer.lr`."""
-    if word in ELSEWHERE_CALLED:
-        return [ELSEWHERE_CALLED[word]]
+    if word in OTHER_TOOLS_NAMES:
+        return [OTHER_TOOLS_NAMES[word]]
     keys: dict[str, list[str]] = {}
     for name, field in Recipe.model_fields.items():
         keys.setdefault(name, []).append(name)
@@ -57,7 +57,7 @@ def homes(word: str) -> list[str]:
 def section_of(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and get_origin(annotation) is None and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := section_of(part))), None)
+    return next((section for part in get_args(annotation) if (section := section_of(part))), None)
 
 
 def _choices(annotation: Any) -> list[str]:

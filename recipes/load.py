@@ -63,7 +63,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), allow_code: boo
         ('quickstart', 1, None)
     """
     files = _Files()
-    tree = files.tree(_found(str(path), Path(), str(path), ""))
+    tree = files.tree(_located(str(path), Path(), str(path), ""))
     problems = list(files.problems)
     for text in overrides:
         try:
@@ -146,7 +146,7 @@ class _Files:
         return list(items)
 
     def base(self, path: Path, item: Node) -> Path:
-        base = _found(item.value, path.parent, item.where, "extends")
+        base = _located(item.value, path.parent, item.where, "extends")
         if base.resolve() in self.open:
             chain = " -> ".join(file.name for file in [*self.open[self.open.index(base.resolve()) :], base])
             raise self.fatal(item, "extends", f"a circle: {chain}", "files that do not extend each other")
@@ -158,7 +158,7 @@ class _Files:
         return RecipeError([*self.problems, Problem(node.where, key, found, allowed)])
 
 
-def _found(name: str, folder: Path, place: str, key: str) -> Path:
+def _located(name: str, folder: Path, place: str, key: str) -> Path:
     """The regular file called `name` in `folder`, or the shipped recipe of that name."""
     path = Path(folder, name)
     try:

@@ -44,10 +44,10 @@ def broken(recipe: Recipe, allow_code: bool, bad: Callable[[str], bool]) -> Iter
         if not any(bad(key) for key in reads):
             yield from check(recipe)
     if not allow_code:
-        yield from (found for found in code(recipe) if not bad(found.key))
+        yield from (rule for rule in code(recipe) if not bad(rule.key))
 
 
-def reading(*keys: str) -> Callable[[Check], Check]:
+def depends_on(*keys: str) -> Callable[[Check], Check]:
     """Register a rule with the keys that it reads."""
 
     def register(check: Check) -> Check:
@@ -66,13 +66,13 @@ def code(recipe: Recipe) -> Iterator[Broken]:
     for key, name in names:
         if is_code(name):
             yield Broken(key, rule, hint, name)
-    free = {"model.config": recipe.model.config, "model.args": recipe.model.args, "data.args": recipe.data.args}
-    for key, values in free.items():
+    free_form = {"model.config": recipe.model.config, "model.args": recipe.model.args, "data.args": recipe.data.args}
+    for key, values in free_form.items():
         if (values or {}).get("trust_remote_code"):
             yield Broken(f"{key}.trust_remote_code", "true only with --allow-code", hint)
 
 
-@reading("budget")
+@depends_on("budget")
 def some_budget(recipe: Recipe) -> Iterator[Broken]:
     keys = list(BudgetSpec.model_fields)
     if all(getattr(recipe.budget, key) is None for key in keys):
@@ -80,33 +80,33 @@ def some_budget(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("budget", f"at least one of {', '.join(keys)}", hint, "no limit")
 
 
-@reading("goal")
+@depends_on("goal")
 def one_bound(recipe: Recipe) -> Iterator[Broken]:
     if recipe.goal and (recipe.goal.above is None) == (recipe.goal.below is None):
-        found = "neither above nor below" if recipe.goal.above is None else "both above and below"
-        yield Broken("goal", "exactly one of above and below", found=found)
+        given = "neither above nor below" if recipe.goal.above is None else "both above and below"
+        yield Broken("goal", "exactly one of above and below", found=given)
 
 
-@reading("model.task", "model.name", "model.config")
+@depends_on("model.task", "model.name", "model.config")
 def one_origin(recipe: Recipe) -> Iterator[Broken]:
     model = recipe.model
     if model.task not in TEXT_TASKS or (model.name is None) != (model.config is None):
         return
-    found = "neither name nor config" if model.name is None else "both name and config"
+    given = "neither name nor config" if model.name is None else "both name and config"
     hint = "name starts from a trained model, config from scratch"
     if model.name is not None:
         hint += "; set the other to null"
-    yield Broken("model", f"exactly one of name and config for {model.task}", hint, found)
+    yield Broken("model", f"exactly one of name and config for {model.task}", hint, given)
 
 
-@reading("model.task", "model.config")
+@depends_on("model.task", "model.config")
 def config_kind(recipe: Recipe) -> Iterator[Broken]:
     config = recipe.model.config
     if recipe.model.task in TEXT_TASKS and config is not None and not isinstance(config.get("model_type"), str):
         yield Broken("model.config", "a mapping with model_type, like {model_type: llama, hidden_size: 128}")
 
 
-@reading("model.task", "model.name", "model.config")
+@depends_on("model.task", "model.name", "model.config")
 def image_model(recipe: Recipe) -> Iterator[Broken]:
     model, choices = recipe.model, " | ".join(IMAGE_KINDS)
     if model.task != "image-classification":
@@ -119,7 +119,7 @@ def image_model(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("model.config.kind", choices, did_you_mean(str(model.config["kind"]), IMAGE_KINDS))
 
 
-@reading("model.task", "model.name", "model.config", "model.tokenizer", "data.source")
+@depends_on("model.task", "model.name", "model.config", "model.tokenizer", "data.source")
 def some_tokenizer(recipe: Recipe) -> Iterator[Broken]:
     model = recipe.model
     if model.task in TEXT_TASKS and model.config is not None and model.name is None:
@@ -129,20 +129,20 @@ def some_tokenizer(recipe: Recipe) -> Iterator[Broken]:
             yield Broken("model.tokenizer", "a tokenizer, as a model from config has none", hint, "nothing")
 
 
-@reading("model.task", "model.adapter")
+@depends_on("model.task", "model.adapter")
 def adapter_fits(recipe: Recipe) -> Iterator[Broken]:
     if recipe.model.adapter and recipe.model.task not in TEXT_TASKS:
         hint = "remove it, or change model.task"
         yield Broken("model.adapter", f"adapters for {' and '.join(TEXT_TASKS)}, not for {recipe.model.task}", hint)
 
 
-@reading("model.task", "model.args")
+@depends_on("model.task", "model.args")
 def args_fit(recipe: Recipe) -> Iterator[Broken]:
     if recipe.model.args and not is_code(recipe.model.task):
         yield Broken("model.args", "args only for a task that is your own module:attr", "shapes go into model.config")
 
 
-@reading("model.task", "data.source")
+@depends_on("model.task", "data.source")
 def source_fits(recipe: Recipe) -> Iterator[Broken]:
     task, source = recipe.model.task, recipe.data.source
     tasks = BUILTIN_DATA.get(source)
@@ -156,7 +156,7 @@ def source_fits(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("data.source", f"for {task}: {fitting}, or data of your own")
 
 
-@reading("data.validation", "data.source", "goal")
+@depends_on("data.validation", "data.source", "goal")
 def validation_fits(recipe: Recipe) -> Iterator[Broken]:
     validation = recipe.data.validation
     if isinstance(validation, str) and re.fullmatch(r"\s*[0-9.]+\s*%?\s*", validation):
@@ -165,7 +165,7 @@ def validation_fits(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("goal.metric", "a metric that is measured; data.validation is 0", "hold out a fraction, like 0.05")
 
 
-@reading("data.batch_size", "data.micro_batch_size")
+@depends_on("data.batch_size", "data.micro_batch_size")
 def whole_micro_batches(recipe: Recipe) -> Iterator[Broken]:
     batch, micro = recipe.data.batch_size, recipe.data.micro_batch_size
     if isinstance(micro, int) and batch % micro:
@@ -174,7 +174,7 @@ def whole_micro_batches(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("data.micro_batch_size", f"a divisor of data.batch_size ({batch}), or auto", hint)
 
 
-@reading("strategy")
+@depends_on("strategy")
 def strategy_fits(recipe: Recipe) -> Iterator[Broken]:
     strategy = recipe.strategy
     for key, number in (("devices", strategy.devices), ("nodes", strategy.nodes)):
@@ -186,13 +186,13 @@ def strategy_fits(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("strategy.offload", allowed, f"offloading {strategy.offload} needs {' or '.join(needed)}")
 
 
-@reading("model.task", "evaluation.generate")
+@depends_on("model.task", "evaluation.generate")
 def generate_fits(recipe: Recipe) -> Iterator[Broken]:
     if recipe.evaluation.generate is not None and recipe.model.task != "causal-lm":
         yield Broken("evaluation.generate", f"null for {recipe.model.task}", "only a causal-lm completes a prompt")
 
 
-@reading("techniques")
+@depends_on("techniques")
 def techniques_once(recipe: Recipe) -> Iterator[Broken]:
     names = [technique.name for technique in recipe.techniques]
     for index, name in enumerate(names):

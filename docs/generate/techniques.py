@@ -122,11 +122,11 @@ def _neighbours(name: str, together: dict[tuple[str, str], Verdict]) -> str:
         for verdict, meaning in meanings.items()
         for other, sentence in by_verdict[verdict]
     ]
-    free = ", ".join(f"[`{other}`]({other}.md)" for other, _ in by_verdict["free"])
+    independent = ", ".join(f"[`{other}`]({other}.md)" for other, _ in by_verdict["free"])
     return page(
         "This is what `compose` says of each pair before anything is spent.",
         table(["with", "verdict", "why"], rows) if rows else "",
-        f"No rule is needed with {free}." if free else "",
+        f"No rule is needed with {independent}." if independent else "",
     )
 
 

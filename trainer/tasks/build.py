@@ -136,7 +136,7 @@ def _images(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[
 def _own(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[pl.LightningModule, dict[str, Any]]:
     module = call_code(recipe.model.task, recipe.model.args, "model.task")
     if not isinstance(module, pl.LightningModule):
-        raise TaskError(f"model.task: {recipe.model.task} gave a {type(module).__name__}, not a LightningModule.")
+        raise TaskError(f"model.task: {recipe.model.task} returned a {type(module).__name__}, not a LightningModule.")
     return module, {"model_type": type(module).__name__}
 
 

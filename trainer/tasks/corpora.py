@@ -120,11 +120,11 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 def _stdlib_sources() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    paths = []
     for folder, inner, files in os.walk(root):
         inner[:] = [name for name in inner if name not in EXCLUDED]  # not entered: they are larger than the rest
-        found += [Path(folder, name) for name in files if name.endswith(".py")]
-    for relative, path in sorted((path.relative_to(root).as_posix(), path) for path in found):
+        paths += [Path(folder, name) for name in files if name.endswith(".py")]
+    for relative, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
         if text := _source(path):
             yield relative, text
 

@@ -12,10 +12,10 @@ class TaskError(ShoestringError):
     """A model, its data or its optimizer cannot be built as the recipe says; the message holds the way out."""
 
 
-def unknown(what: str, found: object, allowed: Iterable[str]) -> TaskError:
+def unknown(what: str, name: object, allowed: Iterable[str]) -> TaskError:
     """An error for a name that is not in a closed list: says what was found, what was probably meant, what exists."""
     names = sorted(allowed)
-    near = nearest(str(found), names)
+    near = nearest(str(name), names)
     guess = f" Did you mean {near!r}?" if near else ""
     listed = ", ".join(names) if len(names) <= 40 else f"{len(names)} names, such as {', '.join(names[:8])}"
-    return TaskError(f"{what}: {found!r} is unknown.{guess} Known: {listed}.")
+    return TaskError(f"{what}: {name!r} is unknown.{guess} Known: {listed}.")

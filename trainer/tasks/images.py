@@ -53,7 +53,9 @@ class CNN(ImageModel):
     def __init__(self, shape: Shape, classes: int, *, channels: Sequence[int] = (16, 32), dropout: float = 0.0) -> None:
         height, width = (side >> len(channels) for side in shape[1:])
         if not height or not width:
-            raise TaskError(f"model.config.channels {list(channels)}: {len(channels)} halvings of a {shape[1:]} image.")
+            raise TaskError(
+                f"model.config.channels {list(channels)}: a {shape[1:]} image cannot be halved {len(channels)} times."
+            )
         depths = [shape[0], *channels]
         layers: list[nn.Module] = []
         for before, after in pairwise(depths):

@@ -27,24 +27,24 @@ def leak(model: torch.nn.Module, ids: torch.Tensor, *, isolate: bool = True) -> 
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
     other = ids.clone()
     other[:half] = (ids[:half] + 1) % vocabulary
-    positions = torch.arange(len(ids), device=ids.device)
+    position_ids = torch.arange(len(ids), device=ids.device)
     if isolate:
-        positions = torch.where(positions < half, positions, positions - half)
+        position_ids = torch.where(position_ids < half, position_ids, position_ids - half)
     with torch.no_grad(), evaluating(model):
         rows = torch.stack([ids, other])
-        logits = model(input_ids=rows, position_ids=positions.expand(2, -1), use_cache=False).logits
+        logits = model(input_ids=rows, position_ids=position_ids.expand(2, -1), use_cache=False).logits
     change = (logits[0].float() - logits[1].float()).abs().amax(-1)
     return float(change[half:].max() / change[:half].max())
 
 
 def check_isolation(model: torch.nn.Module, ids: torch.Tensor) -> None:
     """Raise `TaskError` where `leak` finds more than rounding. ids [T]: a row of a real batch."""
-    found = leak(model, ids[:LONGEST])
+    measured = leak(model, ids[:LONGEST])
     # written so that NaN, too, fails
-    if not found <= TOLERANCE:
+    if not measured <= TOLERANCE:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise TaskError(
-            f"data.pack: documents packed into one block see each other in this {kind} model (leak {found:.2g} of the "
-            "effect a document has on itself, 0 expected). Set data.pack: false, or accept it with "
-            "data.args: {pack_isolation: false}."
+            f"data.pack: documents packed into one block attend to each other in this {kind} model "
+            f"(leak {measured:.2g} of the effect a document has on itself, 0 expected). Set data.pack: false, or "
+            "accept it with data.args: {pack_isolation: false}."
         )

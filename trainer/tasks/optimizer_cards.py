@@ -57,10 +57,10 @@ OPTIMIZERS: dict[str, OptimizerCard] = {
 class UnknownOptimizer(ShoestringError):
     """No optimizer of this name. `allowed` lists those there are, `hint` is the way out or empty."""
 
-    def __init__(self, found: str) -> None:
+    def __init__(self, name: str) -> None:
         names = optimizer_names()
-        self.allowed, self.hint = " | ".join(names), did_you_mean(found, names)
-        super().__init__(f"optimizer.name: found {found}; allowed: {self.allowed}; {self.hint}".rstrip("; "))
+        self.allowed, self.hint = " | ".join(names), did_you_mean(name, names)
+        super().__init__(f"optimizer.name: found {name}; allowed: {self.allowed}; {self.hint}".rstrip("; "))
 
 
 def optimizer_names() -> list[str]:
@@ -78,8 +78,8 @@ def optimizer_card(name: str) -> OptimizerCard:
         return OPTIMIZERS[name]
     if name not in _plugins() and not is_code(name):
         raise UnknownOptimizer(name)
-    found = import_code(name) if is_code(name) else _plugins()[name].load()
-    return found if isinstance(found, OptimizerCard) else OptimizerCard(make=found)
+    loaded = import_code(name) if is_code(name) else _plugins()[name].load()
+    return loaded if isinstance(loaded, OptimizerCard) else OptimizerCard(make=loaded)
 
 
 @cache

@@ -29,7 +29,7 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: An
         return build(groups, lr=settings.lr)  # type: ignore[call-arg]
     made = build(trained, settings)
     if not isinstance(made, torch.optim.Optimizer):
-        raise TaskError(f"optimizer.name: {settings.name} made {made!r}, which is no torch.optim.Optimizer.")
+        raise TaskError(f"optimizer.name: {settings.name} made {made!r}, which is not a torch.optim.Optimizer.")
     return made
 
 
@@ -135,6 +135,6 @@ def _check_whole(groups: list[dict[str, Any]]) -> None:
     for group in groups:
         if any(p.ndim != 2 for p in group["params"]):
             raise TaskError(
-                "optimizer.name muon needs whole weight matrices, and ZeRO hands it flat shards. "
+                "optimizer.name muon needs whole weight matrices, and ZeRO gives it flat shards. "
                 "Use strategy.name single or ddp, or optimizer.name adamw."
             )

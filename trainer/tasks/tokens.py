@@ -104,7 +104,7 @@ class Blocks(Dataset[Sample]):
         labels = np.pad(ids, missing, constant_values=IGNORED)
         sample = {"input_ids": torch.from_numpy(np.pad(ids, missing)), "labels": torch.from_numpy(labels)}
         if self.isolate:
-            sample["position_ids"] = torch.from_numpy(self._positions(index))
+            sample["position_ids"] = torch.from_numpy(self._position_ids(index))
         return sample
 
     @property
@@ -122,7 +122,7 @@ class Blocks(Dataset[Sample]):
     def _tokens(self, index: int) -> np.ndarray:
         return self.store.tokens[index * self.length : (index + 1) * self.length]
 
-    def _positions(self, index: int) -> np.ndarray:
+    def _position_ids(self, index: int) -> np.ndarray:
         """Positions [T] that restart where a document starts; a block that opens mid-document counts from 0."""
         start = index * self.length
         first, last = np.searchsorted(self.store.offsets, (start, start + self.length))

@@ -53,7 +53,7 @@ def test_digits_are_learned(tiny: Any, tmp_path: Path, config: dict) -> None:
     ("config", "message"),
     [
         ({"kind": "mlp", "hiden": [3]}, "Did you mean 'hidden'"),
-        ({"kind": "cnn", "channels": [1, 2, 3, 4]}, "4 halvings"),
+        ({"kind": "cnn", "channels": [1, 2, 3, 4]}, "cannot be halved 4 times"),
     ],
 )
 def test_image_model_errors(tmp_path: Path, config: dict, message: str) -> None:
@@ -219,7 +219,7 @@ def test_a_users_own_module_and_data(
     tiny.fit(task, 2)
     assert not torch.equal(before, task.module.layer.weight)
     for key, name, message in (
-        ("task", "nothing", "gave a int"),
+        ("task", "nothing", "returned a int"),
         ("task", "absent", "absent"),
         ("args", {"w": 1}, "args"),
     ):

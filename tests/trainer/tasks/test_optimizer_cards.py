@@ -137,7 +137,7 @@ def test_a_users_own_needs_leave_and_has_to_be_one(own: Path, monkeypatch, capsy
     for attribute, words, said in (
         ("Signs", (), "a module:attr only with --allow-code"),
         ("absent", ("--allow-code",), "optimizer.name: found own_optimizers_of_a_test:absent"),
-        ("nothing", ("--allow-code",), "made 3, which is no torch.optim.Optimizer"),
+        ("nothing", ("--allow-code",), "made 3, which is not a torch.optim.Optimizer"),
     ):
         name = f"optimizer.name=own_optimizers_of_a_test:{attribute}"
         assert command(monkeypatch, *TRAIN, "strategy.name=single", name, *words) == 2
