@@ -131,7 +131,7 @@ def run(seed: int) -> dict[str, dict[str, float]]:
     """setting -> accuracies in percent of this seed's models, their bytes, and CPU seconds."""
     x, y, *test = split(seed)
     size = len(x)
-    found = {}
+    row = {}
     teachers = {labelled: teacher(x, y, labelled, seed) for labelled in (size, LABELLED)}
     for name, taught, labelled in (
         ("few labels", size, LABELLED),
@@ -144,8 +144,8 @@ def run(seed: int) -> dict[str, dict[str, float]]:
         middle = time.process_time()
         distilled = train(student(seed), steps, Distillation(teacher=teachers[taught].model, **SETTINGS))
         seconds = {"seconds alone": middle - began, "seconds distilled": time.process_time() - middle}
-        found[name] = seconds | stored(teachers[taught], pruned(teachers[taught], steps), alone, distilled, test)
-    return found
+        row[name] = seconds | stored(teachers[taught], pruned(teachers[taught], steps), alone, distilled, test)
+    return row
 
 
 def pruned(taught: Net, steps: Steps) -> Net:
@@ -156,14 +156,14 @@ def pruned(taught: Net, steps: Steps) -> Net:
 
 def stored(taught: Net, thinned: Net, alone: Net, distilled: Net, test: list[torch.Tensor]) -> dict[str, float]:
     """Accuracy and bytes of each model as it is read back from its file."""
-    found = {}
+    row = {}
     for name, module, quantize in (
         ("teacher", taught, None), ("teacher in int8", taught, "int8"), ("teacher pruned", thinned, None),
         ("alone", alone, None), ("distilled", distilled, None),
     ):  # fmt: skip
         size, served = written(module.model, quantize, sparse=True)
-        found |= {name: accuracy(served, *test), f"{name}, bytes": size}
-    return found
+        row |= {name: accuracy(served, *test), f"{name}, bytes": size}
+    return row
 
 
 MODELS = ("teacher", "teacher in int8", "teacher pruned", "alone", "distilled")

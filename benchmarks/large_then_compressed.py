@@ -76,13 +76,13 @@ def step_flops(net: nn.Module) -> float:
 def one_seed(seed: int) -> dict[str, dict[str, Any]]:
     """Stored how -> figures of the large model and of the small ones."""
     large = {name: run(LARGE, techniques(), seed, STEPS)[0] for name, techniques in TRAINED.items()}
-    found: dict[str, dict[str, Any]] = {"dense": {"accuracy": score(large["dense"], seed)}}
+    rows: dict[str, dict[str, Any]] = {"dense": {"accuracy": score(large["dense"], seed)}}
     for name, (source, quantize) in STORED.items():
         size, served = written(large[source], quantize, sparse=True)
         spent = STEPS * (CUT * step_flops(MLP(LARGE).net) + (1 - CUT) * step_flops(served))
-        found[name] = {"bytes": size, "accuracy": score(served, seed)}
-        found[name] |= {control: small(size, spent, seed, *how) for control, how in CONTROLS.items()}
-    return found
+        rows[name] = {"bytes": size, "accuracy": score(served, seed)}
+        rows[name] |= {control: small(size, spent, seed, *how) for control, how in CONTROLS.items()}
+    return rows
 
 
 def small(limit: int, spent: float, seed: int, match: bool, quantize: str | None) -> dict[str, Any]:
@@ -110,8 +110,8 @@ def control_table(runs: list[dict[str, dict[str, Any]]], control: str) -> list[s
     return table(head, rows)
 
 
-def mean(found: list[dict[str, Any]], key: str) -> float:
-    return sum(each[key] for each in found) / len(found)
+def mean(rows: list[dict[str, Any]], key: str) -> float:
+    return sum(each[key] for each in rows) / len(rows)
 
 
 def written_page(runs: list[dict[str, dict[str, Any]]]) -> str:

@@ -89,14 +89,14 @@ def time_table(rounds: int) -> list[str]:
         "forward 8x128": (forward, torch.randn(8, 128, 384)),
         "forward and backward 8x128": (training_step, torch.randn(8, 128, 384)),
     }
-    found = {
+    times = {
         case: take_turns({name: partial(act, model, x) for name, model in models.items()}, rounds)
         for case, (act, x) in cases.items()
     }
     rows = ["| | parameters | " + " | ".join(f"{case}, ms | x" for case in cases) + " |"]
     rows.append("|---" * (2 + 2 * len(cases)) + "|")
     for name in models:
-        cells = [f"{f[name]:.1f} | {f['dense'] / f[name]:.2f}" for f in found.values()]
+        cells = [f"{f[name]:.1f} | {f['dense'] / f[name]:.2f}" for f in times.values()]
         rows.append(f"| {name} | {sizes[name] / sizes['dense']:.3f} | " + " | ".join(cells) + " |")
     return rows
 
@@ -155,31 +155,31 @@ def one_seed(seed: int, steps: int) -> dict[str, tuple[float, int]]:
     """(test accuracy in percent, bytes), by how the model was made."""
     dense = trained(seed, steps)
     size, served = written(dense.net, "int8")
-    found = {"dense": (accuracy(dense.net), written(dense.net)[0]), "int8 PTQ": (accuracy(served), size)}
+    rows = {"dense": (accuracy(dense.net), written(dense.net)[0]), "int8 PTQ": (accuracy(served), size)}
     for clusters in CLUSTERS:
         technique = WeightClustering(clusters=clusters, start="50%", every=50)
         module = trained(seed, steps, technique)
         books = {name.removeprefix("net."): Codebook() for name in technique.codebooks()}
         limit, served = written(module.net, ways=books)
-        found[f"{clusters} clusters, trained"] = (accuracy(served), limit)
+        rows[f"{clusters} clusters, trained"] = (accuracy(served), limit)
         for keep_zero, said in ((True, "zero kept"), (False, "zero not kept")):
             plain = one_shot(dense, clusters, keep_zero)
-            found[f"{clusters} clusters, one-shot, {said}"] = (accuracy(plain.net), limit)
+            rows[f"{clusters} clusters, one-shot, {said}"] = (accuracy(plain.net), limit)
         thinned = trained(seed, steps, GradualPruning(sparsity=sparsity_for(dense.net, limit), distribution="erk"))
         little = trained(seed, steps, width=width_for(lambda width: Digits(width).net, limit))
         for name, made in (("gradual pruning", thinned), ("small dense", little)):
             size, served = written(made.net, sparse=True)
-            found[f"{name}, bytes of {clusters} clusters"] = (accuracy(served), size)
-    return found
+            rows[f"{name}, bytes of {clusters} clusters"] = (accuracy(served), size)
+    return rows
 
 
 def accuracy_tables(steps: int, runs: Runs) -> list[str | list[str]]:
-    found = [runs(f"{steps} steps, seed {seed}", lambda seed=seed: one_seed(seed, steps)) for seed in SEEDS]
-    points = {name: [run[name][0] for run in found] for name in found[0]}
+    seeds = [runs(f"{steps} steps, seed {seed}", lambda seed=seed: one_seed(seed, steps)) for seed in SEEDS]
+    points = {name: [run[name][0] for run in seeds] for name in seeds[0]}
     rows = []
     for name, each in points.items():
         less = "" if name == "dense" else shown(paired(each, points["dense"]), sign=True)
-        size, whole = (statistics.mean(run[key][1] for run in found) for key in (name, "dense"))
+        size, whole = (statistics.mean(run[key][1] for run in seeds) for key in (name, "dense"))
         rows.append([name, f"{size:,.0f}", f"{size / whole:.3f}", shown(each), less])
     judged = []
     for clusters in CLUSTERS:

@@ -94,8 +94,8 @@ def transformer() -> tuple[nn.Module, torch.Tensor]:
 
 
 def raw(module: Probe, loader: DataLoader[Any], steps: int) -> None:
-    told = module.configure_optimizers()
-    optimizer, scheduler = told["optimizer"], told["lr_scheduler"]["scheduler"]
+    configured = module.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     done = 0
     while done < steps:
         for index, batch in enumerate(loader):
@@ -166,16 +166,16 @@ def main() -> None:
 
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    told = {}
+    results = {}
     for title, make, steps in (("MLP, 85 k parameters", mlp, 400), ("transformer, 3.2 M parameters", transformer, 40)):
-        found = told[title] = measure(make, steps, chosen.rounds)
+        rows = results[title] = measure(make, steps, chosen.rounds)
         print(f"{title}: a step, median of {chosen.rounds} rounds of {steps}")
-        for name, row in found.items():
-            beside = "  ".join(f"{k} x {row[k] / found['lightning'][k]:.3f}" for k in ("cpu_us", "calls"))
+        for name, row in rows.items():
+            beside = "  ".join(f"{k} x {row[k] / rows['lightning'][k]:.3f}" for k in ("cpu_us", "calls"))
             print(f"  {name:12} {row['cpu_us']:9.1f} us CPU  {row['calls']:8.1f} calls   beside Lightning: {beside}")
     if chosen.json:
         with open(chosen.json, "w") as file:
-            json.dump(told, file, indent=1)
+            json.dump(results, file, indent=1)
 
 
 if __name__ == "__main__":

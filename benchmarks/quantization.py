@@ -10,7 +10,7 @@ variants in turns A B C … A B C …, the median. Where a process's memory happ
 just then, moves ratios by some percent: so there are several processes, and figures are the medians over them, ratios
 with the lowest and the highest.
 Bytes are those of files written to disk.
-accuracy: what few_bits.py tells, which has the rules of that part.
+accuracy: what low_bit.py measures, which has the rules of that part.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
-from few_bits import accuracy, into
+from low_bit import accuracy, into
 from report import RESULTS, Runs, in_processes, measured, quiet, table, take_turns
 from torch import Tensor, nn
 
@@ -135,21 +135,21 @@ def cpu_times(ways: dict[str, Callable[[Tensor], Tensor]], shape: tuple[int, int
 
 def speed(rounds: int) -> dict[str, Any]:
     """What one process finds: bytes of every file, and `cpu_times` of every shape."""
-    told: dict[str, Any] = {}
+    row: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         ways = encoders(folder)
-        told["bytes"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        row["bytes"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
         for shape in SHAPES:
             torch._dynamo.reset()  # one compilation for each shape
             here = {**ways, "torchao PT2E int8, static, compiled": pt2e(ways[TORCH], shape)}
-            told[f"{shape[0]} x {shape[1]}"] = cpu_times(here, shape, rounds)
-    return told
+            row[f"{shape[0]} x {shape[1]}"] = cpu_times(here, shape, rounds)
+    return row
 
 
-def speed_table(title: str, told: list[dict[str, Any]]) -> str:
+def speed_table(title: str, processes: list[dict[str, Any]]) -> str:
     """Of what several processes found for a shape."""
-    seen = [each[title] for each in told]
+    seen = [each[title] for each in processes]
     rows = []
     for name, row in seen[0].items():
         cells = [name, f"{statistics.median(each[name]['ms'] for each in seen):.1f}"]
@@ -162,7 +162,7 @@ def speed_table(title: str, told: list[dict[str, Any]]) -> str:
     return "\n".join(table(head, rows))
 
 
-def size_table(found: dict[str, int]) -> str:
+def size_table(sizes: dict[str, int]) -> str:
     lines = ["\n| file | fp32 MB | int8 MB | smaller |", "|---|---|---|---|"]
     for title, whole, small in (
         ("torch, six blocks alone", "blocks-fp32.pt", "blocks-int8.pt"),
@@ -170,8 +170,8 @@ def size_table(found: dict[str, int]) -> str:
         ("ONNX, embeddings in int8 too", "fp32.onnx", "any.onnx"),
         ("ONNX, embeddings left in fp32", "fp32.onnx", "int8-table-fp32.onnx"),
     ):
-        ratio = found[whole] / found[small]
-        lines.append(f"| {title} | {found[whole] / 1e6:.1f} | {found[small] / 1e6:.1f} | {ratio:.2f} x |")
+        ratio = sizes[whole] / sizes[small]
+        lines.append(f"| {title} | {sizes[whole] / 1e6:.1f} | {sizes[small] / 1e6:.1f} | {ratio:.2f} x |")
     return "\n".join(lines)
 
 
@@ -190,10 +190,10 @@ def main() -> None:
         chosen.json.write_text(json.dumps(speed(chosen.rounds)))
         return
     if chosen.part in ("speed", "all"):
-        told = in_processes(__file__, chosen.processes, "speed", "--rounds", f"{chosen.rounds}")
+        processes = in_processes(__file__, chosen.processes, "speed", "--rounds", f"{chosen.rounds}")
         print(measured(f"quantization.py speed --rounds {chosen.rounds} --processes {chosen.processes}"), end="\n\n")
-        print(*(speed_table(f"{rows} x {length}", told) for rows, length in SHAPES), sep="\n\n")
-        print(size_table(told[0]["bytes"]))
+        print(*(speed_table(f"{rows} x {length}", processes) for rows, length in SHAPES), sep="\n\n")
+        print(size_table(processes[0]["bytes"]))
     if chosen.part in ("accuracy", "all"):
         section = accuracy(chosen.seeds, Runs(chosen.record))
         print(section)

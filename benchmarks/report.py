@@ -83,9 +83,9 @@ def measured(script: str, threads: int = 1) -> str:
 
     from shoestring.trainer.machine.facts import cpu_flags, cpu_model
 
-    found = [flag for flag in FEATURES if flag in cpu_flags()]
+    features = [flag for flag in FEATURES if flag in cpu_flags()]
     return wrapped(
-        f"{time.strftime('%Y-%m-%d')}; {os.cpu_count()} cores {cpu_model()} ({', '.join(found) or 'no AVX2'}), CPU "
+        f"{time.strftime('%Y-%m-%d')}; {os.cpu_count()} cores {cpu_model()} ({', '.join(features) or 'no AVX2'}), CPU "
         f"only, {threads} thread; torch {torch.__version__}, Python "
         f"{platform.python_version()}. Made by `python benchmarks/{script}`."
     )
@@ -110,13 +110,13 @@ def take_turns(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[s
 
 def in_processes(script: str, count: int, *arguments: str) -> list[dict[str, Any]]:
     """What a benchmark writes with `--json FILE`, from `count` processes, one after another."""
-    told = []
+    results = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "told.json"
         for _ in range(count):
             subprocess.run([sys.executable, script, *arguments, "--json", str(path)], check=True)
-            told.append(json.loads(path.read_text()))
-    return told
+            results.append(json.loads(path.read_text()))
+    return results
 
 
 def quiet() -> None:

@@ -198,29 +198,29 @@ CLAIMS: tuple[tuple[str, str, float, float | None, str], ...] = (
 )
 
 
-EARLIER = """RigL over SET at 98 % was asked for by 2 points. Runs of 5 seeds on the same day, with other batches
+EARLIER = """RigL over SET at 98 % was to be at least 2 points. Runs of 5 seeds on the same day, with other batches
 (those of shoestring's own trainer), gave +1.67 ± 0.81, which is less; the row of 10 seeds is a second look, not a sum.
 """
 
 
-class Found(dict[tuple[str, float], list[dict[str, float]]]):
+class Results(dict[tuple[str, float], list[dict[str, float]]]):
     """(row, sparsity) -> figures by seed."""
 
 
-def judge(found: Found, claim: tuple[str, str, float, float | None, str]) -> list[str]:
+def judge(results: Results, claim: tuple[str, str, float, float | None, str]) -> list[str]:
     better, worse, sparsity, margin, source = claim
-    both = [[each["accuracy"] for each in found[name, sparsity]] for name in (better, worse)]
+    both = [[each["accuracy"] for each in results[name, sparsity]] for name in (better, worse)]
     seeds = min(len(each) for each in both)
     gaps = paired(both[0][:seeds], both[1][:seeds])
     said = "about equal to" if margin is None else f"at least {margin:g} points over" if margin else "above"
-    told = about_equal(gaps, 1.0) if margin is None else verdict(gaps, margin)
-    return [f"{better} {said} {worse} at {sparsity:.0%}", str(seeds), shown(gaps, sign=True), told, source]
+    conclusion = about_equal(gaps, 1.0) if margin is None else verdict(gaps, margin)
+    return [f"{better} {said} {worse} at {sparsity:.0%}", str(seeds), shown(gaps, sign=True), conclusion, source]
 
 
-def rows(found: Found, sparsity: float) -> list[list[str]]:
+def rows(results: Results, sparsity: float) -> list[list[str]]:
     lines = []
-    for name in [name for name, s in found if s == sparsity]:
-        each, base = found[name, sparsity], found["dense", sparsity]
+    for name in [name for name, s in results if s == sparsity]:
+        each, base = results[name, sparsity], results["dense", sparsity]
         share = [sum(e[key] for e in each[: len(base)]) / sum(e[key] for e in base) for key in ("counted", "realised")]
         weights, size = (sum(e[key] for e in each) / len(each) for key in ("weights", "bytes"))
         lines.append([
@@ -230,28 +230,28 @@ def rows(found: Found, sparsity: float) -> list[list[str]]:
     return lines
 
 
-def written_page(found: Found) -> str:
+def written_page(results: Results) -> str:
     head = ["", "accuracy, %", "seeds", "weights left", "file, bytes", "FLOPs counted", "FLOPs realised"]
     parts: list[Any] = [measured("sparsity.py"), *map(wrapped, (__doc__ or "").split("\n\n")[2:])]
     for sparsity in SPARSITIES:
-        parts += [f"## {sparsity:.0%} sparse", table(head, rows(found, sparsity))]
+        parts += [f"## {sparsity:.0%} sparse", table(head, rows(results, sparsity))]
     judged = table(["claim", "seeds", "difference, points", "on these data", "source (arXiv)"],
-                   [judge(found, claim) for claim in CLAIMS])  # fmt: skip
+                   [judge(results, claim) for claim in CLAIMS])  # fmt: skip
     return page("Sparse training on digits", *parts, "## Do the papers' orderings appear?", wrapped(EARLIER), judged)
 
 
 def collect(runs: Runs, seed: int, sparsity: float, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Row -> figures."""
-    found: dict[str, dict[str, float]] = {}
+    row_of: dict[str, dict[str, float]] = {}
     for name in names:
         if name == "dense":
-            found |= runs(f"{seed} dense", lambda: dense(seed))
+            row_of |= runs(f"{seed} dense", lambda: dense(seed))
             continue
-        found[name] = runs(f"{seed} {sparsity} {name}", lambda name=name: row(name, sparsity, seed))
+        row_of[name] = runs(f"{seed} {sparsity} {name}", lambda name=name: row(name, sparsity, seed))
         if name == "gradual":
-            limit = int(found[name]["bytes"])
-            found[SAME_BYTES] = runs(f"{seed} {sparsity} {SAME_BYTES}", lambda: row(SAME_BYTES, sparsity, seed, limit))  # noqa: B023
-    return found
+            limit = int(row_of[name]["bytes"])
+            row_of[SAME_BYTES] = runs(f"{seed} {sparsity} {SAME_BYTES}", lambda: row(SAME_BYTES, sparsity, seed, limit))  # noqa: B023
+    return row_of
 
 
 def main() -> None:
@@ -263,15 +263,15 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     quiet()
-    runs, found = Runs(given.record), Found()
+    runs, results = Runs(given.record), Results()
     for seed in given.only or range(max(given.seeds, given.more)):
         for sparsity in SPARSITIES:
             names = techniques(sparsity) if seed < given.seeds else MORE if sparsity == MORE_AT else ()
-            for name, told in collect(runs, seed, sparsity, list(names)).items():
-                found.setdefault((name, sparsity), []).append(told)
+            for name, row in collect(runs, seed, sparsity, list(names)).items():
+                results.setdefault((name, sparsity), []).append(row)
     if given.only:
         return
-    text = written_page(found)
+    text = written_page(results)
     print(text)
     if given.write:
         (RESULTS / "sparsity.md").write_text(text)

@@ -122,7 +122,7 @@ def encoders(rounds: int) -> dict[str, dict[str, float]]:
 
 def products(rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of one product of a 1536 x 384 weight with [384, n], by n and by what the weight is stored as."""
-    found = {}
+    times = {}
     for n in COLUMNS:
         weight, x = torch.randn(FFN, WIDTH), torch.randn(WIDTH, n)
         variants: dict[str, Callable[[], Any]] = {
@@ -132,8 +132,8 @@ def products(rounds: int) -> dict[str, dict[str, float]]:
             sparse = (weight * (torch.rand_like(weight) >= share)).to_sparse_csr()
             variants[f"{share}"] = partial(torch.matmul, sparse, x)
         with torch.inference_mode():
-            found[f"{n}"] = take_turns(variants, rounds)
-    return found
+            times[f"{n}"] = take_turns(variants, rounds)
+    return times
 
 
 def gains(seen: list[dict[str, float]], base: str, name: str) -> list[float]:
@@ -141,11 +141,11 @@ def gains(seen: list[dict[str, float]], base: str, name: str) -> list[float]:
     return [each[base] / each[name] for each in seen]
 
 
-def encoder_table(told: list[dict[str, Any]]) -> tuple[list[str], list[float]]:
+def encoder_table(results: list[dict[str, Any]]) -> tuple[list[str], list[float]]:
     """(table, the gains of structured pruning)."""
-    seen = [{name: row["ms"] for name, row in each["encoders"].items()} for each in told]
+    seen = [{name: row["ms"] for name, row in each["encoders"].items()} for each in results]
     rows = []
-    for name, row in told[0]["encoders"].items():
+    for name, row in results[0]["encoders"].items():
         gain = gains(seen, "torch fp32", name)
         rows.append([
             name, f"{median(each[name] for each in seen):.1f}", f"{median(gain):.2f}",
@@ -155,10 +155,10 @@ def encoder_table(told: list[dict[str, Any]]) -> tuple[list[str], list[float]]:
     return table(head, rows), gains(seen, "torch fp32", "structured 50 %")
 
 
-def product_table(told: list[dict[str, Any]]) -> list[str]:
+def product_table(results: list[dict[str, Any]]) -> list[str]:
     rows = []
     for n in COLUMNS:
-        seen = [each["products"][f"{n}"] for each in told]
+        seen = [each["products"][f"{n}"] for each in results]
         gain = {share: median(gains(seen, "fp32", f"{share}")) for share in SPARSITIES}
         even = next((f"{share:.0%}" for share in SPARSITIES if gain[share] >= 1), "never")
         rows.append([
@@ -183,8 +183,8 @@ def main() -> None:
     if given.json:
         given.json.write_text(json.dumps(once(given.rounds)))
         return
-    told = in_processes(__file__, given.processes, "--rounds", f"{given.rounds}")
-    encoder_rows, gain = encoder_table(told)
+    results = in_processes(__file__, given.processes, "--rounds", f"{given.rounds}")
+    encoder_rows, gain = encoder_table(results)
     text = page(
         "Structure, zeros and number formats on a CPU", measured("structured.py --write"),
         wrapped(f"One thread, variants in turns: the median of process CPU time over {given.rounds} calls, then the "
@@ -196,7 +196,7 @@ def main() -> None:
                 f"({min(gain):.2f} to {max(gain):.2f}): {'met' if median(gain) >= TARGET else 'MISSED'}."),
         wrapped(f"One product of a {FFN} x {WIDTH} weight in CSR with [{WIDTH}, n]; speed-up over dense fp32, by share "
                 "of zeros."),
-        product_table(told),
+        product_table(results),
     )  # fmt: skip
     print(text)
     if given.write:

@@ -15,7 +15,7 @@ def silence(cls: type) -> type:
     is not callable: a callback then costs a step only what it does in it.
     """
     for hook in HOT_HOOKS:
-        found = getattr(cls, hook, None)
-        if found is not None and found.__module__.startswith("pytorch_lightning"):
+        method = getattr(cls, hook, None)
+        if method is not None and method.__module__.startswith("pytorch_lightning"):
             setattr(cls, hook, None)
     return cls

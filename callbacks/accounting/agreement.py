@@ -72,12 +72,12 @@ class Agreement:
         if self._group is None:
             return lambda: [list(values)]
         mine = torch.tensor(values, dtype=torch.float64)
-        found = [torch.empty_like(mine) for _ in range(self.world_size)]
-        work = dist.all_gather(found, mine, group=self._group, async_op=True)
+        gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
+        work = dist.all_gather(gathered, mine, group=self._group, async_op=True)
 
         def answer() -> list[list[float]]:
             work.wait()
-            return [one.tolist() for one in found]
+            return [one.tolist() for one in gathered]
 
         return answer
 

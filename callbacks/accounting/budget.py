@@ -223,17 +223,17 @@ class Guard:
         forecast = self.forecast(clock)
         if forecast is None:
             return None
-        heard = clock.step + self.lag  # the first step at which the run could stop
-        last, planned = max(forecast.last, heard), clock.horizon
-        if planned is not None and not self._moves(last, planned, heard, clock.step):
+        earliest = clock.step + self.lag  # the first step at which the run could stop
+        last, planned = max(forecast.last, earliest), clock.horizon
+        if planned is not None and not self._moves(last, planned, earliest, clock.step):
             return None
         self._paced = last - clock.step
         return last
 
-    def _moves(self, last: int, planned: int, heard: int, step: int) -> bool:
-        if planned <= heard or last == planned:
+    def _moves(self, last: int, planned: int, earliest: int, step: int) -> bool:
+        if planned <= earliest or last == planned:
             return False
-        if last == heard:
+        if last == earliest:
             return True
         remaining, moved = planned - step, abs(last - planned)
         if moved < self.HYSTERESIS * remaining:

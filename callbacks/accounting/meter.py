@@ -89,9 +89,9 @@ def batch_size(batch: Any) -> tuple[int, int, tuple[int, ...]]:
         batch = list(batch.values())
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         for part in batch:
-            found = batch_size(part)
-            if found[0]:
-                return found
+            sizes = batch_size(part)
+            if sizes[0]:
+                return sizes
     return 0, 0, ()
 
 

@@ -117,8 +117,8 @@ def _sizes(values: Sequence[Tensor], total: Total) -> Tensor:
 
 def _ranges(values: Sequence[Tensor], total: Total) -> list[tuple[float, float]]:
     """(smallest, largest) value of each, 0 included: exact, over all ranks."""
-    found = [max(0.0, peak) for peak in peaks([*values, *(-v for v in values)], total)]
-    return [(-low, high) for high, low in zip(found[: len(values)], found[len(values) :], strict=True)]
+    highest = [max(0.0, peak) for peak in peaks([*values, *(-v for v in values)], total)]
+    return [(-low, high) for high, low in zip(highest[: len(values)], highest[len(values) :], strict=True)]
 
 
 def _quantiles(
@@ -150,8 +150,8 @@ def encode(weight: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         raise NotInCodebook(f"a codebook has at most {LARGEST} values, and this one {len(codebook)}")
     wrong = clustered(weight, codebook) != weight
     if wrong.any():
-        found = weight[wrong].flatten()[0].item()
-        raise NotInCodebook(f"{int(wrong.sum())} weights, such as {found!r}, are not among the {len(codebook)} values")
+        value = weight[wrong].flatten()[0].item()
+        raise NotInCodebook(f"{int(wrong.sum())} weights, such as {value!r}, are not among the {len(codebook)} values")
     places = _places(codebook)
     indices = nearest(weight, codebook).flatten()
     whole = torch.nn.functional.pad(indices, (0, -len(indices) % len(places))).view(-1, len(places))

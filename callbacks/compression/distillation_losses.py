@@ -19,9 +19,9 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Te
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ")
-    found = log_softmax(student.float() / temperature, -1)
+    log_student = log_softmax(student.float() / temperature, -1)
     wanted = log_softmax(teacher.float() / temperature, -1)
-    each = temperature**2 * kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+    each = temperature**2 * kl_div(log_student, wanted, reduction="none", log_target=True).sum(-1)
     if mask is None:
         return each.sum() / max(1, len(each))
     return (each * mask).sum() / mask.sum().clamp(min=1)
@@ -111,8 +111,8 @@ def self_attention_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = 
     if student.shape[1] != teacher.shape[1]:
         student, teacher = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
     tiny = torch.finfo(torch.float32).tiny
-    found, wanted = student.float().clamp(min=tiny).log(), teacher.float()
-    each = (torch.xlogy(wanted, wanted) - wanted * found).sum(-1).mean(1)
+    log_student, wanted = student.float().clamp(min=tiny).log(), teacher.float()
+    each = (torch.xlogy(wanted, wanted) - wanted * log_student).sum(-1).mean(1)
     return each.mean() if mask is None else (each * mask).sum() / mask.sum().clamp(min=1)
 
 

@@ -70,25 +70,25 @@ def scales(weight: Tensor, bits: int, group_size: int | None = None, rule: str =
     full = groups.abs().amax(-1, keepdim=True) / highest(bits)
     full = torch.where(full > 0, full, torch.ones_like(full))
     if rule == "lsq":
-        return _found_steps(groups, full * highest(bits), highest(bits))
+        return _recovered_steps(groups, full * highest(bits), highest(bits))
     return full if rule == "absmax" else _least_squares(groups, full, highest(bits))
 
 
-def _found_steps(groups: Tensor, largest: Tensor, top: int) -> Tensor:
+def _recovered_steps(groups: Tensor, largest: Tensor, top: int) -> Tensor:
     """The largest step of which every weight of a group is a multiple from -top to top.
 
     The step is largest / k for the code k of the largest weight. A wrong k misses some whole number by 1/top or more,
     since codes c and K give c k / K; the float32 of weights that were rounded to a grid misses by 2e-5 at most.
     """
-    found = torch.zeros_like(largest)
+    steps = torch.zeros_like(largest)
     for k in range(1, top + 1):
         code = groups / largest * k
         fits = (code - code.round()).abs().amax(-1, keepdim=True) < 0.25 / top
-        found = torch.where((found == 0) & fits, largest / k, found)
-        if found.all():
-            return torch.where(groups.any(-1, keepdim=True), found, torch.ones_like(found))
+        steps = torch.where((steps == 0) & fits, largest / k, steps)
+        if steps.all():
+            return torch.where(groups.any(-1, keepdim=True), steps, torch.ones_like(steps))
     raise OffGrid(
-        f"{int((found == 0).sum())} of {found.numel()} groups of weights lie on no grid of {2 * top + 1} levels: they "
+        f"{int((steps == 0).sum())} of {steps.numel()} groups of weights lie on no grid of {2 * top + 1} levels: they "
         "were not trained with scale='lsq', bits and group_size as here, or were changed or rounded since. "
         "Use scale='mse'."
     )

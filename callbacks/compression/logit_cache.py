@@ -78,9 +78,9 @@ class LogitCache:
         file.seek(offset)
         if len(head := file.read(_HEAD.size)) < _HEAD.size:
             return None
-        found, n, columns, k, checksum = _HEAD.unpack(head)
+        stored_key, n, columns, k, checksum = _HEAD.unpack(head)
         body = file.read(_size(n, columns, k))
-        if found != key or zlib.crc32(body) != checksum:
+        if stored_key != key or zlib.crc32(body) != checksum:
             del self._where[key]
             return None
         split = 2 * n * columns
@@ -142,5 +142,5 @@ def _size(n: int, columns: int, k: int) -> int:
 
 def lengths_of(mask: Tensor) -> list[int]:
     """Where each row of [B, T] has its last True, plus one."""
-    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    return (mask * positions).amax(1).tolist()
+    ends = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (mask * ends).amax(1).tolist()

@@ -260,8 +260,8 @@ class QuantizationAware(Technique, pl.Callback):
     def _linear(self, layers: dict[str, list[Layer]]) -> list[nn.Module]:
         """Whose inputs are quantized; a merged adapter is to see what its base sees."""
         merged = self.adapters == "merged"
-        found = [u for used in layers.values() for u in used if isinstance(u.module, nn.Linear)]
-        return [u.adapter if merged and u.adapter is not None else u.module for u in found]
+        linear = [u for used in layers.values() for u in used if isinstance(u.module, nn.Linear)]
+        return [u.adapter if merged and u.adapter is not None else u.module for u in linear]
 
     def _fits(self, module: nn.Module, layers: dict[str, list[Layer]]) -> None:
         sharded = False

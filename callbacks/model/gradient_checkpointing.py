@@ -97,12 +97,12 @@ class GradientCheckpointing(Technique, pl.Callback):
         self._unwrap: list[Callable[[], None]] = []
         if stage != "fit" or not self.every:
             return
-        found = blocks(pl_module)
-        if not found:
+        repeated = blocks(pl_module)
+        if not repeated:
             raise IncompatibleTechniques(
                 f"gradient_checkpointing finds no repeated blocks in {type(pl_module).__name__}"
             )
-        for block in found[:: self.every]:
+        for block in repeated[:: self.every]:
             self._unwrap.append(wrap_block(block, "recompute", recomputing(block, self.mode)))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -33,19 +33,19 @@ def shards_of(trainer: pl.Trainer, module: pl.LightningModule) -> Shards:
         >>> pl.Trainer(fast_dev_run=True, callbacks=[Look()], **quiet).fit(BoringModel())
         {'layer.weight': torch.Size([64]), 'layer.bias': torch.Size([2])}
     """
-    found = getattr(trainer, "_shoestring_shards", None)
-    if found is None or found[0] is not trainer.strategy.model:
-        found = (trainer.strategy.model, _open(trainer, module))
-        trainer._shoestring_shards = found  # type: ignore[attr-defined]
-    return found[1]
+    cached = getattr(trainer, "_shoestring_shards", None)
+    if cached is None or cached[0] is not trainer.strategy.model:
+        cached = (trainer.strategy.model, _open(trainer, module))
+        trainer._shoestring_shards = cached  # type: ignore[attr-defined]
+    return cached[1]
 
 
 def cut(trainer: pl.Trainer, module: pl.LightningModule, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This rank's slices of whole tensors, by parameter name. Also before the strategy has set up its model."""
     if getattr(trainer.strategy, "zero_stage_3", None) is None:  # not DeepSpeed: every rank holds everything
         return {name: whole.reshape(-1) for name, whole in wholes.items()}
-    found = shards_of(trainer, module)
-    return {name: found.slices[name].cut(whole).clone() for name, whole in wholes.items()}
+    shards = shards_of(trainer, module)
+    return {name: shards.slices[name].cut(whole).clone() for name, whole in wholes.items()}
 
 
 def _open(trainer: pl.Trainer, module: pl.LightningModule) -> Shards:

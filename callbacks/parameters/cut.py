@@ -41,8 +41,8 @@ class Cut:
         """Plain data, a bit for every index: for checkpoints and JSON."""
         packed = {name: [[dim, len(mask), _pack(mask)] for dim, mask in dims] for name, dims in self.kept.items()}
         sizes = {
-            name: {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
-            for name, found in self.sizes.items()
+            name: {k: list(v) if isinstance(v, tuple) else v for k, v in counts.items()}
+            for name, counts in self.sizes.items()
         }
         return {"kept": packed, "sizes": sizes}
 
@@ -54,8 +54,8 @@ class Cut:
             for name, dims in state["kept"].items()
         }
         sizes = {
-            name: {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-            for name, found in state["sizes"].items()
+            name: {k: tuple(v) if isinstance(v, list) else v for k, v in counts.items()}
+            for name, counts in state["sizes"].items()
         }
         return cls(kept, sizes)
 
@@ -140,15 +140,15 @@ def rebuild_model(module: nn.Module, cuts: Sequence[Mapping[str, Any]]) -> nn.Mo
     return module
 
 
-def tell_configurations(module: nn.Module, cuts: Sequence[Mapping[str, Any]]) -> None:
+def update_configurations(module: nn.Module, cuts: Sequence[Mapping[str, Any]]) -> None:
     """Write `cuts` as `structured_cut` into the configurations of the Hugging Face models in `module`."""
-    told: list[str] = []
+    updated: list[str] = []
     for name, part in module.named_modules():
-        inside = any(name.startswith(outer) for outer in told)
+        inside = any(name.startswith(outer) for outer in updated)
         if inside or not (hasattr(part, "save_pretrained") and hasattr(getattr(part, "config", None), "to_dict")):
             continue
         prefix = f"{name}." if name else ""
-        told.append(prefix)
+        updated.append(prefix)
         own = [
             {key: {n.removeprefix(prefix): v for n, v in cut[key].items() if n.startswith(prefix)} for key in cut}
             for cut in cuts

@@ -45,17 +45,17 @@ def check_skip(module: nn.Module, skip: Sequence[str], technique: str, *, layers
 def owners(module: nn.Module, skip: Sequence[str] = ()) -> dict[str, list[nn.Module]]:
     """The linear and convolution layers by the name of their weight, frozen or not, but for what `skip` matches."""
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    found: dict[int, list[nn.Module]] = {}
+    by_weight: dict[int, list[nn.Module]] = {}
     aliases: dict[int, list[str]] = {}
     for prefix, layer in module.named_modules(remove_duplicate=False):
         weight = layer._parameters.get("weight") if isinstance(layer, KINDS) else None
         if weight is None or id(weight) in embeddings:
             continue
         aliases.setdefault(id(weight), []).append(f"{prefix}.weight" if prefix else "weight")
-        if all(known is not layer for known in found.setdefault(id(weight), [])):
-            found[id(weight)].append(layer)
+        if all(known is not layer for known in by_weight.setdefault(id(weight), [])):
+            by_weight[id(weight)].append(layer)
     kept = {weight for weight, names in aliases.items() if not matches(names, skip)}
-    return {name: found[id(p)] for name, p in module.named_parameters() if id(p) in kept}
+    return {name: by_weight[id(p)] for name, p in module.named_parameters() if id(p) in kept}
 
 
 def trained_weights(module: nn.Module, skip: Sequence[str] = ()) -> list[str]:
@@ -79,11 +79,11 @@ def quantizable(module: nn.Module, skip: Sequence[str] = ()) -> dict[str, list[L
     PEFT's unused originals of layers that are trained as a copy.
     """
     apart, wrapped = _adapters(module)
-    found = {
+    by_name = {
         name: [Layer(layer, wrapped.get(id(layer))) for layer in layers if id(layer) not in apart]
         for name, layers in owners(module, skip).items()
     }
-    return {name: layers for name, layers in found.items() if layers}
+    return {name: layers for name, layers in by_name.items() if layers}
 
 
 def _adapters(module: nn.Module) -> tuple[set[int], dict[int, Any]]:

@@ -112,10 +112,10 @@ def _gather(trainer: pl.Trainer, shards: Shards) -> Whole:
     """Every rank must ask for the same tensors in the same order, though it may hold nothing of some of them."""
     kept = Whole(scalars={name: shards.scalars(name) for name in shards.slices})
     present = {name: {state: view.dtype for state, view in shards.state(name).items()} for name in shards.slices}
-    for told in _all((kept.scalars, present)):
-        for name, scalars in told[0].items():
+    for known in _all((kept.scalars, present)):
+        for name, scalars in known[0].items():
             kept.scalars[name] = kept.scalars.get(name) or scalars
-        for name, states in told[1].items():
+        for name, states in known[1].items():
             present[name] = present[name] or states
     for name in shards.slices:
         kept.masters[name] = shards.whole(name).detach().clone()
@@ -143,9 +143,9 @@ def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
 def _all(mine: Any) -> list[Any]:
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return [mine]
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, mine)
-    return told
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return gathered
 
 
 def _of_rank_0(mine: Any) -> Any:

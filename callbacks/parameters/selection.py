@@ -31,8 +31,8 @@ def keep_largest(groups: Sequence[Sequence[Piece]], counts: Sequence[int], total
     want = torch.tensor(counts, dtype=torch.int64, device=device)
 
     def count(test: Callable[[int, int, Tensor], Tensor]) -> Tensor:
-        found = [sum(test(g, i, key).sum() for i, key in enumerate(of_group)) for g, of_group in enumerate(keys)]
-        return total(torch.stack([torch.as_tensor(n, device=device) for n in found]).to(torch.int64))
+        counted = [sum(test(g, i, key).sum() for i, key in enumerate(of_group)) for g, of_group in enumerate(keys)]
+        return total(torch.stack([torch.as_tensor(n, device=device) for n in counted]).to(torch.int64))
 
     threshold = _threshold(keys, want, total)
     above = count(lambda g, i, key: key > threshold[g])
@@ -42,12 +42,12 @@ def keep_largest(groups: Sequence[Sequence[Piece]], counts: Sequence[int], total
     if bool((needed < ties).any()):  # the same on every rank
 
         def tied_before(at: Tensor) -> Tensor:
-            return count(lambda g, i, key: (key == threshold[g]) & (_positions(groups[g][i]) < at[g])) <= needed
+            return count(lambda g, i, key: (key == threshold[g]) & (_indices(groups[g][i]) < at[g])) <= needed
 
         last = _largest(torch.zeros_like(want), last, tied_before, 41)
     return [
         [
-            (key > threshold[g]) | ((key == threshold[g]) & (_positions(groups[g][i]) < last[g]))
+            (key > threshold[g]) | ((key == threshold[g]) & (_indices(groups[g][i]) < last[g]))
             for i, key in enumerate(of_group)
         ]
         for g, of_group in enumerate(keys)
@@ -59,17 +59,17 @@ def peaks(scores: Sequence[Tensor], total: Total) -> list[float]:
     if not scores:
         return []
     keys = [[_key(score)] for score in scores]
-    found = _threshold(keys, torch.ones(len(keys), dtype=torch.int64, device=scores[0].device), total)
-    bits = found ^ ((found >> 31) & 0x7FFFFFFF)
-    return torch.where(found == _LEAST, -torch.inf, bits.to(torch.int32).view(torch.float32)).tolist()
+    thresholds = _threshold(keys, torch.ones(len(keys), dtype=torch.int64, device=scores[0].device), total)
+    bits = thresholds ^ ((thresholds >> 31) & 0x7FFFFFFF)
+    return torch.where(thresholds == _LEAST, -torch.inf, bits.to(torch.int32).view(torch.float32)).tolist()
 
 
 def _threshold(keys: Sequence[Sequence[Tensor]], want: Tensor, total: Total) -> Tensor:
     """The largest keys that at least `want` of each group's lie at or above; the least there is if it has fewer."""
 
     def enough(at: Tensor) -> Tensor:
-        found = [sum((key >= at[g]).sum() for key in of_group) for g, of_group in enumerate(keys)]
-        return total(torch.stack([torch.as_tensor(n, device=want.device) for n in found]).to(torch.int64)) >= want
+        counted = [sum((key >= at[g]).sum() for key in of_group) for g, of_group in enumerate(keys)]
+        return total(torch.stack([torch.as_tensor(n, device=want.device) for n in counted]).to(torch.int64)) >= want
 
     least = torch.full_like(want, _LEAST)
     return _largest(least, least.neg() - 1, enough, 32)
@@ -91,6 +91,6 @@ def _key(score: Tensor) -> Tensor:
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
 
 
-def _positions(piece: Piece) -> Tensor:
+def _indices(piece: Piece) -> Tensor:
     score, start = piece
     return torch.arange(start, start + score.numel(), device=score.device)

@@ -40,21 +40,21 @@ class _Zero(Shards):
         return None if place is None else (place[0], self.zero.optimizer.state[place[0]])
 
     def state(self, name: str) -> dict[str, Tensor]:
-        if (found := self._entries_at(name)) is None:
+        if (at := self._entries_at(name)) is None:
             return {}
-        flat, entries = found
+        flat, entries = at
         return {k: self._narrow(name, v) for k, v in entries.items() if torch.is_tensor(v) and v.shape == flat.shape}
 
     def scalars(self, name: str) -> dict[str, Any]:
-        if (found := self._entries_at(name)) is None:
+        if (at := self._entries_at(name)) is None:
             return {}
-        flat, entries = found
+        flat, entries = at
         return {k: v for k, v in entries.items() if not (torch.is_tensor(v) and v.shape == flat.shape)}
 
     def restore(self, name: str, state: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        if (found := self._entries_at(name)) is None:
+        if (at := self._entries_at(name)) is None:
             return
-        flat, entries = found
+        flat, entries = at
         for key, value in state.items():
             if key not in entries:
                 entries[key] = torch.zeros_like(flat.data)
@@ -125,11 +125,11 @@ class Zero3Shards(_Zero):
         return Slice(offset, min(piece, p.ds_numel - offset), torch.Size(p.ds_shape))  # type: ignore[attr-defined]
 
     def frozen(self) -> dict[str, tuple[Slice, Tensor]]:
-        found = {}
+        frozen = {}
         for name, p in self._frozen.items():
             where = self._slice(p)
-            found[name] = (where, p.ds_tensor.data.view(-1)[: where.length])  # type: ignore[attr-defined]
-        return found
+            frozen[name] = (where, p.ds_tensor.data.view(-1)[: where.length])  # type: ignore[attr-defined]
+        return frozen
 
     def _flat(self, name: str) -> tuple[Tensor, int] | None:
         p = self.parameters[name]

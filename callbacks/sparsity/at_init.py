@@ -110,13 +110,13 @@ class PruneAtInit(Masking):
                 starts.append(count)
                 count += score.numel()
             pieces = list(zip(flat.values(), starts, strict=True))
-            (found,) = keep_largest([pieces], [count - int(self.sparsity * count)], _all_here)
+            (chosen,) = keep_largest([pieces], [count - int(self.sparsity * count)], _all_here)
         else:
             shares = distributions.densities(self.distribution, shapes, self.sparsity)
             counts = distributions.keep(shares, shapes)
             groups = [[(score, 0)] for score in flat.values()]
-            found = [mask for (mask,) in keep_largest(groups, [counts[name] for name in flat], _all_here)]
-        return {name: mask.view(shapes[name]).cpu() for name, mask in zip(flat, found, strict=True)}
+            chosen = [mask for (mask,) in keep_largest(groups, [counts[name] for name in flat], _all_here)]
+        return {name: mask.view(shapes[name]).cpu() for name, mask in zip(flat, chosen, strict=True)}
 
     @torch.no_grad()
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -140,5 +140,5 @@ def _all_here(values: Tensor) -> Tensor:
 
 def gradients_of(loss: Tensor, weights: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
     """dloss/dw in the weights' shapes; 0 for a weight that has no part in the loss."""
-    found = torch.autograd.grad(loss, weights, create_graph=create_graph, allow_unused=True)
-    return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+    gradients = torch.autograd.grad(loss, weights, create_graph=create_graph, allow_unused=True)
+    return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]

@@ -61,7 +61,7 @@ class GraSP(PruneAtInit):
         product = [torch.zeros_like(p) for p in tensors]
         for batch in batches:
             with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-                found = hessian_times(loss_of(module, batch), tensors, gradient)
-            for total, part in zip(product, found, strict=True):
+                parts = hessian_times(loss_of(module, batch), tensors, gradient)
+            for total, part in zip(product, parts, strict=True):
                 total.add_(part, alpha=share)
         return {name: p.detach() * h for (name, p), h in zip(weights.items(), product, strict=True)}

@@ -66,8 +66,8 @@ def select(
 def select_counts(shards: Shards, scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
     """Masks that keep so many of each layer. Collective where sharded."""
     groups = [[(score, shards.slices[name].offset)] for name, score in scores.items()]
-    found = keep_largest(groups, [counts[name] for name in scores], shards.total)
-    return {name: mask for name, (mask,) in zip(scores, found, strict=True)}
+    chosen = keep_largest(groups, [counts[name] for name in scores], shards.total)
+    return {name: mask for name, (mask,) in zip(scores, chosen, strict=True)}
 
 
 def select_blocks(
@@ -83,7 +83,7 @@ def select_blocks(
 
 def complete(shards: Shards, names: Sequence[str], restored: Mapping[str, Tensor], technique: str) -> dict[str, Tensor]:
     """Slices by name as a checkpoint gave them, with empty ones where this rank holds nothing of a parameter."""
-    found = {}
+    completed = {}
     for name in names:
         weight = shards.master(name)
         value = restored.get(name, torch.empty(0, dtype=torch.bool))
@@ -91,8 +91,8 @@ def complete(shards: Shards, names: Sequence[str], restored: Mapping[str, Tensor
             raise IncompatibleTechniques(
                 f"{technique}: what is resumed holds no mask of {name}; start over, or leave it out"
             )
-        found[name] = value.to(weight.device)
-    return found
+        completed[name] = value.to(weight.device)
+    return completed
 
 
 def mask_gradients(shards: Shards, masks: Mapping[str, Tensor]) -> None:

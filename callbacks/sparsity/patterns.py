@@ -32,10 +32,10 @@ def block_of(pattern: str) -> tuple[int, int] | None:
     """
     if pattern == "unstructured":
         return None
-    found = re.fullmatch(r"(\*|[1-9]\d*)x(\*|[1-9]\d*)", pattern)
-    if not found:
+    match = re.fullmatch(r"(\*|[1-9]\d*)x(\*|[1-9]\d*)", pattern)
+    if not match:
         raise ValueError(pattern)
-    rows, columns = (0 if size == "*" else int(size) for size in found.groups())
+    rows, columns = (0 if size == "*" else int(size) for size in match.groups())
     return rows, columns
 
 

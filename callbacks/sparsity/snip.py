@@ -46,7 +46,7 @@ class SNIP(PruneAtInit):
     def scores(self, module: pl.LightningModule, weights: Weights, batches: Sequence[Any]) -> dict[str, Tensor]:
         sums = {name: torch.zeros_like(p) for name, p in weights.items()}
         for batch in batches:
-            found = gradients_of(loss_of(module, batch), list(weights.values()))
-            for name, gradient in zip(weights, found, strict=True):
+            gradients = gradients_of(loss_of(module, batch), list(weights.values()))
+            for name, gradient in zip(weights, gradients, strict=True):
                 sums[name] += gradient
         return {name: saliency.taylor(weights[name].detach(), sums[name]) for name in weights}

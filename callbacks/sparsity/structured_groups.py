@@ -116,7 +116,7 @@ def groups(module: nn.Module, forward: Callable[[], Any], skip: Sequence[str] = 
             module, example_inputs=None, forward_fn=lambda *_: forward(), verbose=False
         )
         heads, kinds = _heads(module), (nn.Linear, nn.modules.conv._ConvNd)
-        found = [_group(package, graph, g, heads, skip) for g in graph.get_all_groups(root_module_types=kinds)]
+        candidates = [_group(package, graph, g, heads, skip) for g in graph.get_all_groups(root_module_types=kinds)]
     except Exception as error:
         raise CannotTrace(
             f"structured_pruning cannot follow this model's forward: {type(error).__name__}: {error}"
@@ -124,12 +124,12 @@ def groups(module: nn.Module, forward: Callable[[], Any], skip: Sequence[str] = 
     finally:
         for part, mode in training.items():
             part.training = mode
-    return graph, [group for group in found if group is not None]
+    return graph, [group for group in candidates if group is not None]
 
 
 def _heads(module: nn.Module) -> dict[nn.Module, tuple[str, int]]:
     """Projection layer -> (name of its attention module, channels of a head), where all heads are alike."""
-    found: dict[nn.Module, tuple[str, int]] = {}
+    heads: dict[nn.Module, tuple[str, int]] = {}
     for name, part in module.named_modules():
         for names in PROJECTIONS:
             layers = [getattr(part, each, None) for each in names]
@@ -137,18 +137,18 @@ def _heads(module: nn.Module) -> dict[nn.Module, tuple[str, int]]:
             if count and all(isinstance(layer, nn.Linear) for layer in layers):
                 widths = {layer.out_features for layer in layers}  # type: ignore[union-attr]
                 if len(widths) == 1 and not (whole := widths.pop()) % count:
-                    found.update((layer, (name, whole // count)) for layer in layers)  # type: ignore[misc]
-    return found
+                    heads.update((layer, (name, whole // count)) for layer in layers)  # type: ignore[misc]
+    return heads
 
 
-def _group(package: Any, graph: Any, found: Any, heads: Mapping[nn.Module, tuple[str, int]], skip: Any) -> Group | None:
+def _group(package: Any, graph: Any, items: Any, heads: Mapping[nn.Module, tuple[str, int]], skip: Any) -> Group | None:
     """One of torch-pruning's groups in our terms; None if it must stay whole."""
     kinds, names = package.ops.OPTYPE, graph._module2name
     members: list[Member] = []
     attention: tuple[str, int] | None = None
     mixes = consumed = normed = False
     writers = set()
-    for item in found:
+    for item in items:
         target, handler, part = item.dep.target, item.dep.handler, item.dep.target.module
         if target.type in (kinds.OUTPUT, kinds.PARAMETER, kinds.EMBED, kinds.MHA, kinds.LSTM, kinds.CUSTOMIZED):
             return None
@@ -170,8 +170,8 @@ def _group(package: Any, graph: Any, found: Any, heads: Mapping[nn.Module, tuple
     stream = normed and len(writers) > 1  # what several layers add to may have been added to an input
     if not consumed or stream or (mixes and attention is None):
         return None
-    root = found[0].dep
-    channels, unit = len(found[0].idxs), attention[1] if attention else 1
+    root = items[0].dep
+    channels, unit = len(items[0].idxs), attention[1] if attention else 1
     return Group(root.target.module, root.handler, channels, unit, tuple(members), attention and attention[0])
 
 
@@ -197,13 +197,13 @@ def choose(
 
     `scores`: parameter name -> a score for every element. Raises `NothingToCut` where nothing can go.
     """
-    graph, found = groups(module, forward, skip)
-    if not found:
+    graph, prunable = groups(module, forward, skip)
+    if not prunable:
         raise NothingToCut(f"structured_pruning finds no channels, neurons or heads to cut with skip={list(skip)}")
     gone: list[tuple[Group, list[int]]] = []
     counts: dict[str, dict[str, int]] = {}
     parts = dict(module.named_modules())
-    for group in found:
+    for group in prunable:
         kept = keep(importance(group.members, group.channels, scores), ratio, unit=group.unit, round_to=round_to)
         rest = sorted(set(range(group.channels)) - set(kept.tolist()))
         if rest:
@@ -220,8 +220,8 @@ def choose(
 
 
 def _counts(attention: nn.Module, heads: int, channels: int) -> dict[str, int]:
-    found = {key: heads for key in HEAD_COUNTS if isinstance(getattr(attention, key, None), int)}
-    return found | {key: channels for key in HEAD_WIDTHS if isinstance(getattr(attention, key, None), int)}
+    counts = {key: heads for key in HEAD_COUNTS if isinstance(getattr(attention, key, None), int)}
+    return counts | {key: channels for key in HEAD_WIDTHS if isinstance(getattr(attention, key, None), int)}
 
 
 @contextmanager

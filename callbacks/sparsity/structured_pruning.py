@@ -15,7 +15,7 @@ from ..accounting.clock import Duration, clock_of
 from ..contract import Card, Effect, IncompatibleTechniques, Resuming, Technique, Workload, require
 from ..forward.aside import isolated_training_step, loss_of
 from ..parameters.accessor import shards_of
-from ..parameters.cut import rebuild_model, tell_configurations
+from ..parameters.cut import rebuild_model, update_configurations
 from ..parameters.layers import check_skip
 from ..parameters.reshape import reshape
 from ..parameters.shards import Shards
@@ -151,7 +151,7 @@ class StructuredPruning(Technique, pl.Callback):
 
     def rebuild(self, pl_module: nn.Module, state: Mapping[str, Any]) -> None:
         if cuts := state.get("cuts"):
-            tell_configurations(rebuild_model(pl_module, cuts), cuts)
+            update_configurations(rebuild_model(pl_module, cuts), cuts)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop_waiting()
@@ -181,8 +181,8 @@ class StructuredPruning(Technique, pl.Callback):
         layers = {id(p) for part in pl_module.modules() if isinstance(part, kinds) for p in part.parameters()}
         self._names = [name for name, p in pl_module.named_parameters() if id(p) in layers and p.requires_grad]
         device = pl_module.device
-        self._saliency = {name: found.to(device) for name, found in self._saliency.items()}
-        self._norms = {name: found.to(device) for name, found in self._norms.items()}
+        self._saliency = {name: value.to(device) for name, value in self._saliency.items()}
+        self._norms = {name: value.to(device) for name, value in self._norms.items()}
 
     @torch.no_grad()
     def on_before_optimizer_step(
@@ -250,7 +250,7 @@ class StructuredPruning(Technique, pl.Callback):
         self._norms = {}
         if len(self._cuts) == len(self._moments):
             self._saliency = {}
-        tell_configurations(pl_module, self._cuts)
+        update_configurations(pl_module, self._cuts)
 
     def _part(self) -> float:
         """The share of what is left that goes now, so that equal parts of the whole go each time."""
@@ -259,12 +259,12 @@ class StructuredPruning(Technique, pl.Callback):
 
     # -- state ------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        norms = {name: found.tolist() for name, found in getattr(self, "_norms", {}).items()}
+        norms = {name: value.tolist() for name, value in getattr(self, "_norms", {}).items()}
         return {"cuts": getattr(self, "_cuts", []), "norms": norms}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._cuts = list(state_dict["cuts"])
-        self._norms = {name: torch.tensor(found) for name, found in state_dict["norms"].items()}
+        self._norms = {name: torch.tensor(values) for name, values in state_dict["norms"].items()}
 
     def fragments(self) -> dict[str, dict[str, Tensor]]:
         return {"saliency": dict(self._saliency)} if getattr(self, "_saliency", None) else {}

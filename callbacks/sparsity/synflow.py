@@ -58,15 +58,15 @@ class SynFlow(PruneAtInit):
         batch = move_data_to_device(ones, module.device)
         signed = {name: p.detach().clone() for name, p in module.named_parameters()}
         masks = {name: torch.ones_like(p) for name, p in weights.items()}
-        found: dict[str, Tensor] = {}
+        flow: dict[str, Tensor] = {}
         try:
             for done in range(ROUNDS):
                 _set(module, {n: p.abs() * masks[n] if n in masks else p.abs() for n, p in signed.items()})
-                found = _flow(module, weights, batch)
-                masks = self._kept_after(found, schedules.rounds(done + 1, ROUNDS, self.sparsity))
+                flow = _flow(module, weights, batch)
+                masks = self._kept_after(flow, schedules.rounds(done + 1, ROUNDS, self.sparsity))
         finally:
             _set(module, signed)
-        return found  # of the last round, where what was cut before is 0
+        return flow  # of the last round, where what was cut before is 0
 
     def _kept_after(self, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         now = type(self)(**{**self.settings(), "sparsity": sparsity})

@@ -111,7 +111,7 @@ def story(tmp_path_factory):
     return folder, attempts
 
 
-def told(attempts) -> str:
+def transcript(attempts) -> str:
     return "\n".join(f"--- attempt {i}: exit {a.returncode}\n{a.stdout[-2500:]}" for i, a in enumerate(attempts))
 
 
@@ -119,17 +119,17 @@ def test_every_attempt_ends_with_its_code(story):
     """Killed, asked to stop three times (85: saved, run me again), and finished."""
     _, attempts = story
     codes = [attempt.returncode for attempt in attempts]
-    assert codes[0] not in (0, 85), told(attempts)
-    assert codes[1:] == [85, 85, 85, 0], told(attempts)
+    assert codes[0] not in (0, 85), transcript(attempts)
+    assert codes[1:] == [85, 85, 85, 0], transcript(attempts)
     for attempt in attempts[1:4]:  # Lightning kills rank 0 when it sees another rank end with anything but 0
-        assert "rank 0 ends with 85" in attempt.stdout and "rank 1 ends with 0" in attempt.stdout, told(attempts)
+        assert "rank 0 ends with 85" in attempt.stdout and "rank 1 ends with 0" in attempt.stdout, transcript(attempts)
 
 
 @pytest.mark.parametrize(("attempt", "mishap"), [(1, STORY[1]), (2, STORY[2]), (3, STORY[3])])
-def test_asked_to_stop_saves_within_two_steps(attempt, mishap, story):
+def test_a_stop_signal_saves_within_two_steps(attempt, mishap, story):
     folder, attempts = story
     stopped = events(folder / "broken", "preempted")[attempt - 1]
-    assert mishap["step"] <= stopped["step"] <= mishap["step"] + 2, told(attempts)
+    assert mishap["step"] <= stopped["step"] <= mishap["step"] + 2, transcript(attempts)
     resumed = events(folder / "broken", "resume")[attempt]
     assert resumed["step"] == stopped["step"], "nothing is lost"
     if mishap.get("during") == "validation":
@@ -138,7 +138,7 @@ def test_asked_to_stop_saves_within_two_steps(attempt, mishap, story):
 
 def test_all_of_it_ends_bit_for_bit(story):
     folder, attempts = story
-    assert fingerprint(final(folder / "broken")) == fingerprint(final(folder / "whole")), told(attempts)
+    assert fingerprint(final(folder / "broken")) == fingerprint(final(folder / "whole")), transcript(attempts)
 
 
 def test_spend_counts_every_attempt(story):
@@ -239,9 +239,9 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(file, damage, whole, t
     with caplog.at_level(logging.WARNING, "shoestring"):
         trainer = fit(tmp_path)
     assert newest.name in caplog.text and "the one before it is used" in caplog.text
-    (told,) = events(tmp_path, "checkpoint_damaged")
-    assert newest.name in told["reason"]
-    assert file in told["reason"] or file == "manifest.json"  # whose hashes then blame another
+    (transcript,) = events(tmp_path, "checkpoint_damaged")
+    assert newest.name in transcript["reason"]
+    assert file in transcript["reason"] or file == "manifest.json"  # whose hashes then blame another
     assert trainer.summary["resumed_from"] == 6
     assert fingerprint(final(tmp_path)) == whole
 

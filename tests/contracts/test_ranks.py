@@ -44,10 +44,10 @@ def ran(tmp_path_factory):
         return [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(STRATEGIES[strategy])], folder
 
     def case(strategy, name, *parts):
-        found, folder = train(strategy)
-        for report in found:
+        reports_by_rank, folder = train(strategy)
+        for report in reports_by_rank:
             assert "error" not in report[name], f"{report[name]['error']}\n{last_words(folder)}"
-        reports = [report[name] for report in found]
+        reports = [report[name] for report in reports_by_rank]
         for part in parts:
             reports = [report[part] for report in reports]
         return reports
@@ -142,13 +142,13 @@ def test_gradients_are_as_large_as_those_of_one_device(strategy, run, ran):
 
 
 def test_print_losses_step_by_step(ran, capsys):
-    found = {strategy: losses(ran(strategy, "absent", "still")) for strategy in STRATEGIES}
-    rows = ["", "loss of the same recipe, two ranks but for single", "step  " + "".join(f"{s:>12}" for s in found)]
-    rows += [f"{i + 1:4}  " + "".join(f"{found[s][i]:12.7f}" for s in found) for i in range(STEPS)]
-    rows += ["drift " + "".join(f"{drift(found['single'], found[s]):12.1e}" for s in found)]
+    curves = {strategy: losses(ran(strategy, "absent", "still")) for strategy in STRATEGIES}
+    rows = ["", "loss of the same recipe, two ranks but for single", "step  " + "".join(f"{s:>12}" for s in curves)]
+    rows += [f"{i + 1:4}  " + "".join(f"{curves[s][i]:12.7f}" for s in curves) for i in range(STEPS)]
+    rows += ["drift " + "".join(f"{drift(curves['single'], curves[s]):12.1e}" for s in curves)]
     with capsys.disabled():
         print("\n".join(rows))
-    assert all(drift(found["single"], found[s]) < FP32 for s in found)
+    assert all(drift(curves["single"], curves[s]) < FP32 for s in curves)
 
 
 # -- sharding ----------------------------------------------------------------------------------------------------------
@@ -188,8 +188,8 @@ def test_masked_is_exactly_zero_everywhere(strategy, run, ran):
 
 
 def tensors(ran, strategy, case, prefix):
-    found = load_file(ran.folder(strategy) / f"{case}.safetensors")
-    return {name: tensor for name, tensor in found.items() if name.startswith(prefix)}
+    loaded = load_file(ran.folder(strategy) / f"{case}.safetensors")
+    return {name: tensor for name, tensor in loaded.items() if name.startswith(prefix)}
 
 
 @pytest.mark.parametrize("case", [*WHOLE, "masks-clipped", "topology-set", "topology-rigl"])
@@ -213,8 +213,8 @@ def test_masks_are_the_same_on_all_ranks_after_fifty_steps_with_three_updates(st
     assert len({report["fragments"] for report in reports}) == len({report["masters"] for report in reports}) == 1
     assert all(report["updates"] == {name: 4} for report in reports), "the first masks, and three that moved"
     ran("single", "topology")
-    alone, found = (tensors(ran, each, f"topology-{name}", "mask/") for each in ("single", strategy))
-    assert alone and all(torch.equal(mask, found[n]) for n, mask in alone.items()), "the connections one process grows"
+    alone, masks = (tensors(ran, each, f"topology-{name}", "mask/") for each in ("single", strategy))
+    assert alone and all(torch.equal(mask, masks[n]) for n, mask in alone.items()), "the connections one process grows"
 
 
 @pytest.mark.parametrize("strategy", SEVERAL)

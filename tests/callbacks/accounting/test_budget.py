@@ -86,14 +86,14 @@ class Simulation:
     def run(self, most=20_000):
         vote = 0
         while self.clock.step < most:
-            heard = {name: self.spent[name] for name in SUMMED}
+            known = {name: self.spent[name] for name in SUMMED}
             step_cost = self.cost(self.clock.step, self.clock.progress)
             self.costs.append(step_cost)
             first = self.clock.step == 0
             self._spend({**step_cost, "steps": 1}, frozenset() if self.lag and not first else frozenset(SUMMED))
             self.clock.step += 1
             if self.lag and not first:
-                for name, value in heard.items():
+                for name, value in known.items():
                     setattr(self.clock.spend, name, value)
                 self._follow(vote)
             self.guard.lag = 0 if first else self.lag
@@ -221,7 +221,7 @@ def test_the_first_limit_reached_ends_the_run():
     assert run.clock.step == 7
 
 
-def test_a_slow_first_step_does_not_set_the_pace():
+def test_a_slow_first_step_does_not_set_the_forecast():
     run = Simulation({"seconds": 110.0}, lambda step, _: {"seconds": 10.0 if step == 0 else 1.0})
     assert run.run().clock.step == 101
     assert run.clock.horizons[0] == (1, 0.0, 11) and run.clock.horizons[1][2] == 101
@@ -277,7 +277,7 @@ def test_counted_budgets_end_exactly_and_annealed(tmp_path, limit, steps):
 PAUSE = 0.04
 
 
-class Watch(pl.Callback):
+class Recorder(pl.Callback):
     """What had been set aside before the last step. A busy machine may need more, and longer for a step."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -306,7 +306,7 @@ class Watch(pl.Callback):
 def test_measured_budgets_end_within_a_step_with_the_last_evaluation_and_checkpoint_inside(
     tmp_path, budget, options, unit
 ):
-    watch, validation = Watch(), loader(16, shuffle=False)
+    watch, validation = Recorder(), loader(16, shuffle=False)
     trainer = train(
         tmp_path, budget, module=Small(PAUSE), data=loader(1024), validation=validation, callbacks=[watch], **options
     )
@@ -327,7 +327,7 @@ def test_measured_budgets_end_within_a_step_with_the_last_evaluation_and_checkpo
 
 def test_no_evaluation_is_begun_that_would_leave_no_time_for_another_at_the_end(tmp_path):
     """Four steps an epoch, and an evaluation after each that takes as long as eight."""
-    watch = Watch()
+    watch = Recorder()
     trainer = train(
         tmp_path, Budget(hours=1.2 / 3600), module=Small(PAUSE), data=loader(16), validation=loader(32, shuffle=False),
         callbacks=[watch],
@@ -342,7 +342,7 @@ def test_spend_survives_a_crash_and_the_budget_holds_for_all_attempts_together(t
             if trainer.global_step == 7:
                 raise RuntimeError("crashed")
 
-    budget, watch = Budget(hours=1.8 / 3600, usd=10.0), Watch()
+    budget, watch = Budget(hours=1.8 / 3600, usd=10.0), Recorder()
     options = {"usd_per_device_hour": 3600.0, "validation": loader(8, shuffle=False), "data": loader(1024)}
     began = perf_counter()
     with pytest.raises(RuntimeError, match="crashed"):
@@ -400,10 +400,10 @@ def test_two_ranks_stop_at_the_same_step_within_the_budget_of_both(tmp_path):
     """Sums and decisions are heard a step late; what is counted still ends exactly, planned once."""
     assert run_ranks(fit_all, tmp_path, world=2, folder=tmp_path) == [0, 0]
     one, two = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
-    for name, told in one.items():
+    for name, report in one.items():
         same = ("steps", "samples", "tokens", "stopped_by", "horizons", "rate", "flops_realised")
-        assert {key: told[key] for key in same} == {key: two[name][key] for key in same}
-        assert told["rate"] == 0.0
+        assert {key: report[key] for key in same} == {key: two[name][key] for key in same}
+        assert report["rate"] == 0.0
     assert (one["tokens"]["steps"], one["tokens"]["tokens"], one["tokens"]["stopped_by"]) == (21, 1344, "tokens")
     assert (one["samples"]["steps"], one["samples"]["samples"], one["samples"]["stopped_by"]) == (12, 48, "samples")
     assert one["tokens"]["horizons"] == [[1, 0.0, 21]] and one["samples"]["horizons"] == [[1, 0.0, 12]]

@@ -42,9 +42,9 @@ def test_durations_as_people_write_them(text, amount, counts):
 @given(amount=AMOUNTS, unit=st.sampled_from(sorted(UNITS)), gap=st.sampled_from(["", " ", "  "]), upper=st.booleans())
 def test_every_unit_reads_back_as_its_base_unit(amount, unit, gap, upper):
     base, factor = UNITS[unit]
-    found = Duration.parse(f"{amount!r}{gap}{unit.upper() if upper else unit}")
-    assert found == Duration(float(Fraction(repr(amount)) * factor / (100 if base == "%" else 1)), COUNTS[base])
-    assert Duration.parse(found) is found
+    duration = Duration.parse(f"{amount!r}{gap}{unit.upper() if upper else unit}")
+    assert duration == Duration(float(Fraction(repr(amount)) * factor / (100 if base == "%" else 1)), COUNTS[base])
+    assert Duration.parse(duration) is duration
 
 
 @pytest.mark.parametrize(
@@ -74,10 +74,10 @@ def test_what_is_no_duration_is_named_with_the_way_out(text):
 @given(st.text(max_size=12))
 def test_any_text_is_a_duration_or_an_error_of_ours(text):
     try:
-        found = Duration.parse(text)
+        duration = Duration.parse(text)
     except BadDuration:
         return
-    assert found.amount >= 0 and found.counts in COUNTS.values()
+    assert duration.amount >= 0 and duration.counts in COUNTS.values()
 
 
 MOVES = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 200)), min_size=1, max_size=12)

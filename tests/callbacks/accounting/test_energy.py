@@ -96,7 +96,7 @@ def test_the_cpu_estimate_follows_its_formula(tmp_path):
     assert meter.read()[0] > joules
 
 
-def test_a_reading_is_cheap(powercap):
+def test_one_sample_is_cheap(powercap):
     meter = EnergyMeter(4.0, 1, local_rank=0, powercap=powercap)
     busy = time.process_time()
     for _ in range(100):

@@ -36,7 +36,7 @@ IDS = torch.zeros(3, 7, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
-    ("batch", "found"),
+    ("batch", "sizes"),
     [
         ({"input_ids": IDS, "labels": IDS}, (3, 21, (3, 7))),
         ({"pixels": torch.zeros(4, 2, 2), "label": torch.zeros(4)}, (4, 0, (4, 2, 2))),
@@ -50,8 +50,8 @@ IDS = torch.zeros(3, 7, dtype=torch.int64)
     ],
     ids=str,
 )
-def test_samples_and_tokens_of_a_batch(batch, found):
-    assert batch_size(batch) == found
+def test_samples_and_tokens_of_a_batch(batch, sizes):
+    assert batch_size(batch) == sizes
 
 
 def test_an_evaluation_that_ran_in_part_says_what_a_whole_one_takes():

@@ -68,15 +68,15 @@ def test_an_exit_is_the_models_own_head_on_a_blocks_output():
     }
     for model, tail in after.items():
         ids = IDS % 29
-        found = blocks(model)
-        with torch.no_grad(), recorded(found) as outputs:
+        repeated = blocks(model)
+        with torch.no_grad(), recorded(repeated) as outputs:
             whole = getattr(out := model(ids), "logits", out)
         for index, output in enumerate(outputs):
-            with torch.no_grad(), replayed(found, outputs, index):
+            with torch.no_grad(), replayed(repeated, outputs, index):
                 logits = getattr(out := model(ids), "logits", out)
             hidden = output[0] if isinstance(output, tuple) else output
             assert torch.allclose(logits, tail(hidden), atol=1e-6), (type(model).__name__, index)
-            assert torch.equal(logits, whole) == (index == len(found) - 1)
+            assert torch.equal(logits, whole) == (index == len(repeated) - 1)
 
 
 def test_the_added_loss_is_the_weighted_loss_of_the_exits():
@@ -176,28 +176,28 @@ def test_blocks_behind_the_exit_are_not_computed(make):
     model = make()
     counts, ids = counted(model), IDS % 29
     before = {name: type(part) for name, part in model.named_modules()}
-    found = run_until_sure(model, ids, threshold=0.0)
+    result = run_until_sure(model, ids, threshold=0.0)
     assert counts == [1] + [0] * (len(counts) - 1)
-    assert (found.blocks_run, found.blocks, found.mean_depth) == (1, len(counts), 1.0)
+    assert (result.blocks_run, result.blocks, result.mean_depth) == (1, len(counts), 1.0)
     counts[:] = [0] * len(counts)
-    found = run_until_sure(model, ids, threshold=1.1)
+    result = run_until_sure(model, ids, threshold=1.1)
     assert counts == [1] * len(counts), "none is computed twice"
-    assert found.blocks_run == found.blocks == found.mean_depth
+    assert result.blocks_run == result.blocks == result.mean_depth
     with torch.no_grad():
         whole = getattr(out := model(ids), "logits", out)
-    assert torch.allclose(found.logits, whole if whole.ndim == 2 else whole[:, -1], atol=1e-6)
+    assert torch.allclose(result.logits, whole if whole.ndim == 2 else whole[:, -1], atol=1e-6)
     assert {name: type(part) for name, part in model.named_modules()} == before
 
 
 def test_given_exits_and_samples_of_their_own_depth():
     model = bert(4)
     with torch.no_grad():
-        found = blocks(model)
-        with recorded(found) as outputs:
+        repeated = blocks(model)
+        with recorded(repeated) as outputs:
             model(IDS)
         exits = []
         for index in (1, 3):
-            with replayed(found, outputs, index):
+            with replayed(repeated, outputs, index):
                 exits.append(model(IDS).logits)
     likeliest = exits[0].softmax(-1).amax(-1)
     threshold = float(likeliest.sort().values[1:3].mean())  # two of four are sure at the first exit

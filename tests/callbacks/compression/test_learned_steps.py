@@ -89,7 +89,7 @@ def test_cutting_channels_cuts_their_steps():
 # -- finding the grid again --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("group_size", [None, 8])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_the_grid_of_baked_weights_is_found_again(bits, group_size):
+def test_the_grid_of_baked_weights_is_recovered(bits, group_size):
     """Whatever the steps were: absmax alone would take the largest weight for the highest level."""
     draw = torch.Generator().manual_seed(bits)
     weight = torch.randn(16, 64, generator=draw)
@@ -105,7 +105,7 @@ def test_the_grid_of_baked_weights_is_found_again(bits, group_size):
     assert torch.equal(codes(baked, scales(baked, bits, group_size, "lsq"), bits).abs().amax(-1) > 0, baked.any(-1))
 
 
-def test_codes_are_found_by_hand():
+def test_codes_by_hand():
     weight = torch.tensor([[0.4, -0.8, 1.2], [0.5, 0.0, 0.0], [0.0, 0.0, 0.0]])
     steps = scales(weight, 3, None, "lsq")
     assert steps.flatten().tolist() == pytest.approx([0.4, 0.5, 1.0])
@@ -161,8 +161,8 @@ def test_export_computes_what_was_trained(bits, activations, group):
     net = train(technique, callbacks=[shown]).net
     assert all(not torch.equal(net[i].weight, m) for i, m in zip((0, 2), shown.masters, strict=True)), "now on the grid"
     served = quantize(net, bits, activations, group, scale="lsq", compiled=False)
-    found = served(shown.x)
-    assert (found - shown.outputs).norm() <= (1e-5 if activations is None else 5e-3) * shown.outputs.norm()
+    computed = served(shown.x)
+    assert (computed - shown.outputs).norm() <= (1e-5 if activations is None else 5e-3) * shown.outputs.norm()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     bake(net, bits, group, scale="lsq")
     assert all(torch.allclose(p, before[name], rtol=1e-6, atol=0) for name, p in net.named_parameters())
@@ -171,8 +171,8 @@ def test_export_computes_what_was_trained(bits, activations, group):
 def test_onnx_runtime_computes_what_was_trained(tmp_path):
     shown = Shown()
     net = train(QuantizationAware(weight_bits=8, activation_bits=8, scale="lsq"), callbacks=[shown]).net
-    found = int8_file(net, {"input": shown.x}, tmp_path / "net.onnx", scale="lsq")({"input": shown.x})
-    assert (found - shown.outputs).norm() < 0.02 * shown.outputs.norm()
+    computed = int8_file(net, {"input": shown.x}, tmp_path / "net.onnx", scale="lsq")({"input": shown.x})
+    assert (computed - shown.outputs).norm() < 0.02 * shown.outputs.norm()
 
 
 def test_steps_are_learned_and_lower_the_loss():

@@ -25,23 +25,23 @@ class Steps(pl.Callback):
     """The technique's state at the end of the run."""
 
     def on_train_end(self, trainer, pl_module):
-        self.found = next(c for c in trainer.callbacks if isinstance(c, QuantizationAware)).state_dict()
+        self.state_at_end = next(c for c in trainer.callbacks if isinstance(c, QuantizationAware)).state_dict()
 
 
 def rank(strategy, folder):
     warnings.simplefilter("ignore")
-    group, found = Group(strategy, folder), {}
+    group, results = Group(strategy, folder), {}
     for case, techniques in CASES.items():
         steps = Steps()
         try:
-            found[case] = group.resume(case, techniques)
-            found[case]["still"] = group.train(f"{case}-still", *techniques(), dropout=0.0, callbacks=(steps,))
-            found[case]["steps"] = steps.found
+            results[case] = group.resume(case, techniques)
+            results[case]["still"] = group.train(f"{case}-still", *techniques(), dropout=0.0, callbacks=(steps,))
+            results[case]["steps"] = steps.state_at_end
         except Exception:
-            found[case] = {"error": traceback.format_exc()}
+            results[case] = {"error": traceback.format_exc()}
     if strategy == "ddp":
-        found["collectives"] = {"per_step": collectives(group)}
-    (folder / f"rank-{group.rank}.json").write_text(json.dumps(found))
+        results["collectives"] = {"per_step": collectives(group)}
+    (folder / f"rank-{group.rank}.json").write_text(json.dumps(results))
 
 
 def collectives(group):

@@ -25,7 +25,7 @@ def key(number):
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------
-def test_what_was_put_is_found_by_all(tmp_path):
+def test_what_was_put_is_read_by_all(tmp_path):
     one, other = LogitCache(tmp_path), LogitCache(tmp_path)
     for i in range(20):
         one.put(key(i), *record(i, n=i))
@@ -70,10 +70,10 @@ def test_a_flipped_bit_is_never_served(tmp_path):
         path.write_bytes(damaged)
         again = LogitCache(tmp_path)
         for i in range(3):
-            found = again.get(key(i))
-            missed += found is None
-            if found is not None:
-                assert torch.equal(found[0], record(i)[0]) and torch.equal(found[1], record(i)[1])
+            served = again.get(key(i))
+            missed += served is None
+            if served is not None:
+                assert torch.equal(served[0], record(i)[0]) and torch.equal(served[1], record(i)[1])
         again.close()
     assert missed >= len(whole) // 7
 
@@ -134,7 +134,7 @@ def test_samples_that_change_are_other_samples(tmp_path):
     assert forwards(tmp_path, 2, data=data, teacher=toy())[0] == [EPOCH, EPOCH]
 
 
-def test_padded_sequences_are_found_in_other_batches(tmp_path):
+def test_padded_sequences_are_read_in_other_batches(tmp_path):
     def data(order):
         draw = torch.Generator().manual_seed(2)
         rows = [torch.randint(1, 32, (n,), generator=draw) for n in (8, 3, 5, 6)]

@@ -1,4 +1,4 @@
-"""Training for few bits: what layers see, what is trained, and what it is worth on top of LoRA and pruning."""
+"""Low-bit training: what layers see, what is trained, and what it is worth on top of LoRA and pruning."""
 
 import pytest
 import pytorch_lightning as pl
@@ -87,7 +87,7 @@ def test_layers_compute_with_quantized_weights_and_tokens():
     assert Check.checked == 20
 
 
-def test_it_starts_when_told():
+def test_it_starts_at_its_start():
     plain = train(mlp(), steps=10).losses
     late = train(mlp(), QuantizationAware(weight_bits=2, start="5 steps"), steps=10).losses
     assert late[:5] == plain[:5] and late[5] != plain[5]
@@ -210,13 +210,13 @@ def test_merged_is_what_the_merged_and_quantized_model_computes():
                 for i in (0, 2):
                     merged[i].weight.copy_(quantized(merged[i].weight, 4))
                 self.expected = merged(batch[0])
-                self.found = pl_module.net(batch[0])
+                self.computed = pl_module.net(batch[0])
 
     last = Last()
     train(lora(), QuantizationAware(weight_bits=4, adapters="merged"), callbacks=[last], steps=5)
-    assert torch.allclose(last.found, last.expected, atol=1e-5)
+    assert torch.allclose(last.computed, last.expected, atol=1e-5)
     train(lora(), QuantizationAware(weight_bits=4, adapters="apart"), callbacks=[last], steps=5)
-    assert not torch.allclose(last.found, last.expected, atol=1e-3)
+    assert not torch.allclose(last.computed, last.expected, atol=1e-3)
 
 
 def test_the_gradient_of_merged_adapters_is_that_of_the_straight_through_merge():

@@ -43,7 +43,7 @@ class Look(pl.Callback):
         self.levels, self.types, self.teacher = {}, set(), None
 
     def on_train_start(self, trainer, pl_module):
-        layers = [(name, used.module) for name, found in quantizable(pl_module).items() for used in found]
+        layers = [(name, used.module) for name, used_by in quantizable(pl_module).items() for used in used_by]
         self.hooks = [layer.register_forward_hook(self.look(name), prepend=True) for name, layer in layers]
 
     def look(self, name):
@@ -64,17 +64,17 @@ class Look(pl.Callback):
 def rank(folder):
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    group, found = Group("zero2", folder), {}
+    group, results = Group("zero2", folder), {}
     for other, technique in OTHERS.items():
         for rule in RULES:
             case, look = f"{other}-{rule}", Look()
             try:
                 aware = QuantizationAware(weight_bits=BITS, scale=rule)
-                told = group.train(case, technique(), aware, steps=STEPS, callbacks=(look,))
-                found[case] = {**told, "levels": look.levels, "types": sorted(look.types), "teacher": look.teacher}
+                report = group.train(case, technique(), aware, steps=STEPS, callbacks=(look,))
+                results[case] = {**report, "levels": look.levels, "types": sorted(look.types), "teacher": look.teacher}
             except Exception:
-                found[case] = {"error": traceback.format_exc()}
-            (folder / f"rank-{group.rank}.json").write_text(json.dumps(found))
+                results[case] = {"error": traceback.format_exc()}
+            (folder / f"rank-{group.rank}.json").write_text(json.dumps(results))
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,10 @@ def ran(tmp_path_factory):
     """case -> (what the two ranks report, the final weights)."""
     folder = tmp_path_factory.mktemp("composed")
     succeed(rank, folder, world=2, folder=folder, timeout=400)
-    found = [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(2)]
+    by_rank = [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(2)]
 
     def case(name):
-        reports = [report[name] for report in found]
+        reports = [report[name] for report in by_rank]
         assert all("error" not in report for report in reports), reports[0].get("error")
         return reports, load_file(folder / "runs" / name / "final.safetensors")
 

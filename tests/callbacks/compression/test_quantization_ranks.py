@@ -1,4 +1,4 @@
-"""Training LoRA for few bits with two ranks: frozen bases, in 32 and 16 bits, sharded or not."""
+"""Low-bit LoRA training with two ranks: frozen bases, in 32 and 16 bits, sharded or not."""
 
 import json
 import os
@@ -54,28 +54,28 @@ def rank(strategy, folder):
         return module.losses
 
     bits = {"weight_bits": 4, "activation_bits": 8}
-    found = {
+    losses = {
         "plain": train("plain"),
         "apart": train("apart", make("quantization_aware", bits)),
         "bf16": train("bf16", make("mixed_precision"), make("quantization_aware", bits)),
     }
     try:
-        found["merged"] = train("merged", make("quantization_aware", {**bits, "adapters": "merged"}))
+        losses["merged"] = train("merged", make("quantization_aware", {**bits, "adapters": "merged"}))
     except IncompatibleTechniques as refusal:
-        found["merged"] = str(refusal)
-    (folder / f"told-{os.environ['RANK']}.json").write_text(json.dumps(found))
+        losses["merged"] = str(refusal)
+    (folder / f"told-{os.environ['RANK']}.json").write_text(json.dumps(losses))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
 def test_adapters_learn_under_every_sharding(strategy, tmp_path):
     succeed(rank, strategy, tmp_path, world=2, folder=tmp_path, timeout=150)
     for each in range(2):
-        found = json.loads((tmp_path / f"told-{each}.json").read_text())
+        report = json.loads((tmp_path / f"told-{each}.json").read_text())
         if strategy == "zero3":
-            assert "zero3 gathers them one after another" in found["merged"]
-        cases = {name: losses for name, losses in found.items() if not isinstance(losses, str)}
+            assert "zero3 gathers them one after another" in report["merged"]
+        cases = {name: losses for name, losses in report.items() if not isinstance(losses, str)}
         assert len(cases) == (3 if strategy == "zero3" else 4)
         for name, losses in cases.items():
             assert len(losses) == STEPS and sum(losses[-4:]) < 0.6 * sum(losses[:4]), name
-            assert (losses[0] == found["plain"][0]) == (name == "plain"), "it acts from the first step"
-        assert abs(found["apart"][0] - found["plain"][0]) < 0.1 * found["plain"][0]
+            assert (losses[0] == report["plain"][0]) == (name == "plain"), "it acts from the first step"
+        assert abs(report["apart"][0] - report["plain"][0]) < 0.1 * report["plain"][0]

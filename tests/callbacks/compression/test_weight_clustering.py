@@ -53,10 +53,10 @@ def test_the_range_is_cut_evenly_and_zero_belongs_to_it():
 def test_quantiles_begin_where_the_weights_are():
     """Of eight values, the middles of four quarters are the first, third, fifth and seventh."""
     values = torch.tensor([1.0, 1.5, 2.0, 2.5, 3.0, 50.0, 60.0, 100.0])
-    (found,) = first_codebooks([values], 4, "density", False, lambda sums: sums)
-    torch.testing.assert_close(found, torch.tensor([1.0, 2.0, 3.0, 60.0]), rtol=0, atol=1e-4)
-    (found,) = first_codebooks([torch.cat([values, torch.zeros(90)])], 5, "density", True, lambda sums: sums)
-    torch.testing.assert_close(found, torch.tensor([0.0, 1.0, 2.0, 3.0, 60.0]), rtol=0, atol=1e-4)
+    (codebook,) = first_codebooks([values], 4, "density", False, lambda sums: sums)
+    torch.testing.assert_close(codebook, torch.tensor([1.0, 2.0, 3.0, 60.0]), rtol=0, atol=1e-4)
+    (codebook,) = first_codebooks([torch.cat([values, torch.zeros(90)])], 5, "density", True, lambda sums: sums)
+    torch.testing.assert_close(codebook, torch.tensor([0.0, 1.0, 2.0, 3.0, 60.0]), rtol=0, atol=1e-4)
 
 
 def test_zero_keeps_a_centroid():
@@ -81,42 +81,42 @@ def test_more_iterations_never_fit_worse(values, clusters, init, keep_zero):
     options = {"init": init, "keep_zero": keep_zero}
     errors = []
     for iterations in (1, 3, 9):
-        found = kmeans_1d(tensor, clusters, iterations=iterations, **options)
-        assert found.shape == (clusters,) and (found.diff() >= 0).all()
-        assert not keep_zero or 0.0 in found.tolist()
-        errors.append((clustered(tensor, found) - tensor).double().square().sum().item())
+        codebook = kmeans_1d(tensor, clusters, iterations=iterations, **options)
+        assert codebook.shape == (clusters,) and (codebook.diff() >= 0).all()
+        assert not keep_zero or 0.0 in codebook.tolist()
+        errors.append((clustered(tensor, codebook) - tensor).double().square().sum().item())
     assert errors[2] <= errors[1] + 1e-3 and errors[1] <= errors[0] + 1e-3
 
 
 def spread(values, world, clusters, init):
     """The codebook that each of `world` ranks finds; rank r holds every world-th value, maybe none."""
-    barrier, told, found = threading.Barrier(world), [None] * world, [None] * world
+    barrier, summands, codebooks = threading.Barrier(world), [None] * world, [None] * world
 
     def play(rank):
         def total(sums):
-            told[rank] = sums
+            summands[rank] = sums
             barrier.wait()
-            result = torch.stack(told).sum(0)
+            result = torch.stack(summands).sum(0)
             barrier.wait()
             return result
 
         mine = [values[rank::world]]
-        found[rank] = lloyd(mine, first_codebooks(mine, clusters, init, True, total), True, 7, total)[0]
+        codebooks[rank] = lloyd(mine, first_codebooks(mine, clusters, init, True, total), True, 7, total)[0]
 
     threads = [threading.Thread(target=play, args=(rank,)) for rank in range(world)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return found
+    return codebooks
 
 
 @given(VALUES, st.integers(2, 4), st.sampled_from(["linear", "density"]))
 @settings(max_examples=25)
-def test_ranks_that_hold_parts_find_the_same_bits(values, world, init):
+def test_ranks_with_parts_compute_the_same_bits(values, world, init):
     tensor = torch.tensor(values)
     alone = kmeans_1d(tensor, 5, init=init, keep_zero=True, iterations=7)
-    assert all(torch.equal(found, alone) for found in spread(tensor, world, 5, init))
+    assert all(torch.equal(codebook, alone) for codebook in spread(tensor, world, 5, init))
 
 
 # -- storage -----------------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_never_begun_is_never_clustered(tmp_path):
     assert technique.codebooks() == {} and final[HIDDEN[0]].unique().numel() > 200
 
 
-def test_a_layer_that_reads_its_weight_elsewhere_is_named(tmp_path):
+def test_a_layer_whose_weight_another_module_reads_is_named(tmp_path):
     class Attending(type(toy())):
         def __init__(self):
             super().__init__()

@@ -110,26 +110,26 @@ def rates(folder, *techniques, steps=10, lr=0.1, module=None, **options):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_takes_the_rate_of_its_middle_and_the_end_is_the_floor(tmp_path, accumulate):
-    found, trainer, _ = rates(tmp_path, LRSchedule(floor=0.2), accumulate_grad_batches=accumulate)
-    assert found == pytest.approx([0.1 * (0.2 + 0.8 * (1 - (s + 0.5) / 10)) for s in range(10)])
+    lrs, trainer, _ = rates(tmp_path, LRSchedule(floor=0.2), accumulate_grad_batches=accumulate)
+    assert lrs == pytest.approx([0.1 * (0.2 + 0.8 * (1 - (s + 0.5) / 10)) for s in range(10)])
     assert rate(trainer) == pytest.approx(0.02)
 
 
 def test_warmup_rises_to_the_schedule(tmp_path):
-    found, trainer, _ = rates(tmp_path, LRSchedule(shape="wsd", warmup="4 steps"))
+    lrs, trainer, _ = rates(tmp_path, LRSchedule(shape="wsd", warmup="4 steps"))
     warm = [0.1 * (s + 0.5) / 4 for s in range(4)]
-    assert found == pytest.approx([*warm, *[0.1] * 4, 0.1 * 0.15 / 0.2, 0.1 * 0.05 / 0.2])
+    assert lrs == pytest.approx([*warm, *[0.1] * 4, 0.1 * 0.15 / 0.2, 0.1 * 0.05 / 0.2])
     assert rate(trainer) == 0.0
 
 
 def test_a_constant_schedule_with_warmup_stays_at_the_peak(tmp_path):
-    found, trainer, _ = rates(tmp_path, LRSchedule(shape="constant", warmup="20%"))
-    assert found == pytest.approx([0.025, 0.075, *[0.1] * 8]) and rate(trainer) == pytest.approx(0.1)
+    lrs, trainer, _ = rates(tmp_path, LRSchedule(shape="constant", warmup="20%"))
+    assert lrs == pytest.approx([0.025, 0.075, *[0.1] * 8]) and rate(trainer) == pytest.approx(0.1)
 
 
 def test_a_budget_brings_its_own_schedule_and_a_given_one_replaces_it(tmp_path):
-    found, trainer, _ = rates(tmp_path / "a")
-    assert found == pytest.approx([0.1 * (1 - (s + 0.5) / 10) for s in range(10)]) and rate(trainer) == 0.0
+    lrs, trainer, _ = rates(tmp_path / "a")
+    assert lrs == pytest.approx([0.1 * (1 - (s + 0.5) / 10) for s in range(10)]) and rate(trainer) == 0.0
     assert rates(tmp_path / "b", LRSchedule(shape="cosine"))[0][0] == pytest.approx(
         0.05 * (1 + math.cos(math.pi * 0.05))
     )
@@ -145,17 +145,17 @@ def test_scaling_for_the_global_batch_once_even_if_resumed(tmp_path):
             if trainer.global_step == 6:
                 raise RuntimeError("crashed")
 
-    found, _, seen = rates(tmp_path / "whole", *techniques(), **options)
-    assert found == pytest.approx([0.2] * 10)
+    lrs, _, seen = rates(tmp_path / "whole", *techniques(), **options)
+    assert lrs == pytest.approx([0.2] * 10)
     assert seen.betas[0] == pytest.approx((0.6, 0.996))  # of 0.9, 0.999
     with pytest.raises(RuntimeError):
         train(
             tmp_path / "run", Budget(steps=10), module=Small(lr=0.1), techniques=techniques(), callbacks=[Crash()],
             checkpoint_every="4 steps", **options,
         )  # fmt: skip
-    found, trainer, seen = rates(tmp_path / "run", *techniques(), **options)
+    lrs, trainer, seen = rates(tmp_path / "run", *techniques(), **options)
     assert trainer.monitor.resumed_from == 4
-    assert found == pytest.approx([0.2] * 6) and seen.betas[0] == pytest.approx((0.6, 0.996))
+    assert lrs == pytest.approx([0.2] * 6) and seen.betas[0] == pytest.approx((0.6, 0.996))
 
 
 class Momentum(Small):
@@ -164,15 +164,15 @@ class Momentum(Small):
 
 
 def test_sgd_takes_the_linear_rule(tmp_path):
-    found, _, _ = rates(tmp_path, LRScaling(base_batch=8), LRSchedule(shape="constant"), module=Momentum(lr=0.1))
-    assert found == pytest.approx([0.05] * 10)
+    lrs, _, _ = rates(tmp_path, LRScaling(base_batch=8), LRSchedule(shape="constant"), module=Momentum(lr=0.1))
+    assert lrs == pytest.approx([0.05] * 10)
 
 
 def test_scaling_warms_up_from_the_unscaled_rate_and_the_schedule_decays_both(tmp_path):
     """Peak 0.2 = sqrt(16 / 4) * 0.1: the factor rises from 1 to 2 in half the run, the schedule falls in all of it."""
-    found, trainer, _ = rates(tmp_path, LRSchedule(), LRScaling(base_batch=4, warmup="50%"), accumulate_grad_batches=4)
+    lrs, trainer, _ = rates(tmp_path, LRSchedule(), LRScaling(base_batch=4, warmup="50%"), accumulate_grad_batches=4)
     middle = [(s + 0.5) / 10 for s in range(10)]
-    assert found == pytest.approx([0.1 * (1 + min(1, p / 0.5)) * (1 - p) for p in middle])
+    assert lrs == pytest.approx([0.1 * (1 + min(1, p / 0.5)) * (1 - p) for p in middle])
     assert rate(trainer) == 0.0
     assert [t.card.name for t in trainer.composition.techniques] == ["lr_scaling", "lr_schedule"]
 

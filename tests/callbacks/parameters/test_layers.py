@@ -29,9 +29,9 @@ BLOCKS = ["blocks.0.0.weight", "blocks.0.1.weight", "blocks.1.0.weight", "blocks
 
 def test_trained_weights_of_layers_each_once_and_never_an_embedding():
     model = Model()
-    found = trained_weights(model)
-    assert found == ["conv.weight", *BLOCKS]
-    assert set(found) <= {name for name, _ in model.named_parameters()}, "a name that the door does not know"
+    names = trained_weights(model)
+    assert names == ["conv.weight", *BLOCKS]
+    assert set(names) <= {name for name, _ in model.named_parameters()}, "a name that the accessor does not know"
     assert trained_weights(nn.Linear(3, 3)) == ["weight"]
 
 
@@ -44,10 +44,10 @@ def test_a_weight_is_left_out_under_any_of_its_names():
 
 def test_owners_are_all_layers_that_share_a_weight_frozen_ones_too():
     model = Model()
-    found = owners(model)
-    assert list(found) == ["conv.weight", *BLOCKS, "frozen.weight"]
-    assert found["blocks.0.0.weight"] == [model.blocks[0][0], model.twin]
-    assert found["conv.weight"] == [model.conv], "once, whatever it is called"
+    layers = owners(model)
+    assert list(layers) == ["conv.weight", *BLOCKS, "frozen.weight"]
+    assert layers["blocks.0.0.weight"] == [model.blocks[0][0], model.twin]
+    assert layers["conv.weight"] == [model.conv], "once, whatever it is called"
 
 
 def test_adapters_are_not_quantized_and_what_they_wrap_is_named():
@@ -56,11 +56,11 @@ def test_adapters_are_not_quantized_and_what_they_wrap_is_named():
     model = get_peft_model(
         nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), LoraConfig(target_modules=["0"], modules_to_save=["1"])
     )
-    found = quantizable(model)
+    layers = quantizable(model)
     wrapped, copied = "base_model.model.0.base_layer.weight", "base_model.model.1.modules_to_save.default.weight"
-    assert list(found) == [wrapped, copied], "neither LoRA's matrices nor the unused original"
-    assert found[wrapped][0].adapter is model.get_submodule("base_model.model.0")
-    assert found[copied][0].adapter is None
+    assert list(layers) == [wrapped, copied], "neither LoRA's matrices nor the unused original"
+    assert layers[wrapped][0].adapter is model.get_submodule("base_model.model.0")
+    assert layers[copied][0].adapter is None
 
 
 def test_a_pattern_that_matches_nothing_is_named_with_the_nearest_parameter():

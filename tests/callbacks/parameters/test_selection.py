@@ -31,8 +31,8 @@ def expected(scores, count):
 def test_it_is_what_sorting_finds(layers, draw):
     tensors = [torch.tensor(scores, dtype=torch.float32) for scores in layers]
     counts = [draw.randint(0, len(scores) + 1) for scores in layers]
-    found = keep_largest([[(t, 0)] for t in tensors], counts, alone)
-    assert [mask.tolist() for (mask,) in found] == [
+    masks = keep_largest([[(t, 0)] for t in tensors], counts, alone)
+    assert [mask.tolist() for (mask,) in masks] == [
         expected(t.tolist(), n) for t, n in zip(tensors, counts, strict=True)
     ]
 
@@ -55,9 +55,9 @@ class Ranks:
         def add(values):
             self.values[rank] = values
             self.barrier.wait()
-            found = torch.stack(self.values).sum(0)
+            summed = torch.stack(self.values).sum(0)
             self.barrier.wait()
-            return found
+            return summed
 
         return add
 
@@ -66,26 +66,26 @@ def split(tensors, counts, cuts):
     """What ranks find that hold neighbouring slices, cut at `cuts` (shares); some may be empty."""
     edges = [0.0, *sorted(cuts), 1.0]
     world = len(edges) - 1
-    ranks, found = Ranks(world), [None] * world
+    ranks, by_rank = Ranks(world), [None] * world
 
     def play(rank):
         pieces = []
         for t in tensors:
             begin, end = round(edges[rank] * len(t)), round(edges[rank + 1] * len(t))
             pieces.append([(t[begin:end], begin)])
-        found[rank] = keep_largest(pieces, counts, ranks.total(rank))
+        by_rank[rank] = keep_largest(pieces, counts, ranks.total(rank))
 
     threads = [threading.Thread(target=play, args=(rank,)) for rank in range(world)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return [torch.cat([of_rank[g][0] for of_rank in found]).tolist() for g in range(len(tensors))]
+    return [torch.cat([of_rank[g][0] for of_rank in by_rank]).tolist() for g in range(len(tensors))]
 
 
 @given(st.lists(SCORES, min_size=1, max_size=3), st.lists(st.floats(0, 1), min_size=1, max_size=3), st.randoms())
 @settings(max_examples=25)
-def test_ranks_that_hold_parts_find_the_same_as_one_that_holds_all(layers, cuts, draw):
+def test_ranks_with_parts_select_the_same_as_one_with_all(layers, cuts, draw):
     tensors = [torch.tensor(scores, dtype=torch.float32) for scores in layers]
     counts = [draw.randint(0, len(scores)) for scores in layers]
     whole = keep_largest([[(t, 0)] for t in tensors], counts, alone)
@@ -112,9 +112,9 @@ def test_so_many_sums_whatever_the_size():
         return values
 
     scores = [torch.rand(10_000).unique(), torch.arange(12.0)]  # no ties
-    found = keep_largest([[(s, 0)] for s in scores], [5000, 6], total)
+    masks = keep_largest([[(s, 0)] for s in scores], [5000, 6], total)
     assert calls == [torch.Size([2])] * 34
-    assert [int(mask.sum()) for (mask,) in found] == [5000, 6]
+    assert [int(mask.sum()) for (mask,) in masks] == [5000, 6]
 
 
 @pytest.mark.parametrize("groups", [[], [[(torch.zeros(0), 0)]]])

@@ -1,4 +1,4 @@
-"""The door to parameters on one device: views that write through, and wholes from slices."""
+"""The accessor of sharded state on one device: views that write through, and wholes from slices."""
 
 import pytest
 import pytorch_lightning as pl
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 
 @pytest.fixture
 def stepped():
-    """A frozen and a trainable layer after one AdamW step, and the door to them."""
+    """A frozen and a trainable layer after one AdamW step, and the accessor to them."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     module[0].requires_grad_(False)
@@ -25,42 +25,42 @@ def stepped():
 
 
 def test_every_rank_holds_every_trainable_parameter_whole(stepped):
-    _, _, door = stepped
-    assert door.replicated and door.at_boundary()
-    assert door.slices == {"1.weight": Slice(0, 8, torch.Size([2, 4])), "1.bias": Slice(0, 2, torch.Size([2]))}
-    frozen = door.frozen()
+    _, _, shards = stepped
+    assert shards.replicated and shards.at_boundary()
+    assert shards.slices == {"1.weight": Slice(0, 8, torch.Size([2, 4])), "1.bias": Slice(0, 2, torch.Size([2]))}
+    frozen = shards.frozen()
     assert {name: where.length for name, (where, _) in frozen.items()} == {"0.weight": 12, "0.bias": 4}
 
 
 def test_views_write_through(stepped):
-    module, optimizer, door = stepped
+    module, optimizer, shards = stepped
     weight = module[1].weight
-    door.master("1.weight")[3] = 7.0
+    shards.master("1.weight")[3] = 7.0
     assert weight[0, 3] == 7.0
-    door.gradient("1.weight").zero_()
+    shards.gradient("1.weight").zero_()
     assert not weight.grad.any()
-    door.set_gradient("1.weight", torch.arange(8.0))
+    shards.set_gradient("1.weight", torch.arange(8.0))
     assert torch.equal(weight.grad, torch.arange(8.0).view(2, 4))
-    assert set(door.state("1.weight")) == {"exp_avg", "exp_avg_sq"}
-    door.state("1.weight")["exp_avg"][0] = 5.0
+    assert set(shards.state("1.weight")) == {"exp_avg", "exp_avg_sq"}
+    shards.state("1.weight")["exp_avg"][0] = 5.0
     assert optimizer.state[weight]["exp_avg"][0, 0] == 5.0
-    assert set(door.scalars("1.weight")) == {"step"} and door.scalars("1.weight")["step"] == 1
-    door.frozen()["0.bias"][1].fill_(2.0)
+    assert set(shards.scalars("1.weight")) == {"step"} and shards.scalars("1.weight")["step"] == 1
+    shards.frozen()["0.bias"][1].fill_(2.0)
     assert (module[0].bias == 2.0).all()
 
 
 def test_a_parameter_without_gradient_has_none_and_takes_none(stepped):
-    module, _, door = stepped
+    module, _, shards = stepped
     module[1].bias.grad = None
-    assert door.gradient("1.bias") is None
-    door.set_gradient("1.bias", torch.ones(2))
+    assert shards.gradient("1.bias") is None
+    shards.set_gradient("1.bias", torch.ones(2))
     assert module[1].bias.grad is None
 
 
 def test_state_is_restored_where_the_optimizer_has_not_stepped_yet(stepped):
-    module, _, door = stepped
-    state = {k: v.clone() for k, v in door.state("1.weight").items()}
-    scalars = door.scalars("1.weight")
+    module, _, shards = stepped
+    state = {k: v.clone() for k, v in shards.state("1.weight").items()}
+    scalars = shards.scalars("1.weight")
     fresh = torch.optim.AdamW(module[1].parameters(), lr=0.1)
     other = Shards(module, [fresh])
     other.restore("1.weight", state, scalars)
@@ -73,14 +73,14 @@ def test_state_is_restored_where_the_optimizer_has_not_stepped_yet(stepped):
 
 
 def test_whole_and_slice_are_inverse(stepped):
-    module, _, door = stepped
-    assert torch.equal(door.gather("1.weight", door.master("1.weight")), module[1].weight)
-    assert torch.equal(door.total(torch.tensor([3])), torch.tensor([3]))
+    module, _, shards = stepped
+    assert torch.equal(shards.gather("1.weight", shards.master("1.weight")), module[1].weight)
+    assert torch.equal(shards.total(torch.tensor([3])), torch.tensor([3]))
     where = Slice(2, 3, torch.Size([2, 4]))
     assert where.numel == 8
     assert torch.equal(where.cut(torch.arange(8).view(2, 4)), torch.tensor([2, 3, 4]))
     mask = torch.tensor([True, False]).repeat(4)
-    assert torch.equal(door.gather("1.weight", mask), mask.view(2, 4))
+    assert torch.equal(shards.gather("1.weight", mask), mask.view(2, 4))
 
 
 SILENT = {
@@ -91,8 +91,8 @@ SILENT = {
 
 class Peek(pl.Callback):
     def on_train_start(self, trainer, pl_module):
-        self.door = shards_of(trainer, pl_module)
-        assert shards_of(trainer, pl_module) is self.door  # opened once
+        self.shards = shards_of(trainer, pl_module)
+        assert shards_of(trainer, pl_module) is self.shards  # opened once
         whole = torch.arange(8.0).view(1, 8)
         assert torch.equal(cut(trainer, pl_module, {"net.weight": whole})["net.weight"], whole.view(-1))
 
@@ -100,8 +100,8 @@ class Peek(pl.Callback):
 def test_the_door_of_a_run_is_opened_once_and_belongs_to_its_model():
     peek, module = Peek(), Small()
     pl.Trainer(callbacks=[peek], max_steps=2, **SILENT).fit(module, loader())
-    assert peek.door.parameters["net.weight"] is module.net.weight
-    assert peek.door.state("net.weight")["exp_avg"].any()
+    assert peek.shards.parameters["net.weight"] is module.net.weight
+    assert peek.shards.state("net.weight")["exp_avg"].any()
 
 
 def test_what_it_cannot_reach_it_says():

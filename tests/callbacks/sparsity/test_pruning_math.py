@@ -93,7 +93,7 @@ def test_a_run_follows_the_schedule_to_the_weight(tmp_path, accumulate):
     assert technique.densities() == {"net.weight": 0.2}
 
 
-def test_between_prunings_the_masks_hold(tmp_path):
+def test_between_prunings_the_masks_stay(tmp_path):
     watch = Watch()
     technique = GradualPruning(sparsity=0.8, every=7)
     train(tmp_path, Budget(steps=20), module=Wide(), techniques=[technique], callbacks=[watch])

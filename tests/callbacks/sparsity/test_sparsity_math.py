@@ -18,8 +18,8 @@ from shoestring.callbacks.sparsity.masks import select, select_blocks
 # -- where -------------------------------------------------------------------------------------------------------------
 def test_erk_by_hand():
     """4x4 and 2x8 at 50 %: 16 of 32 stay; epsilon = 16 / (8 + 10)."""
-    found = distributions.erk({"a": (4, 4), "b": (2, 8)}, 0.5)
-    assert found == pytest.approx({"a": 8 / 16 * 16 / 18, "b": 10 / 16 * 16 / 18})
+    densities = distributions.erk({"a": (4, 4), "b": (2, 8)}, 0.5)
+    assert densities == pytest.approx({"a": 8 / 16 * 16 / 18, "b": 10 / 16 * 16 / 18})
 
 
 def test_erk_makes_a_layer_dense_and_the_others_pay():
@@ -28,10 +28,10 @@ def test_erk_makes_a_layer_dense_and_the_others_pay():
 
 
 def test_erk_of_a_convolution_counts_its_kernel():
-    found = distributions.erk({"conv": (8, 4, 3, 3), "head": (100, 100)}, 0.9)
+    densities = distributions.erk({"conv": (8, 4, 3, 3), "head": (100, 100)}, 0.9)
     raw = {"conv": (8 + 4 + 3 + 3) / 288, "head": 200 / 10000}
     scale = 0.1 * 10288 / (18 + 200)
-    assert found == pytest.approx({name: share * scale for name, share in raw.items()})
+    assert densities == pytest.approx({name: share * scale for name, share in raw.items()})
 
 
 SHAPES = st.dictionaries(
@@ -40,7 +40,7 @@ SHAPES = st.dictionaries(
 
 
 @given(SHAPES, st.floats(0, 0.99))
-def test_every_distribution_keeps_what_was_asked_in_total(shapes, sparsity):
+def test_every_distribution_keeps_the_requested_total(shapes, sparsity):
     size = sum(a * b for a, b in shapes.values())
     for name in ("uniform", "erk"):
         shares = distributions.densities(name, shapes, sparsity)
@@ -54,8 +54,8 @@ def test_every_distribution_keeps_what_was_asked_in_total(shapes, sparsity):
 
 def test_patterns_of_names_have_their_own_sparsity():
     shapes = {"head.weight": (2, 2), "blocks.0.weight": (2, 2), "blocks.1.weight": (2, 2)}
-    found = distributions.densities({"head.*": 0.0, "blocks.1.*": 0.75}, shapes, 0.5)
-    assert found == {"head.weight": 1.0, "blocks.0.weight": 0.5, "blocks.1.weight": 0.25}
+    densities = distributions.densities({"head.*": 0.0, "blocks.1.*": 0.75}, shapes, 0.5)
+    assert densities == {"head.weight": 1.0, "blocks.0.weight": 0.5, "blocks.1.weight": 0.25}
 
 
 # -- what --------------------------------------------------------------------------------------------------------------
@@ -82,8 +82,8 @@ def test_the_hessian_times_the_gradient_of_a_quadratic():
     a = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
     w = nn.Parameter(torch.tensor([1.0, -1.0]))
     gradient = a @ w.detach()
-    (found,) = hessian_times(w @ a @ w / 2, [w], [gradient])
-    assert torch.allclose(found, a @ gradient)
+    (product,) = hessian_times(w @ a @ w / 2, [w], [gradient])
+    assert torch.allclose(product, a @ gradient)
 
 
 # -- shape -------------------------------------------------------------------------------------------------------------
@@ -121,12 +121,12 @@ def test_the_drop_fraction_is_a_cosine():
 
 
 def test_rounds_keep_the_same_share_each():
-    found = [schedules.rounds(i, 3, 0.875) for i in range(4)]
-    assert found == pytest.approx([0, 0.5, 0.75, 0.875])
+    shares = [schedules.rounds(i, 3, 0.875) for i in range(4)]
+    assert shares == pytest.approx([0, 0.5, 0.75, 0.875])
 
 
 # -- moves of connections, by hand -------------------------------------------------------------------------------------
-def door(weight, gradient):
+def shards_with(weight, gradient):
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight.data = weight.clone()
     layer.weight.grad = gradient.clone()
@@ -147,16 +147,16 @@ MASK = WEIGHT != 0
 
 def test_one_update_of_rigl():
     """Four of eight are active; half of them go: -0.1 and 0.3. |g| is largest at these two, so both regrow at once."""
-    shards = door(WEIGHT, GRADIENT)
-    found = dynamic(RigL, MASK)._move(shards, 0.5, 3)["weight"].view(2, 4)
-    assert torch.equal(found, MASK)
+    shards = shards_with(WEIGHT, GRADIENT)
+    mask = dynamic(RigL, MASK)._move(shards, 0.5, 3)["weight"].view(2, 4)
+    assert torch.equal(mask, MASK)
     quiet = torch.where(MASK, 0.0, GRADIENT)
-    found = dynamic(RigL, MASK)._move(door(WEIGHT, quiet), 0.5, 3)["weight"].view(2, 4)
-    assert found.int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 1]], "where |g| is 2 and 3"
+    mask = dynamic(RigL, MASK)._move(shards_with(WEIGHT, quiet), 0.5, 3)["weight"].view(2, 4)
+    assert mask.int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 1]], "where |g| is 2 and 3"
 
 
 def test_what_grows_starts_at_zero_with_fresh_moments():
-    shards = door(WEIGHT, torch.where(MASK, 0.0, GRADIENT))
+    shards = shards_with(WEIGHT, torch.where(MASK, 0.0, GRADIENT))
     shards.optimizers[0].state[shards.parameters["weight"]]["momentum_buffer"] = WEIGHT.clone() * 2
     technique = dynamic(RigL, MASK)
     technique.apply_masks(shards, technique._move(shards, 0.5, 3))
@@ -167,23 +167,23 @@ def test_what_grows_starts_at_zero_with_fresh_moments():
 @given(st.floats(0, 1), st.integers(0, 100))
 def test_set_keeps_the_number_of_connections(fraction, step):
     technique = dynamic(SET, MASK)
-    found = technique._move(door(WEIGHT, GRADIENT), fraction, step)["weight"]
-    assert found.sum() == 4
-    assert (found & MASK.reshape(-1)).sum() >= 4 - int(fraction * 4)
+    mask = technique._move(shards_with(WEIGHT, GRADIENT), fraction, step)["weight"]
+    assert mask.sum() == 4
+    assert (mask & MASK.reshape(-1)).sum() >= 4 - int(fraction * 4)
 
 
 def test_all_layers_ranked_together():
     net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
     shards = Shards(net, [])
     scores = {"0.weight": torch.tensor([1.0, 2, 3, 4]), "1.weight": torch.tensor([5.0, 0.5])}
-    found = select(shards, scores, "global", 0.5)
-    assert {name: mask.int().tolist() for name, mask in found.items()} == {"0.weight": [0, 0, 1, 1], "1.weight": [1, 0]}
-    found = select_blocks(shards, {"0.weight": scores["0.weight"]}, (1, 0), {"0.weight": 0.5})
-    assert found["0.weight"].int().tolist() == [0, 0, 1, 1]
+    masks = select(shards, scores, "global", 0.5)
+    assert {name: mask.int().tolist() for name, mask in masks.items()} == {"0.weight": [0, 0, 1, 1], "1.weight": [1, 0]}
+    masks = select_blocks(shards, {"0.weight": scores["0.weight"]}, (1, 0), {"0.weight": 0.5})
+    assert masks["0.weight"].int().tolist() == [0, 0, 1, 1]
 
 
 def test_a_ticket_returns_to_where_it_was():
-    shards = door(WEIGHT, GRADIENT)
+    shards = shards_with(WEIGHT, GRADIENT)
     ticket = LotteryTicket(sparsity=0.5)
     ticket._rewound = {"weight": torch.full((8,), 7.0)}
     ticket._masks, ticket._kept, ticket.mask_version = {}, {}, 0

@@ -17,7 +17,7 @@ from shoestring.callbacks.parameters.cut import (
     rebuild_model,
     shrink,
     shrink_tensor,
-    tell_configurations,
+    update_configurations,
 )
 from shoestring.callbacks.sparsity.structured_groups import (
     Member,
@@ -167,7 +167,7 @@ def test_bert_loses_heads_and_neurons_and_comes_back_from_disk(tmp_path):
     assert not any("embeddings" in n or "LayerNorm" in n or "pooler" in n for n in cut.kept)
     assert torch.allclose(run_it(model).logits, before, atol=1e-6)
 
-    tell_configurations(model, [state])
+    update_configurations(model, [state])
     model.save_pretrained(tmp_path)
     config = type(model.config).from_pretrained(tmp_path)
     assert config.num_attention_heads == 4, "the configuration describes the whole model"

@@ -190,16 +190,16 @@ def whole(tmp_path_factory):
 
 def test_the_run_is_one_run(whole):
     rows = list(read(whole / "run" / "events", rank=0))
-    told = [dict(row.fields) for row in rows if row.kind == "event"]
-    (reshaped,) = [event for event in told if event["event"] == "reshape"]
+    events = [dict(row.fields) for row in rows if row.kind == "event"]
+    (reshaped,) = [event for event in events if event["event"] == "reshape"]
     cut = 7 * 2 * (11 + 1 + 11)  # neurons x blocks x (row, bias, column)
     assert reshaped["step"] == 5 and reshaped["trainable"] == sum(p.numel() for p in toy().parameters() if
                                                                   p.requires_grad) - cut  # fmt: skip
-    assert 5 in [event["step"] for event in told if event["event"] == "checkpoint"], "saved in the old shapes"
+    assert 5 in [event["step"] for event in events if event["event"] == "checkpoint"], "saved in the old shapes"
     assert [row.fields["step"] for row in rows if row.kind == "step" and "loss" in row.fields] == list(
         range(1, STEPS + 1)
     )
-    assert len([event for event in told if event["event"] == "start"]) == 1
+    assert len([event for event in events if event["event"] == "start"]) == 1
     assert final(whole)["blocks.0.wide.weight"].shape == (16, 11)
 
 
@@ -225,9 +225,9 @@ def test_crashed_before_at_and_after_ends_bit_for_bit(crash, from_step, whole, t
 def test_a_damaged_checkpoint_after_the_cut_falls_back_to_one_before(whole, tmp_path):
     with pytest.raises(Exploded):
         ours(tmp_path, Explode(6), every=None, technique=StructuredPruning(at="5 steps"))
-    found = sorted((tmp_path / "run" / "checkpoints").glob("0*"))
-    assert [int(each.name) for each in found] == [1, 5]
-    (found[-1] / "state.pt").write_bytes(b"damaged")
+    saved = sorted((tmp_path / "run" / "checkpoints").glob("0*"))
+    assert [int(each.name) for each in saved] == [1, 5]
+    (saved[-1] / "state.pt").write_bytes(b"damaged")
     assert ours(tmp_path).summary["resumed_from"] == 1
     assert fingerprint(final(tmp_path)) == fingerprint(final(whole))
 

@@ -33,14 +33,14 @@ def alone(tmp_path_factory):
 def test_two_ranks_cut_alike_and_resume(strategy, alone, tmp_path):
     """Two cuts by Taylor saliency, a group lasso, averages and masks that are cut along."""
     succeed(structured_ranks.main, strategy, tmp_path, world=2, folder=tmp_path, timeout=240)
-    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    by_rank = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     for case in structured_ranks.CASES:
-        for report in (alone, *found):
+        for report in (alone, *by_rank):
             assert "error" not in report[case], report[case]["error"]
-        together = of_step([report[case]["whole"] for report in found])
+        together = of_step([report[case]["whole"] for report in by_rank])
         drift = max(abs(a - b) for a, b in zip(of_step([alone[case]["whole"]]), together, strict=True))
         assert drift < 2e-5, case
-        for report in found:
+        for report in by_rank:
             before, after = report[case]["whole"], report[case]["resumed"]
             assert after["losses"] == before["losses"][after["resumed_from"] * ACCUMULATE :], case
             for part in ("final", "masters", "fragments", "steps", "samples"):
@@ -70,5 +70,5 @@ def killed(tmp_path_factory):
 @pytest.mark.parametrize("moment", KILLED)
 def test_killed_around_the_cut_ends_bit_for_bit(moment, strategy, world, killed):
     folder = killed(strategy, world)
-    found, whole = (fingerprint(load_file(folder / name / "run" / "final.safetensors")) for name in (moment, "whole"))
-    assert found == whole, last_words(folder)
+    resumed, whole = (fingerprint(load_file(folder / name / "run" / "final.safetensors")) for name in (moment, "whole"))
+    assert resumed == whole, last_words(folder)

@@ -138,7 +138,7 @@ def adapted(home: Path, adapters: str, runs: Path) -> tuple[Path, float]:
 
 
 @pytest.mark.parametrize("adapters", ["apart", "merged"])
-def test_adapters_stay_beside_few_bits_or_become_part_of_them(adapters: str, runs: Path, tmp_path: Path) -> None:
+def test_adapters_stay_beside_low_bit_weights_or_become_part_of_them(adapters: str, runs: Path, tmp_path: Path) -> None:
     run_dir, validated = adapted(tmp_path, adapters, runs)
     trained = open_run(run_dir)
     merged = eager(trained.model)  # used before: what is apart must still be

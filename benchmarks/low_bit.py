@@ -1,6 +1,6 @@
 """Accuracy of weights of 2 and 3 bits, trained for them or rounded, beside the baselines; run by quantization.py.
 
-Digits of scikit-learn, MLP 64-128-128-10, weights of 2 and 3 bits and activations of 8. Training for few bits (QAT)
+Digits of scikit-learn, MLP 64-128-128-10, weights of 2 and 3 bits and activations of 8. Low-bit training (QAT)
 takes ten epochs more than rounding afterwards (PTQ), so PTQ is also shown after the same ten epochs. Every model is
 scored as it is served.
 
@@ -73,9 +73,9 @@ CLAIMS = [
 
 def accuracy(seeds: int, runs: Runs) -> str:
     """The section of the page."""
-    found = [runs(f"accuracy {seed}", lambda seed=seed: one_seed(seed)) for seed in range(seeds)]
-    points = {name: [run[name][0] for run in found] for name in found[0]}
-    sizes = {name: statistics.mean(run[name][1] for run in found) for name in found[0]}
+    results = [runs(f"accuracy {seed}", lambda seed=seed: one_seed(seed)) for seed in range(seeds)]
+    points = {name: [run[name][0] for run in results] for name in results[0]}
+    sizes = {name: statistics.mean(run[name][1] for run in results) for name in results[0]}
     rows = [[name, f"{sizes[name]:,.0f}", shown(each), ", ".join(f"{x:.2f}" for x in each)]
             for name, each in points.items()]  # fmt: skip
     judged = []
@@ -126,17 +126,17 @@ def one_seed(seed: int) -> dict[str, tuple[float, int]]:
     more = lambda *techniques: train(copy.deepcopy(base), data, 10, 1e-3, seed + 100, *techniques)  # noqa: E731
     longer = more()
     fp32, int8 = written(base.net)[0], written(base.net, "int8")[0]
-    found = {"fp32": (score(base.net), fp32), "fp32 after ten more epochs": (score(longer.net), fp32)}
+    rows = {"fp32": (score(base.net), fp32), "fp32 after ten more epochs": (score(longer.net), fp32)}
     for name, module in (("int8 PTQ", base), ("int8 PTQ after the same extra epochs", longer)):
-        found[name] = (score(quantize(module.net, 8, 8, compiled=False)), int8)
-        found[f"{name}, all 8 bits"] = (score(quantize(module.net, 8, 8, cpu="vnni", compiled=False)), int8)
+        rows[name] = (score(quantize(module.net, 8, 8, compiled=False)), int8)
+        rows[f"{name}, all 8 bits"] = (score(quantize(module.net, 8, 8, cpu="vnni", compiled=False)), int8)
     for bits in (2, 3):
         for scale in ("absmax", "mse"):
             aware = more(QuantizationAware(weight_bits=bits, activation_bits=8, scale=scale))
-            found[f"W{bits} {scale}: PTQ"] = low(base, bits, scale)
-            found[f"W{bits} {scale}: PTQ after the same extra epochs"] = low(longer, bits, scale)
-            found[f"W{bits} {scale}: QAT"] = low(aware, bits, scale)
-        limit = found[f"W{bits} mse: QAT"][1]
+            rows[f"W{bits} {scale}: PTQ"] = low(base, bits, scale)
+            rows[f"W{bits} {scale}: PTQ after the same extra epochs"] = low(longer, bits, scale)
+            rows[f"W{bits} {scale}: QAT"] = low(aware, bits, scale)
+        limit = rows[f"W{bits} mse: QAT"][1]
         shrinks = GradualPruning(sparsity=sparsity_for(base.net, limit), distribution="erk")
         thinned, slowly = more(shrinks), train(Digits(seed), data, 40, 2e-3, seed, copy.deepcopy(shrinks))
         width = width_for(lambda width: Digits(seed, width).net, limit)
@@ -144,5 +144,5 @@ def one_seed(seed: int) -> dict[str, tuple[float, int]]:
         made = {TEN: thinned, FORTY: slowly, "small dense": little}
         for name, module in made.items():
             size, served = written(module.net, sparse=True)
-            found[f"{name}, bytes of W{bits}"] = (score(served), size)
-    return found
+            rows[f"{name}, bytes of W{bits}"] = (score(served), size)
+    return rows
