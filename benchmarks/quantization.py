@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from shoestring.callbacks.compression.fake_quantization import PRODUCT_BITS
 from shoestring.trainer.export.onnx_file import quantize_file, trace
 from shoestring.trainer.export.quantize import quantize, quantize_embeddings
-from shoestring.trainer.export.runtimes import Outputs, onnxruntime
+from shoestring.trainer.export.runtimes import LogitsFunction, onnxruntime
 
 SHAPES = ((8, 128), (1, 128))
 TORCH, ORT = "torch fp32", "ONNX Runtime fp32"  # what everything is compared with
@@ -87,7 +87,7 @@ def encoders(folder: Path) -> dict[str, Any]:
     }
 
 
-def onnx(model: nn.Module, path: Path, bits: int | None = None) -> Outputs:
+def onnx(model: nn.Module, path: Path, bits: int | None = None) -> LogitsFunction:
     """The encoder in ONNX Runtime on one thread, as an export writes it. bits: of int8 products; None: floats."""
     trace(model, {"ids": torch.randint(0, 30522, (2, 128))}, path)
     if bits is not None:
@@ -95,7 +95,7 @@ def onnx(model: nn.Module, path: Path, bits: int | None = None) -> Outputs:
     return onnxruntime(path, threads=1)
 
 
-def unsigned(plain: Path, path: Path) -> Outputs:
+def unsigned(plain: Path, path: Path) -> LogitsFunction:
     """The float file with ONNX Runtime's own dynamic quantization to unsigned weights."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

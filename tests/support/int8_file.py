@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shoestring.callbacks.compression.fake_quantization import PRODUCT_BITS
 from shoestring.trainer.export.onnx_file import left, quantize_file, trace
 from shoestring.trainer.export.quantize import bake, quantize_embeddings
-from shoestring.trainer.export.runtimes import Outputs, onnxruntime
+from shoestring.trainer.export.runtimes import LogitsFunction, onnxruntime
 
 
 def int8_file(
@@ -22,7 +22,7 @@ def int8_file(
     cpu: str = "any",
     embeddings: bool = False,
     **rounding: Any,
-) -> Outputs:
+) -> LogitsFunction:
     """Write `model` with int8 products to `path` and open it; `model` stays as it is. rounding: scale, skip."""
     served, bits = copy.deepcopy(model).eval(), PRODUCT_BITS[cpu]
     kept = left(served, bake(served, bits, **rounding))

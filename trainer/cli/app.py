@@ -202,7 +202,7 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def techniques() -> None:
     """The table of techniques, as in the README."""
-    from .reference import technique_table
+    from .technique_table import technique_table
 
     typer.echo(technique_table())
 
