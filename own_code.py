@@ -24,7 +24,7 @@ def is_code(name: str | None) -> bool:
 
 
 def import_code(name: str) -> Any:
-    """What `module:attr` names. The caller must have the user's leave (`--allow-code`): importing runs code.
+    """Import what `module:attr` names. The caller must have the user's leave (`--allow-code`): importing runs code.
 
     Raises:
         CannotImport: There is no such module, or nothing of that name in it.

@@ -1,4 +1,4 @@
-"""What a technique predicts: factors on the work of a run. Imports neither torch nor Lightning."""
+"""The effect that a technique predicts: factors on the work of a run. Imports neither torch nor Lightning."""
 
 from __future__ import annotations
 

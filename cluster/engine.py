@@ -24,7 +24,7 @@ State = Literal["queued", "running", "gone"]
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """What an engine says of a job right now.
+    """The state of a job, from its engine.
 
     state   "queued": not started, or waiting to start again; "running"; "gone": the engine has nothing (left) to run
     detail  the engine's own word, for people: `PENDING (Priority)`
@@ -77,7 +77,7 @@ class Engine(Protocol):
         """Start the job and return the engine's name for it. ClusterError, with nothing left behind, if it refuses."""
 
     def query_status(self, record: JobRecord) -> EngineStatus:
-        """What the engine knows. ClusterError if it cannot be asked."""
+        """Return the state of a job, from the engine. ClusterError if the engine does not answer."""
 
     def logs(self, record: JobRecord, follow: bool) -> Iterator[str]:
         """The job's output in lines, all attempts; `follow` goes on until the job is gone."""

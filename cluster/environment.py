@@ -70,7 +70,7 @@ def _gpu_defaults() -> dict[str, str]:
 
 
 def prologue(job: Job) -> str:
-    """What every bash script of a job does first: the folder, modules, the virtual environment, variables, secrets."""
+    """Return the first lines of a job's bash scripts: folder, modules, virtual environment, variables, secrets."""
     environment = job.cluster.environment
     lines = [f"cd {quoted(job.workdir)} || exit {BAD_INPUT}"]
     if environment.modules:
@@ -165,7 +165,7 @@ class TaskStream:
 
 
 def withheld(job: Job) -> str:
-    """What a dry run shows in place of the file of secrets."""
+    """Return what a dry run shows in place of the file of secrets."""
     return "".join(f"# {name}: from {source}\n" for name, source in secret_sources(job.cluster).items())
 
 

@@ -18,7 +18,7 @@ LEAST_LEAD = 30
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to run where. `task` is one process on one device; there are `nodes * devices_per_node` of them.
+    """What is to run, and where. `task` is one process on one device; there are `nodes * devices_per_node` of them.
 
     id              unique, fits a DNS label: `<run name>-<6 hex digits>`
     recipe          the whole recipe as YAML, with this job's nodes, devices and price in it
@@ -63,7 +63,7 @@ class Job:
 
     @property
     def attempt_seconds(self) -> int:
-        """Of one attempt; the engine's time limit."""
+        """Seconds of one attempt; the engine's time limit."""
         return max(1, math.floor(self.attempt_hours * 3600))
 
     @property
@@ -82,7 +82,7 @@ class Job:
         ]  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
-        """What is kept of the job beside its run; never a secret's value."""
+        """Return what is kept of the job beside its run; never a secret's value."""
         return {
             "id": self.id, "name": self.name, "cluster": self.cluster.name, "engine": self.cluster.engine,
             "run_dir": self.run_dir, "workdir": self.workdir, "nodes": self.nodes,
@@ -199,7 +199,7 @@ def as_time(seconds: float) -> str:
 
 
 def secret_sources(cluster: Cluster) -> Mapping[str, str]:
-    """Where each secret comes from, in words; for dry runs."""
+    """Return the source of each secret, in words; for dry runs."""
     return {
         name: f"the environment variable {spec.env}" if spec.env else f"the file {spec.file}"
         for name, spec in cluster.secrets.items()

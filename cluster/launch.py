@@ -25,7 +25,7 @@ StatusName = Literal["submitted", "queued", "running", "requeued", "finished", "
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """Where a job stands. `attempts` is its whole history over requeues; `usd` what they have cost so far."""
+    """The status of a job. `attempts` is its whole history over requeues; `usd` what they have cost so far."""
 
     state: StatusName
     detail: str = ""
@@ -86,7 +86,7 @@ def submit(job: Job) -> JobRecord:
 
 
 def status(record: JobRecord) -> Status:
-    """Where the job stands; never "unknown": what was written down answers where the engine cannot."""
+    """Return the status of the job; never "unknown": what was written down answers where the engine cannot."""
     done = tuple(attempts.history(record.job_dir))
     try:
         live = registry.engine(record.engine).query_status(record)

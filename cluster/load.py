@@ -88,7 +88,7 @@ def _problems(document: Document, error: ValidationError, model: type[BaseModel]
 
 @dataclass(frozen=True)
 class Spot:
-    """What pydantic's `loc` means: the innermost section and field, the type that is asked for, and the file's path
+    """The meaning of pydantic's `loc`: the innermost section and field, the type that is asked for, and the file's path
     (branches of unions left out). `key`: it is a mapping's key that is wrong."""
 
     section: type[BaseModel]

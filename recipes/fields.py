@@ -42,7 +42,7 @@ def resolve(loc: tuple[str | int, ...], tree: Node) -> tuple[Path, type[BaseMode
 
 
 def homes(word: str) -> list[str]:
-    """Where in a recipe a key of that name, or nearly, is at home: `lr` and `learning_rate` at `optimizer.lr`."""
+    """Return where a key of that name, or a similar one, belongs: `lr` and `learning_rate` at `optimizer.lr`."""
     if word in OTHER_TOOLS_NAMES:
         return [OTHER_TOOLS_NAMES[word]]
     keys: dict[str, list[str]] = {}

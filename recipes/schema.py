@@ -27,7 +27,7 @@ Count = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 class Section(BaseModel):
-    """What all sections share: frozen, no unknown keys, no conversions (`"3"` is not 3), no infinities."""
+    """Base of all sections: frozen, no unknown keys, no conversions (`"3"` is not 3), no infinities."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
@@ -78,7 +78,7 @@ class AdapterSpec(Section):
 
 
 class ModelSpec(Section):
-    """What is trained: a task, and a model to start from (`name`) or a shape to start from scratch (`config`)."""
+    """The model to train: a task, and a model to start from (`name`) or a shape to start from scratch (`config`)."""
 
     task: Literal["causal-lm", "sequence-classification", "image-classification"] | Code = Field(
         description="causal-lm | sequence-classification | image-classification | your own module:attr"
@@ -93,7 +93,7 @@ class ModelSpec(Section):
 
 
 class DataSpec(Section):
-    """Where samples come from and how they are cut into batches. `batch_size` is global: samples per optimizer step."""
+    """The source of the samples, and their batches. `batch_size` is global: samples per optimizer step."""
 
     source: Text = Field(
         description="python-stdlib | python-packages | digits | a path or glob | a hub name | your own module:attr"
@@ -123,7 +123,7 @@ class Goal(Section):
 
 
 class BudgetSpec(Section):
-    """What the run may spend; the first limit that is reached ends it. None: not limited.
+    """Limits of what the run may spend; the first limit that is reached ends it. None: not limited.
 
     Units: US dollars, hours of the clock, hours times devices, tokens, samples, optimizer steps, FLOPs, kWh.
     """
@@ -186,7 +186,7 @@ class OptimizerSpec(Section):
 
 
 class StrategySpec(Section):
-    """How the model and its state are spread over devices. `auto` leaves the choice to the plan."""
+    """The distribution of the model and its state over devices. `auto` leaves the choice to the plan."""
 
     name: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = "auto"
     devices: Literal["auto"] | Count = Field("auto", description="auto, or a whole number from 1: devices per node")
@@ -195,7 +195,7 @@ class StrategySpec(Section):
 
 
 class ClusterSpec(Section):
-    """What a device is and costs; null takes the catalogue's figure for `hardware`."""
+    """The device and its price; null takes the catalogue's figure for `hardware`."""
 
     hardware: Text = Field("auto", description="auto, or a name of the hardware catalogue")
     usd_per_device_hour: Annotated[float, Field(ge=0)] | None = Field(None, description="null, or a number from 0")
@@ -203,7 +203,7 @@ class ClusterSpec(Section):
 
 
 class TrackingSpec(Section):
-    """Where the run is recorded: our ledger, and Weights & Biases if wished."""
+    """The records of the run: our ledger, and Weights & Biases if wished."""
 
     ledger: bool = Field(True, description="true | false")
     wandb: Literal["off", "offline", "online"] = "off"
@@ -228,7 +228,7 @@ class EvaluationSpec(Section):
 
 
 class ExportSpec(Section):
-    """What is left behind: `hf` writes a folder that transformers loads; path null puts it into the run's folder."""
+    """The export: `hf` writes a folder that transformers loads; path null puts it into the run's folder."""
 
     to: Literal["hf"] = "hf"
     path: Text | None = Field(None, description="null, or a folder")

@@ -44,7 +44,7 @@ def find(tree: Node, path: Path) -> Node | None:
 
 
 def where(tree: Node, path: Path) -> str:
-    """Where the node at `path` stands, or the nearest one above it."""
+    """Return the place of the node at `path`, or of the nearest one above it."""
     while path and find(tree, path) is None:
         path = path[:-1]
     node = find(tree, path)

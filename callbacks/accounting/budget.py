@@ -64,7 +64,7 @@ class Budget:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ImpossibleBudget(f"budget {name}={value!r}: a limit is a positive number")
             if name in ("steps", "samples", "tokens") and value < 1:
-                raise ImpossibleBudget(f"budget {name}={value!r}: there is no less than one")
+                raise ImpossibleBudget(f"budget {name}={value!r}: it must be at least 1")
 
     def given(self) -> dict[str, float]:
         """The limits that are set, by name."""
@@ -86,9 +86,9 @@ def refuse_uncounted(limits: Mapping[str, float], first: Spend) -> None:
 
 
 _UNCOUNTED = {
-    "tokens": "the batches of the first step have no 'input_ids' to count. Budget samples or steps instead.",
-    "samples": "the batches of the first step hold no tensor whose first dimension could be counted. Budget steps.",
-    "flops": "the first step ran no matrix product that is counted. Budget steps, or let the accountant count_flops.",
+    "tokens": "the batches of the first step have no 'input_ids' to count. Use a budget of samples or steps instead.",
+    "samples": "the batches of the first step have no tensor with a first dimension to count. Use a budget of steps.",
+    "flops": "the first step ran no matrix product to count. Use a budget of steps, or set the accountant's count_flops.",
 }
 
 
@@ -146,7 +146,7 @@ class Guard:
                 self._seen[name] = clock.spend.get(name)
 
     def step_seconds(self) -> float:
-        """What a step takes lately; 0 while none has been measured."""
+        """Return the recent seconds of a step; 0 while none has been measured."""
         return _mean(self._costs["seconds"])
 
     # -- forecasting ------------------------------------------------------------------------------------------------

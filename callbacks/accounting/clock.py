@@ -97,7 +97,7 @@ class Spend:
         return self.device_seconds / 3600 if counts == "device_hours" else float(getattr(self, counts))
 
     def minus(self, other: Spend) -> Spend:
-        """What has come since `other`."""
+        """Return the spend since `other`."""
         before = other.as_dict()
         return Spend(**{name: amount - before[name] for name, amount in self.as_dict().items()})
 
@@ -111,7 +111,7 @@ class Spend:
 
 @dataclass
 class Clock:
-    """How far the run is: what every schedule reads. Only the run's account writes it.
+    """The progress of the run, which every schedule reads. Only the run's account writes it.
 
     Args:
         spend: What the run has cost so far, all ranks and attempts together.
@@ -147,7 +147,7 @@ class Clock:
         self.horizons.append((step, self.progress_at(step), max(last, step)))
 
     def end_by_spend(self) -> int:
-        """Where the run would end under its limits if steps went on to cost what they have cost so far."""
+        """Return the step at which the run would end under its limits if steps keep their cost so far."""
         end = self.first_limit()
         return self.step if end is None else end.last
 
@@ -175,7 +175,7 @@ class Clock:
         return self.progress_at(self.step)
 
     def toward(self, duration: Duration, step: float | None = None, seen: float | None = None) -> float:
-        """How much of `duration` has passed before `step` (default: now), in [0, 1].
+        """Return the share of `duration` that has passed before `step` (default: now), in [0, 1].
 
         Who asks ahead of time, as loaders do, gives a step `seen` that has passed whenever it asks: then the answer is
         the same in every rerun, wherever the plan was moved in between.
@@ -195,7 +195,7 @@ class Clock:
                 raise BadDuration("this run has no epochs; give the duration in steps or percent")
             done = step / self.steps_per_epoch
         elif self.follows_trainer:
-            raise BadDuration(f"nobody counts {duration.counts} in this trainer; add callbacks=[..., Accountant()]")
+            raise BadDuration(f"nothing counts {duration.counts} in this trainer; add callbacks=[..., Accountant()]")
         else:
             done = self.counted.get(duration.counts, self.spend.get(duration.counts))
         return min(1.0, done / duration.amount)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Forecast:
-    """When a budget ends, as seen from one step."""
+    """The end of a budget, as seen from one step."""
 
     last: int  # the last step that fits
     binding: str  # the limit that decides

@@ -16,7 +16,7 @@ import torch
 
 
 class Windows:
-    """Where the wall time goes. Exactly one window is open at a time, so they sum to the whole."""
+    """Wall time by kind of work. Exactly one window is open at a time, so they sum to the whole."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -39,7 +39,7 @@ class Windows:
 
 
 class EvaluationTimer:
-    """How long a whole evaluation takes, as far as evaluations have run."""
+    """The time of a whole evaluation, from the evaluations so far."""
 
     def __init__(self) -> None:
         self.seconds = 0.0  # of a whole one; 0 while none has run

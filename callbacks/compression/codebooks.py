@@ -59,7 +59,7 @@ def kmeans_1d(
 
 
 def first_codebooks(values: Sequence[Tensor], clusters: int, init: str, keep_zero: bool, total: Total) -> list[Tensor]:
-    """Where Lloyd's algorithm starts, for the union over ranks of each `values[i]` [n_i]: a codebook [clusters] each.
+    """Return where Lloyd's algorithm starts, for the union over ranks of `values[i]` [n_i]: a codebook [clusters] each.
 
     `total` sums a tensor over the ranks (identity where each rank has everything); so it does below.
     """
@@ -147,7 +147,7 @@ def encode(weight: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     first in the highest bits. Raises `NotInCodebook` for any other value.
     """
     if len(codebook) > LARGEST:
-        raise NotInCodebook(f"a codebook has at most {LARGEST} values, and this one {len(codebook)}")
+        raise NotInCodebook(f"a codebook has at most {LARGEST} values, but this one has {len(codebook)}")
     wrong = clustered(weight, codebook) != weight
     if wrong.any():
         value = weight[wrong].flatten()[0].item()

@@ -65,7 +65,7 @@ def target_mask(labels: Tensor, *, shift: bool, ignored: int = -100) -> Tensor:
 
 
 def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """How differently two layers relate the samples of a batch: arXiv 1907.09682 eq. 4.
+    """Return how differently two layers relate the samples of a batch: arXiv 1907.09682 eq. 4.
 
     The mean squared difference of the row-normalized [B, B] Gram matrices of the activations [B, …], flattened. Widths
     may differ. One sample relates to nothing and gives 0.
@@ -88,7 +88,7 @@ def hidden_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def spatial_attention(features: Tensor) -> Tensor:
-    """Where a convolution layer looks: sums over channels of squares, as unit vectors [B, H * W] of [B, C, H, W].
+    """Return where a convolution layer looks: sums of squares over channels, unit vectors [B, H * W] of [B, C, H, W].
 
     arXiv 1612.03928 §3.1.
     """

@@ -46,7 +46,7 @@ def sure(logits: Tensor, threshold: float, measure: str = "confidence") -> Tenso
 
 
 def exit_by_confidence(logits: Tensor, threshold: float, measure: str = "confidence") -> tuple[Tensor, Tensor]:
-    """Of logits [E, B, C], exit by exit: those of the first exit that is `sure` [B, C], and which it is [B].
+    """Return the logits [B, C] of the first exit that is `sure`, and its index [B]; from logits [E, B, C] of all exits.
 
     The last exit answers whatever it is.
     """
@@ -59,7 +59,7 @@ def exit_by_confidence(logits: Tensor, threshold: float, measure: str = "confide
 # -- inference ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Exited:
-    """What a batch got: `logits` [B, C] of the first sure exit, and after how many blocks it came, `depth` [B].
+    """The result of a batch: `logits` [B, C] of the first sure exit, and after how many blocks it came, `depth` [B].
 
     `blocks_run` of `blocks` were computed: as many as the least sure sample of the batch needed.
     """

@@ -63,7 +63,7 @@ def ranks_for_energy(layers: Mapping[str, nn.Linear], energy: float) -> dict[str
 
 
 def singular_values(layer: nn.Linear) -> Tensor:
-    """Of its weight, descending, [min(in, out)]."""
+    """Return the singular values of the weight, descending, [min(in, out)]."""
     return torch.linalg.svdvals(layer.weight.detach().float())
 
 

@@ -113,7 +113,7 @@ def codes(weight: Tensor, steps: Tensor, bits: int) -> Tensor:
 
 
 def values(code: Tensor, steps: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What the codes stand for, in their shape."""
+    """Return the values of the codes, in their shape."""
     return (code.reshape(*steps.shape[:2], -1) * steps).view(code.shape).to(dtype)
 
 
@@ -150,7 +150,7 @@ def learned_step(weight: Tensor, steps: Tensor, bits: int) -> Tensor:
 
 
 def first_steps(weight: Tensor, bits: int, group_size: int | None = None) -> Tensor:
-    """Where LSQ starts: 2 mean(|w|) / sqrt(Q) of each group, [out, groups, 1] (arXiv 1902.08153 §2.1)."""
+    """Return the first steps of LSQ: 2 mean(|w|) / sqrt(Q) of each group, [out, groups, 1] (arXiv 1902.08153 §2.1)."""
     mean = grouped(weight.detach().float(), group_size).abs().mean(-1, keepdim=True)
     return torch.where(mean > 0, 2 * mean / highest(bits) ** 0.5, torch.ones_like(mean))
 

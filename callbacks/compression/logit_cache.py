@@ -141,6 +141,6 @@ def _size(n: int, columns: int, k: int) -> int:
 
 
 def lengths_of(mask: Tensor) -> list[int]:
-    """Where each row of [B, T] has its last True, plus one."""
+    """Return the position of the last True of each row of [B, T], plus one."""
     ends = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     return (mask * ends).amax(1).tolist()

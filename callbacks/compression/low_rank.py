@@ -49,7 +49,7 @@ class LowRank(Technique, pl.Callback):
 
     card = Card(
         name="low_rank",
-        does="replaces linear layers by two thin factors of their weights, and trains those",
+        does="replaces linear layers by two low-rank factors of their weights, and trains those",
         paper="2103.03936",
         saves={"flops", "memory", "communication", "size"},
         writes={"modules", "weights"},
@@ -65,7 +65,7 @@ class LowRank(Technique, pl.Callback):
         require(self.budget is None or 0 < self.budget <= 1, self, "budget", "a share in (0, 1], or None")
 
     def predict(self, workload: Workload) -> Effect:
-        """What `budget` promises; what `energy` will save is in the weights, which nobody has seen yet."""
+        """Predict the saving of `budget`; that of `energy` depends on the weights, which are not known yet."""
         share = 1.0 if self.budget is None else self.budget
         return Effect(flops=share, states=share, communication=share)
 
@@ -85,7 +85,7 @@ class LowRank(Technique, pl.Callback):
             return
         self._ranks: dict[str, int] = trainer.strategy.broadcast(self._choose(pl_module))
         if not self._ranks and trainer.is_global_zero:
-            log.warning("low_rank leaves every layer as it is: %r needs ranks that save nothing", self)
+            log.warning("low_rank leaves every layer as it is: %r has no rank that saves parameters", self)
         self._replaced = apply_low_rank(pl_module, self._ranks)
         for layer in self._replaced.values():
             layer.weight.data = layer.weight.data.new_empty(0)  # its place is kept, its memory is not

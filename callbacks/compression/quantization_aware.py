@@ -130,7 +130,7 @@ class QuantizationAware(Technique, pl.Callback):
         layers = quantizable(pl_module, self.skip)
         if not layers:
             raise IncompatibleTechniques(
-                f"quantization_aware finds no linear or convolution layer but what skip={self.skip} leaves out"
+                f"quantization_aware finds no linear or convolution layer after skip={self.skip}"
             )
         self._fits(pl_module, layers)
         self._adapter = {name: used[0].adapter for name, used in layers.items()}
@@ -277,7 +277,7 @@ class QuantizationAware(Technique, pl.Callback):
 
 
 def adapter_change(adapter: Any, weight: Tensor) -> Tensor:
-    """What the active adapters of a PEFT LoRA layer add to its base weight, in the weight's shape."""
+    """Return what the active adapters of a PEFT LoRA layer add to its base weight, in the weight's shape."""
     change = torch.zeros_like(weight)
     if adapter.disable_adapters or adapter.merged:
         return change

@@ -106,9 +106,7 @@ class WeightClustering(Technique, pl.Callback):
         check_skip(pl_module, self.skip, self.card.name)
         self._names = trained_weights(pl_module, self.skip)
         if not self._names:
-            raise IncompatibleTechniques(
-                f"weight_clustering finds no layers but what skip={list(self.skip)} leaves out"
-            )
+            raise IncompatibleTechniques(f"weight_clustering finds no layers after skip={list(self.skip)}")
         self._device = pl_module.device
         self._codebooks = {name: book.to(self._device) for name, book in self._codebooks.items()}
         self._shown = ForwardWeights(pl_module, self._names, self._show)

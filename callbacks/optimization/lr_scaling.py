@@ -17,7 +17,7 @@ _NOTED = {"initial_lr", "max_lr", "min_lr"}  # what torch's schedulers write int
 
 
 def scaled(group: dict[str, Any], ratio: float, rule: str) -> dict[str, Any]:
-    """What changes in an optimizer's parameter group when the batch grows `ratio` times.
+    """Return what changes in an optimizer's parameter group when the batch grows `ratio` times.
 
     linear (SGD, arXiv 1706.02677): lr * ratio.
     sqrt (Adam, arXiv 2205.10287): lr * sqrt(ratio), 1 - beta * ratio for both betas, eps / sqrt(ratio). A beta that
@@ -31,7 +31,7 @@ def scaled(group: dict[str, Any], ratio: float, rule: str) -> dict[str, Any]:
         betas = tuple(1.0 - ratio * (1.0 - beta) for beta in group["betas"])
         if min(betas) < 0:
             raise IncompatibleTechniques(
-                f"betas {tuple(group['betas'])} do not stretch to a batch {ratio:g} times larger"
+                f"betas {tuple(group['betas'])} cannot be scaled to a batch {ratio:g} times larger"
             )
         changed |= {"betas": betas, "eps": group["eps"] / root}
     return changed
@@ -151,7 +151,7 @@ class LRScaling(Technique, pl.Callback):
                 return batches.global_batch
             if getattr(loader, "batch_size", None):
                 return loader.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        raise IncompatibleTechniques("lr_scaling cannot tell the batch size of this loader")
+        raise IncompatibleTechniques("lr_scaling cannot determine the batch size of this loader")
 
 
 def _groups(trainer: pl.Trainer) -> list[tuple[str, dict[str, Any]]]:

@@ -23,7 +23,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 
 def factor(shape: str, progress: float, warmed: float, floor: float = 0.0) -> float:
-    """What multiplies the peak learning rate at `progress`, where `warmed` in [0, 1] is the share of warmup done."""
+    """Return the factor of the peak learning rate at `progress`; `warmed` in [0, 1]: the share of warmup done."""
     return warmed * (floor + (1.0 - floor) * SHAPES[shape](min(1.0, progress)))
 
 

@@ -52,7 +52,7 @@ def _open(trainer: pl.Trainer, module: pl.LightningModule) -> Shards:
     engine = getattr(trainer.strategy, "deepspeed_engine", None)
     if engine is None:
         if any(type(p).__name__ == "DTensor" for p in module.parameters()):
-            raise NoShard("parameters sharded as DTensor are not reachable yet; use ddp or zero1/2/3")
+            raise NoShard("parameters sharded as DTensor are not supported yet; use ddp or zero1/2/3")
         return Shards(module, list(trainer.optimizers))
     stage = engine.zero_optimization_stage()
     if stage == 0:

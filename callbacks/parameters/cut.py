@@ -24,7 +24,7 @@ class WrongShape(ShoestringError):
 
 @dataclass(frozen=True)
 class Cut:
-    """What is left of a model.
+    """The part of a model that is left.
 
     `kept`: parameter or buffer name -> [(dimension, a bool tensor over its indices that is True where one stays)].
     `sizes`: module name -> {attribute: its new value}, for what layers keep about their shapes (out_features, heads).

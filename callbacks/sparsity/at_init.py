@@ -50,11 +50,11 @@ class PruneAtInit(Masking):
         return cls(sparsity=0.6, samples=8)
 
     def wanted(self) -> int:
-        """How many samples are looked at."""
+        """The number of samples that are looked at."""
         return self.samples
 
     def scores(self, module: pl.LightningModule, weights: Weights, batches: Sequence[Any]) -> dict[str, Tensor]:
-        """How much each weight matters, by name, in its shape; larger means kept."""
+        """Return the importance of each weight, by name, in its shape; larger means kept."""
         raise NotImplementedError
 
     # -- hooks ------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ class PruneAtInit(Masking):
         weights = {name: p for name, p in pl_module.named_parameters() if name in names}
         if any(hasattr(p, "ds_tensor") for p in weights.values()):
             raise IncompatibleTechniques(
-                f"{self.card.name} looks at the whole model, and this one is sharded from the start"
+                f"{self.card.name} needs the whole model, but this one is sharded from the start"
             )
         pl_module.to(trainer.strategy.root_device)
         seed = derive_seed(getattr(trainer, "seed", 0), self.card.name)
@@ -125,7 +125,7 @@ class PruneAtInit(Masking):
             return
         if trainer.global_step:
             raise IncompatibleTechniques(
-                f"{self.card.name}: what is resumed holds no masks; start over, or without this technique"
+                f"{self.card.name}: the checkpoint has no masks; start a new run, or resume without this technique"
             )
         shards = shards_of(trainer, pl_module)
         self.apply_masks(shards, {name: shards.slices[name].cut(self._wholes.pop(name)) for name in self._names})

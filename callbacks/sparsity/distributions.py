@@ -49,6 +49,6 @@ def erk(shapes: Shapes, sparsity: float) -> dict[str, float]:
 
 
 def keep(shares: Mapping[str, float], shapes: Shapes) -> dict[str, int]:
-    """How many weights each layer keeps: what is pruned is rounded down."""
+    """Return how many weights each layer keeps: what is pruned is rounded down."""
     sizes = {name: math.prod(shapes[name]) for name in shares}
     return {name: sizes[name] - math.floor((1.0 - share) * sizes[name] + 1e-9) for name, share in shares.items()}

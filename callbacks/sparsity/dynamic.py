@@ -70,7 +70,7 @@ class DynamicSparse(Masking):
             return
         if trainer.global_step:
             raise IncompatibleTechniques(
-                f"{self.card.name}: what is resumed holds no masks; start over, or without this technique"
+                f"{self.card.name}: the checkpoint has no masks; start a new run, or resume without this technique"
             )
         self._begin(shards_of(trainer, pl_module))
 

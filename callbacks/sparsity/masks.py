@@ -27,7 +27,7 @@ def must_find(module: nn.Module, skip: Sequence[str], technique: str) -> list[st
     """`trained_weights`, or `IncompatibleTechniques` if there are none, or a pattern that is the name of nothing."""
     check_skip(module, skip, technique)
     if not (names := trained_weights(module, skip)):
-        raise IncompatibleTechniques(f"{technique} finds nothing to prune but what skip={list(skip)} leaves out")
+        raise IncompatibleTechniques(f"{technique} finds no weight to prune after skip={list(skip)}")
     return names
 
 
@@ -89,7 +89,7 @@ def complete(shards: Shards, names: Sequence[str], restored: Mapping[str, Tensor
         value = restored.get(name, torch.empty(0, dtype=torch.bool))
         if value.numel() != weight.numel():
             raise IncompatibleTechniques(
-                f"{technique}: what is resumed holds no mask of {name}; start over, or leave it out"
+                f"{technique}: the checkpoint has no mask of {name}; start a new run, or add it to skip"
             )
         completed[name] = value.to(weight.device)
     return completed

@@ -31,7 +31,7 @@ class Ramp:
         return cls(first, last)
 
     def sparsity(self, clock: Clock, final: float, shape: Callable[[float, float], float]) -> float:
-        """What it is now: 0 before `start`, `final` from `end` on, and by `shape` (such as `cubic`) in between."""
+        """Return the sparsity now: 0 before `start`, `final` from `end` on, by `shape` (such as `cubic`) in between."""
         if clock.toward(self.start) < 1.0:
             return 0.0
         first = self.start.amount / self.end.amount

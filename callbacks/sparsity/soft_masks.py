@@ -27,7 +27,7 @@ class SoftMasking(Pruning):
     """
 
     def seen(self, name: str, weight: Tensor) -> Tensor:
-        """What the layer computes with."""
+        """Return the weight that the layer computes with."""
         mask = self._whole.get(name)
         if mask is None or mask.shape != weight.shape:  # somebody tries the model that has just been cut
             return weight

@@ -83,7 +83,7 @@ def importance(members: Sequence[Member], channels: int, scores: Mapping[str, Te
 
 
 def width(channels: int, ratio: float, round_to: int) -> int:
-    """How many of `channels` stay: (1 - ratio) of them, to the nearest multiple of `round_to` where there is one."""
+    """Return how many of `channels` stay: (1 - ratio) of them, to the nearest multiple of `round_to` if any."""
     wanted = max(1.0, channels * (1 - ratio))
     if channels < round_to or not ratio:
         return max(1, round(wanted))

@@ -163,7 +163,7 @@ class StructuredPruning(Technique, pl.Callback):
             )
         if hasattr(trainer.strategy, "deepspeed_engine") and not isinstance(trainer, Resuming):
             raise IncompatibleTechniques(
-                "structured_pruning opens DeepSpeed's engine anew: use shoestring.trainer.Trainer for it"
+                "structured_pruning rebuilds DeepSpeed's engine: use shoestring.trainer.Trainer for it"
             )
 
     def _stop_waiting(self) -> None:

@@ -14,7 +14,7 @@ VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
 
 class Section(BaseModel):
-    """What all sections share."""
+    """Base of all sections."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
@@ -46,14 +46,14 @@ Line = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]  # ma
 
 
 class PriceSpec(Section):
-    """What one device costs an hour: on demand, interruptible, or on machines one owns."""
+    """The price of one device for an hour: on demand, interruptible, or on machines one owns."""
 
     kind: Literal["on-demand", "spot", "own"] = "on-demand"
     usd_per_device_hour: Dollars | None = Field(None, description="null (the catalogue's price), or a number from 0")
 
 
 class LimitsSpec(Section):
-    """What no job on this cluster may exceed. `hours` and `usd` are totals of a job over all its attempts."""
+    """Limits that no job on this cluster may exceed. `hours` and `usd` are totals of a job over all its attempts."""
 
     nodes: Count | None = Field(None, description="null, or a whole number from 1")
     hours: Hours | None = Field(None, description=DURATION)
@@ -70,7 +70,7 @@ class ContainerSpec(Section):
 
 
 class EnvironmentSpec(Section):
-    """What a process needs around it, in the order it is set up: modules, venv, variables, secrets."""
+    """The environment of a process, in the order it is set up: modules, venv, variables, secrets."""
 
     modules: Annotated[tuple[Line, ...], Field(strict=False)] = Field((), description="a list of module names")
     venv: Line | None = Field(None, description="null, or the folder of a virtual environment")
@@ -82,7 +82,7 @@ class EnvironmentSpec(Section):
 
 
 class SecretSpec(Section):
-    """Where a secret is read when a job is submitted: an environment variable, or the first line of a file."""
+    """The source of a secret when a job is submitted: an environment variable, or the first line of a file."""
 
     env: Annotated[str, Field(pattern=VARIABLE)] | None = Field(None, description="the name of a variable")
     file: Text | None = Field(None, description="a file")
@@ -95,7 +95,7 @@ class SecretSpec(Section):
 
 
 class PreflightSpec(Section):
-    """What a node must pass before any training. A ratio compares with the median of the nodes of this job."""
+    """Checks that a node must pass before any training. A ratio compares with the median of the nodes of this job."""
 
     enabled: bool = Field(True, description="true | false")
     timeout: Hours = Field(120 / 3600, description=DURATION)
@@ -111,7 +111,7 @@ class PreflightSpec(Section):
 
 
 class InterconnectSpec(Section):
-    """How nodes reach one another: the network interface, and variables the site's fabric wants (`NCCL_IB_HCA`, …)."""
+    """The connection between nodes: the network interface, and variables the site's fabric wants (`NCCL_IB_HCA`, …)."""
 
     interface: Line | None = Field(None, description="null, or a network interface like eth0 or ib0")
     variables: dict[Annotated[str, Field(pattern=VARIABLE)], str] = Field(
@@ -128,7 +128,7 @@ def known(name: Any) -> Any:
 
 
 class Cluster(Section):
-    """Where jobs run: one cluster file. Make one with `load_cluster`."""
+    """The place where jobs run: one cluster file. Make one with `load_cluster`."""
 
     name: Annotated[str, Field(pattern=NAME)] = Field(description="lower-case letters, digits and dashes, at most 40")
     engine: Line = Field(description="the name of an engine")

@@ -21,7 +21,7 @@ POLL = 0.2  # seconds
 
 
 class InBackground:
-    """What engines have in common whose `job.sh` runs here."""
+    """Base of the engines whose `job.sh` runs here."""
 
     shares_filesystem = True
 

@@ -163,7 +163,7 @@ def _index(pod: Mapping[str, Any]) -> int:
 
 
 def status_from(record: JobRecord, resource: Mapping[str, Any] | None, pods: list[dict[str, Any]]) -> EngineStatus:
-    """What the object and its pods say; what the nodes wrote down of their attempts is kept on the way."""
+    """Read the state from the object and its pods; what the nodes wrote down of their attempts is kept on the way."""
     job_dir = Path(record.job_dir)
     ended: Literal["finished", "failed", "cancelled"] | None
     if resource is None:

@@ -35,7 +35,7 @@ class TolerationSpec(Section):
 
 
 class KubernetesOptions(Section):
-    """How the pods of a job are made. A run lives on the first volume that can be written."""
+    """Options of the pods of a job. A run is stored on the first volume that can be written."""
 
     kind: Literal["jobset", "trainjob"] = "jobset"
     volumes: Annotated[tuple[VolumeSpec, ...], Field(strict=False, min_length=1)] = Field(
@@ -79,7 +79,7 @@ def options(job: Job) -> KubernetesOptions:
 
 
 def grace_seconds(job: Job) -> int:
-    """How long a pod that is told to end may take."""
+    """Return how many seconds a pod may take to end."""
     return max(options(job).grace_seconds or 0, job.lead_seconds + LEAVE_SECONDS)
 
 

@@ -36,7 +36,7 @@ Amount = Annotated[float, Field(gt=0, strict=False)]
 
 
 class RayOptions(Section):
-    """What a Ray cluster wants to know. `resources` and `labels`: of every node, beside its CPUs and GPUs."""
+    """Options of a Ray cluster. `resources` and `labels`: of every node, beside its CPUs and GPUs."""
 
     address: Annotated[str, Field(pattern=r"^https?://[^\s/]+")] | None = Field(
         None, description=f"null (RAY_API_SERVER_ADDRESS, else {DEFAULT}), or the dashboard, like http://head:8265"

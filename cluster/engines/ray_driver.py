@@ -30,14 +30,14 @@ NOTICES = 30  # seconds in which Ray finds out that a machine is gone
 
 
 def bundle(facts: Mapping[str, Any]) -> dict[str, float]:
-    """What a job reserves on each of its nodes; from `Job.facts`."""
+    """Return what a job reserves on each of its nodes; from `Job.facts`."""
     tasks, options = facts["devices_per_node"], facts["options"]
     gpus = {"GPU": tasks} if facts["hardware"] != "cpu" else {}
     return {"CPU": tasks * options["cpus_per_task"], **gpus, **options["resources"]}
 
 
 class StopRequest:
-    """What signals have asked of the job: to end after saving (`cancelled`), or to save and run again."""
+    """The requests of signals to the job: to end after saving (`cancelled`), or to save and run again."""
 
     def __init__(self) -> None:
         self.cancelled = self.again = False
@@ -52,7 +52,7 @@ class StopRequest:
 
     @property
     def signal(self) -> str:
-        """What the nodes are to be told; empty: nothing."""
+        """The signal to send to the nodes; empty: none."""
         return "SIGTERM" if self.cancelled else "SIGUSR1" if self.again else ""
 
 

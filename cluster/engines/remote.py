@@ -28,12 +28,12 @@ def facts_file(job: Job) -> str:
 
 
 def node_words(job: Job, files: str) -> list[str]:
-    """What a node runs, but for `--node=`, `--master=` and the interpreter in front, which are the engine's to say."""
+    """Return the command of a node without the interpreter, `--node=` and `--master=`, which the engine adds."""
     return ["-m", "shoestring.cluster.node.run", files, f"--nodes={job.nodes}"]
 
 
 def train_words(job: Job, files: str) -> list[str]:
-    """What follows them."""
+    """Return the words that follow them."""
     return ["--", *job.train(f"{files}/recipe.yaml")[1:]]
 
 

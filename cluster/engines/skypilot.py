@@ -47,7 +47,7 @@ NAMES = {
 
 
 class SkyPilotOptions(Section):
-    """Where machines are looked for, and what the run is kept on: a volume, or a bucket."""
+    """Options of the machines, and of the storage of the run: a volume, or a bucket."""
 
     infra: Line | None = Field(None, description="null (wherever it is cheapest), or a place like aws/us-east-1 or k8s")
     accelerators: Line | None = Field(None, description="null (from hardware), or SkyPilot's own words, like H100:8")
@@ -116,7 +116,7 @@ class SkyPilot:
 
 
 def status_from(engine_id: str, output: str) -> EngineStatus:
-    """What `sky jobs queue` says of one job; notices around its JSON are passed over."""
+    """Read the state of one job from `sky jobs queue`; notices around its JSON are passed over."""
     try:
         rows, _ = json.JSONDecoder().raw_decode(output[output.index("[") :])
     except ValueError:

@@ -34,7 +34,7 @@ LOOKS_EVERY = 3.0  # seconds between questions while a log is followed
 
 
 class SlurmOptions(Section):
-    """What sbatch is told besides the job's size and time."""
+    """Options of sbatch besides the job's size and time."""
 
     partition: Word | None = Field(None, description=WORD)
     account: Word | None = Field(None, description=WORD)

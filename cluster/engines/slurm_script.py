@@ -46,7 +46,7 @@ def minutes(job: Job) -> int:
 
 
 def gpus(job: Job) -> dict[str, Any]:
-    """How this cluster is asked for GPUs, if the job needs any."""
+    """Return the sbatch option that requests GPUs, if the job needs any."""
     options = job.cluster.options
     if not job.on_gpus or options.gpus == "none":
         return {}

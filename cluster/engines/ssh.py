@@ -67,8 +67,9 @@ class SSH(InBackground):
         return {"job.sh": script, "node.sh": node_script(job)}
 
     def remarks(self, job: Job) -> list[str]:
-        """What machines lack: an answer, the working directory, the run's storage, Python, shoestring. The first few
-        are asked, for many would take minutes; at the start of an attempt each says for itself what it lacks."""
+        """Return what machines lack: an answer, the working directory, the run's storage, Python, shoestring.
+
+        Only the first few are checked, for many would take minutes; each checks itself when an attempt starts."""
         options: SSHOptions = job.cluster.options
         hosts = list(dict.fromkeys(options.hosts))
         with ThreadPoolExecutor(CHECKED) as pool:

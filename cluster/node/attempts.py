@@ -75,7 +75,7 @@ def closed(job_dir: str | Path, attempt: Attempt) -> Attempt:
 
 
 def last_seen(job_dir: str | Path, attempt: Attempt) -> float:
-    """When the run or a task of this attempt last wrote something, Unix seconds.
+    """Return when the run or a task of this attempt last wrote something, Unix seconds.
 
     What the run has written since it was next attempted, by this job or another, is not this attempt's.
     """
@@ -250,7 +250,7 @@ def forget_secrets(job_dir: str | Path) -> None:
 
 
 def job_facts(job_dir: str | Path) -> dict[str, Any]:
-    """What `Job.facts` said when the job was submitted."""
+    """Return `Job.facts` as they were when the job was submitted."""
     facts: dict[str, Any] = json.loads((Path(job_dir) / "job.json").read_text())
     return facts
 

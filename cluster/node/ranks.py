@@ -39,7 +39,7 @@ class RankRecord:
 
 
 def attempt_dir(job_dir: str | Path, attempt: int) -> Path:
-    """Where the tasks of an attempt leave their records."""
+    """Return the folder in which the tasks of an attempt leave their records."""
     return Path(job_dir) / "attempts" / str(attempt)
 
 

@@ -144,7 +144,7 @@ def follow(node: Node, leader: Leader) -> int:
 
 
 def exit_code(after: str, code: int, lost: Sequence[str]) -> int:
-    """What the engine is told."""
+    """Return the exit code for the engine."""
     if after == "finished":
         return exits.FINISHED
     if after == "requeue":

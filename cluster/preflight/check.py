@@ -41,7 +41,7 @@ class BadNodes(ClusterError):
 
 
 def this_task(job_dir: Path, attempt: int, facts: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Task:
-    """Who this process is, by the variables every engine sets and the facts of its job."""
+    """Return the task that this process is, by the variables every engine sets and the facts of its job."""
     rank, local = int(environ["RANK"]), int(environ.get("LOCAL_RANK", 0))
     node = environ.get("NODE_RANK", environ.get("GROUP_RANK"))
     port = int(environ.get("MASTER_PORT", 29500))
@@ -234,7 +234,7 @@ def _serve(task: Task, store: Any) -> None:
 
 
 def answer(task: Task, store: Any, request: Mapping[str, Any]) -> Any:
-    """What a node says when asked: a clock's time, FLOP/s, or bytes a second (0: the all-reduce has failed)."""
+    """Answer a request of node 0: a clock's time, FLOP/s, or bytes a second (0: the all-reduce has failed)."""
     if request["what"] == "clock":
         return time.time()
     if request["what"] == "matmul":

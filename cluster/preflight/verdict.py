@@ -20,7 +20,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one node says of itself.
+    """The report of one node.
 
     problems    checks that failed outright, in words
     disk        free bytes where the run is stored, `memory` available bytes; None: could not be asked
@@ -69,7 +69,7 @@ class Task:
 
 @dataclass
 class Verdict:
-    """What came of it. `bad`: names; `nodes`: a row each, as in preflight.json."""
+    """The result of the pre-flight. `bad`: names; `nodes`: a row each, as in preflight.json."""
 
     bad: list[str] = field(default_factory=list)
     nodes: list[dict[str, Any]] = field(default_factory=list)
@@ -176,9 +176,9 @@ def slow_links(pairs: Mapping[Pair, float], share: float, suspects: Collection[i
 
 
 def absent(nodes: int, reported: Collection[int], alive: Collection[int]) -> set[int]:
-    """Who is bad when node 0 has not heard of everybody in time; `alive` have left a sign of life in the run's folder.
+    """Return the bad nodes if reports are missing at the timeout; `alive` have written to the run's folder.
 
-    Whoever is missing; but node 0 itself, if it has heard of nobody while most of the others live.
+    All that are missing; but node 0 itself, if it has no report while most of the others live.
     """
     missing = set(range(nodes)) - set(reported)
     if nodes > 2 and set(reported) <= {0} and 2 * len(missing & set(alive)) > len(missing):

@@ -40,7 +40,7 @@ class DamagedCheckpoint(ShoestringError):
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a stored 1-D tensor lies in its flattened parameter: [offset, offset + length) of `shape`."""
+    """The place of a stored 1-D tensor in its flattened parameter: [offset, offset + length) of `shape`."""
 
     offset: int
     length: int

@@ -16,7 +16,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 @contextmanager
 def stdout_to_stderr(as_json: bool) -> Iterator[None]:
-    """What libraries print on the way goes to the error output where JSON is to come: DeepSpeed logs to stdout."""
+    """Send what libraries print to the error output where JSON is to come: DeepSpeed logs to stdout."""
     if not as_json:
         yield
         return

@@ -37,7 +37,7 @@ class NothingFits(ShoestringError):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the model may take: bytes of its weights' files, milliseconds of a call (median). None: as it likes."""
+    """Limits of the model: bytes of its weights' files, milliseconds of a call (median). None: as it likes."""
 
     bytes: float | None = None
     milliseconds: float | None = None
@@ -152,7 +152,7 @@ def search(
 
 
 def best(tried: Sequence[Tried]) -> Tried | None:
-    """Of those that fit: the most accurate, by loss where accuracies are equal, then the smallest."""
+    """Return, of those that fit, the most accurate, by loss where accuracies are equal, then the smallest."""
     fitting = [t for t in tried if t.fits]
     return min(fitting, key=_rank) if fitting else None
 
@@ -175,7 +175,7 @@ class Trials:
         self._traced: dict[Any, Path] = {}
 
     def folder(self, name: str) -> Path:
-        """Where the candidate of that name lies."""
+        """Return the folder of the candidate of that name."""
         return self.work / str(list(self.made).index(name))
 
     def before(self, trained: Trained, onnx: bool) -> Iterator[Row]:

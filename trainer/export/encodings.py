@@ -84,7 +84,7 @@ def dequantize_int4(values: Tensor, scale: Tensor, shape: tuple[int, ...]) -> Te
 # -- what training has made of a weight ------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Grid:
-    """Of `quantization_aware`, whose settings these are: 2 to 8 bits, inputs per scale (None: a row), rule of scales.
+    """The grid of `quantization_aware`, with its settings: 2 to 8 bits, inputs per scale (None: a row), rule of scales.
 
     codes, steps: the weight's nearest levels, int8, shaped like it; and float32 [out, groups, 1].
     """
@@ -103,7 +103,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Codebook:
-    """Of `weight_clustering`: a weight has no more than 256 distinct values."""
+    """The codebook of `weight_clustering`: a weight has no more than 256 distinct values."""
 
     def values(self, weight: Tensor) -> Tensor:
         """They, ascending."""

@@ -47,7 +47,7 @@ def onnx_parameters(path: Path) -> dict[str, int]:
 
 
 def forward_flops(model: nn.Module, batch: Batch) -> Flops:
-    """Of one forward: realised, as torch executes it; counted, products with a weight times its share of non-zeros."""
+    """Count the FLOPs of a forward: realised, as torch runs it; counted, products times the non-zero share."""
     densities = {
         p.untyped_storage().data_ptr(): float((p != 0).float().mean()) for p in model.parameters() if p.ndim >= 2
     }

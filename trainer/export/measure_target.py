@@ -38,7 +38,7 @@ class MeasureTarget:
         return weight_bytes(self.path)
 
     def backends(self) -> tuple[str, ...]:
-        """What can run it."""
+        """Return the backends that can run it."""
         return BACKENDS if self.model is not None else ("onnxruntime",)
 
     def logits_function(self, backend: str) -> LogitsFunction:
@@ -58,7 +58,7 @@ class MeasureTarget:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What latency is measured on unless told otherwise: 128 tokens or as many as there may be, or one image."""
+        """The shape that latency is measured on by default: 128 tokens, or as many as the model takes, or one image."""
         if "input_ids" not in self._like:
             return SHAPE["image"]
         return 1, min(SHAPE["text"][1], onnx_file.longest(self.model))
@@ -85,7 +85,7 @@ class MeasureTarget:
 
 
 def open_target(wanted: str, *, data: str | None = None, allow_code: bool = False) -> MeasureTarget:
-    """What `wanted` names: a run (directory, id or name), an exported or a Hugging Face folder, or an .onnx file.
+    """Open what `wanted` names: a run (directory, id or name), an exported or a Hugging Face folder, or an .onnx file.
 
     data: the run on whose validation data it is judged; by default the one that it is, or was exported from.
     """

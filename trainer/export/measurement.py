@@ -25,7 +25,7 @@ WINDOW = "model"  # the ledger's measurement rows that are of a model, not of a 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureOptions:
-    """What to measure. shapes: (rows, length) or (rows,); none: the target's own. memory: also peak memory, in
+    """Options of a measurement. shapes: (rows, length) or (rows,); none: the target's own. memory: also peak memory, in
     processes of their own. rounds: of timing."""
 
     backends: tuple[str, ...] = ()

@@ -30,7 +30,7 @@ class CannotPrune(ShoestringError):
 
 
 def keep_mask(scores: Tensor, sparsity: float, pattern: tuple[int, int] | None = None) -> Tensor:
-    """What to keep, bool [rows, columns]: the highest `scores` of each row.
+    """Return the mask of what to keep, bool [rows, columns]: the highest `scores` of each row.
 
     sparsity: share of each row to remove, rounded down to whole weights. pattern: (n, m) keeps n of every m
     neighbours instead. Of equal scores the earlier ones go.

@@ -50,7 +50,7 @@ class Positional(nn.Module):
 
 
 def model_inputs(batch: Batch) -> Batch:
-    """What an exported graph takes of a batch: no positions, and a mask wherever there are tokens."""
+    """Return what an exported graph takes of a batch: no position ids, and a mask wherever there are tokens."""
     kept = {name: value for name, value in batch.items() if name != "position_ids"}
     if "input_ids" in kept:
         kept.setdefault("attention_mask", torch.ones_like(kept["input_ids"]))
@@ -221,7 +221,7 @@ def reload(folder: Path) -> LogitsFunction:
 
 
 def expected(trained: Trained, products: Products | None) -> LogitsFunction:
-    """What the file must compute: the model or its emulation with int8 products, on the inputs the graph takes."""
+    """Return what the file must compute: the model or its emulation with int8 products, on the graph's inputs."""
     run = eager(trained.model if products is None else emulated(trained.model, products))
     return lambda batch: run(model_inputs(batch))
 

@@ -64,7 +64,7 @@ def _classes(logits_of: LogitsFunction, loader: Any, classes: list[str]) -> dict
 
 
 def recall(predicted: Tensor, labels: Tensor, classes: list[str]) -> dict[str, float]:
-    """Of each class that occurs in `labels` [N], the share of its samples that `predicted` [N] finds, by name."""
+    """Return, by name of each class in `labels` [N], the share of its samples that `predicted` [N] has right."""
     right = torch.bincount(labels[predicted == labels], minlength=len(classes))
     total = torch.bincount(labels, minlength=len(classes))
     return {name: hit / n for name, hit, n in zip(classes, right.tolist(), total.tolist(), strict=True) if n}

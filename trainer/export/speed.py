@@ -18,7 +18,7 @@ ROUNDS, ROUND_SECONDS, MIN_CALLS = 7, 0.1, 3
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Of one call on one batch: milliseconds (median and 95th percentile over all calls; processor time: median over
+    """One call on one batch: milliseconds (median and 95th percentile over all calls; processor time: median over
     rounds), samples per second (median over rounds), joules per sample and where they are from."""
 
     p50_ms: float

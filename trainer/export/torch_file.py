@@ -217,7 +217,7 @@ def filled(model: nn.Module, path: Path) -> nn.Module:
 
 
 def expected(trained: Trained, quantize: str | None) -> LogitsFunction:
-    """What the file must compute: the model itself, or a copy with its weights rounded in memory."""
+    """Return what the file must compute: the model itself, or a copy with its weights rounded in memory."""
     return eager(trained.model if quantize is None else rounded(trained.model, quantize, trained.ways))
 
 
@@ -242,7 +242,7 @@ def _rounded(tensor: Tensor, way: Way, axis: int) -> Tensor:
 
 
 def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a file holds: every parameter once, and the buffers that a state dict has."""
+    """Return what a file holds: every parameter once, and the buffers that a state dict has."""
     yield from model.named_parameters()
     kept = model.state_dict().keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)

@@ -42,7 +42,7 @@ class Trained:
 
     @cached_property
     def model(self) -> nn.Module:
-        """What is shipped, in evaluation mode: the model inside our modules, adapters merged, or the user's module."""
+        """The model to export, in evaluation mode: that inside our modules, adapters merged, or the user's module."""
         merged: Any = self._inner
         if hasattr(merged, "merge_and_unload"):
             if self.rounding is not None and self.rounding.apart:
@@ -148,7 +148,7 @@ def _reshape(module: nn.Module, recipe: Recipe, run_dir: Path) -> None:
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    """What an exported folder says of itself; empty where it is none of ours."""
+    """Read the manifest of an exported folder; empty where no export wrote it."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):

@@ -34,11 +34,11 @@ class TrainedRounding:
 
 
 def trained_rounding(module: nn.Module, recipe: Recipe) -> TrainedRounding | None:
-    """Of the run's module before adapters are merged; None where no technique rounds its weights."""
+    """Return the rounding of the run's module, with adapters not merged; None where no technique rounds weights."""
     for spec in recipe.techniques:
-        found = _of(make(spec.name, spec.settings), module)
-        if found is not None:
-            return found
+        rounding = _of(make(spec.name, spec.settings), module)
+        if rounding is not None:
+            return rounding
     return None
 
 

@@ -64,7 +64,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class Format:
-    """How one format is written, loaded again, and what it is compared with."""
+    """One format: how it is written, loaded again, and what it is compared with."""
 
     write: Callable[[Path], list[str]]
     reload: Callable[[Path], LogitsFunction]

@@ -110,8 +110,8 @@ def _hours(recipe: Any, tasks: int, price: float | None, cluster: Cluster) -> fl
 
 
 def lead_seconds(run_dir: Path, recipe_hash: str) -> int:
-    """How long before its end an attempt has to be told to save: three times what saving has taken on earlier runs of
-    this recipe (or may take), since disks are slowest when everybody saves."""
+    """Return how many seconds before its end an attempt must begin to save: three times what saving took on earlier
+    runs of this recipe (or may take), since disks are slowest when everybody saves."""
     seen = _measured(run_dir, recipe_hash)
     return math.ceil(3 * (seen if seen is not None else UNMEASURED_CHECKPOINT_SECONDS))
 

@@ -86,7 +86,7 @@ def write_summary(run_dir: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """What `summary.json` says; nothing if it is missing or damaged, for the journal says it too."""
+    """Read `summary.json`; empty if it is missing or damaged, since the journal has the same."""
     try:
         summary = json.loads((Path(run_dir) / "summary.json").read_bytes())
     except (OSError, ValueError):

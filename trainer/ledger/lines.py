@@ -80,7 +80,7 @@ def next_attempt(directory: Path) -> int:
 
 
 def plain(value: object) -> object:
-    """What JSON has no word for: arrays and their scalars as numbers, sets as lists, the rest as its text."""
+    """Convert what JSON cannot express: arrays and their scalars as numbers, sets as lists, the rest as its text."""
     if callable(tolist := getattr(value, "tolist", None)):
         return tolist()
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
@@ -113,7 +113,7 @@ def unseal(line: bytes) -> dict[str, Any] | None:
 
 
 def resume_point(path: Path) -> tuple[int, int]:
-    """Where a reopened segment goes on: (bytes up to the last newline, the next sequence number).
+    """Return where a reopened segment continues: (bytes up to the last newline, the next sequence number).
 
     What follows the last newline is a row that was never acknowledged, so it may be cut off. A damaged line that has
     its newline stays: it is evidence, and readers step over it.

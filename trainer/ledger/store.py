@@ -115,19 +115,19 @@ class Ledger:
         raise LedgerError(_no_run(wanted, runs, self.path))
 
     def claims(self, run: str) -> list[Row]:
-        """What the techniques of a run promise."""
+        """Return what the techniques of a run promise."""
         return self._rows("claims", run)
 
     def estimates(self, run: str) -> list[Row]:
-        """What the plan of a run foresaw."""
+        """Return the estimates of a run's plan."""
         return self._rows("estimates", run)
 
     def measurements(self, run: str) -> list[Row]:
-        """What was measured, of all ranks."""
+        """Return the measurements of all ranks."""
         return self._rows("measurements", run)
 
     def models(self) -> list[tuple[str, dict[str, Any]]]:
-        """What was measured of the models of all runs, as (run id, fields), oldest first."""
+        """Return the measurements of the models of all runs, as (run id, fields), oldest first."""
         query = "SELECT run, fields FROM measurements WHERE json_extract(fields, '$.window')='model' ORDER BY t"
         with read_connection(self.path) as db:
             return [(run, json.loads(fields)) for run, fields in db.execute(query)] if db else []
@@ -137,7 +137,7 @@ class Ledger:
         return self._rows("verdicts", run)
 
     def events(self, run: str) -> list[Row]:
-        """What happened: starts, checkpoints, new plans, preemptions, errors."""
+        """Return the events: starts, checkpoints, new plans, preemptions, errors."""
         return self._rows("events", run)
 
     def steps(self, run: str, *, redone: bool = False) -> list[Row]:
@@ -146,7 +146,7 @@ class Ledger:
         return rows if redone else effective(rows)
 
     def jobs(self) -> list[dict[str, Any]]:
-        """What was written down of every job at its submission, newest first."""
+        """Return the records of all jobs from their submission, newest first."""
         with read_connection(self.path) as db:
             if db is None or not db.execute("SELECT 1 FROM sqlite_master WHERE name='jobs'").fetchone():
                 return []

@@ -125,7 +125,7 @@ def settle(lock: Path, patience: float = PATIENCE_SECONDS) -> None:
 
 
 def lock_holder(lock: Path) -> str | None:
-    """Who is building under this lock, in words; None if it is stale.
+    """Return who is building under this lock, in words; None if it is stale.
 
     torch's builder keeps the file open for as long as it builds, and ninja runs in the folder, so on one Linux host
     /proc answers exactly. On a shared file system the builder may sit on another host: a folder in which something

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What a run trains and on what.
+    """The model and the data that a run trains on.
 
     module: the LightningModule. train, validation: map-style data sets whose samples are dicts of tensors (None where
     a user's datamodule brings its own loaders; validation also where none is held out). collate: samples -> batch.

@@ -17,7 +17,7 @@ TOLERANCE = 1e-4  # of A's own change. Apart, B's change is exactly 0 or roundin
 
 
 def leak(model: torch.nn.Module, ids: torch.Tensor, *, isolate: bool = True) -> float:
-    """How much the logits of document B change when document A, before it in the block, is changed.
+    """Return how much the logits of document B change when document A, before it in the block, is changed.
 
     ids [T]: the two documents, half each. Returns max |change in B| / max |change in A|: 0 where they are apart. One
     forward of two rows, in evaluation mode, without gradients or random numbers. isolate: restart the positions at B

@@ -21,7 +21,7 @@ from ...spelling import did_you_mean
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerCard:
-    """What a plan and a run must know of an optimizer.
+    """The facts about an optimizer that a plan and a run need.
 
     Args:
         make: Builds it from named parameters and the recipe's optimizer section; or the name of such a function in

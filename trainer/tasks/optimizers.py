@@ -34,8 +34,8 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: An
 
 
 def decay_of(settings: Any) -> float:
-    """What the recipe says, else 0.1 where decay acts beside the gradient (arXiv 1711.05101). Within the gradient, as
-    in SGD and Adam, so much would undo the training: 0."""
+    """Return the recipe's weight decay, else 0.1 where decay acts beside the gradient (arXiv 1711.05101). Within the
+    gradient, as in SGD and Adam, so much would undo the training: 0."""
     if settings.weight_decay is not None:
         return float(settings.weight_decay)
     return 0.0 if settings.name in ("sgd", "adam") else 0.1

@@ -109,7 +109,7 @@ class Blocks(Dataset[Sample]):
 
     @property
     def target_counts(self) -> np.ndarray:
-        """How many tokens each sample predicts [len(self)]."""
+        """Return how many tokens each sample predicts [len(self)]."""
         counts = np.full(self.blocks, self.length - 1, dtype=np.int64)
         if self.blocks:
             counts[-1] = len(self._tokens(self.blocks - 1)) - 1
@@ -157,7 +157,7 @@ class Documents(Dataset[Sample]):
 
     @property
     def target_counts(self) -> np.ndarray:
-        """How many targets each sample has [len(self)]: its tokens but the first, or its one class."""
+        """Return how many targets each sample has [len(self)]: its tokens but the first, or its one class."""
         return self.lengths - 1 if self.labels is None else np.ones(len(self), dtype=np.int64)
 
     def targets(self, index: int) -> np.ndarray:

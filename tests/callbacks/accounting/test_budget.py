@@ -40,7 +40,7 @@ def test_a_limit_is_a_positive_number(value):
 
 
 def test_there_is_no_part_of_a_step():
-    with pytest.raises(ImpossibleBudget, match=r"steps=0\.5: there is no less than one"):
+    with pytest.raises(ImpossibleBudget, match=r"steps=0\.5: it must be at least 1"):
         Budget(steps=0.5)
 
 
@@ -384,7 +384,7 @@ def test_a_run_resumed_under_a_token_budget_is_the_same_run(tmp_path):
 
 
 def test_a_budget_that_cannot_be_counted_is_refused(tmp_path):
-    with pytest.raises(ImpossibleBudget, match=r"tokens=100.*no 'input_ids'.*Budget samples or steps"):
+    with pytest.raises(ImpossibleBudget, match=r"tokens=100.*no 'input_ids'.*Use a budget of samples or steps"):
         train(tmp_path / "a", Budget(tokens=100))
     with pytest.raises(ImpossibleBudget, match="usd=5 needs a price: give usd_per_device_hour"):
         train(tmp_path / "b", Budget(usd=5), usd_per_device_hour=0.0)

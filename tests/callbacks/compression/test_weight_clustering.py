@@ -141,7 +141,7 @@ def test_bytes_by_hand():
 def test_what_is_not_in_the_codebook_is_refused():
     with pytest.raises(NotInCodebook, match=r"1 weights, such as 0\.5, are not among the 2 values"):
         encode(torch.tensor([0.0, 0.5]), torch.tensor([0.0, 1.0]))
-    with pytest.raises(NotInCodebook, match="at most 256 values, and this one 257"):
+    with pytest.raises(NotInCodebook, match="at most 256 values, but this one has 257"):
         encode(torch.zeros(1), torch.arange(257.0))
 
 
@@ -249,5 +249,5 @@ def test_a_layer_whose_weight_another_module_reads_is_named(tmp_path):
 
 
 def test_nothing_to_cluster_is_an_error(tmp_path):
-    with pytest.raises(IncompatibleTechniques, match=r"finds no layers but what skip=\['\*'\]"):
+    with pytest.raises(IncompatibleTechniques, match=r"finds no layers after skip=\['\*'\]"):
         run(tmp_path, WeightClustering(skip=["*"]))

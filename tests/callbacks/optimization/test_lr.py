@@ -34,7 +34,7 @@ def test_the_square_root_rule_with_betas_and_eps():
     assert (smaller["lr"], smaller["eps"]) == pytest.approx((5e-4, 2e-8))
     assert smaller["betas"] == pytest.approx((0.975, 0.9975))
     with pytest.raises(
-        IncompatibleTechniques, match=r"betas \(0\.9, 0\.99\) do not stretch to a batch 11 times larger"
+        IncompatibleTechniques, match=r"betas \(0\.9, 0\.99\) cannot be scaled to a batch 11 times larger"
     ):
         scaled(adam, 11, "sqrt")
 
