@@ -1,4 +1,4 @@
-"""What is wrong with a file of the user's, said so that it can be mended: where, which key, what, what is allowed."""
+"""What is wrong with a file of the user's, said so that it can be fixed: where, which key, what, what is allowed."""
 
 from __future__ import annotations
 

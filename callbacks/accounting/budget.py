@@ -88,7 +88,7 @@ def refuse_uncounted(limits: Mapping[str, float], first: Spend) -> None:
 _UNCOUNTED = {
     "tokens": "the batches of the first step have no 'input_ids' to count. Use a budget of samples or steps instead.",
     "samples": "the batches of the first step have no tensor with a first dimension to count. Use a budget of steps.",
-    "flops": "the first step ran no matrix product to count. Use a budget of steps, or set the accountant's count_flops.",
+    "flops": "the first step ran no matrix product to count. Use a budget of steps, or the accountant's count_flops.",
 }
 
 
@@ -107,7 +107,7 @@ class Guard:
 
     WINDOW = 100  # steps whose cost is remembered
     SPARSE_CHECK_STEPS = 200  # steps from the end, where looking at every eighth is enough
-    FINAL_STEPS = 3  # the last steps, which are counted at what a dear one costs
+    FINAL_STEPS = 3  # the last steps, which are counted at the cost of an expensive one
     HYSTERESIS, REPLAN_DECAY, REPLAN_JUMP = 0.02, 0.8, 0.2
 
     def __init__(self, limits: Mapping[str, float], lag: int = 0) -> None:
@@ -166,7 +166,7 @@ class Guard:
         if fits > self.WINDOW:
             return clock.step + fits
         surely = self._fits(name, limit, clock, self._cost_upper_bound(name))
-        # counted amounts are never exceeded; of measured ones a rare dear step is no reason to creep for long
+        # counted amounts are never exceeded; of measured ones a rare expensive step is no reason to creep for long
         near = min(fits, surely) if name in _COUNTED else fits
         return clock.step + (surely if near <= self.FINAL_STEPS + self.lag else fits)
 

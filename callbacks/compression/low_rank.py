@@ -1,4 +1,4 @@
-"""Low-rank factorization: train two thin matrices where one wide one was (arXiv 2103.03936, 1404.0736)."""
+"""Low-rank factorization: train two low-rank factors in place of one matrix (arXiv 2103.03936, 1404.0736)."""
 
 from __future__ import annotations
 

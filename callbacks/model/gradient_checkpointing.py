@@ -18,7 +18,7 @@ from ..forward.blocks import blocks, wrap_block
 MODES = ("full", "selective")
 
 _aten = torch.ops.aten
-# dear to compute, cheap to keep: what selective checkpointing does not recompute (arXiv 2205.05198 §5)
+# expensive to compute, cheap to keep: what selective checkpointing does not recompute (arXiv 2205.05198 §5)
 _KEPT = {
     _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.convolution.default,
 }  # fmt: skip

@@ -100,10 +100,10 @@ class Coordinator:
     def _clocks(self) -> None:
         for node in [node for node in self.reports if node]:
             before = time.time()
-            reading = self._query({node: {"what": "clock"}}, ROUND).get(node)
+            clock = self._query({node: {"what": "clock"}}, ROUND).get(node)
             after = time.time()
-            if reading is not None:
-                skew, error = reading - (before + after) / 2, (after - before) / 2
+            if clock is not None:
+                skew, error = clock - (before + after) / 2, (after - before) / 2
                 self.reports[node] = replace(self.reports[node], skew=skew, skew_error=error)
 
     # -- judging ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 #   slurm_lab.sh up          start it, and wait until all nodes are idle
 #   slurm_lab.sh env         lines to eval: sbatch, squeue, scontrol, scancel of this cluster on PATH
 #   slurm_lab.sh cut n2      pull a node's network cable
-#   slurm_lab.sh mend n2     plug it in again, switch the node off and on, and wait until it is idle
+#   slurm_lab.sh restore n2  plug it in again, switch the node off and on, and wait until it is idle
 #   slurm_lab.sh down        end every process in the namespaces and remove them; may be called at any time
 #
 # Needs root and what install.sh installs. All its files are in $SHOESTRING_LAB (default /var/tmp/shoestring-slurm),
@@ -173,7 +173,7 @@ case ${1:-} in
   up | down) "$1" ;;
   env) echo "export PATH=$lab/bin:\$PATH SLURM_CONF=$SLURM_CONF" ;;
   cut) ip -n "shl-$2" link set shl0 down ;;
-  mend)
+  restore)
     while signal KILL "shl-$2"; do sleep 0.1; done
     ip -n "shl-$2" link set shl0 up
     start "$2"

@@ -3,7 +3,7 @@
 #
 #   ssh_lab.sh FOLDER up [3]      machines n1 n2 n3 at 10.97.0.1-3; FOLDER gets keys and `ssh_config`
 #   ssh_lab.sh FOLDER run CMD…    on the machine that launches (10.97.0.254)
-#   ssh_lab.sh FOLDER cut|mend n2 pull its cable, and put it back
+#   ssh_lab.sh FOLDER cut|restore n2 pull its cable, and put it back
 #   ssh_lab.sh FOLDER down        ends everything that `up` has started
 set -euo pipefail
 LAB=$1
@@ -59,7 +59,7 @@ case $what in
     ;;
   run) exec ip netns exec shh-launch "$@" ;;
   cut) ip -n shh-launch link set "cable${1#n}" down ;;
-  mend) ip -n shh-launch link set "cable${1#n}" up ;;
+  restore) ip -n shh-launch link set "cable${1#n}" up ;;
   down) down ;;
-  *) echo "up, run, cut, mend or down" >&2; exit 2 ;;
+  *) echo "up, run, cut, restore or down" >&2; exit 2 ;;
 esac

@@ -111,7 +111,7 @@ def test_a_node_that_is_cut_off_is_replaced_and_nothing_is_lost(
         # those behind the cut hear nothing any more, and end too
         status = job.until("finished")
     finally:
-        subprocess.run([LAB, lab, "mend", "n2"], check=True)
+        subprocess.run([LAB, lab, "restore", "n2"], check=True)
     assert [a["nodes"] for a in status["attempts"]] == [["n1", "n2"], ["n1", "n3"]]
     assert (status["attempts"][0]["next"], status["attempts"][0]["reason"]) == ("requeue", "lost n2")
     assert (job.folder / "excluded").read_text() == "n2\n"
@@ -162,6 +162,6 @@ def test_without_enough_hosts_the_job_fails_and_says_so(lab: Path, tmp_path: Pat
         status = job.until("failed")
     finally:
         for host in ("n2", "n3"):
-            subprocess.run([LAB, lab, "mend", host], check=True)
+            subprocess.run([LAB, lab, "restore", host], check=True)
     assert status["detail"] == "lost n3; 1 of 3 nodes left, 2 needed"
     assert not (job.folder / "secrets.sh").exists()

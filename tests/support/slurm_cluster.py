@@ -104,4 +104,4 @@ class SlurmCluster:
         try:
             yield
         finally:
-            self.run(str(SCRIPT), "mend", node)
+            self.run(str(SCRIPT), "restore", node)

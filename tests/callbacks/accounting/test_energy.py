@@ -189,8 +189,8 @@ def test_without_a_counter_power_is_integrated(stand_in):
 
 @pytest.mark.parametrize("visible", ["", "7", "MIG-1234"])
 def test_no_gpu_of_ones_own_is_estimated_quietly(stand_in, visible):
-    told, *_ = readings(stand_in, CUDA_VISIBLE_DEVICES=visible)
-    assert {source for _, source in told} == {"estimated"}
+    samples, *_ = readings(stand_in, CUDA_VISIBLE_DEVICES=visible)
+    assert {source for _, source in samples} == {"estimated"}
 
 
 def driver() -> bool:

@@ -97,7 +97,7 @@ class Peek(pl.Callback):
         assert torch.equal(cut(trainer, pl_module, {"net.weight": whole})["net.weight"], whole.view(-1))
 
 
-def test_the_door_of_a_run_is_opened_once_and_belongs_to_its_model():
+def test_the_accessor_of_a_run_is_opened_once_and_belongs_to_its_model():
     peek, module = Peek(), Small()
     pl.Trainer(callbacks=[peek], max_steps=2, **SILENT).fit(module, loader())
     assert peek.shards.parameters["net.weight"] is module.net.weight

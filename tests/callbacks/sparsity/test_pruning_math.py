@@ -64,7 +64,7 @@ class Wide(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
 
 
-class Watch(pl.Callback):
+class Recorder(pl.Callback):
     def __init__(self):
         self.zeros = []
 
@@ -81,7 +81,7 @@ class Watch(pl.Callback):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_follows_the_schedule_to_the_weight(tmp_path, accumulate):
     """From 10 % to 70 % of twenty steps: at step s the ramp is (s / 20 - 0.1) / 0.6."""
-    watch, technique = Watch(), GradualPruning(sparsity=0.8, every=1)
+    watch, technique = Recorder(), GradualPruning(sparsity=0.8, every=1)
     train(
         tmp_path, Budget(steps=20), module=Wide(), techniques=[technique], callbacks=[watch],
         accumulate_grad_batches=accumulate,
@@ -94,7 +94,7 @@ def test_a_run_follows_the_schedule_to_the_weight(tmp_path, accumulate):
 
 
 def test_between_prunings_the_masks_stay(tmp_path):
-    watch = Watch()
+    watch = Recorder()
     technique = GradualPruning(sparsity=0.8, every=7)
     train(tmp_path, Budget(steps=20), module=Wide(), techniques=[technique], callbacks=[watch])
     counts = [int(z.sum()) for z in watch.zeros]

@@ -47,7 +47,7 @@ class Net(pl.LightningModule):
 NAMES = ("net.0.weight", "net.2.weight")
 
 
-class Watch(pl.Callback):
+class Recorder(pl.Callback):
     """What layers compute with in every step, and what the weights are after it."""
 
     def __init__(self):
@@ -63,7 +63,7 @@ class Watch(pl.Callback):
 
 
 def run(folder, technique, steps=20, **options):
-    watch, module = Watch(), Net()
+    watch, module = Recorder(), Net()
     trainer = train(folder, Budget(steps=steps), module=module, techniques=[technique], callbacks=[watch], **options)
     return module, watch, trainer
 

@@ -134,13 +134,13 @@ def test_taylor_keeps_what_moves_the_loss():
     """The saliency at the cut is 0.9 of that before plus 0.1 of (weight x gradient)^2, summed over each neuron."""
     seen = []
 
-    class Watch(pl.Callback):
+    class Recorder(pl.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             named = pl_module.blocks[0].named_parameters()
             seen.append({name: (p * p.grad).square().detach() for name, p in named})
 
     technique = StructuredPruning(importance="taylor", at="2 steps")
-    plain(technique, Watch())
+    plain(technique, Recorder())
     first, second = seen[:2]
     mean = {name: 0.9 * first[name] + 0.1 * second[name] for name in first}
     each = mean["wide.weight"].sum(1) + mean["wide.bias"] + mean["narrow.weight"].sum(0)
@@ -156,11 +156,11 @@ def test_lasso_takes_strength_times_rate_off_each_norm():
     """One step of SGD with rate 0 cannot move weights; the proximal step with that of the group can."""
     seen = []
 
-    class Watch(pl.Callback):
+    class Recorder(pl.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             seen.append(pl_module.blocks[0].wide.weight.detach().clone())
 
-    first, last = Watch(), Watch()
+    first, last = Recorder(), Recorder()
     plain(StructuredPruning(importance="lasso", at="5 steps", strength=3.0), first, last)
     before, after = seen[0].norm(dim=1), seen[1].norm(dim=1)
     assert torch.allclose(before - after, torch.full_like(before, 3.0 * 1e-2), atol=1e-6)

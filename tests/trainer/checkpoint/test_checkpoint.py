@@ -297,7 +297,7 @@ def test_state_that_would_not_survive_is_refused_at_the_first_step(tmp_path: Pat
 
     with pytest.raises(CannotSave, match=r"step 1 cannot be read back[\s\S]*only tensors and plain data"):
         run(tmp_path, 8, callbacks=[Hoards()])
-    assert run(tmp_path, 8).summary["resumed_from"] is None  # mended, it starts: nothing unreadable is in the way
+    assert run(tmp_path, 8).summary["resumed_from"] is None  # fixed, it starts: nothing unreadable is in the way
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [8]), (3, [4, 6, 8])])

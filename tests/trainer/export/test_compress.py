@@ -23,7 +23,7 @@ QUICK = MeasureOptions(memory=False, rounds=1)
 
 FEW = (
     Candidate(name="float32"), Candidate(name="int8", quantize="int8"), Candidate(name="int4", quantize="int4"),
-    Candidate(name="thin", quantize="int8", change=lambda run: low_rank.factorized(run.model, 0.5)),
+    Candidate(name="low-rank", quantize="int8", change=lambda run: low_rank.factorized(run.model, 0.5)),
     Candidate(name="never", to="hf"),
 )  # fmt: skip
 

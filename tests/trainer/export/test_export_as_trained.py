@@ -175,7 +175,7 @@ def test_low_rank_factors_are_on_a_grid_and_their_product_is_not(runs: Path, tmp
         **RECIPES["digits"], "strategy": {"name": "single"}, "budget": {"steps": 10},
         "techniques": [{"low_rank": {"budget": 0.4}}, {"quantization_aware": {"weight_bits": 4}}],
     }  # fmt: skip
-    fit(plan(recipe_from(values, "thin")), run_dir=tmp_path / "run")
+    fit(plan(recipe_from(values, "low-rank")), run_dir=tmp_path / "run")
     with pytest.raises(CannotExport, match="was not trained for low-bit weights"):
         export(open_run(tmp_path / "run"), "torch", out=tmp_path / "out", quantize="trained")
 

@@ -128,13 +128,13 @@ def test_low_rank_keeps_the_energy_requested() -> None:
     with torch.no_grad():
         layer.weight.copy_(torch.randn(30, 3) @ torch.randn(3, 40))
     model = nn.Sequential(layer, nn.Linear(30, 30))
-    thin = low_rank.factorized(model, 0.999999)
-    assert low_rank.ranks(thin) == {"0": 3}  # the second has full rank: two layers would be larger
+    factorized = low_rank.factorized(model, 0.999999)
+    assert low_rank.ranks(factorized) == {"0": 3}  # the second has full rank: two layers would be larger
     x = torch.randn(5, 40)
-    assert torch.allclose(thin(x), model(x), atol=1e-4)
+    assert torch.allclose(factorized(x), model(x), atol=1e-4)
     fresh = low_rank.shaped(model, {"0": 3})
-    fresh.load_state_dict(thin.state_dict())
-    assert torch.equal(fresh.eval()(x), thin(x))
+    fresh.load_state_dict(factorized.state_dict())
+    assert torch.equal(fresh.eval()(x), factorized(x))
 
 
 # -- a model against another -----------------------------------------------------------------------------------------
