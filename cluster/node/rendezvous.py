@@ -1,172 +1,166 @@
-"""How the nodes of an attempt stay in touch: each keeps a connection to node 0, and says a JSON line now and then.
+"""How the nodes of an attempt stay in touch: each keeps a connection to node 0, and sends a message now and then.
 
-Only for nodes that nobody else holds together (run.py). A connection that breaks means that the other end is lost:
-keepalives find out within half a minute where a machine dies without a word.
+Only for nodes that nobody else holds together (run.py). Messages are JSON in frames of `multiprocessing.connection`,
+whose pickles nobody here reads, and nobody is heard who does not have the job's key. A connection that breaks means
+that the other end is lost: keepalives find out within half a minute where a machine dies without a word.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import socket
+import struct
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from typing import Any, Literal
 
+KEY = "SHOESTRING_JOB_KEY"  # variable with the secret of the job's nodes
 GATHER = 1800.0  # seconds for all nodes to come: images are pulled, machines are started
-RETRY = 1.0
-DECISION_SECONDS = 5.0  # for a last line to reach everybody
+RETRY = 1.0  # also how long a stranger can keep node 0 waiting
+CONNECT = 5.0
+DECISION_SECONDS = 5.0  # for a last message to reach everybody
+LONGEST = 4096  # bytes of a message
+KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
 
 class Lost(Exception):
     """The other end is gone."""
 
 
-class Line:
-    """One connection, read without waiting."""
+@contextmanager
+def _or_lost() -> Iterator[None]:
+    try:
+        yield
+    except EOFError:
+        raise Lost("the connection was closed") from None
+    except AuthenticationError:
+        raise Lost("it has another job's key") from None
+    except (OSError, ValueError, AssertionError) as error:
+        raise Lost(str(error) or "it does not say what a node says") from None
 
-    def __init__(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, option):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        connection.setblocking(False)
-        self.connection, self.rest = connection, b""
 
-    def send(self, **said: Any) -> None:
-        try:
-            self.connection.sendall(json.dumps(said).encode() + b"\n")
-        except OSError as error:
-            raise Lost(str(error)) from None
+def take_key(job: str, environ: MutableMapping[str, str] = os.environ) -> bytes:
+    """The secret that the launching machine gave this job's nodes; what they start does not find it any more.
 
-    def receive(self) -> dict[str, Any] | None:
-        """What the other end has said, a line at a time; None: nothing yet. `Lost` if it is gone."""
-        with suppress(BlockingIOError):
-            try:
-                read = self.connection.recv(4096)
-            except BlockingIOError:
-                raise
-            except OSError as error:
-                raise Lost(str(error)) from None
-            if not read and b"\n" not in self.rest:
-                raise Lost("the connection was closed")
-            self.rest += read
-        line, found, rest = self.rest.partition(b"\n")
-        if not found:
-            if len(line) > 4096:
-                raise Lost("it does not say what a node says")
-            return None
-        self.rest = rest
-        try:
-            said: dict[str, Any] = json.loads(line)
-        except ValueError:
-            raise Lost("it does not say what a node says") from None
-        return said
+    Without one, under an engine that gives none, it is the job's id: that keeps jobs apart, but no attacker away.
+    """
+    return (environ.pop(KEY, "") or job).encode()
 
-    def wait(self, seconds: float, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and not stop():
-            said = self.receive()
-            if said is not None:
-                return said
-            time.sleep(0.05)
-        raise Lost(f"nothing was said within {seconds:.0f} s")
 
-    def close(self) -> None:
-        self.connection.close()
+class Peer:
+    """Another node of the job, at the other end of a connection. No call waits long: `patience` for each read."""
+
+    def __init__(self, end: socket.socket, patience: float, key: bytes, *, ask_first: bool) -> None:
+        seconds = struct.pack("ll", int(patience), 0)
+        with _or_lost(), end:
+            end.setblocking(True)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
+            for option, value in KEEPALIVE.items():
+                if hasattr(socket, option):
+                    end.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+            self.here, self.there = (str(name[0]) for name in (end.getsockname(), end.getpeername()))
+            # as Listener and Client do it, but those would wait for ever for who connects and says nothing
+            self.connection = Connection(end.detach())
+            for prove in (deliver_challenge, answer_challenge)[:: 1 if ask_first else -1]:
+                prove(self.connection, key)
+
+    def send(self, **message: Any) -> None:
+        with _or_lost():
+            self.connection.send_bytes(json.dumps(message).encode())
+
+    def receive(self, seconds: float = 0.0) -> dict[str, Any] | None:
+        """The next message, waited for so long; None: nothing yet. `Lost` if the other end is gone."""
+        with _or_lost():
+            if not self.connection.poll(seconds):
+                return None
+            message: dict[str, Any] = json.loads(self.connection.recv_bytes(LONGEST))
+            return message
+
+
+@dataclass
+class Member:
+    """A node that has come, as node 0 knows it."""
+
+    name: str
+    peer: Peer
+    state: Literal["running", "well", "failed", "lost"] = "running"
 
 
 class Followers:
-    """Node 0's side. `lost`: names of nodes that are gone; `failed`: of those whose tasks have failed."""
+    """Node 0's side: the other nodes by number."""
 
-    def __init__(self, job: str, count: int, port: int) -> None:
-        self.job, self.count = job, count
-        self.lines: dict[int, Line] = {}
-        self._names: dict[int, str] = {}
-        self._done: set[int] = set()
-        self.lost: set[str] = set()
-        self.failed: set[str] = set()
+    def __init__(self, key: bytes, count: int, port: int) -> None:
+        self.key, self.count = key, count
+        self.members: dict[int, Member] = {}
         self.server = socket.create_server(("", port), backlog=max(count, 1)) if count else None
 
-    @property
-    def names(self) -> list[str]:
-        return [self._names[node] for node in sorted(self._names)]
+    def names(self, state: str | None = None) -> list[str]:
+        """Of the nodes in this state, or of all; in the order of their numbers."""
+        return [member.name for _, member in sorted(self.members.items()) if state in (None, member.state)]
 
     @property
     def address(self) -> str:
         """Where the others have found this node."""
-        for line in self.lines.values():
-            return str(line.connection.getsockname()[0])
-        return "127.0.0.1"
+        return next((member.peer.here for member in self.members.values()), "127.0.0.1")
 
     def wait(self, attempt: int, seconds: float, stop: Callable[[], bool]) -> bool:
         """Until everybody is here, who then are told which attempt this is. False: not all came, or `stop` said so."""
         until = time.monotonic() + min(GATHER, seconds)
-        while len(self.lines) < self.count and time.monotonic() < until and not stop():
+        while len(self.members) < self.count and time.monotonic() < until and not stop():
             self._accept()
-        if len(self.lines) < self.count:
+            self.listen()
+            # who has gone by now is started again, and waited for again
+            self.members = {node: member for node, member in self.members.items() if member.state != "lost"}
+        if len(self.members) < self.count:
             return False
-        for line in self.lines.values():
-            with suppress(Lost):  # `listen` will say so
-                line.send(attempt=attempt)
+        self._tell(attempt=attempt)
         return True
 
     def _accept(self) -> None:
         assert self.server is not None
         self.server.settimeout(RETRY)
-        with suppress(TimeoutError):
-            line = Line(self.server.accept()[0])
-            try:
-                said = line.wait(RETRY)
-                if said.get("job") != self.job or not 1 <= int(said["node"]) <= self.count:
-                    raise Lost("it is of another job")
-            except (Lost, KeyError, ValueError, TypeError, AttributeError):
-                line.close()
-                return
-            if int(said["node"]) in self.lines:
-                self.lines[int(said["node"])].close()  # it has come back
-            self.lines[int(said["node"])] = line
-            self._names[int(said["node"])] = str(said["name"])
+        with suppress(OSError, Lost):  # nobody, or a stranger
+            peer = Peer(self.server.accept()[0], RETRY, self.key, ask_first=True)
+            message = peer.receive(RETRY)
+            if message is not None and 1 <= message["node"] <= self.count:
+                self.members[message["node"]] = Member(message["name"], peer)
+
+    def _tell(self, **message: Any) -> None:
+        for member in self.members.values():
+            with suppress(Lost):  # `listen` will say so
+                member.peer.send(**message)
 
     def listen(self) -> None:
         """Hear how the others are."""
-        for node, line in self.lines.items():
-            if self._names[node] in self.lost:
-                continue
-            try:
-                said = line.receive()
-            except Lost:
-                if node not in self._done:
-                    self.lost.add(self._names[node])
-                continue
-            if said is not None:
-                self._done.add(node)
-                if not said.get("well"):
-                    self.failed.add(self._names[node])
-
-    def busy(self) -> bool:
-        """Whether somebody's tasks still run."""
-        return any(node not in self._done and self._names[node] not in self.lost for node in self.lines)
+        for member in self.members.values():
+            if member.state == "running":
+                try:
+                    message = member.peer.receive()
+                except Lost:
+                    member.state = "lost"
+                else:
+                    if message is not None:
+                        member.state = "well" if message["well"] else "failed"
 
     def decide(self, code: int) -> None:
         """Tell everybody the code to exit with, and see them go."""
-        for line in self.lines.values():
-            with suppress(Lost):
-                line.send(exit=code)
+        self._tell(exit=code)
         until = time.monotonic() + DECISION_SECONDS
-        for line in self.lines.values():
+        for member in self.members.values():
             with suppress(Lost):
                 while time.monotonic() < until:
-                    line.receive()
-                    time.sleep(0.02)
+                    member.peer.receive(0.02)
 
-    def __enter__(self) -> Followers:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for line in self.lines.values():
-            line.close()
+    def close(self) -> None:
+        for member in self.members.values():
+            member.peer.connection.close()
         if self.server is not None:
             self.server.close()
 
@@ -174,32 +168,31 @@ class Followers:
 class Leader:
     """Another node's side: a connection to node 0, made as soon as node 0 is there. `Lost` if it does not come."""
 
-    def __init__(self, job: str, host: str, port: int, node: int, name: str, stop: Callable[[], bool]) -> None:
-        until = time.monotonic() + GATHER
-        while True:
+    def __init__(self, key: bytes, host: str, port: int, node: int, name: str, stop: Callable[[], bool]) -> None:
+        until, message = time.monotonic() + GATHER, None
+        while message is None:
             try:
-                self.line = Line(socket.create_connection((host, port), timeout=10))
-                self.line.send(job=job, node=node, name=name)
-                self.attempt = int(self.line.wait(max(RETRY, until - time.monotonic()), stop)["attempt"])
-                break
-            except KeyError:
-                raise Lost("node 0 has ended the attempt before it began") from None
+                self.peer = Peer(socket.create_connection((host, port), CONNECT), CONNECT, key, ask_first=False)
+                self.peer.send(node=node, name=name)
+                while message is None:
+                    if stop() or time.monotonic() > until:
+                        raise Lost("not all nodes have come")
+                    message = self.peer.receive(0.05)
             except (OSError, Lost) as error:
                 if stop() or time.monotonic() > until:
-                    raise Lost(f"node 0 is not to be found at {host}:{port}: {error}") from None
+                    raise Lost(f"no attempt began with node 0 at {host}:{port}: {error}") from None
                 time.sleep(RETRY)
-        self.address = str(self.line.connection.getpeername()[0])
+        if "attempt" not in message:
+            raise Lost("node 0 has ended the attempt before it began")
+        self.attempt, self.address = int(message["attempt"]), self.peer.there
 
     def send(self, *, well: bool) -> None:
-        self.line.send(well=well)
+        self.peer.send(well=well)
 
     def decision(self) -> int | None:
         """The code to exit with, once node 0 has decided."""
-        said = self.line.receive()
-        return None if said is None else int(said["exit"])
+        message = self.peer.receive()
+        return None if message is None else int(message["exit"])
 
-    def __enter__(self) -> Leader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.line.close()
+    def close(self) -> None:
+        self.peer.connection.close()

@@ -22,13 +22,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from ... import exits
 from . import attempts, ranks
-from .rendezvous import Followers, Leader, Lost
+from .rendezvous import Followers, Leader, Lost, take_key
 
 POLL = 0.1  # seconds
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -106,9 +106,9 @@ class Node:
 def lead(node: Node, others: Followers) -> tuple[str, int, list[str]]:
     """Node 0: watch until all have ended, and decide: (next, code, lost nodes)."""
     deadline = float("inf")
-    while node.running() or others.busy():
+    while node.running() or others.names("running"):
         others.listen()
-        if others.lost or others.failed or not (node.running() or node.well()):
+        if others.names("lost") or others.names("failed") or not (node.running() or node.well()):
             deadline = min(deadline, time.monotonic() + FAILED_PATIENCE)
         elif not node.running():
             deadline = min(deadline, time.monotonic() + node.lead)
@@ -116,12 +116,12 @@ def lead(node: Node, others: Followers) -> tuple[str, int, list[str]]:
             break
         time.sleep(POLL)
     node.kill()
-    child = node.child
+    child, lost = node.child, sorted(set(others.names("lost")))
     after, code = attempts.end(
         node.job_dir, node.attempt, child.returncode if child is not None else exits.FAILURE,
-        cancelled=(node.job_dir / "cancelled").exists(), warned=node.warned, lost=sorted(others.lost),
+        cancelled=(node.job_dir / "cancelled").exists(), warned=node.warned, lost=lost,
     )  # fmt: skip
-    return after, code, sorted(others.lost)
+    return after, code, lost
 
 
 def follow(node: Node, leader: Leader) -> int:
@@ -207,11 +207,11 @@ def _first(given: argparse.Namespace, facts: dict[str, Any], job_dir: Path, name
     number = len(attempts.history(job_dir))
     began = time.monotonic()
     seconds = attempts.begin(job_dir, number, [name])
-    with Followers(facts["id"], given.nodes - 1, given.port - 1) as others:
+    with closing(Followers(take_key(facts["id"]), given.nodes - 1, given.port - 1)) as others:
         if not seconds:
             code = exits.FAILURE
         elif others.wait(number, seconds, lambda: bool(early)):
-            attempts.note(job_dir, number, nodes=[name, *others.names])
+            attempts.note(job_dir, number, nodes=[name, *others.names()])
             node = Node(facts, job_dir, 0, number, seconds - (time.monotonic() - began))
             _listen(node, early)
             node.start(others.address, given.port, given.command)
@@ -227,11 +227,12 @@ def _first(given: argparse.Namespace, facts: dict[str, Any], job_dir: Path, name
 
 def _other(given: argparse.Namespace, facts: dict[str, Any], job_dir: Path, name: str, early: list[int]) -> int:
     try:
-        leader = Leader(facts["id"], given.master, given.port - 1, given.node, name, lambda: bool(early))
+        key = take_key(facts["id"])
+        leader = Leader(key, given.master, given.port - 1, given.node, name, lambda: bool(early))
     except Lost as error:
         print(f"[shoestring] {error}", file=sys.stderr, flush=True)
         return exits.AGAIN
-    with leader:
+    with closing(leader):
         node = Node(facts, job_dir, given.node, leader.attempt, facts["hours"] * 3600)
         _listen(node, early)
         node.start(leader.address, given.port, given.command)
