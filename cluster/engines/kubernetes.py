@@ -27,7 +27,7 @@ from ..node import attempts
 from .background import streamed
 from .manifests import manifests, secret
 from .pods import NODE, KubernetesOptions, grace_seconds, options
-from .remote import keep, there
+from .remote import keep, secret_names, there, with_key
 
 PATIENCE = "--request-timeout=20s"
 POLL = 2.0  # seconds
@@ -42,7 +42,8 @@ class Kubernetes:
     def render(self, job: Job) -> dict[str, str]:
         files = {name: write_yaml(made) for name, made in manifests(job).items()}
         if "secret.yaml" in files:
-            said = "".join(f"# {name}: from {source}\n" for name, source in secret_sources(job.cluster).items())
+            sources = secret_sources(job.cluster)
+            said = "".join(f"# {name}: from {sources.get(name, 'this launch')}\n" for name in secret_names(job))
             files["secret.yaml"] = (
                 f"# values are put in when it is submitted, and never written to a file\n{said}"
                 + (files["secret.yaml"])
@@ -71,7 +72,8 @@ class Kubernetes:
         made = json.loads(call([*kubectl, "create", "-f", "-", "-o", "json"], stdin=files[first]))
         try:
             given = [yaml.safe_load(files["configmap.yaml"])]
-            given += [secret(job, secrets)] if secrets else []
+            values = with_key(job, secrets)
+            given += [secret(job, values)] if values else []
             owner = {key: made[key] for key in ("apiVersion", "kind")}
             owner |= {key: made["metadata"][key] for key in ("name", "uid")}
             for each in given:  # they go when the job goes

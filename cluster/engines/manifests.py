@@ -9,7 +9,7 @@ from ...exits import AGAIN
 from ..config.document import ClusterError
 from ..job import Job
 from .pods import NODE, command, env, grace_seconds, image, mounts, options, placement, resources, volumes
-from .remote import facts_file, there
+from .remote import facts_file, secret_names, there
 
 RESTART_RULE = "saved_or_evicted"
 START_SECONDS = 1800  # until all pods are there; see node/rendezvous.py
@@ -28,8 +28,8 @@ def manifests(job: Job) -> dict[str, dict[str, Any]]:
     made["configmap.yaml"] = _object("v1", "ConfigMap", job, data={
         "recipe.yaml": job.recipe, "job.json": facts_file(remote),
     })  # fmt: skip
-    if job.cluster.secrets:
-        made["secret.yaml"] = secret(job, dict.fromkeys(sorted(job.cluster.secrets), ""))
+    if names := secret_names(job):
+        made["secret.yaml"] = secret(job, dict.fromkeys(names, ""))
     return made
 
 

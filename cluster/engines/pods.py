@@ -9,7 +9,7 @@ from pydantic import Field
 from .. import environment
 from ..config.sections import Count, Line, Section
 from ..job import Job
-from .remote import node_words, train_words
+from .remote import node_words, secret_names, train_words
 
 FILES = "/etc/shoestring"  # where a pod finds recipe.yaml and job.json
 NODE = "node"  # name of the replicated job, and of its container
@@ -109,7 +109,7 @@ def env(job: Job) -> list[dict[str, Any]]:
     entries.append({"name": "SHOESTRING_NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}})
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     entries.append({"name": "JOB_COMPLETION_INDEX", "valueFrom": {"fieldRef": {"fieldPath": index}}})
-    for name in sorted(job.cluster.secrets):
+    for name in secret_names(job):
         entries.append({"name": name, "valueFrom": {"secretKeyRef": {"name": job.id, "key": name}}})
     return entries
 

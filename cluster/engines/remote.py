@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from secrets import token_hex
 
 from ..job import Job
 from ..node.attempts import LOG, exclude
+from ..node.rendezvous import KEY
 
 
 def there(job: Job, mounts: Iterable[str]) -> Job:
@@ -35,6 +37,16 @@ def node_words(job: Job, files: str) -> list[str]:
 def train_words(job: Job, files: str) -> list[str]:
     """Return the words that follow them."""
     return ["--", *job.train(f"{files}/recipe.yaml")[1:]]
+
+
+def secret_names(job: Job) -> list[str]:
+    """Variables whose values only nodes may see: the user's secrets, and the key by which nodes know each other."""
+    return sorted({*job.cluster.secrets, *([KEY] if job.nodes > 1 else [])})
+
+
+def with_key(job: Job, secrets: Mapping[str, str]) -> dict[str, str]:
+    """The values of `secret_names`; the key is a new one."""
+    return {**secrets, **({KEY: token_hex(32)} if job.nodes > 1 else {})}
 
 
 def keep(job_dir: Path, output: str) -> None:

@@ -28,7 +28,7 @@ from ..engine import EngineStatus, JobRecord, call
 from ..environment import exports, quoted, variables
 from ..job import Job
 from .background import streamed
-from .remote import facts_file, node_words, there, train_words
+from .remote import facts_file, node_words, secret_names, there, train_words, with_key
 
 FILES = ".shoestring-job"  # below the folder in which SkyPilot starts the script
 LAUNCH_SECONDS = 900.0  # the first launch of all also starts SkyPilot's controller
@@ -93,6 +93,7 @@ class SkyPilot:
     def submit(self, job: Job, files: Mapping[str, str], secrets: Mapping[str, str]) -> str:
         if not shutil.which("sky"):
             raise ClusterError("sky is not installed here: pip install 'skypilot[all]', or launch where it is")
+        secrets = with_key(job, secrets)
         named = [word for name in secrets for word in ("--secret", name)]  # values come from the environment
         command = ["sky", "jobs", "launch", "--yes", "--detach-run", *named, str(Path(job.job_dir, "task.yaml"))]
         done = subprocess.run(
@@ -154,8 +155,8 @@ def task(job: Job) -> dict[str, Any]:
         made["volumes"] = {chosen.mount: chosen.volume}
     else:
         made["file_mounts"] = {chosen.mount: {"source": chosen.bucket, "mode": chosen.mode}}
-    if job.cluster.secrets:
-        made["secrets"] = dict.fromkeys(sorted(job.cluster.secrets))  # null: given by name at the launch
+    if names := secret_names(job):
+        made["secrets"] = dict.fromkeys(names)  # null: given by name at the launch
     if chosen.setup:
         made["setup"] = chosen.setup
     made["run"] = _run(remote)
