@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from heapq import heappop, heappush
+from itertools import product
 
 from .contract import IncompatibleTechniques, Technique
 from .interactions import INTERACTIONS, Rule
@@ -55,22 +56,27 @@ def compose(
         if technique.card.name in by_name:
             raise IncompatibleTechniques(f"{technique.card.name} is given twice. Keep one.")
         by_name[technique.card.name] = technique
-    applicable = [rule for rule in rules if rule.first in by_name and rule.second in by_name]
-    for rule in applicable:
+    pairs = [
+        (first, second, rule)
+        for rule in rules
+        for first, second in product(rule.first, rule.second)
+        if first in by_name and second in by_name
+    ]
+    for first, second, rule in pairs:
         if rule.verdict == "refuse":
             raise IncompatibleTechniques(
-                f"{rule.first} and {rule.second} do not go together: {rule.why} ({rule.source}). {rule.fix}"
+                f"{first} and {second} do not go together: {rule.why} ({rule.source}). {rule.fix}"
             )
-    before = _arrows(by_name, applicable)
+    before = _arrows(by_name, [(first, second) for first, second, _ in pairs])
     return Composition(
         techniques=tuple(by_name[name] for name in _sorted(before)),
         warnings=tuple(
-            f"{rule.first} with {rule.second}: {rule.why} ({rule.source}). Fix: {rule.fix}."
-            for rule in applicable
+            f"{first} with {second}: {rule.why} ({rule.source}). Fix: {rule.fix}."
+            for first, second, rule in pairs
             if rule.verdict == "warn"
         ),
         reasons=tuple(
-            f"{rule.first} before {rule.second}: {rule.why}" for rule in applicable if rule.verdict == "order"
+            f"{first} before {second}: {rule.why}" for first, second, rule in pairs if rule.verdict == "order"
         ),
     )
 
@@ -85,12 +91,12 @@ def _fits(technique: Technique, facts: frozenset[str]) -> None:
         raise IncompatibleTechniques(f"{card.name} does not work with {_list(refused)}. Drop one of them.")
 
 
-def _arrows(by_name: dict[str, Technique], rules: Sequence[Rule]) -> dict[str, set[str]]:
+def _arrows(by_name: dict[str, Technique], ordered: Sequence[tuple[str, str]]) -> dict[str, set[str]]:
     """name -> names that act before it."""
     before: dict[str, set[str]] = {name: set() for name in by_name}
-    ruled = {frozenset((rule.first, rule.second)) for rule in rules}
-    for rule in rules:
-        before[rule.second].add(rule.first)
+    ruled = {frozenset(pair) for pair in ordered}
+    for first, second in ordered:
+        before[second].add(first)
     for name, technique in by_name.items():
         for other, rival in by_name.items():
             if name == other or frozenset((name, other)) in ruled:

@@ -9,6 +9,21 @@ be known before a trainer exists (precision, accumulation, strategy options), th
 
         strength: float = 0.5                         # a setting
 
+What Lightning has no hook for, a technique installs when a fit begins and takes away at teardown:
+
+    choose the samples of a batch, and weigh them      forward/training_step.py: choose_samples
+    add a term to the loss                             forward/training_step.py: add_auxiliary_loss
+    skip, recompute or watch repeated blocks           forward/blocks.py: wrap_block
+    let layers see other weights                       forward/forward_weights.py: ForwardWeights
+    choose the samples of a global batch               sampling/samples.py: install_sampler
+    change the batch size on the clock                 sampling/samples.py: GlobalBatches.sizes
+    keep a number for each sample                      sampling/scores.py: SampleScores
+    change gradients as they are communicated          parameters/communication.py: set_reduction
+    read and edit weights, gradients and their state   parameters/accessor.py: shards_of
+
+Samples, tokens and FLOPs are counted inside the step, waiting for data before any technique acts: what is not chosen is
+not counted as trained, and what scoring costs is. So forwards belong into the step, not into `on_train_batch_start`.
+
 Rules that the contract suite checks for every registered technique:
   1. Settings are the fields of a dataclass, all with a default; a constructor written by hand stores its keyword
      arguments under their own names and does nothing else. `check` judges them.
@@ -39,11 +54,25 @@ from .silence import silence as silence
 if TYPE_CHECKING:
     from torch import Tensor
 
-# "lr" is the optimizer's hyper-parameters (learning rate, betas, eps), "optimizer" its state
+    from .sampling.scores import SampleScores
+
 Part = Literal[
-    "modules", "numerics", "weights", "gradients", "optimizer", "lr",
-    "batch", "samples", "loss", "activations", "sharding",
-]  # fmt: skip
+    "samples",  # which samples a step is made of, and in which order they come
+    "batch_size",  # how many of them a step has
+    "batch",  # what is in a batch: lengths, mixtures, values
+    "tokens",  # which tokens of a sample a block computes with
+    "depth",  # which blocks compute at all
+    "modules",  # the layers of the model and their shapes
+    "numerics",  # in what precision it computes, and the weights that layers see
+    "activations",  # what a forward keeps for backward, and where
+    "loss",
+    "gradients",
+    "communication",  # gradients on their way between ranks
+    "weights",
+    "optimizer",  # its state
+    "lr",  # its hyper-parameters: learning rate, betas, eps
+    "sharding",  # which rank holds what
+]
 Saving = Literal["steps", "flops", "time", "memory", "communication", "data", "size"]
 
 PARTS: frozenset[str] = frozenset(Part.__args__)  # type: ignore[attr-defined]
@@ -240,11 +269,21 @@ class Technique(ReshapeListener):
     def load_fragments(self, fragments: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take back what `fragments` gave, already cut to this rank's slices."""
 
+    def tables(self) -> dict[str, SampleScores]:
+        """Numbers for each sample of the data, by name: kept in checkpoints like `fragments`, for any number of ranks.
+
+        Made in `setup` and opened in `on_fit_start`, so that they are there when a checkpoint is read.
+        """
+        return {}
+
     def rebuild(self, pl_module: Any, state: Mapping[str, Any]) -> None:
         """Give a module just built the shapes it had when `state_dict` gave `state`. Most techniques change none."""
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """In a plain `pl.Trainer`: whole tensors go into Lightning's own checkpoint (collective where sharded)."""
+        if tables := self.tables():
+            kept = checkpoint.setdefault("shoestring_tables", {})
+            kept[self.state_key] = {name: table.whole() for name, table in tables.items()}
         if not (fragments := self.fragments()):
             return
         from .parameters.accessor import shards_of
@@ -257,6 +296,8 @@ class Technique(ReshapeListener):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """The counterpart: cut this rank's slices from the whole tensors."""
+        for name, whole in checkpoint.get("shoestring_tables", {}).get(self.state_key, {}).items():
+            self.tables()[name].load(whole)
         if (wholes := checkpoint.get("shoestring", {}).get(self.state_key)) is None:
             return
         from .parameters.accessor import cut

@@ -1,11 +1,13 @@
-"""Every technique by name, in reading order. Adding one is a file, a line here and a behaviour test."""
+"""Every technique by name, in reading order. Adding one is a file, a line in `__init__.pyi` and a behaviour test."""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from .. import ShoestringError
@@ -13,37 +15,24 @@ from ..own_code import import_code, is_code
 from ..spelling import nearest
 from .contract import Technique
 
-# name -> where its class lives; imported on first use, because the classes need torch and Lightning
+PERSPECTIVES = ("data", "model", "optimization", "system", "sparsity", "compression")
+
+
+def _lines() -> dict[str, str]:
+    """Public name -> its module, in the order of `__init__.pyi`. No class is loaded: they need torch."""
+    stub = ast.parse(Path(__file__).with_name("__init__.pyi").read_text(encoding="utf-8"))
+    return {
+        alias.name: line.module
+        for line in stub.body
+        if isinstance(line, ast.ImportFrom) and line.module
+        for alias in line.names
+    }
+
+
+HOMES = _lines()
+# name -> where its class lives; imported on first use
 TECHNIQUES: dict[str, str] = {
-    # data
-    "sequence_length_warmup": "data.sequence_length_warmup:SequenceLengthWarmup",
-    "competence_curriculum": "data.competence_curriculum:CompetenceCurriculum",
-    # model
-    "gradient_checkpointing": "model.gradient_checkpointing:GradientCheckpointing",
-    # optimization
-    "lr_schedule": "optimization.lr_schedule:LRSchedule",
-    "lr_scaling": "optimization.lr_scaling:LRScaling",
-    "weight_averaging": "optimization.weight_averaging:WeightAveraging",
-    # system
-    "mixed_precision": "system.mixed_precision:MixedPrecision",
-    # sparsity
-    "structured_pruning": "sparsity.structured_pruning:StructuredPruning",
-    "gradual_pruning": "sparsity.gradual_pruning:GradualPruning",
-    "set": "sparsity.set:SET",
-    "rigl": "sparsity.rigl:RigL",
-    "top_kast": "sparsity.top_kast:TopKAST",
-    "movement_pruning": "sparsity.movement_pruning:MovementPruning",
-    "n_m": "sparsity.n_m:NM",
-    "snip": "sparsity.snip:SNIP",
-    "grasp": "sparsity.grasp:GraSP",
-    "synflow": "sparsity.synflow:SynFlow",
-    "lottery_ticket": "sparsity.lottery_ticket:LotteryTicket",
-    # compression
-    "low_rank": "compression.low_rank:LowRank",
-    "weight_clustering": "compression.weight_clustering:WeightClustering",
-    "quantization_aware": "compression.quantization_aware:QuantizationAware",
-    "distillation": "compression.distillation:Distillation",
-    "early_exit": "compression.early_exit:EarlyExit",
+    home.rpartition(".")[2]: f"{home}:{name}" for name, home in HOMES.items() if home.partition(".")[0] in PERSPECTIVES
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from ..contract import silence
 from .agreement import Agreement
 from .budget import Budget, ImpossibleBudget, refuse_uncounted
 from .clock import Clock
@@ -77,10 +78,13 @@ class Account:
         self.agreement = Agreement(len(FIELDS))
         self.horizon.lag = self.agreement.lag
         self.spending.open(trainer, module)
+        # before all techniques; another list, since Lightning is going through this one
+        trainer.callbacks = [_Arrival(self.spending), *trainer.callbacks]  # type: ignore[attr-defined]
 
     def start(self, trainer: pl.Trainer) -> None:
         """Training begins, from wherever it was restored to."""
         self.spending.start()
+        self.spending.listen(trainer.lightning_module)
         self.horizon.set_limits(trainer, trainer.num_training_batches)
         self.spending.refresh()
         self.horizon.guard.skip(self.clock)
@@ -214,14 +218,24 @@ class Account:
         self.pause_ends(trainer)
 
     # -- end --------------------------------------------------------------------------------------------------------
-    def close(self) -> None:
+    def close(self, trainer: pl.Trainer) -> None:
         """Training has ended: the last sums, energy read exactly."""
+        self._leave(trainer)
         self.spending.windows.enter("other")
         self.spending.mine.clear_requests()
         self.spending.refresh(exact=True)
         self.agreement.settle()
         self.receive(self.agreement.now(self.spending.mine.as_list()))
         self.spending.refresh()
+
+    def abort(self, trainer: pl.Trainer) -> None:
+        """The fit has failed, maybe in the middle of a step."""
+        self._leave(trainer)
+        self.spending.abort()
+
+    def _leave(self, trainer: pl.Trainer) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [one for one in callbacks if not isinstance(one, _Arrival)]  # type: ignore[attr-defined]
 
     # -- state ------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -234,6 +248,19 @@ class Account:
         self.clock.load_state_dict(state["clock"])
         self.evaluation.seconds = state["evaluation_seconds"]
         self.horizon.load_state_dict(state["guard"])
+
+
+@silence
+class _Arrival(pl.Callback):
+    """The first callback while an account is open: what techniques do with a batch is no waiting for data."""
+
+    def __init__(self, spending: Spending) -> None:
+        self._spending = spending
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._spending.batch_arrives()
 
 
 def steps_after(trainer: pl.Trainer, batch_idx: int) -> bool:

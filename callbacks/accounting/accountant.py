@@ -99,10 +99,10 @@ class Accountant(ReshapeListener, pl.Callback):
         self.account.reshaped(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.account.close()
+        self.account.close(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.account.spending.abort()
+        self.account.abort(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return self.account.state_dict()

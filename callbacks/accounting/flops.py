@@ -112,7 +112,8 @@ class StepFlops:
         self._kinds = [t.step_kind for t in techniques if type(t).step_kind is not Technique.step_kind]
         self._parameters = list(module.parameters())
         self._known: dict[Any, Flops] = {}
-        self._kind: Any = None
+        self._kind: tuple[Any, ...] = ()
+        self._earlier = Flops()  # of the parts of this micro-batch that have ended
         self._counter: FlopCounter | None = None
 
     def forget(self) -> None:
@@ -122,16 +123,26 @@ class StepFlops:
     def begin(self, shape: tuple[int, ...], steps: bool) -> None:
         """A micro-batch of this shape begins; `steps`: the optimizer, which may multiply matrices, steps after it."""
         trainable = bytes([p.requires_grad for p in self._parameters])
-        self._kind = (shape, trainable, steps, *[kind() for kind in self._kinds])
-        if self._kind not in self._known:
-            self._counter = FlopCounter(self._densities())
-            self._counter.__enter__()
+        self._earlier = Flops()
+        self._watch((shape, trainable, steps, *[kind() for kind in self._kinds]))
+
+    def chosen(self, shape: tuple[int, ...]) -> None:
+        """Samples have been chosen: what it took ends here, and the rest of the micro-batch has this shape."""
+        self._earlier = self.end()
+        self._watch((*self._kind, shape))
 
     def end(self) -> Flops:
         """The micro-batch has ended: what it took; nothing where none was begun."""
         if self._counter is not None:
             self._known[self._kind] = self.abort()
-        return self._known.get(self._kind, Flops())
+        last = self._known.get(self._kind, Flops())
+        return Flops(self._earlier.counted + last.counted, self._earlier.realised + last.realised)
+
+    def _watch(self, kind: tuple[Any, ...]) -> None:
+        self._kind = kind
+        if kind not in self._known:
+            self._counter = FlopCounter(self._densities())
+            self._counter.__enter__()
 
     def abort(self) -> Flops:
         """Stop watching, also in the middle of a micro-batch that failed; what was seen of it."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ..contract import Technique
+from ..forward.training_step import wrapped_step
 from .clock import Clock, Spend
 from .energy import EnergyMeter, SteadyEnergy
 from .flops import StepFlops
@@ -38,6 +39,7 @@ class Spending:
         self._before = Spend()  # of earlier attempts
         self._flops: StepFlops | None = None
         self._batch_ended = perf_counter()
+        self._batch: tuple[int, int, tuple[int, ...]] = (0, 0, ())
 
     def open(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The fit has begun; nothing has been restored yet."""
@@ -50,15 +52,32 @@ class Spending:
         """Training begins: what is restored by now was spent before."""
         self._before = Spend.from_dict(self.clock.spend.as_dict())
 
+    def listen(self, module: pl.LightningModule) -> None:
+        """Hear of samples that techniques choose, now that they have installed what chooses."""
+        if (wrapped := wrapped_step(module)) is not None:
+            wrapped.chosen = self.batch_chosen
+
     # -- batches ----------------------------------------------------------------------------------------------------
+    def batch_arrives(self) -> None:
+        """The loader has given a micro-batch, and no technique has seen it."""
+        self.data_wait += perf_counter() - self._batch_ended
+
     def batch_begins(self, batch: Any, steps: bool) -> None:
         """A micro-batch, as techniques have left it, is about to run. steps: the optimizer steps after it."""
-        self.data_wait += perf_counter() - self._batch_ended
-        samples, tokens, shape = batch_size(batch)
+        samples, tokens, shape = self._batch = batch_size(batch)
         self.mine.samples += samples
         self.mine.tokens += tokens
         if self.count_flops and self._flops is not None:
             self._flops.begin(shape, steps)
+
+    def batch_chosen(self, batch: Any) -> None:
+        """Only `batch`, a part of the micro-batch, is trained on."""
+        before, now = self._batch, batch_size(batch)
+        self._batch = now
+        self.mine.samples += now[0] - before[0]
+        self.mine.tokens += now[1] - before[1]
+        if self.count_flops and self._flops is not None:
+            self._flops.chosen(now[2])
 
     def batch_ends(self) -> None:
         """It has run, and the optimizer has stepped where it was to."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..contract import Card, Effect, Technique, Workload, require
 from ..forward.blocks import blocks, hidden_of, recorded
-from ..forward.loss_terms import Step, add_auxiliary_loss, remove_auxiliary_loss
 from ..forward.outputs import Call, NoLogits, calls_of, logits_of, model_name
+from ..forward.training_step import Step, add_auxiliary_loss, remove_from_step
 from . import distillation_losses as losses
 from .logit_cache import LogitCache
 from .positions import Positions, keys_of, positions_of
@@ -163,7 +163,7 @@ class Distillation(Technique, pl.Callback):
             self._cache.refresh()  # type: ignore[union-attr]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        remove_auxiliary_loss(pl_module, self)
+        remove_from_step(pl_module, self)
         if getattr(self, "_cache", None) is not None:
             self._cache.close()  # type: ignore[union-attr]
         if getattr(self, "_teacher", None) is not None:

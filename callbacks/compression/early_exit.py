@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..contract import Card, Effect, Misconfigured, Technique, Workload, require
 from ..forward.blocks import blocks, recorded, replayed
-from ..forward.loss_terms import Step, add_auxiliary_loss, remove_auxiliary_loss
 from ..forward.outputs import logits_of
+from ..forward.training_step import Step, add_auxiliary_loss, remove_from_step
 
 MEASURES = ("confidence", "entropy")
 
@@ -200,7 +200,7 @@ class EarlyExit(Technique, pl.Callback):
         add_auxiliary_loss(pl_module, self)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        remove_auxiliary_loss(pl_module, self)
+        remove_from_step(pl_module, self)
         for name in ("_module", "_trainer", "_blocks"):
             self.__dict__.pop(name, None)
 

@@ -1,7 +1,8 @@
 """The repeated blocks of any model: find them, wrap them, and see or replay what they return.
 
 Several techniques may wrap one block. Whose call is inside whose is declared by `PLACES`, not by who came first: what
-watches a block sees what it finally returns, and a block that is skipped is not recomputed either.
+watches a block sees what it finally returns, tokens are taken out only of a block that is computed, and what is
+recomputed is what was computed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-Place = Literal["watch", "skip", "recompute"]
+Place = Literal["watch", "skip", "tokens", "recompute"]
 PLACES: tuple[Place, ...] = get_args(Place)  # from the outside in
 
 

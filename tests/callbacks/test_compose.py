@@ -1,7 +1,7 @@
 """Techniques are ordered or refused by their cards alone, whatever the order they were given in."""
 
 from contextlib import suppress
-from itertools import pairwise, permutations
+from itertools import pairwise, permutations, product
 
 import pytest
 from hypothesis import given
@@ -26,7 +26,7 @@ def order(*techniques, rules=(), facts=()):
 
 
 def rule(first, second, verdict, why="because"):
-    return Rule(first=first, second=second, verdict=verdict, why=why, source="a paper", fix="fix it")
+    return Rule(first=(first,), second=(second,), verdict=verdict, why=why, source="a paper", fix="fix it")
 
 
 def test_who_writes_a_part_acts_before_who_reads_it_and_ties_go_by_name():
@@ -142,22 +142,30 @@ def test_what_goes_together_has_one_order(first):
     chosen = fitting_with(first)
     order = [t.card.name for t in compose(chosen, FACTS).techniques]
     assert order == [t.card.name for t in compose(chosen[::-1], FACTS).techniques]
-    for rule in INTERACTIONS:
-        if {rule.first, rule.second} <= set(order):
-            assert order.index(rule.first) < order.index(rule.second)
+    for one, other, _ in PAIRS:
+        if {one, other} <= set(order):
+            assert order.index(one) < order.index(other)
 
 
-@pytest.mark.parametrize("rule", INTERACTIONS, ids=lambda rule: f"{rule.first}-{rule.second}")
-def test_a_rule_is_about_two_techniques_and_acts(rule):
-    assert rule.source and {rule.first, rule.second} <= set(TECHNIQUES), "a rule about nobody"
-    pair = [technique_class(name).example() for name in (rule.second, rule.first)]
+PAIRS = [(one, other, rule) for rule in INTERACTIONS for one, other in product(rule.first, rule.second)]
+
+
+@pytest.mark.parametrize(("one", "other", "rule"), PAIRS, ids=[f"{one}-{other}" for one, other, _ in PAIRS])
+def test_a_rule_is_about_two_techniques_and_acts(one, other, rule):
+    assert rule.source and {one, other} <= set(TECHNIQUES), "a rule about nobody"
+    pair = [technique_class(name).example() for name in (other, one)]
     if rule.verdict == "refuse":
-        with pytest.raises(IncompatibleTechniques, match=f"{rule.first} and {rule.second} do not go together"):
+        with pytest.raises(IncompatibleTechniques, match=f"{one} and {other} do not go together"):
             compose(pair, FACTS)
         return
     found = compose(pair, FACTS)
-    assert [t.card.name for t in found.techniques] == [rule.first, rule.second]
+    assert [t.card.name for t in found.techniques] == [one, other]
     assert len(found.warnings) == (rule.verdict == "warn")
+
+
+def test_a_pair_has_one_rule():
+    pairs = [frozenset((one, other)) for one, other, _ in PAIRS]
+    assert len(set(pairs)) == len(pairs)
 
 
 def test_techniques_are_made_by_name_with_the_nearest_in_mind():

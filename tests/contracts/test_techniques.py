@@ -198,7 +198,7 @@ def test_example_acts(cls, absent, acting):
 def test_card_names_every_part_it_changes(cls, absent, acting):
     """Only what follows from a part that is on the card may change besides."""
     trace = acting(cls)[1].parts
-    follow = {"activations": {"batch", "numerics", "modules"}}  # bytes kept follow shapes, types and layers
+    follow = {"activations": {"batch", "numerics", "modules", "tokens", "depth"}}  # bytes kept follow what is computed
     for part in TRACED:
         if not cls.card.writes & {part, *follow.get(part, ())}:
             assert trace[part] == absent[1].parts[part], f"{part} changes and is not among writes={cls.card.writes}"

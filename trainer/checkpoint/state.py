@@ -7,7 +7,7 @@ serves one device, DDP and ZeRO-1/2/3, and any change between them.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ... import ShoestringError
 from ...callbacks.contract import Technique, derive_seed
 from ...callbacks.parameters.accessor import shards_of
 from ...callbacks.parameters.shards import Shards, Slice
+from ...callbacks.sampling.scores import SampleScores
 from ...callbacks.sampling.seeding import reseed
 from . import format as checkpoint
 from .format import Piece, Pieces
@@ -26,6 +27,10 @@ from .format import Piece, Pieces
 
 class AnotherModel(ShoestringError):
     """The checkpoint is not of this model."""
+
+
+class OtherData(ShoestringError):
+    """The checkpoint is of other training data."""
 
 
 # -- taking --------------------------------------------------------------------------------------------------------
@@ -60,7 +65,8 @@ def rank_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
 
 
 def tensors(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, tuple[Piece, torch.Tensor]]:
-    """This rank's slices: master/, optimizer/<state>/, technique/<name>/<state>/, frozen/, and rank 0's buffer/."""
+    """This rank's slices: master/, optimizer/<state>/, technique/<name>/<state>/, table/<technique>/, frozen/, and rank
+    0's buffer/. Collective where a technique has tables."""
     shards = shards_of(trainer, module)
     pieces: dict[str, tuple[Piece, torch.Tensor]] = {}
     first = trainer.global_rank == 0
@@ -77,6 +83,9 @@ def tensors(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, tuple[
                         if shards.slices[name].length:
                             key = f"technique/{technique.state_key}/{state}/{name}"
                             pieces[key] = _piece(shards.slices[name], local)
+    for technique, name, table in _tables(trainer):
+        if len(piece := table.share()):
+            pieces[f"table/{technique}/{name}"] = Piece(table.offset, len(piece), (table.count,)), piece
     if not getattr(module, "reloads_frozen_weights", False):
         for name, (where, view) in shards.frozen().items():
             if (first or where.length != where.numel) and where.length:
@@ -184,7 +193,20 @@ def _restore_rest(module: pl.LightningModule, shards: Shards, pieces: Pieces) ->
                 buffer.copy_(pieces.cut(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
 
 
+def _tables(trainer: pl.Trainer) -> Iterator[tuple[str, str, SampleScores]]:
+    """(technique, name, table) of what techniques keep for each sample."""
+    for technique in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(technique, Technique):
+            for name, table in technique.tables().items():
+                yield technique.state_key, name, table
+
+
 def _restore_callbacks(trainer: pl.Trainer, common: Mapping[str, Any], pieces: Pieces, shards: Shards) -> None:
+    for technique, name, table in _tables(trainer):
+        if (key := f"table/{technique}/{name}") in pieces:
+            if pieces.shape(key) != (table.count,):
+                raise OtherData(f"{technique} kept {pieces.shape(key)[0]} samples, and the data has {table.count}")
+            table.load(pieces.cut(key, table.offset, table.length))
     for callback in trainer.callbacks:
         if callback.state_key in common["callbacks"]:
             callback.load_state_dict(common["callbacks"][callback.state_key])

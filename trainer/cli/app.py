@@ -201,7 +201,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command()
 def techniques() -> None:
-    """The table of techniques, as in the README."""
+    """The table of techniques: what each does, saves and keeps."""
     from .technique_table import technique_table
 
     typer.echo(technique_table())

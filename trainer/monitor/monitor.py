@@ -99,8 +99,8 @@ class Monitor(ReshapeListener, pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.order is not None and self.order.weights:
-            self.order.weigh(batch, pl_module.device)
+        if self.order is not None and self.order.targets is not None:
+            self.order.weigh(batch, batch_idx, pl_module.device)
         self.account.batch_begins(trainer, batch, batch_idx)
 
     # -- start ------------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ class Monitor(ReshapeListener, pl.Callback):
     # -- end --------------------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account = self.account
-        account.close()
+        account.close(trainer)
         lost = self._keep_weights(trainer, pl_module)
         account.spending.refresh()
         told = account.agreement.gather((peak_bytes(trainer.strategy.root_device), account.stopped_by))
@@ -273,7 +273,7 @@ class Monitor(ReshapeListener, pl.Callback):
         return account.agreement.gather(save_final_weights(trainer, module, final))[0]
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.account.spending.abort()
+        self.account.abort(trainer)
         self.request.release()
         reason = None if isinstance(exception, Preempted) else f"{type(exception).__name__}: {exception}"
         self.records.failed(self.account.clock.step, reason, self._spent_so_far())

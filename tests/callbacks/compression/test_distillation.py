@@ -15,8 +15,8 @@ from shoestring.callbacks import Distillation
 from shoestring.callbacks.compression.distillation_losses import kd_loss
 from shoestring.callbacks.compression.teachers import NoTeacher, frozen_copy
 from shoestring.callbacks.contract import Misconfigured
-from shoestring.callbacks.forward.loss_terms import NoLoss
 from shoestring.callbacks.forward.outputs import NoLogits
+from shoestring.callbacks.forward.training_step import NoLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

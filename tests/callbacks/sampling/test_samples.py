@@ -31,12 +31,27 @@ from shoestring.trainer import Budget
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 
 
-def batches(size=37, *, micro=2, accumulate=1, rank=0, world=1, seed=0, at=0, drop_last=False, base=None, keyed=False):
+def batches(
+    size=37,
+    *,
+    micro=2,
+    accumulate=1,
+    rank=0,
+    world=1,
+    seed=0,
+    at=0,
+    drop_last=False,
+    base=None,
+    keyed=False,
+    sizes=None,
+):
     base = RandomSampler(range(size)) if base is None else base
-    return GlobalBatches(
+    made = GlobalBatches(
         base, micro=micro, accumulate=accumulate, rank=rank, world=world, seed=seed, position=lambda: at,
         drop_last=drop_last, keyed=keyed,
     )  # fmt: skip
+    made.sizes = sizes
+    return made
 
 
 def globally(size, micro, accumulate, world, **options):
@@ -261,3 +276,63 @@ def test_a_run_with_another_seed_sees_another_order(tmp_path):
     train(tmp_path / "b", Budget(steps=5), module=two, data=loader(20), seed=1)
     assert one.seen != two.seen
     assert sorted(chain.from_iterable(one.seen)) == sorted(chain.from_iterable(two.seen))
+
+
+# -- smaller global batches, on the clock ------------------------------------------------------------------------------
+def growing(step):
+    """Half of the full batch in even steps, from step 6 on all of it; multiples of what every cut can share out."""
+    return 8 if step >= 6 or step % 2 else 4
+
+
+SMALL_CUTS = st.sampled_from([(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 4, 1), (2, 2, 2)])
+
+
+@given(size=st.integers(1, 70), cut=SMALL_CUTS, other=SMALL_CUTS, at=st.integers(0, 20), drop=st.booleans())
+def test_global_batches_of_changing_sizes_are_the_same_however_they_are_cut(size, cut, other, at, drop):
+    one, two = (globally(size, *c, at=at, drop_last=drop, sizes=growing) for c in (cut, other))
+    assert one == two
+    whole = batches(size, micro=8, at=at, drop_last=drop, sizes=growing)
+    assert len(one) == whole.steps_per_epoch - whole.place(at).step
+    assert [sum(step.values()) for step in one] == [growing(at + i) for i in range(len(one))]
+
+
+@given(size=st.integers(1, 70), at=st.integers(0, 20), drop=st.booleans())
+def test_changing_sizes_use_every_sample_once_an_epoch_and_resume_where_they_were(size, at, drop):
+    whole = batches(size, micro=8, drop_last=drop, sizes=growing)
+    steps, epochs, position = [], [], 0
+    while position <= at:
+        epoch = list(batches(size, micro=8, drop_last=drop, sizes=growing, at=position))
+        epochs.append(epoch)
+        steps += epoch
+        position += len(epoch)
+    resumed = list(batches(size, micro=8, drop_last=drop, sizes=growing, at=at))
+    assert steps[at:] == resumed
+    assert whole.place(at).epoch == len(epochs) - 1
+    for epoch in epochs:
+        used = Counter(i for batch in epoch for i in batch)
+        if not drop:
+            assert used.keys() == set(range(size))
+            assert sum(used.values()) - size < 8, "more than the last batch was filled up"
+        elif len(epoch) > 1:
+            assert max(used.values()) == 1 and size - len(used) < 8
+
+
+def test_sizes_that_change_nothing_leave_the_order_alone():
+    assert list(batches(at=3)) == list(batches(at=3, sizes=lambda step: 2))
+
+
+# -- which samples a batch holds ---------------------------------------------------------------------------------------
+@given(size=st.integers(1, 50), at=st.integers(0, 60), ahead=st.integers(0, 7))
+def test_what_was_drawn_is_known_until_it_has_been_trained_on(size, at, ahead):
+    """Loader workers draw ahead; Lightning counts micro-batches within the epoch."""
+    clock = [at]
+    order = batches(size, micro=2, accumulate=2)
+    order.position = lambda: clock[0]
+    first = order.place(at).step * 2
+    draw, drawn = iter(order), []
+    for index in range(len(order) - first):
+        while len(drawn) <= min(index + ahead, len(order) - first - 1):
+            drawn.append(next(draw))
+        assert list(order.drawn(first + index).samples) == drawn[index]
+        clock[0] = at + (index + 1) // 2
+    assert len(order._under_way) <= 2 * (ahead // 2 + 3)
