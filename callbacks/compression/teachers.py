@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ShoestringError
+from ..forward.blocks import unwrap_copies
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -51,6 +52,7 @@ def frozen_copy(module: nn.Module, dtype: torch.dtype, *, apart: bool) -> nn.Mod
             elif isinstance(value, Tensor):
                 memo.setdefault(id(value), value.detach())
     taught = copy.deepcopy(module, memo)
+    unwrap_copies(taught)
     for part in taught.modules():
         part._parameters = dict(part._parameters)  # ZeRO-3's own kind of dictionary gathers what is looked up
         for kind in _HOOKS:

@@ -7,7 +7,7 @@ recomputed is what was computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
@@ -76,6 +76,20 @@ def _wrapped_class(original: type, layers: list[tuple[Place, Callable[..., Any]]
 
     own = {"__call__": instead, "_shoestring_original": original, "_shoestring_layers": layers}
     return type(original.__name__, (original,), own)
+
+
+def unwrap_copies(module: nn.Module) -> None:
+    """In a deep copy of a model: leave its blocks to themselves, which share their calls with the model's own."""
+    for part in module.modules():
+        if (original := getattr(part, "_shoestring_original", None)) is not None:
+            part.__class__ = original
+
+
+def costs_like(block: nn.Module) -> Hashable:
+    """The same for blocks that take as many FLOPs as one another, on inputs of one shape."""
+    plain: type = getattr(block, "_shoestring_original", type(block))
+    places = tuple(place for place, _ in vars(type(block)).get("_shoestring_layers", ()))
+    return plain, places, tuple(tuple(getattr(p, "ds_shape", p.shape)) for p in block.parameters())
 
 
 @contextmanager

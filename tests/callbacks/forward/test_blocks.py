@@ -1,5 +1,6 @@
 """Calls around one block nest as declared, whoever came first, and leave nothing behind."""
 
+import copy
 from itertools import permutations
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from shoestring.callbacks.forward.blocks import PLACES, blocks, recorded, wrap_block
+from shoestring.callbacks.forward.blocks import PLACES, blocks, costs_like, recorded, unwrap_copies, wrap_block
 
 
 class Block(nn.Module):
@@ -77,3 +78,26 @@ def test_a_skipped_block_is_not_computed():
     wrap_block(net[0], "recompute", noting(computed, "recompute"))
     wrap_block(net[0], "skip", lambda inner, x: x)
     assert torch.equal(net(x), net[1](x)) and not computed
+
+
+def test_a_copy_is_left_to_itself():
+    net, seen = model(), []
+    remove = wrap_block(net[0], "skip", noting(seen, "skip"))
+    copied = copy.deepcopy(net)
+    unwrap_copies(copied)
+    copied(torch.zeros(1, 3))
+    assert not seen and type(copied[0]) is Block
+    net(torch.zeros(1, 3))
+    assert seen == ["skip"]
+    remove()
+    assert type(net[0]) is Block
+
+
+def test_blocks_cost_alike_where_shapes_and_calls_around_them_are():
+    net = nn.Sequential(Block(), Block(), Block())
+    net[2].inside = nn.Linear(3, 4)
+    assert costs_like(net[0]) == costs_like(net[1]) != costs_like(net[2])
+    wrap_block(net[0], "recompute", lambda inner, *args: inner(*args))
+    assert costs_like(net[0]) != costs_like(net[1])
+    wrap_block(net[1], "recompute", lambda inner, *args: inner(*args))
+    assert costs_like(net[0]) == costs_like(net[1])
