@@ -26,6 +26,7 @@ from .data.competence_curriculum import CompetenceCurriculum as CompetenceCurric
 
 # model
 from .model.gradient_checkpointing import GradientCheckpointing as GradientCheckpointing
+from .model.stochastic_depth import StochasticDepth as StochasticDepth
 
 # optimization
 from .optimization.lr_schedule import LRSchedule as LRSchedule
