@@ -36,7 +36,7 @@ def available_memory() -> int:
     return min([int(psutil.virtual_memory().available), *(limit.bytes - limit.used() for limit in _memory_limits())])
 
 
-class _Files(NamedTuple):
+class _MemoryFiles(NamedTuple):
     """Where a version of control groups says how much memory there may be, how much is used, and is cache of it."""
 
     limit: str
@@ -45,15 +45,15 @@ class _Files(NamedTuple):
 
 
 _MEMORY = (
-    _Files("memory.max", "memory.current", "inactive_file"),
-    _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    _MemoryFiles("memory.max", "memory.current", "inactive_file"),
+    _MemoryFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
 class _MemoryLimit(NamedTuple):
     bytes: int
     folder: Path
-    files: _Files
+    files: _MemoryFiles
 
     def used(self) -> int:
         """Without the files in the page cache that would be dropped first; 0 where nobody says."""

@@ -2,7 +2,7 @@
 
 The loaders that come with YAML libraries read `off` as False and `1e-4` as text, keep the last of two equal keys
 without a word, build Python objects on request, expand nested aliases without limit and forget the line numbers. This
-one reads parser events and builds a tree of `Node`s: scalars as in YAML 1.2, no tags, no duplicate keys, and every
+one reads parser events and builds a tree of `YamlNode`s: scalars as in YAML 1.2, no tags, no duplicate keys, and every
 alias counted at its full size before anything is expanded.
 
 Why not ruamel.yaml, which reads YAML 1.2 and keeps lines: its loader that does so bounds neither depth nor what aliases
@@ -41,12 +41,12 @@ _TAG = re.compile(r"![^\s,\[\]{}]*")
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class YamlNode:
     """A value and where it stands.
 
-    `value` is a scalar, `list[Node]` or `dict[str, Node]`; `where` the `file:line` of its key (of the item in a list);
-    `text` a scalar's spelling, quotes included; `size` and `height` count its nodes and levels, aliases expanded;
-    `flawed` says that a problem with it was reported already, so that nothing more is said about it.
+    `value` is a scalar, a list of nodes, or nodes by name; `where` is the `file:line` of its key (of the item in a
+    list); `text` is a scalar's spelling, quotes included; `size` and `height` count its nodes and levels, aliases
+    expanded; `flawed` says that a problem with it was reported already, so that nothing more is said about it.
     """
 
     value: Any
@@ -87,14 +87,14 @@ def is_text(word: str) -> bool:
         return False
 
 
-def collection(value: list[Node] | dict[str, Node], where: str) -> Node:
+def collection(value: list[YamlNode] | dict[str, YamlNode], where: str) -> YamlNode:
     """The node of a list or a mapping, its size and height counted from its children."""
     children = value if isinstance(value, list) else list(value.values())
     size = 1 + sum(child.size for child in children)
-    return Node(value, where, "", size, 1 + max((child.height for child in children), default=0))
+    return YamlNode(value, where, "", size, 1 + max((child.height for child in children), default=0))
 
 
-def plain(node: Node) -> Any:
+def plain(node: YamlNode) -> Any:
     """The values alone, as `yaml.safe_load` would give them; None for what was refused."""
     if node.flawed:
         return None
@@ -132,7 +132,7 @@ def read_text(path: Path) -> str:
 
 def read_yaml(
     text: str, place: Callable[[int], str], *, key: str = "", what: str = "file", least: str = ""
-) -> tuple[Node, list[Problem]]:
+) -> tuple[YamlNode, list[Problem]]:
     """The one document of `text` as a tree, and the problems it has that do not stop the reading.
 
     Args:
@@ -153,11 +153,11 @@ class _Builder:
     def __init__(self, text: str, place: Callable[[int], str], key: str, what: str, least: str) -> None:
         self.text, self.place, self.what, self.least = text, place, what, least
         self.problems: list[Problem] = []
-        self.anchors: dict[str, Node | None] = {}  # None while the anchored node is still being built
+        self.anchors: dict[str, YamlNode | None] = {}  # None while the anchored node is still being built
         self.path = [key] if key else []
         self.nodes = 0
 
-    def document(self) -> tuple[Node, list[Problem]]:
+    def document(self) -> tuple[YamlNode, list[Problem]]:
         try:
             self.events = yaml.SafeLoader(self.text)
             self.next()  # the start of the stream
@@ -177,7 +177,7 @@ class _Builder:
             raise self.syntax(error) from None
         return node, self.problems
 
-    def node(self, event: Any) -> Node:
+    def node(self, event: Any) -> YamlNode:
         if isinstance(event, yaml.AliasEvent):
             return self.alias(event)
         self.count(1, 1, event)
@@ -190,30 +190,30 @@ class _Builder:
             self.anchors[event.anchor] = node
         return node
 
-    def content(self, event: Any) -> Node:
+    def content(self, event: Any) -> YamlNode:
         where = self.where(event)
         if isinstance(event, yaml.ScalarEvent):
             return self.leaf(event, where)
         value: Any = self.items() if isinstance(event, yaml.SequenceStartEvent) else self.entries()
         return collection(value, where)
 
-    def leaf(self, event: Any, where: str) -> Node:
+    def leaf(self, event: Any, where: str) -> YamlNode:
         if event.style is not None:
-            return Node(event.value, where, self.text[event.start_mark.index : event.end_mark.index])
+            return YamlNode(event.value, where, self.text[event.start_mark.index : event.end_mark.index])
         try:
-            return Node(scalar(event.value), where, event.value)
+            return YamlNode(scalar(event.value), where, event.value)
         except ValueError as error:
             self.report(where, clip(event.value), str(error))
-            return Node(None, where, event.value, flawed=True)
+            return YamlNode(None, where, event.value, flawed=True)
 
-    def items(self) -> list[Node]:
-        children: list[Node] = []
+    def items(self) -> list[YamlNode]:
+        children: list[YamlNode] = []
         while not isinstance(event := self.next(), yaml.SequenceEndEvent):
             children.append(self.child(f"[{len(children)}]", event))
         return children
 
-    def entries(self) -> dict[str, Node]:
-        entries: dict[str, Node] = {}
+    def entries(self) -> dict[str, YamlNode]:
+        entries: dict[str, YamlNode] = {}
         while not isinstance(event := self.next(), yaml.MappingEndEvent):
             key, where = self.key(event), self.where(event)
             node = replace(self.child(key or "?", self.next()), where=where)
@@ -224,7 +224,7 @@ class _Builder:
                 entries[key] = node
         return entries
 
-    def child(self, part: str, event: Any) -> Node:
+    def child(self, part: str, event: Any) -> YamlNode:
         self.path.append(part)
         node = self.node(event)
         self.path.pop()
@@ -239,7 +239,7 @@ class _Builder:
         self.report(node.where, clip(node.text) or "an empty key", "keys that are text", f'quote it: "{node.text}"')
         return None
 
-    def alias(self, event: Any) -> Node:
+    def alias(self, event: Any) -> YamlNode:
         name = event.anchor
         if name not in self.anchors:
             raise self.fatal(event, f"*{name}", f"an alias of an anchor that stands above it; there is no &{name}")
@@ -249,7 +249,7 @@ class _Builder:
         self.count(node.size, node.height, event)
         return replace(node, where=self.where(event))
 
-    def tagged(self, event: Any, node: Node) -> Node:
+    def tagged(self, event: Any, node: YamlNode) -> YamlNode:
         tag = _TAG.search(self.text, event.start_mark.index)
         described = f"the tag {clip(tag[0])}" if tag else "a tag"
         self.report(self.where(event), described, "values without a tag", f"remove it: a {self.what} has no tags")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..problems import Problem
 from ..spelling import nearest
-from ..yaml_reader import Node, plain
+from ..yaml_reader import YamlNode, plain
 from . import tree as trees
 from .errors import RecipeError
 from .fields import allowed, hint, homes, resolve
@@ -22,7 +22,7 @@ from .tree import Path, dot, shown
 STAND_IN = {"name": "x", "model": {"task": "causal-lm"}, "data": {"source": "python-stdlib"}, "budget": {}}
 
 
-def validate(tree: Node, problems: Iterable[Problem] = (), allow_code: bool = False) -> Recipe:
+def validate(tree: YamlNode, problems: Iterable[Problem] = (), allow_code: bool = False) -> Recipe:
     """The recipe that `tree` describes. Raises `RecipeError` with `problems` and all that is wrong beside them."""
     collected = list(problems)
     bad = {path for path, node in trees.walk(tree) if node.flawed}
@@ -63,7 +63,7 @@ class Slip:
         return any(len(slip.path) > len(self.path) and slip.path[: len(self.path)] == self.path for slip in slips)
 
 
-def _slips(error: ValidationError, tree: Node) -> list[Slip]:
+def _slips(error: ValidationError, tree: YamlNode) -> list[Slip]:
     """One per path: a field that may be of several types gets an error for each of them."""
     by_path: dict[Path, Slip] = {}
     for detail in error.errors(include_url=False):
@@ -72,7 +72,7 @@ def _slips(error: ValidationError, tree: Node) -> list[Slip]:
     return list(by_path.values())
 
 
-def _slip(detail: dict[str, Any], tree: Node) -> Slip:
+def _slip(detail: dict[str, Any], tree: YamlNode) -> Slip:
     path, section, field = resolve(detail["loc"], tree)
     if detail["type"] == "extra_forbidden":
         return _unknown(path, section, tree)
@@ -83,7 +83,7 @@ def _slip(detail: dict[str, Any], tree: Node) -> Slip:
     return Slip(path, path, missing, Problem(trees.where(tree, path), key, shown(node), rule, way_out))
 
 
-def _unknown(path: Path, section: type[BaseModel], tree: Node) -> Slip:
+def _unknown(path: Path, section: type[BaseModel], tree: YamlNode) -> Slip:
     word, keys = str(path[-1]), list(section.model_fields)
     if len(path) == 1 and word != "extends":
         keys.append("extends")
@@ -124,7 +124,7 @@ def _drop(values: Any, path: Path) -> None:
         values = values[part]
 
 
-def _rules(recipe: Recipe, tree: Node, bad: set[Path], allow_code: bool) -> list[Problem]:
+def _rules(recipe: Recipe, tree: YamlNode, bad: set[Path], allow_code: bool) -> list[Problem]:
     names = {dot(path) for path in bad}
 
     def in_error(key: str) -> bool:
@@ -137,14 +137,14 @@ def _above(one: str, other: str) -> bool:
     return one == other or other.startswith((f"{one}.", f"{one}["))
 
 
-def _problem(rule: Broken, tree: Node) -> Problem:
+def _problem(rule: Broken, tree: YamlNode) -> Problem:
     named = {key: node for path, node in trees.walk(tree) for key in (dot(path), _technique_key(path, node))}
     node = named.get(rule.key)
     place = node.where if node else trees.where(tree, tuple(rule.key.split(".")))
     return Problem(place, rule.key, rule.found or shown(node), rule.allowed, rule.hint)
 
 
-def _technique_key(path: Path, node: Node | None) -> str:
+def _technique_key(path: Path, node: YamlNode | None) -> str:
     """A technique goes by its name instead of its number, as in overrides: `techniques.gradual_pruning`."""
     if len(path) == 2 and path[0] == "techniques" and node is not None:
         if isinstance(node.value, str):
@@ -154,7 +154,7 @@ def _technique_key(path: Path, node: Node | None) -> str:
     return dot(path)
 
 
-def _places(tree: Node, recipe: Recipe) -> dict[str, str]:
+def _places(tree: YamlNode, recipe: Recipe) -> dict[str, str]:
     """Key path -> place, techniques by name."""
     places = {}
     for path, node in trees.walk(tree):

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..spelling import did_you_mean, nearest
-from ..yaml_reader import Node, scalar
+from ..yaml_reader import YamlNode, scalar
 from . import tree as trees
 from .recipe import Recipe
 from .tree import Path
@@ -23,7 +23,7 @@ OTHER_TOOLS_NAMES = {  # by the names that other tools use
 }
 
 
-def resolve(loc: tuple[str | int, ...], tree: Node) -> tuple[Path, type[BaseModel], FieldInfo | None]:
+def resolve(loc: tuple[str | int, ...], tree: YamlNode) -> tuple[Path, type[BaseModel], FieldInfo | None]:
     """The path of an error's location without the labels that pydantic puts between, its section and its field."""
     path: Path = ()
     section: type[BaseModel] = Recipe
@@ -81,7 +81,7 @@ def allowed(field: FieldInfo | None) -> str:
     return " | ".join(_choices(field.annotation))
 
 
-def hint(node: Node | None, field: FieldInfo | None) -> str:
+def hint(node: YamlNode | None, field: FieldInfo | None) -> str:
     """The way out, as far as the value shows what was meant."""
     if node is None or field is None:
         return ""
@@ -98,7 +98,7 @@ def hint(node: Node | None, field: FieldInfo | None) -> str:
     return ""
 
 
-def _hint_for_text(node: Node, field: FieldInfo, numeric: bool) -> str:
+def _hint_for_text(node: YamlNode, field: FieldInfo, numeric: bool) -> str:
     if numeric and node.text != node.value and _is_number(node.value):
         return f"a number needs no quotes: {node.value}"
     if bool in _types(field.annotation) and node.value.lower() in ("yes", "on", "no", "off"):

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..problems import Problem, clip
 from ..spelling import nearest
-from ..yaml_reader import Node, collection
+from ..yaml_reader import YamlNode, collection
 from .check import validate
 from .errors import RecipeError
 from .overrides import override
@@ -96,12 +96,12 @@ def recipe_from(values: Mapping[str, Any], name: str = "recipe", allow_code: boo
     return validate(_named(graft(dict(values), name), name), (), allow_code)
 
 
-def _named(tree: Node, stem: str) -> Node:
+def _named(tree: YamlNode, stem: str) -> YamlNode:
     """With the file's stem as the name where the recipe gives none; not a key of the user's, so it stands nowhere."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:100] or "recipe"
     if "name" in tree.value:
         return tree
-    return collection({"name": Node(name, tree.where, name), **tree.value}, tree.where)
+    return collection({"name": YamlNode(name, tree.where, name), **tree.value}, tree.where)
 
 
 class _Files:
@@ -109,10 +109,10 @@ class _Files:
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
-        self.done: dict[Path, Node] = {}
+        self.done: dict[Path, YamlNode] = {}
         self.open: list[Path] = []  # from the recipe down to the file being read
 
-    def tree(self, path: Path) -> Node:
+    def tree(self, path: Path) -> YamlNode:
         home = path.resolve()
         if home not in self.done:
             self.open.append(home)
@@ -120,24 +120,24 @@ class _Files:
             self.open.pop()
         return self.done[home]
 
-    def read(self, path: Path) -> Node:
+    def read(self, path: Path) -> YamlNode:
         node, problems = read_tree(read_recipe_text(path), lambda line: f"{path}:{line}")
         self.problems += problems
         if not isinstance(node.value, dict) and not node.flawed:
             raise self.fatal(node, "", shown(node), LEAST)
         return node if isinstance(node.value, dict) else collection({}, node.where)
 
-    def extended(self, path: Path, node: Node) -> Node:
+    def extended(self, path: Path, node: YamlNode) -> YamlNode:
         """`node` upon all that it extends, in the order written."""
         names = node.value.get("extends")
         tree = collection({key: child for key, child in node.value.items() if key != "extends"}, node.where)
-        below: Node | None = None
+        below: YamlNode | None = None
         for item in self.extends(names):
             base = self.tree(self.base(path, item))
             below = merge(below, base) if below else base
         return merge(below, tree) if below else tree
 
-    def extends(self, names: Node | None) -> list[Node]:
+    def extends(self, names: YamlNode | None) -> list[YamlNode]:
         items = [] if names is None or names.value is None else names.value
         items = items if isinstance(items, list) else [names]
         for item in items:
@@ -145,7 +145,7 @@ class _Files:
                 raise self.fatal(item, "extends", shown(item), "a file, or a list of files, relative to this one")
         return list(items)
 
-    def base(self, path: Path, item: Node) -> Path:
+    def base(self, path: Path, item: YamlNode) -> Path:
         base = _located(item.value, path.parent, item.where, "extends")
         if base.resolve() in self.open:
             chain = " -> ".join(file.name for file in [*self.open[self.open.index(base.resolve()) :], base])
@@ -154,7 +154,7 @@ class _Files:
             raise self.fatal(item, "extends", f"more than {MAX_FILES} files", f"at most {MAX_FILES}")
         return base
 
-    def fatal(self, node: Node, key: str, found: str, allowed: str) -> RecipeError:
+    def fatal(self, node: YamlNode, key: str, found: str, allowed: str) -> RecipeError:
         return RecipeError([*self.problems, Problem(node.where, key, found, allowed)])
 
 

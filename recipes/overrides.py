@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from ..problems import Problem, clip
 from ..spelling import did_you_mean
-from ..yaml_reader import Node, collection, scalar
+from ..yaml_reader import YamlNode, collection, scalar
 from .errors import RecipeError
 from .reader import read_tree
 from .tree import put, shown
@@ -27,7 +27,7 @@ _OVERRIDE = re.compile(r"(?P<path>[^=\s]+?)(?P<sign>[+-]?)=(?P<value>.*)", re.DO
 FORM = "key.path=value, techniques+=name or techniques-=name"
 
 
-def override(tree: Node, text: str) -> Node:
+def override(tree: YamlNode, text: str) -> YamlNode:
     """`tree` with one override applied. Raises `RecipeError` with `override "..."` in the place of file and line."""
     place = f'override "{clip(text)}"'
     match = _OVERRIDE.fullmatch(text.strip())
@@ -43,7 +43,7 @@ def override(tree: Node, text: str) -> Node:
     return put(tree, match["path"].split("."), leaf)
 
 
-def _value(text: str, place: str, key: str) -> Node:
+def _value(text: str, place: str, key: str) -> YamlNode:
     """Brackets and quotes are YAML; anything else is one scalar, so that `def f(x):` needs no quotes."""
     if text[:1] in ("[", "{") or (len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"):
         node, problems = read_tree(text, lambda line: place, key)
@@ -51,34 +51,34 @@ def _value(text: str, place: str, key: str) -> Node:
             raise RecipeError(problems)
         return node
     try:
-        return Node(scalar(text), place, text)
+        return YamlNode(scalar(text), place, text)
     except ValueError as error:
         raise RecipeError([Problem(place, key, clip(text), str(error))]) from None
 
 
-def technique_name(item: Node) -> str:
+def technique_name(item: YamlNode) -> str:
     """The name of an item of the list `techniques`; empty where it has none."""
     if isinstance(item.value, dict) and item.value:
         return next(iter(item.value))
     return item.value if isinstance(item.value, str) else ""
 
 
-def _items(tree: Node) -> list[Node]:
+def _items(tree: YamlNode) -> list[YamlNode]:
     held = tree.value.get("techniques")
     return list(held.value) if held and isinstance(held.value, list) else []
 
 
-def _with_items(tree: Node, items: Sequence[Node], place: str) -> Node:
+def _with_items(tree: YamlNode, items: Sequence[YamlNode], place: str) -> YamlNode:
     return put(tree, ["techniques"], collection(list(items), place))
 
 
-def _added(tree: Node, leaf: Node) -> Node:
+def _added(tree: YamlNode, leaf: YamlNode) -> YamlNode:
     more = leaf.value if isinstance(leaf.value, list) else [leaf]
     held = tree.value.get("techniques")
     return _with_items(tree, [*_items(tree), *more], held.where if held else leaf.where)
 
 
-def _removed(tree: Node, leaf: Node) -> Node:
+def _removed(tree: YamlNode, leaf: YamlNode) -> YamlNode:
     items = _items(tree)
     name = technique_name(leaf)
     _position(items, name, leaf.where, shown(leaf), "")
@@ -86,7 +86,7 @@ def _removed(tree: Node, leaf: Node) -> Node:
     return _with_items(tree, kept, tree.value["techniques"].where)
 
 
-def _set_technique(tree: Node, path: str, leaf: Node) -> Node:
+def _set_technique(tree: YamlNode, path: str, leaf: YamlNode) -> YamlNode:
     items = _items(tree)
     known = [name for name in map(technique_name, items) if path == name or path.startswith(f"{name}.")]
     name = max(known, key=len, default=path.partition(".")[0])  # names of the user's own code have dots
@@ -98,7 +98,7 @@ def _set_technique(tree: Node, path: str, leaf: Node) -> Node:
     return _with_items(tree, items, tree.value["techniques"].where)
 
 
-def _position(items: Sequence[Node], name: str, place: str, found: str, otherwise: str) -> int:
+def _position(items: Sequence[YamlNode], name: str, place: str, found: str, otherwise: str) -> int:
     names = [technique_name(item) for item in items]
     if name in names:
         return names.index(name)

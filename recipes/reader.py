@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..problems import Malformed, Problem
-from ..yaml_reader import Node, read_text, read_yaml
+from ..yaml_reader import YamlNode, read_text, read_yaml
 from .errors import RecipeError
 
 LEAST = "a mapping with at least model, data and budget"
 
 
-def read_tree(text: str, place: Callable[[int], str], key: str = "") -> tuple[Node, list[Problem]]:
+def read_tree(text: str, place: Callable[[int], str], key: str = "") -> tuple[YamlNode, list[Problem]]:
     """`read_yaml` of a recipe, or of a value in an override.
 
     Raises:

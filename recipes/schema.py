@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer
+from pydantic import BeforeValidator, Field, model_serializer
 from pydantic_core import PydanticCustomError
 
 from ..own_code import CODE
+from ..section import Section as Section
 from ..units import UnitError
 from . import amounts
 
@@ -24,12 +25,6 @@ Text = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, no conversions (`"3"` is not 3), no infinities."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
 def _said(error: UnitError) -> PydanticCustomError:

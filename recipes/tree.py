@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..problems import Problem, clip
-from ..yaml_reader import Node, collection
+from ..yaml_reader import YamlNode, collection
 from .errors import RecipeError
 
 Path = tuple[str | int, ...]
 
 
-def merge(base: Node, over: Node) -> Node:
+def merge(base: YamlNode, over: YamlNode) -> YamlNode:
     """`over` upon `base`: mappings merge key by key, anything else (lists too) is replaced as a whole."""
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
@@ -22,7 +22,7 @@ def merge(base: Node, over: Node) -> Node:
     return collection(merged, over.where)
 
 
-def put(tree: Node, path: Sequence[str], leaf: Node) -> Node:
+def put(tree: YamlNode, path: Sequence[str], leaf: YamlNode) -> YamlNode:
     """`tree` with `leaf` at `path`; mappings on the way are made where there are none."""
     if not path:
         return leaf
@@ -31,9 +31,9 @@ def put(tree: Node, path: Sequence[str], leaf: Node) -> Node:
     return collection({**held, path[0]: below}, tree.where if held else leaf.where)
 
 
-def find(tree: Node, path: Path) -> Node | None:
+def find(tree: YamlNode, path: Path) -> YamlNode | None:
     """The node at `path`, or None."""
-    node: Node | None = tree
+    node: YamlNode | None = tree
     for part in path:
         held = node.value if node else None
         if isinstance(part, int) and isinstance(held, list):
@@ -43,7 +43,7 @@ def find(tree: Node, path: Path) -> Node | None:
     return node
 
 
-def where(tree: Node, path: Path) -> str:
+def where(tree: YamlNode, path: Path) -> str:
     """Return the place of the node at `path`, or of the nearest one above it."""
     while path and find(tree, path) is None:
         path = path[:-1]
@@ -51,7 +51,7 @@ def where(tree: Node, path: Path) -> str:
     return node.where if node else tree.where
 
 
-def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, Node]]:
+def walk(node: YamlNode, path: Path = ()) -> Iterator[tuple[Path, YamlNode]]:
     """Every node of the tree with its path, parents first."""
     yield path, node
     if isinstance(node.value, dict):
@@ -62,7 +62,7 @@ def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, Node]]:
             yield from walk(child, (*path, index))
 
 
-def graft(value: Any, place: str, path: Path = ()) -> Node:
+def graft(value: Any, place: str, path: Path = ()) -> YamlNode:
     """A tree of plain Python values, every node of it standing at `place`.
 
     Raises `RecipeError` for a value that no file could hold: an object, a number that is none.
@@ -74,10 +74,10 @@ def graft(value: Any, place: str, path: Path = ()) -> Node:
     if (value is not None and type(value) not in (bool, int, float, str)) or value != value:
         rule = "true, false, None, numbers, text, lists and mappings of them"
         raise RecipeError([Problem(place, dot(path), clip(repr(value)), rule)])
-    return Node(value, place, repr(value) if isinstance(value, str) else str(value))
+    return YamlNode(value, place, repr(value) if isinstance(value, str) else str(value))
 
 
-def shown(node: Node | None) -> str:
+def shown(node: YamlNode | None) -> str:
     """The value as a message repeats it: in the user's spelling, on one line, cut to length."""
     if node is None or (node.value is None and not node.text):
         return "nothing"

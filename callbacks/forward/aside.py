@@ -11,13 +11,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ... import ShoestringError
+from .training_step import NoLoss
 
 LOGS = ("log", "log_dict")
-
-
-class NoLoss(ShoestringError):
-    """A training step that returns no loss."""
 
 
 @contextmanager

@@ -25,7 +25,7 @@ _IGNORED = -100  # a label that no loss counts, as in torch's cross entropy
 
 
 class NoLoss(ShoestringError):
-    """There is no loss to add to."""
+    """A training step that returns no loss, or none that can be added to."""
 
 
 class CannotChoose(ShoestringError):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ... import ShoestringError
 from ...problems import Malformed, Problem
-from ...yaml_reader import Node, plain, read_text, read_yaml
+from ...yaml_reader import YamlNode, plain, read_text, read_yaml
 
 LEAST = "a mapping with at least name, engine, devices_per_node and hardware"
 Where = tuple[str | int, ...]
@@ -58,7 +58,7 @@ def read(path: Path) -> Document:
     return document
 
 
-def _note(node: Node, at: Where, document: Document) -> None:
+def _note(node: YamlNode, at: Where, document: Document) -> None:
     """Write down where `node` and all below it stand, and how scalars are spelled."""
     document.places[at] = node.where
     if isinstance(node.value, dict):

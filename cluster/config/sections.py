@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from ...section import Section as Section
 from ...units import BYTES, TIME, quantity
 from .hardware import HardwareError, hardware
 
 NAME = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"  # fits a DNS label with something added on both sides
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
-
-
-class Section(BaseModel):
-    """Base of all sections."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
 def _hours(value: Any) -> Any:

@@ -36,7 +36,7 @@ def bundle(facts: Mapping[str, Any]) -> dict[str, float]:
     return {"CPU": tasks * options["cpus_per_task"], **gpus, **options["resources"]}
 
 
-class StopRequest:
+class JobSignals:
     """The requests of signals to the job: to end after saving (`cancelled`), or to save and run again."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class StopRequest:
         return "SIGTERM" if self.cancelled else "SIGUSR1" if self.again else ""
 
 
-class Tasks:
+class NodeActor:
     """The actor of one node. Ray's workers need not have this package: nothing of it is used here."""
 
     def where(self) -> tuple[str, int]:
@@ -86,7 +86,7 @@ class Tasks:
             self.process.send_signal(signal.Signals[name])
 
 
-class Node:
+class RayNode:
     """One node of an attempt, seen from the driver. `code` None: it runs; `died`: its actor is gone."""
 
     def __init__(self, actor: Any, id: str, label: str) -> None:
@@ -131,7 +131,7 @@ class Node:
         self.code = 137 if self.code is None else self.code
 
 
-def wait_for_group(facts: Mapping[str, Any], job_dir: Path, request: StopRequest) -> Any:
+def wait_for_group(facts: Mapping[str, Any], job_dir: Path, request: JobSignals) -> Any:
     """A placement group on nodes that are not excluded; None if the job is cancelled before there is one."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -165,20 +165,20 @@ def ids_of(group: Any) -> list[str]:
     return [where[rank] for rank in range(len(where))]
 
 
-def start_nodes(facts: Mapping[str, Any], group: Any, ids: Sequence[str], command: Sequence[str]) -> list[Node]:
+def start_nodes(facts: Mapping[str, Any], group: Any, ids: Sequence[str], command: Sequence[str]) -> list[RayNode]:
     """An actor in each bundle, which runs `command` with its rank, and the address and a port of the first node."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[Tasks.__module__])
+    ray.cloudpickle.register_pickle_by_value(sys.modules[NodeActor.__module__])
     wanted = bundle(facts)
     custom = {name: amount for name, amount in wanted.items() if name not in ("CPU", "GPU")}
     options = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU", 0), "resources": custom}
     nodes = []
     for rank, id in enumerate(ids):
         place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-        actor = ray.remote(Tasks).options(scheduling_strategy=place, **options).remote()
-        nodes.append(Node(actor, id, f"{rank}: " if len(ids) > 1 else ""))
+        actor = ray.remote(NodeActor).options(scheduling_strategy=place, **options).remote()
+        nodes.append(RayNode(actor, id, f"{rank}: " if len(ids) > 1 else ""))
     address, port = ray.get(nodes[0].actor.where.remote())
     begun = []
     for rank, node in enumerate(nodes):
@@ -187,7 +187,7 @@ def start_nodes(facts: Mapping[str, Any], group: Any, ids: Sequence[str], comman
     return nodes
 
 
-def watch(nodes: Sequence[Node], seconds: int, lead: int, request: StopRequest) -> None:
+def watch(nodes: Sequence[RayNode], seconds: int, lead: int, request: JobSignals) -> None:
     """Pass on what the nodes say and what signals ask, until all have ended.
 
     Where one has failed, the others, which may wait for it for ever, get `lead` seconds and are then told to end; where
@@ -221,7 +221,7 @@ def lost(suspects: Sequence[str]) -> list[str]:
     return [id for id in suspects if id not in alive]
 
 
-def attempt(job_dir: Path, number: int, facts: Mapping[str, Any], group: Any, request: StopRequest) -> tuple[str, int]:
+def attempt(job_dir: Path, number: int, facts: Mapping[str, Any], group: Any, request: JobSignals) -> tuple[str, int]:
     """One attempt on the nodes of `group`: what comes next, and the exit code."""
     import ray
 
@@ -230,7 +230,7 @@ def attempt(job_dir: Path, number: int, facts: Mapping[str, Any], group: Any, re
     seconds = attempts.begin(job_dir, number, on)
     if not seconds:
         return "exhausted", exits.AGAIN
-    nodes: list[Node] = []
+    nodes: list[RayNode] = []
     try:
         command = ["bash", str(job_dir / "node.sh"), str(number), str(seconds), ",".join(on)]
         nodes = start_nodes(facts, group, ids, command)
@@ -245,7 +245,7 @@ def attempt(job_dir: Path, number: int, facts: Mapping[str, Any], group: Any, re
     return attempts.end(job_dir, number, code, cancelled=request.cancelled, warned=warned, lost=names_gone)
 
 
-def run(job_dir: Path, request: StopRequest) -> int:
+def run(job_dir: Path, request: JobSignals) -> int:
     """Attempt after attempt; the exit code of the last."""
     from ray.util.placement_group import remove_placement_group
 
@@ -264,7 +264,7 @@ def run(job_dir: Path, request: StopRequest) -> int:
 
 
 def main() -> int:
-    request = StopRequest()
+    request = JobSignals()
     request.listen()
     try:
         import ray

@@ -85,7 +85,7 @@ class Peer:
 
 
 @dataclass
-class Member:
+class Follower:
     """A node that has come, as node 0 knows it."""
 
     name: str
@@ -98,7 +98,7 @@ class Followers:
 
     def __init__(self, key: bytes, count: int, port: int) -> None:
         self.key, self.count = key, count
-        self.members: dict[int, Member] = {}
+        self.members: dict[int, Follower] = {}
         self.server = socket.create_server(("", port), backlog=max(count, 1)) if count else None
 
     def names(self, state: str | None = None) -> list[str]:
@@ -130,7 +130,7 @@ class Followers:
             peer = Peer(self.server.accept()[0], RETRY, self.key, ask_first=True)
             message = peer.receive(RETRY)
             if message is not None and 1 <= message["node"] <= self.count:
-                self.members[message["node"]] = Member(message["name"], peer)
+                self.members[message["node"]] = Follower(message["name"], peer)
 
     def _tell(self, **message: Any) -> None:
         for member in self.members.values():

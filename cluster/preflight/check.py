@@ -30,7 +30,7 @@ from ..node import ranks
 from ..node.attempts import history
 from . import health
 from .coordinator import Coordinator
-from .verdict import Report, Task, Verdict
+from .verdict import NodeReport, PreflightTask, Verdict
 
 DRILL = "SHOESTRING_FAIL_PREFLIGHT"
 OBEY = 10.0  # seconds in which node 0 may still write its verdict down
@@ -40,13 +40,15 @@ class BadNodes(ClusterError):
     """Some nodes of the job have failed their checks: exit with 86."""
 
 
-def this_task(job_dir: Path, attempt: int, facts: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Task:
+def this_task(
+    job_dir: Path, attempt: int, facts: Mapping[str, Any], environ: Mapping[str, str] = os.environ
+) -> PreflightTask:
     """Return the task that this process is, by the variables every engine sets and the facts of its job."""
     rank, local = int(environ["RANK"]), int(environ.get("LOCAL_RANK", 0))
     node = environ.get("NODE_RANK", environ.get("GROUP_RANK"))
     port = int(environ.get("MASTER_PORT", 29500))
     listed = next((a.nodes for a in history(job_dir) if a.number == attempt), ())
-    return Task(
+    return PreflightTask(
         rank=rank, local_rank=local, node=int(node) if node is not None else rank // facts["devices_per_node"],
         nodes=facts["nodes"], devices=facts["devices_per_node"], master=environ.get("MASTER_ADDR", "127.0.0.1"),
         ports=range(port + 1, port + 5), token=f"{job_dir} {attempt}", name=health.node_name(environ),
@@ -56,7 +58,7 @@ def this_task(job_dir: Path, attempt: int, facts: Mapping[str, Any], environ: Ma
     )  # fmt: skip
 
 
-def check(task: Task) -> Verdict:
+def check(task: PreflightTask) -> Verdict:
     """Take part in the pre-flight of a job; every task calls it. The verdict is the same on all.
 
     Raises BadNodes where a node is bad, ClusterError where the checks themselves could not be done.
@@ -77,7 +79,7 @@ def check(task: Task) -> Verdict:
     return verdict
 
 
-def _take_part(task: Task) -> Verdict:
+def _take_part(task: PreflightTask) -> Verdict:
     store = _store(task)
     if task.rank == 0:
         return Coordinator(task, store, Verdict(), answer).run(lambda: report(task, store))
@@ -91,7 +93,7 @@ def _take_part(task: Task) -> Verdict:
     return verdict
 
 
-def _store(task: Task) -> Any:
+def _store(task: PreflightTask) -> Any:
     """Where nodes tell one another; rank 0 keeps it, on the first free port of a few. DistError if there is none, or
     if it cannot be reached within the timeout."""
     import torch.distributed as dist
@@ -114,7 +116,7 @@ def _store(task: Task) -> Any:
     raise dist.DistNetworkError(said)
 
 
-def _joined(task: Task, port: int) -> Any:
+def _joined(task: PreflightTask, port: int) -> Any:
     """The store of this very attempt at `port`; OSError or DistError if that is not there."""
     import socket
 
@@ -129,7 +131,7 @@ def _joined(task: Task, port: int) -> Any:
     return store
 
 
-def _without_node_0(task: Task, error: Exception) -> Verdict:
+def _without_node_0(task: PreflightTask, error: Exception) -> Verdict:
     """Node 0 cannot be reached: do what it has written down, or else it is the bad one."""
     path = task.folder / "preflight.json"
     end = time.monotonic() + min(OBEY, 3 * task.timeout)
@@ -147,7 +149,7 @@ def _without_node_0(task: Task, error: Exception) -> Verdict:
 
 
 # -- a node --------------------------------------------------------------------------------------------------------
-def report(task: Task, store: Any) -> Report:
+def report(task: PreflightTask, store: Any) -> NodeReport:
     """Look at this node; the first of its tasks does, with the others' figures where each has a GPU."""
     problems = []
     if task.name in os.environ.get(DRILL, "").split(","):
@@ -162,10 +164,12 @@ def report(task: Task, store: Any) -> Report:
         memory = available_memory()
     problems += _names(task)
     matmul, wrong = _devices(task, store)
-    return Report(node=task.node, name=task.name, problems=(*problems, *wrong), disk=disk, memory=memory, matmul=matmul)
+    return NodeReport(
+        node=task.node, name=task.name, problems=(*problems, *wrong), disk=disk, memory=memory, matmul=matmul
+    )
 
 
-def _names(task: Task) -> list[str]:
+def _names(task: PreflightTask) -> list[str]:
     """gloo and NCCL ask for the own host's address, unless they have been told their interface."""
     import socket
 
@@ -174,7 +178,7 @@ def _names(task: Task) -> list[str]:
     return [f"names: cannot resolve {name}" for name in health.unresolved(wanted)]
 
 
-def _shared(task: Task, store: Any) -> list[str]:
+def _shared(task: PreflightTask, store: Any) -> list[str]:
     """Whether this node sees in the run's folder what node 0 has just written there."""
     path = task.folder / "token"
     if task.node == 0:
@@ -191,7 +195,7 @@ def _shared(task: Task, store: Any) -> list[str]:
     return [f"disk: {task.run_dir} is not the folder that node 0 sees: the run's folder must be on shared storage"]
 
 
-def _devices(task: Task, store: Any) -> tuple[tuple[float, ...], list[str]]:
+def _devices(task: PreflightTask, store: Any) -> tuple[tuple[float, ...], list[str]]:
     """The speed of each device of this node, and what is wrong with them."""
     if task.on_gpus:
         seen = health.within(health.PATIENCE * 3, health.visible_devices)
@@ -209,7 +213,7 @@ def _devices(task: Task, store: Any) -> tuple[tuple[float, ...], list[str]]:
     return tuple(one for one in speeds if not isinstance(one, str)), wrong
 
 
-def _speed(task: Task) -> float | str:
+def _speed(task: PreflightTask) -> float | str:
     """FLOP/s of this task's device, or what is wrong with it."""
     try:
         if not task.on_gpus:
@@ -219,7 +223,7 @@ def _speed(task: Task) -> float | str:
         return f"cannot compute: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def _serve(task: Task, store: Any) -> None:
+def _serve(task: PreflightTask, store: Any) -> None:
     """Send this node's report, then do what node 0 asks until it asks no more."""
     store.set(f"report/{task.node}", json.dumps(report(task, store).__dict__))
     number = 0
@@ -233,7 +237,7 @@ def _serve(task: Task, store: Any) -> None:
         number += 1
 
 
-def answer(task: Task, store: Any, request: Mapping[str, Any]) -> Any:
+def answer(task: PreflightTask, store: Any, request: Mapping[str, Any]) -> Any:
     """Answer a request of node 0: a clock's time, FLOP/s, or bytes a second (0: the all-reduce has failed)."""
     if request["what"] == "clock":
         return time.time()

@@ -15,7 +15,7 @@ from ...files import replace_file
 from ..config.document import ClusterError
 from ..node import ranks
 from . import allreduce, verdict
-from .verdict import Pair, Report, Task, Verdict
+from .verdict import NodeReport, Pair, PreflightTask, Verdict
 
 RETRIES = 3  # of suspects, with other nodes
 ROUND = 30.0  # seconds an all-reduce of a few megabytes may take before it counts as hung
@@ -24,16 +24,16 @@ ROUND = 30.0  # seconds an all-reduce of a few megabytes may take before it coun
 class Coordinator:
     """Coordinates the pre-flight of one attempt and fills in `result`, the verdict."""
 
-    def __init__(self, task: Task, store: Any, result: Verdict, answer: Callable[..., Any]) -> None:
+    def __init__(self, task: PreflightTask, store: Any, result: Verdict, answer: Callable[..., Any]) -> None:
         self.task, self.store, self.result, self.answer = task, store, result, answer
         self.limits, self.began = task.limits, time.monotonic()
-        self.reports: dict[int, Report] = {}
+        self.reports: dict[int, NodeReport] = {}
         self.faults: dict[int, list[str]] = {}
         self.pairs: dict[Pair, float] = {}
         self._sequence: dict[int, int] = {}
         self._rounds = 0
 
-    def run(self, report: Callable[[], Report]) -> Verdict:
+    def run(self, report: Callable[[], NodeReport]) -> Verdict:
         """Go from this node's own report to the verdict, which all nodes get even if something goes wrong here."""
         try:
             self.reports[0] = report()
@@ -63,7 +63,7 @@ class Coordinator:
             left = self.began + self.task.timeout - time.monotonic()
             report = self._get(f"report/{node}", max(left, 0.05))
             if report is not None:
-                self.reports[node] = Report(**{**report, **{k: tuple(report[k]) for k in ("problems", "matmul")}})
+                self.reports[node] = NodeReport(**{**report, **{k: tuple(report[k]) for k in ("problems", "matmul")}})
         if len(self.reports) < self.task.nodes:
             alive = {record.node_rank for record in ranks.read(*_place(self.task.folder))}
             for node in verdict.absent(self.task.nodes, self.reports, alive):

@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class NodeReport:
     """The report of one node.
 
     problems    checks that failed outright, in words
@@ -39,7 +39,7 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class PreflightTask:
     """This process among all tasks of its job, and what the nodes must pass."""
 
     rank: int
@@ -83,7 +83,7 @@ class Verdict:
         return "pre-flight has found bad nodes: " + (" | ".join(faults) or ", ".join(self.bad))
 
 
-def faults(report: Report, limits: PreflightSpec) -> list[str]:
+def faults(report: NodeReport, limits: PreflightSpec) -> list[str]:
     """Why this node fails by itself, compared with nobody; empty: it does not."""
     problems = list(report.problems)
     for what, have, least in (("disk", report.disk, limits.disk), ("memory", report.memory, limits.memory)):
@@ -95,7 +95,7 @@ def faults(report: Report, limits: PreflightSpec) -> list[str]:
     return problems
 
 
-def shortage(reports: Collection[Report], limits: PreflightSpec) -> str:
+def shortage(reports: Collection[NodeReport], limits: PreflightSpec) -> str:
     """Why no node can help: the run's folder is on storage they share, and every one of them finds it too full."""
     if not reports or any(report.disk is None or report.disk >= limits.disk for report in reports):
         return ""

@@ -18,7 +18,7 @@ from toy import fingerprint
 from shoestring.cluster.config.sections import PreflightSpec
 from shoestring.cluster.node import ranks
 from shoestring.cluster.preflight.verdict import (
-    Report,
+    NodeReport,
     absent,
     better,
     faults,
@@ -37,8 +37,8 @@ GIB = 2**30
 LIMITS = PreflightSpec.model_validate({"disk": "10 GiB", "memory": "4 GiB", "clock_skew": "2 s"})
 
 
-def report(node: int = 0, **values: Any) -> Report:
-    return Report(node=node, name=f"n{node}", **{"disk": 20 * GIB, "memory": 8 * GIB, **values})
+def report(node: int = 0, **values: Any) -> NodeReport:
+    return NodeReport(node=node, name=f"n{node}", **{"disk": 20 * GIB, "memory": 8 * GIB, **values})
 
 
 # -- one node ----------------------------------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def test_excluded_nodes_are_not_used(nodes: Nodes, tmp_path: Path) -> None:
         ray.init("{nodes.address}", log_to_driver=False)
         options = {{"labels": {{}}, "resources": {{}}, "cpus_per_task": 1}}
         facts = {{"nodes": 1, "devices_per_node": 2, "hardware": "cpu", "options": options}}
-        group = ray_driver.wait_for_group(facts, Path(sys.argv[1]), ray_driver.Asked())
+        group = ray_driver.wait_for_group(facts, Path(sys.argv[1]), ray_driver.JobSignals())
         print([ray_driver.names()[id] for id in ray_driver.ids_of(group)])
     """
     alive = nodes.alive()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .identity import write_summary as write_summary
     from .journal import Journal as Journal
     from .journal import JournalError as JournalError
-    from .journal import Problem as Problem
+    from .journal import JournalProblem as JournalProblem
     from .journal import Row as Row
     from .journal import next_attempt as next_attempt
     from .journal import read as read
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "RunIdentity": "identity", "IdentityError": "identity", "read_summary": "identity", "write_summary": "identity",
-    "Journal": "journal", "JournalError": "journal", "Problem": "journal", "Row": "journal", "read": "journal",
+    "Journal": "journal", "JournalError": "journal", "JournalProblem": "journal", "Row": "journal", "read": "journal",
     "next_attempt": "journal", "RunBusy": "lock", "RunRow": "runs", "Ledger": "store", "LedgerError": "store",
     "WandbSink": "wandb_sink", "replay": "wandb_replay",
 }  # fmt: skip

@@ -23,9 +23,21 @@ from time import monotonic, time
 from ... import ShoestringError
 from ...files import sync_directory
 from . import lock
-from .lines import KINDS, RESERVED, Problem, Row, finite, next_attempt, plain, read, resume_point, seal, segment_name
+from .lines import (
+    KINDS,
+    RESERVED,
+    JournalProblem,
+    Row,
+    finite,
+    next_attempt,
+    plain,
+    read,
+    resume_point,
+    seal,
+    segment_name,
+)
 
-__all__ = ["Journal", "JournalError", "Problem", "Row", "next_attempt", "read"]
+__all__ = ["Journal", "JournalError", "JournalProblem", "Row", "next_attempt", "read"]
 
 BUFFER_BYTES = 8 << 20  # rows kept in memory while the disk refuses them: some 20,000
 ALIVE_EVERY = 5.0  # seconds of silence after which a row says that the process lives

@@ -40,7 +40,7 @@ class Row(NamedTuple):
     fields: dict[str, object]
 
 
-class Problem(NamedTuple):
+class JournalProblem(NamedTuple):
     """Something a reader had to skip: `line` counts from 1 within the segment `path`."""
 
     path: Path
@@ -125,7 +125,7 @@ def resume_point(path: Path) -> tuple[int, int]:
     return length, following
 
 
-def read(directory: Path, problems: list[Problem] | None = None, *, rank: int | None = None) -> Iterator[Row]:
+def read(directory: Path, problems: list[JournalProblem] | None = None, *, rank: int | None = None) -> Iterator[Row]:
     """All rows of a journal, rank by rank, each rank's rows ordered by (attempt, seq).
 
     A line whose checksum does not match is left out and noted in `problems`; so are a line cut off at the end of a
@@ -137,20 +137,22 @@ def read(directory: Path, problems: list[Problem] | None = None, *, rank: int | 
             yield from _read_segment(segment, noted)
 
 
-def _read_segment(segment: Segment, problems: list[Problem]) -> Iterator[Row]:
+def _read_segment(segment: Segment, problems: list[JournalProblem]) -> Iterator[Row]:
     expected = damaged = 0
     for number, line, intact, rows in _lines(segment.path):
         if not intact:
             damaged += 1
-            problems.append(Problem(segment.path, number, _diagnose(line)))
+            problems.append(JournalProblem(segment.path, number, _diagnose(line)))
         for row in rows:
             seq = row.pop("seq")
             missing = seq - expected - damaged
             if seq < expected:
-                problems.append(Problem(segment.path, number, f"row {seq} comes after row {expected - 1}; left out"))
+                problems.append(
+                    JournalProblem(segment.path, number, f"row {seq} comes after row {expected - 1}; left out")
+                )
                 continue
             if missing > 0:
-                problems.append(Problem(segment.path, number, f"{missing} rows before row {seq} are lost"))
+                problems.append(JournalProblem(segment.path, number, f"{missing} rows before row {seq} are lost"))
             expected, damaged = seq + 1, 0
             yield Row(segment.rank, segment.attempt, seq, row.pop("t"), row.pop("mono"), row.pop("kind"), row)
 

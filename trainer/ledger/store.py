@@ -17,7 +17,7 @@ from . import lock
 from .database import TABLES, LedgerBusy, LedgerError, read_connection, write_connection
 from .identity import IdentityError, RunIdentity, read_summary
 from .journal import LOCK_NAME
-from .lines import Problem, Row, read, segments
+from .lines import JournalProblem, Row, read, segments
 from .runs import COLUMNS, JSON_COLUMNS, RunRow, Summary, effective
 
 __all__ = ["Ledger", "LedgerError"]
@@ -180,7 +180,7 @@ class Ledger:
 
 
 def _insert(db: sqlite3.Connection, run_dir: Path, identity: RunIdentity, alive: bool | None, fingerprint: str) -> None:
-    problems: list[Problem] = []
+    problems: list[JournalProblem] = []
     summary = Summary()
     for row in read(run_dir / "events", problems):
         summary.take(row)
