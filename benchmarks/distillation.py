@@ -23,13 +23,11 @@ weights alone takes 6,275 bytes. Bytes are those of the files that trainer/expor
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import statistics
 import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,7 +35,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from baselines import written
-from report import RESULTS, Runs, measured, page, paired, quiet, shown, table, verdict, wrapped
+from report import Runs, arguments, measured, page, paired, publish, quiet, shown, table, verdict, wrapped
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -208,19 +206,14 @@ def _settings() -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--record", type=Path, help="runs made before are taken from here, new ones added")
-    parser.add_argument("--write", action="store_true")
+    parser = arguments(__doc__.splitlines()[0], seeds=8, recorded=True)
     options = parser.parse_args()
     if options.seeds < 2:
         parser.error(f"--seeds {options.seeds} gives no interval; use at least 2")
     quiet()
     runs = Runs(options.record)
     text = report([runs(f"seed {seed}", lambda seed=seed: run(seed)) for seed in range(options.seeds)])
-    print(text)
-    if options.write:
-        (RESULTS / "distillation.md").write_text(text)
+    publish(text, __file__, options.write)
 
 
 if __name__ == "__main__":

@@ -24,16 +24,14 @@ t. "Appears" is: large then compressed above small. Each row is judged alone; of
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from baselines import written
-from report import RESULTS, Runs, measured, page, paired, quiet, shown, table, verdict, wrapped
+from report import Runs, arguments, measured, page, paired, publish, quiet, shown, table, verdict, wrapped
 from sparsity import BATCH, MLP, run, score, small_dense
 from torch import nn
 
@@ -128,17 +126,11 @@ def written_page(runs: list[dict[str, dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--record", type=Path, help="runs made before are taken from here, new ones added")
-    parser.add_argument("--write", action="store_true")
-    given = parser.parse_args()
+    given = arguments(__doc__, seeds=5, recorded=True).parse_args()
     quiet()
     runs = Runs(given.record)
     text = written_page([runs(f"seed {seed}", lambda seed=seed: one_seed(seed)) for seed in range(given.seeds)])
-    print(text)
-    if given.write:
-        (RESULTS / "large_then_compressed.md").write_text(text)
+    publish(text, __file__, given.write)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What low rank really saves in CPU time, and what clustered weights cost in accuracy and take in bytes.
 
-    python benchmarks/low_rank.py [--rounds 25] [--steps 600] [--record FILE] [--write FILE]
+    python benchmarks/low_rank.py [--rounds 25] [--steps 600] [--record FILE] [--write]
 
 Time: a pre-norm encoder (6 layers, d=384, 6 heads, ff=1536) with separate q, k, v, o, dense and with factors of ranks
 192, 96 and 48 in every layer that shrinks by it. CPU time of the process, one thread, the median over rounds of A B C D
@@ -16,18 +16,16 @@ as bit mask and values; a small dense model 64-a-a-10 of those bytes; both with 
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
 from functools import partial
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytorch_lightning as pl
 import torch
 from baselines import sparsity_for, width_for, written
-from report import Runs, measured, page, paired, quiet, shown, table, take_turns, verdict, wrapped
+from report import Runs, arguments, measured, page, paired, publish, quiet, shown, table, take_turns, verdict, wrapped
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
@@ -201,11 +199,9 @@ def accuracy_tables(steps: int, runs: Runs) -> list[str | list[str]]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = arguments(__doc__, recorded=True)
     options.add_argument("--rounds", type=int, default=25)
     options.add_argument("--steps", type=int, default=600)
-    options.add_argument("--record", type=Path, help="accuracy of seeds made before is taken from here, new ones added")
-    options.add_argument("--write", default=None)
     chosen = options.parse_args()
     quiet()
     tables = accuracy_tables(chosen.steps, Runs(chosen.record))
@@ -221,9 +217,7 @@ def main() -> None:
                 "dense run. Bytes are those of the files."),
         *tables,
     )  # fmt: skip
-    print(text)
-    if chosen.write:
-        Path(chosen.write).write_text(text)
+    publish(text, __file__, chosen.write)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ accuracy: what low_bit.py measures, which has the rules of that part.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
@@ -29,7 +28,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from low_bit import accuracy, into
-from report import RESULTS, Runs, in_processes, measured, quiet, table, take_turns
+from report import RESULTS, Runs, arguments, in_processes, measured, quiet, table, take_turns
 from torch import Tensor, nn
 
 from shoestring.callbacks.compression.fake_quantization import PRODUCT_BITS
@@ -176,14 +175,11 @@ def size_table(sizes: dict[str, int]) -> str:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = arguments(__doc__, seeds=5, recorded=True)
     options.add_argument("part", nargs="?", choices=("speed", "accuracy", "all"), default="all")
     options.add_argument("--rounds", type=int, default=15)
     options.add_argument("--processes", type=int, default=5)
-    options.add_argument("--seeds", type=int, default=5)
     options.add_argument("--json", type=Path, help="measure speed in this process, and write the figures here")
-    options.add_argument("--record", type=Path, help="accuracy of seeds made before is taken from here, new ones added")
-    options.add_argument("--write", action="store_true", help="put the part on accuracy into results/quantization.md")
     chosen = options.parse_args()
     quiet()
     if chosen.json:

@@ -6,6 +6,7 @@ so and nothing else; otherwise the ordering appears, or does NOT.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -117,6 +118,27 @@ def in_processes(script: str, count: int, *arguments: str) -> list[dict[str, Any
             subprocess.run([sys.executable, script, *arguments, "--json", str(path)], check=True)
             results.append(json.loads(path.read_text()))
     return results
+
+
+def arguments(about: str, *, seeds: int | None = None, recorded: bool = False) -> argparse.ArgumentParser:
+    """What most benchmarks are told on the command line.
+
+    seeds: the default of --seeds. recorded: --record too, for `Runs`.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    if seeds is not None:
+        parser.add_argument("--seeds", type=int, default=seeds)
+    if recorded:
+        parser.add_argument("--record", type=Path, help="runs made before are taken from here, new ones added")
+    parser.add_argument("--write", action="store_true", help="put the page into benchmarks/results")
+    return parser
+
+
+def publish(text: str, script: str, write: bool) -> None:
+    """Print a page, and put it where the pages are if `write`. script: `__file__` of the benchmark it belongs to."""
+    print(text)
+    if write:
+        (RESULTS / f"{Path(script).stem}.md").write_text(text)
 
 
 def quiet() -> None:

@@ -20,19 +20,17 @@ the steps.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from baselines import widest, written
-from report import RESULTS, Runs, about_equal, measured, page, paired, quiet, shown, table, verdict, wrapped
+from report import Runs, about_equal, arguments, measured, page, paired, publish, quiet, shown, table, verdict, wrapped
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -255,12 +253,9 @@ def collect(runs: Runs, seed: int, sparsity: float, names: Sequence[str]) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--more", type=int, default=10, help=f"seeds of {', '.join(MORE)} at {MORE_AT:.0%}")
-    parser.add_argument("--record", type=Path, help="runs made before are taken from here, new ones added")
+    parser = arguments(__doc__, seeds=5, recorded=True)
+    parser.add_argument("--more", type=int, default=10, help=f"seeds of {', '.join(MORE)} at {MORE_AT:.0%}%")
     parser.add_argument("--only", type=int, nargs="*", help="add these seeds' runs to --record and write no page")
-    parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     quiet()
     runs, results = Runs(given.record), Results()
@@ -272,9 +267,7 @@ def main() -> None:
     if given.only:
         return
     text = written_page(results)
-    print(text)
-    if given.write:
-        (RESULTS / "sparsity.md").write_text(text)
+    publish(text, __file__, given.write)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ lowest and the highest. `--write` puts the table into benchmarks/results/structu
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from report import RESULTS, in_processes, measured, page, quiet, table, take_turns, wrapped
+from report import arguments, in_processes, measured, page, publish, quiet, table, take_turns, wrapped
 from torch import Tensor, nn
 
 from shoestring.callbacks.accounting.flops import FlopCounter
@@ -174,11 +173,10 @@ def once(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--json", type=Path, help="measure in this process, and write the figures here")
-    parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     if given.json:
         given.json.write_text(json.dumps(once(given.rounds)))
@@ -198,9 +196,7 @@ def main() -> None:
                 "of zeros."),
         product_table(results),
     )  # fmt: skip
-    print(text)
-    if given.write:
-        (RESULTS / "structured.md").write_text(text)
+    publish(text, __file__, given.write)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,3 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> Technique:
     technique = cls(**(settings or {}))
     technique.check()
     return technique
-
-
-def all_cards() -> list[Any]:
-    return [technique_class(name).card for name in names()]

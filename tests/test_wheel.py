@@ -32,9 +32,9 @@ def test_the_wheel_works_outside_the_repository(tmp_path: Path) -> None:
     left_out = tuple(f"shoestring/{folder}/" for folder in ("tests", "benchmarks", "docs", "examples"))
     assert not any(name.startswith(left_out) for name in inside)
     check = (
-        "import shoestring, shoestring.recipes as r, sys; from shoestring.callbacks.registry import all_cards\n"
+        "import shoestring, shoestring.recipes as r, sys; from shoestring.callbacks.registry import TECHNIQUES\n"
         "assert 'site' in shoestring.__file__, shoestring.__file__\n"
-        "r.load_recipe('quickstart'); assert len(all_cards()) >= 8\n"
+        "r.load_recipe('quickstart'); assert len(TECHNIQUES) >= 8\n"
         "from shoestring.trainer import Trainer, Budget, Ledger, plan, fit; print(shoestring.__version__)"
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

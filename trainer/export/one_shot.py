@@ -115,12 +115,6 @@ def prune_weight(
     return weight * keep_mask(scores, sparsity, pattern)
 
 
-def reconstruction_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
-    """|X W^T - X P^T|^2 over the calibration set, from X^T X alone."""
-    change = (weight - pruned).double()
-    return float(((change @ hessian.double()) * change).sum())
-
-
 # -- through a model ---------------------------------------------------------------------------------------------------
 def prune_one_shot(
     model: nn.Module,

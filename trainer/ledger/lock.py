@@ -2,7 +2,8 @@
 
 Two supervisors that start the same run would both write attempt 3. The lock is a POSIX record lock: the kernel drops
 it when the process dies, kill -9 included, and forked loader workers do not inherit it. On a file system without
-locks the run goes on unguarded.
+locks the run goes on unguarded. `filelock` does neither: its flock lives on in forked workers (before version 4), who
+waits empties the file that names the holder, and without locks it leaves a marker that outlives its process.
 """
 
 from __future__ import annotations

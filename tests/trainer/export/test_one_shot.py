@@ -9,11 +9,16 @@ from shoestring.trainer.export.one_shot import (
     keep_mask,
     prune_one_shot,
     prune_weight,
-    reconstruction_error,
     sparsegpt,
     wanda_scores,
 )
 from shoestring.trainer.export.quantize import quantize
+
+
+def reconstruction_error(weight, pruned, hessian):
+    """|X W^T - X P^T|^2 over the calibration set, from X^T X alone."""
+    change = (weight - pruned).double()
+    return float(((change @ hessian.double()) * change).sum())
 
 
 def calibration(rows=512, columns=32, outliers=(3, 17), seed=0, mixed=True):
