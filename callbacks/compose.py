@@ -85,7 +85,7 @@ def _fits(technique: Technique, facts: frozenset[str]) -> None:
     card = technique.card
     if unmet := technique.needs() - facts:
         raise IncompatibleTechniques(
-            f"{technique!r} needs {_list(unmet)}, and this run has {_list(facts)}. Drop it or change the run."
+            f"{technique!r} needs {_list(unmet)}, but this run has {_list(facts)}. Drop it or change the run."
         )
     if refused := card.refuses & facts:
         raise IncompatibleTechniques(f"{card.name} does not work with {_list(refused)}. Drop one of them.")

@@ -123,7 +123,7 @@ class Account:
         first, self._first = self._first, False
         mine, vote = self.spending.mine, 0.0
         if trainer.is_global_zero:
-            vote = self.horizon.first_vote(lambda: self.set_aside(trainer)) if first else self.horizon.vote()
+            vote = self.horizon.first_vote(lambda: self.update_reserve(trainer)) if first else self.horizon.vote()
         if first:
             self.horizon.follow(self.agreement.now([vote])[0])
             return
@@ -184,10 +184,10 @@ class Account:
         """What happened since the last step was not the cost of a step."""
         self.spending.refresh()
         self.horizon.guard.skip(self.clock)
-        self.set_aside(trainer)
+        self.update_reserve(trainer)
         self.spending.wait_for_data()
 
-    def set_aside(self, trainer: pl.Trainer) -> None:
+    def update_reserve(self, trainer: pl.Trainer) -> None:
         """Tell the guard what is still to be paid for besides steps."""
         guard, upcoming = self.horizon.guard, self.upcoming(trainer)
         guard.reserve_seconds = upcoming.after_seconds

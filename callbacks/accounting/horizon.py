@@ -54,14 +54,14 @@ class Horizon:
         self.guard.observe(self.clock)
         return float(self.guard.decide(self.clock) or 0)
 
-    def first_vote(self, set_aside: Callable[[], None]) -> float:
+    def first_vote(self, update_reserve: Callable[[], None]) -> float:
         """`vote` after the first step of an attempt, which all ranks wait for: what it cost is known at once.
 
         set_aside: tells the guard which pauses are to come, by what the step has cost.
         """
         self.guard.lag = 0
         self.guard.observe(self.clock)
-        set_aside()
+        update_reserve()
         vote = float(self.guard.decide(self.clock) or 0)
         self.guard.lag = self.lag
         return vote

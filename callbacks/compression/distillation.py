@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ..contract import Card, Effect, Technique, Workload, require
 from ..forward.blocks import blocks, hidden_of, recorded
-from ..forward.outputs import Call, NoLogits, calls_of, logits_of, model_name
+from ..forward.model_calls import Call, NoLogits, calls_of, logits_of, model_name
 from ..forward.training_step import Step, add_auxiliary_loss, remove_from_step
 from . import distillation_losses as losses
 from .logit_cache import LogitCache
-from .positions import Positions, keys_of, positions_of
+from .target_positions import TargetPositions, cache_keys, target_positions
 from .teachers import DTYPES, NoTeacher, Teacher, fingerprint, frozen_copy, load
 
 
@@ -175,17 +175,17 @@ class Distillation(Technique, pl.Callback):
     def _blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
         if not (self.hidden or self.attention):
             return [], []
-        found = blocks(self._student), blocks(self._teacher.module)
-        for whose, there in zip(("student", "teacher"), found, strict=True):
+        both = blocks(self._student), blocks(self._teacher.module)
+        for whose, there in zip(("student", "teacher"), both, strict=True):
             if not there:
                 raise NoLogits(f"distillation: hidden and attention need repeated blocks, and the {whose} has none")
-        pairs = self.layers or dict(losses.layer_pairs(len(found[0]), len(found[1])))
+        pairs = self.layers or dict(losses.layer_pairs(len(both[0]), len(both[1])))
         self._pairs = [(int(mine), int(its)) for mine, its in pairs.items()]
         for mine, its in self._pairs:
-            if not (0 <= mine < len(found[0]) and 0 <= its < len(found[1])):
-                raise NoLogits(f"distillation: layers has {mine}: {its}; the student has {len(found[0])} blocks, "
-                               f"the teacher {len(found[1])}, counted from 0")  # fmt: skip
-        return found
+            if not (0 <= mine < len(both[0]) and 0 <= its < len(both[1])):
+                raise NoLogits(f"distillation: layers has {mine}: {its}; the student has {len(both[0])} blocks, "
+                               f"the teacher {len(both[1])}, counted from 0")  # fmt: skip
+        return both
 
     # -- the term in the loss ---------------------------------------------------------------------------------------
     @contextmanager
@@ -201,10 +201,10 @@ class Distillation(Technique, pl.Callback):
         """What is added to the loss of this micro-batch."""
         calls, outputs = watched
         if not calls:
-            raise NoLogits(f"distillation: {self._of or 'forward'!r} took no part in training_step; set `of`")
+            raise NoLogits(f"distillation: {self._of or 'forward'!r} was not called in training_step; set `of`")
         call = calls[-1]
         logits = logits_of(call.output, f"distillation: {self._of or 'forward'!r}")
-        at = positions_of(call, logits, step.batch, self.shift)
+        at = target_positions(call, logits, step.batch, self.shift)
         own = (self.labels - 1) * loss
         if not (self.weight or self.hidden or self.attention):
             return own
@@ -213,7 +213,7 @@ class Distillation(Technique, pl.Callback):
             term = term * step.batch["loss_weight"]  # the micro-batch's share of the mean over the global batch
         return own + term
 
-    def _live(self, call: Call, logits: Tensor, mine: list[Any], at: Positions) -> Tensor:
+    def _live(self, call: Call, logits: Tensor, mine: list[Any], at: TargetPositions) -> Tensor:
         with recorded(self._teacher_blocks) as theirs:
             taught = self._teacher(*call.args, **call.kwargs)
         term = self._matching(call, taught, mine, theirs, at)
@@ -223,7 +223,7 @@ class Distillation(Technique, pl.Callback):
             term = term + self.weight * self._against(at.rows(logits), wanted, kept, mask)
         return term
 
-    def _from_cache(self, call: Call, logits: Tensor, at: Positions) -> Tensor:
+    def _from_cache(self, call: Call, logits: Tensor, at: TargetPositions) -> Tensor:
         return self.weight * self._against(at.select(logits), *self._cached(call, at))
 
     def _reduced(self, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -238,25 +238,25 @@ class Distillation(Technique, pl.Callback):
             logits = losses.lump(logits, kept, self.temperature)
         return losses.kd_loss(logits, wanted, self.temperature, mask)
 
-    def _cached(self, call: Call, at: Positions) -> tuple[Tensor, Tensor]:
+    def _cached(self, call: Call, at: TargetPositions) -> tuple[Tensor, Tensor]:
         """The teacher's logits of every position: those of samples not seen before are computed and kept."""
         assert self._cache is not None
-        keys = keys_of(call, at, causal=self.shift)
-        found = [self._cache.get(key) for key in keys]
-        if any(record is None for record in found):
+        keys = cache_keys(call, at, causal=self.shift)
+        records = [self._cache.get(key) for key in keys]
+        if any(record is None for record in records):
             taught = logits_of(self._teacher(*call.args, **call.kwargs), "distillation: the teacher")
             fresh = self._reduced(at.select(taught))
             pieces = zip(*(part.split(at.counts) for part in fresh if part is not None), strict=True)
             for i, (values, kept) in enumerate(pieces):
-                if found[i] is None:
+                if records[i] is None:
                     self._cache.put(keys[i], values, kept)
-                    found[i] = values, kept
+                    records[i] = values, kept
         device = at.device
-        both = zip(*(record for record in found if record is not None), strict=True)
+        both = zip(*(record for record in records if record is not None), strict=True)
         values, kept = (torch.cat([part.to(device) for part in parts]) for parts in both)
         return values, kept
 
-    def _matching(self, call: Call, taught: Any, mine: list[Any], theirs: list[Any], at: Positions) -> Tensor:
+    def _matching(self, call: Call, taught: Any, mine: list[Any], theirs: list[Any], at: TargetPositions) -> Tensor:
         total = torch.zeros((), device=at.device)
         if not (self.hidden or self.attention):
             return total

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..contract import Card, Effect, Misconfigured, Technique, Workload, require
 from ..forward.blocks import blocks, recorded, replayed
-from ..forward.outputs import logits_of
+from ..forward.model_calls import logits_of
 from ..forward.training_step import Step, add_auxiliary_loss, remove_from_step
 
 MEASURES = ("confidence", "entropy")
@@ -92,14 +92,14 @@ def run_until_sure(
     """
     if measure not in MEASURES:
         raise Misconfigured(f"measure={measure!r} is not allowed; use {' | '.join(MEASURES)}")
-    found = _blocks(model)
-    stops = sorted({*checked_exits(exits, len(found)), len(found) - 1})
-    outputs: list[Any] = [None] * len(found)
+    repeated = _blocks(model)
+    stops = sorted({*checked_exits(exits, len(repeated)), len(repeated) - 1})
+    outputs: list[Any] = [None] * len(repeated)
     answers: list[Tensor] = []
     settled: Tensor | None = None
     ran = 0
     for stop in stops:
-        logits = _up_to(model, found, outputs, range(ran, stop + 1), args, kwargs)
+        logits = _up_to(model, repeated, outputs, range(ran, stop + 1), args, kwargs)
         ran = stop + 1
         answers.append(logits)
         now = sure(logits, threshold, measure)
@@ -108,23 +108,23 @@ def run_until_sure(
             break
     chosen, taken = exit_by_confidence(torch.stack(answers), threshold, measure)
     depth = torch.tensor(stops, device=taken.device)[taken] + 1
-    return Exited(chosen, depth, ran, len(found))
+    return Exited(chosen, depth, ran, len(repeated))
 
 
 def _up_to(
-    model: nn.Module, found: list[nn.Module], outputs: list[Any], fresh: range, args: Any, kwargs: Any
+    model: nn.Module, repeated: list[nn.Module], outputs: list[Any], fresh: range, args: Any, kwargs: Any
 ) -> Tensor:
     """The model's logits [B, C] after the last of the blocks `fresh`, which are computed now."""
-    with replayed(found, outputs, fresh[-1], fresh):
+    with replayed(repeated, outputs, fresh[-1], fresh):
         logits = logits_of(model(*args, **kwargs), "early_exit: the model")
     return logits if logits.ndim == 2 else logits[:, -1]
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    found = blocks(model)
-    if len(found) < 2:
+    repeated = blocks(model)
+    if len(repeated) < 2:
         raise Misconfigured(f"early_exit finds no repeated blocks in {type(model).__name__} to exit between")
-    return found
+    return repeated
 
 
 def checked_exits(exits: Sequence[int] | None, count: int) -> list[int]:
@@ -214,18 +214,18 @@ class EarlyExit(Technique, pl.Callback):
     def compute(self, watched: list[Any], loss: Tensor, step: Step) -> Tensor:
         """The loss at the exits whose turn it is."""
         if missing := [index for index, output in enumerate(watched) if output is None]:
-            raise Misconfigured(f"early_exit: blocks {missing} took no part in training_step")
+            raise Misconfigured(f"early_exit: blocks {missing} was not called in training_step")
         turn = self._trainer.global_step % self.rotate
         exits = self._exits[turn :: self.rotate]
         total = torch.zeros((), device=loss.device)
         for index, factor in zip(exits, exit_weights(exits, self.weight), strict=True):
-            with _aside(self._module), replayed(self._blocks, watched, index):
+            with _isolated(self._module), replayed(self._blocks, watched, index):
                 total = total + factor * step.again()
         return total
 
 
 @contextmanager
-def _aside(module: pl.LightningModule) -> Iterator[None]:
+def _isolated(module: pl.LightningModule) -> Iterator[None]:
     """Inside, the module logs nothing, and its buffers are copies: it ends as if nothing had been run."""
     kept = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
     silenced = {name: vars(module).get(name) for name in ("log", "log_dict")}

@@ -23,18 +23,18 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
     A child that is a single layer is no block: recomputing it would save nothing.
     """
-    found: list[nn.Module] = []
+    repeated: list[nn.Module] = []
     if isinstance(module, nn.ModuleList | nn.Sequential):
         by_class: dict[type, list[nn.Module]] = {}
         for child in module:
             if any(True for _ in child.children()):
                 by_class.setdefault(getattr(child, "_shoestring_original", type(child)), []).append(child)
-        found = [block for group in by_class.values() if len(group) > 1 for block in group]
-    inside = {id(block) for block in found}
+        repeated = [block for group in by_class.values() if len(group) > 1 for block in group]
+    inside = {id(block) for block in repeated}
     for child in module.children():
         if id(child) not in inside:
-            found += blocks(child)
-    return found
+            repeated += blocks(child)
+    return repeated
 
 
 def wrap_block(block: nn.Module, place: Place, call: Callable[..., Any]) -> Callable[[], None]:
@@ -93,12 +93,12 @@ def costs_like(block: nn.Module) -> Hashable:
 
 
 @contextmanager
-def recorded(found: Sequence[nn.Module]) -> Iterator[list[Any]]:
+def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
     """What each block returned in its first call inside; None where it was not called.
 
     Outputs are taken after all hooks, so also under ZeRO-3 and checkpointing they are what the next block gets.
     """
-    outputs: list[Any] = [None] * len(found)
+    outputs: list[Any] = [None] * len(modules)
 
     def recording(index: int) -> Any:
         def call(plain: Any, *args: Any, **kwargs: Any) -> Any:
@@ -109,12 +109,12 @@ def recorded(found: Sequence[nn.Module]) -> Iterator[list[Any]]:
 
         return call
 
-    with _all_calling(found, [recording(index) for index in range(len(found))]):
+    with _all_calling(modules, [recording(index) for index in range(len(modules))]):
         yield outputs
 
 
 @contextmanager
-def replayed(found: Sequence[nn.Module], outputs: list[Any], last: int, fresh: Sequence[int] = ()) -> Iterator[None]:
+def replayed(modules: Sequence[nn.Module], outputs: list[Any], last: int, fresh: Sequence[int] = ()) -> Iterator[None]:
     """Compute no block: each returns what it returned before, and those after block `last` return what that one did.
 
     So the model's own final layers see the hidden state after block `last`, whatever they are. Only the blocks `fresh`
@@ -129,14 +129,14 @@ def replayed(found: Sequence[nn.Module], outputs: list[Any], last: int, fresh: S
 
         return call
 
-    with _all_calling(found, [replaying(index) for index in range(len(found))]):
+    with _all_calling(modules, [replaying(index) for index in range(len(modules))]):
         yield
 
 
 @contextmanager
-def _all_calling(found: Sequence[nn.Module], calls: Sequence[Any]) -> Iterator[None]:
+def _all_calling(modules: Sequence[nn.Module], calls: Sequence[Any]) -> Iterator[None]:
     with ExitStack() as stack:
-        for block, call in zip(found, calls, strict=True):
+        for block, call in zip(modules, calls, strict=True):
             stack.callback(wrap_block(block, "watch", call))
         yield
 

@@ -78,7 +78,7 @@ class ForwardWeights:
         """Raise `NeverUsed` if some layer has not run by now: call it after the first step."""
         if self._unused:
             raise NeverUsed(
-                f"{technique}: {', '.join(sorted(self._unused))} took no part in the first step through the forward of "
+                f"{technique}: {', '.join(sorted(self._unused))} not used in the first step through the forward of "
                 f"its layer (nn.MultiheadAttention reads the weight of its out_proj itself). Add it to `skip`."
             )
 

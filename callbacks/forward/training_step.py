@@ -225,10 +225,12 @@ def add_auxiliary_loss(module: pl.LightningModule, term: AuxiliaryLoss) -> None:
     """Add `term` to the loss that `module.training_step` returns.
 
     Raises:
-        NoLoss: The module optimizes by hand.
+        NoLoss: The module optimizes manually.
     """
     if not module.automatic_optimization:
-        raise NoLoss(f"{type(module).__name__} optimizes by hand, so its loss cannot be added to; return it instead")
+        raise NoLoss(
+            f"{type(module).__name__} optimizes manually, so its loss cannot be added to; return it instead"
+        )
     _wrap(module).terms.append(term)
 
 

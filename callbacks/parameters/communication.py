@@ -40,7 +40,7 @@ def set_reduction(trainer: pl.Trainer, reduction: Reduction, technique: str) -> 
     model = trainer.strategy.model
     if not isinstance(model, DistributedDataParallel):
         raise IncompatibleTechniques(
-            f"{technique} changes gradients as they are communicated, which only ddp lets it; "
+            f"{technique} changes gradients as they are communicated, which only ddp allows; "
             f"this run has {type(trainer.strategy).__name__}"
         )
     try:

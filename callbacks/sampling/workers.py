@@ -24,12 +24,12 @@ class Shielded:
 
     def __call__(self, worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
-        threading.Thread(target=_end_when_asked_by, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         if self.own is not None:
             self.own(worker)
 
 
-def _end_when_asked_by(parent: int) -> None:
+def _end_with_parent(parent: int) -> None:
     """SIGTERM ends this process if its own parent has sent it, as a loader does with workers that do not answer."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..contract import Effect, IncompatibleTechniques, Workload, derive_seed, require
-from ..forward.aside import isolated_training_step
+from ..forward.isolated_step import isolated_training_step
 from ..parameters.accessor import shards_of
 from ..parameters.selection import keep_largest
 from ..parameters.shards import Shards

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..contract import Card
-from ..forward.aside import loss_of
+from ..forward.isolated_step import loss_of
 from .at_init import PruneAtInit, Weights, gradients_of
 
 

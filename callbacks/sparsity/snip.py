@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Card
-from ..forward.aside import loss_of
+from ..forward.isolated_step import loss_of
 from . import saliency
 from .at_init import PruneAtInit, Weights, gradients_of
 

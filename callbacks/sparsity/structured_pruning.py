@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..accounting.clock import Duration, clock_of
 from ..contract import Card, Effect, IncompatibleTechniques, Resuming, Technique, Workload, require
-from ..forward.aside import isolated_training_step, loss_of
+from ..forward.isolated_step import isolated_training_step, loss_of
 from ..parameters.accessor import shards_of
 from ..parameters.cut import rebuild_model, update_configurations
 from ..parameters.layers import check_skip

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..contract import Card, IncompatibleTechniques
-from ..forward.aside import loss_of
+from ..forward.isolated_step import loss_of
 from . import saliency, schedules
 from .at_init import PruneAtInit, Weights, gradients_of
 

@@ -41,7 +41,7 @@ def _or_lost() -> Iterator[None]:
     except AuthenticationError:
         raise Lost("it has another job's key") from None
     except (OSError, ValueError, AssertionError) as error:
-        raise Lost(str(error) or "it does not say what a node says") from None
+        raise Lost(str(error) or "it does not answer like a node") from None
 
 
 def take_key(job: str, environ: MutableMapping[str, str] = os.environ) -> bytes:
@@ -55,7 +55,7 @@ def take_key(job: str, environ: MutableMapping[str, str] = os.environ) -> bytes:
 class Peer:
     """Another node of the job, at the other end of a connection. No call waits long: `patience` for each read."""
 
-    def __init__(self, end: socket.socket, patience: float, key: bytes, *, ask_first: bool) -> None:
+    def __init__(self, end: socket.socket, patience: float, key: bytes, *, challenge_first: bool) -> None:
         seconds = struct.pack("ll", int(patience), 0)
         with _or_lost(), end:
             end.setblocking(True)
@@ -68,7 +68,7 @@ class Peer:
             self.here, self.there = (str(name[0]) for name in (end.getsockname(), end.getpeername()))
             # as Listener and Client do it, but those would wait for ever for who connects and says nothing
             self.connection = Connection(end.detach())
-            for prove in (deliver_challenge, answer_challenge)[:: 1 if ask_first else -1]:
+            for prove in (deliver_challenge, answer_challenge)[:: 1 if challenge_first else -1]:
                 prove(self.connection, key)
 
     def send(self, **message: Any) -> None:
@@ -127,7 +127,7 @@ class Followers:
         assert self.server is not None
         self.server.settimeout(RETRY)
         with suppress(OSError, Lost):  # nobody, or a stranger
-            peer = Peer(self.server.accept()[0], RETRY, self.key, ask_first=True)
+            peer = Peer(self.server.accept()[0], RETRY, self.key, challenge_first=True)
             message = peer.receive(RETRY)
             if message is not None and 1 <= message["node"] <= self.count:
                 self.members[message["node"]] = Follower(message["name"], peer)
@@ -172,11 +172,11 @@ class Leader:
         until, message = time.monotonic() + GATHER, None
         while message is None:
             try:
-                self.peer = Peer(socket.create_connection((host, port), CONNECT), CONNECT, key, ask_first=False)
+                self.peer = Peer(socket.create_connection((host, port), CONNECT), CONNECT, key, challenge_first=False)
                 self.peer.send(node=node, name=name)
                 while message is None:
                     if stop() or time.monotonic() > until:
-                        raise Lost("not all nodes have come")
+                        raise Lost("not all nodes have joined")
                     message = self.peer.receive(0.05)
             except (OSError, Lost) as error:
                 if stop() or time.monotonic() > until:

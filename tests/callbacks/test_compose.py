@@ -20,9 +20,9 @@ def technique(name, reads=(), writes=(), needs=(), refuses=()):
 
 def order(*techniques, rules=(), facts=()):
     """The names in the order of composition, which every order of the input must give."""
-    found = {tuple(t.card.name for t in compose(given, facts, rules).techniques) for given in permutations(techniques)}
-    assert len(found) == 1
-    return list(*found)
+    orders = {tuple(t.card.name for t in compose(given, facts, rules).techniques) for given in permutations(techniques)}
+    assert len(orders) == 1
+    return list(*orders)
 
 
 def rule(first, second, verdict, why="because"):
@@ -80,17 +80,17 @@ def test_two_writers_need_a_rule():
 
 def test_rules_warn_explain_and_concern_only_those_who_are_there():
     a, b = technique("a", writes={"lr"}), technique("b", writes={"lr"})
-    found = compose([b, a], (), [rule("a", "b", "warn", "gains shrink"), rule("a", "c", "refuse")])
-    assert found.warnings == ("a with b: gains shrink (a paper). Fix: fix it.",)
-    assert found.reasons == ()
+    composition = compose([b, a], (), [rule("a", "b", "warn", "gains shrink"), rule("a", "c", "refuse")])
+    assert composition.warnings == ("a with b: gains shrink (a paper). Fix: fix it.",)
+    assert composition.reasons == ()
     assert compose([b, a], (), [rule("b", "a", "order", "b first")]).reasons == ("b before a: b first",)
 
 
 def test_needs_and_refusals_are_facts_of_the_run():
     card = technique("kernels", needs={"cuda", "bf16"}, refuses={"zero-3"})
-    with pytest.raises(IncompatibleTechniques, match=r"kernels needs 'cuda', and this run has 'bf16', 'cpu'"):
+    with pytest.raises(IncompatibleTechniques, match=r"kernels needs 'cuda', but this run has 'bf16', 'cpu'"):
         compose([card], {"cpu", "bf16"})
-    with pytest.raises(IncompatibleTechniques, match=r"needs 'bf16', 'cuda', and this run has nothing special"):
+    with pytest.raises(IncompatibleTechniques, match=r"needs 'bf16', 'cuda', but this run has nothing special"):
         compose([card])
     with pytest.raises(IncompatibleTechniques, match=r"kernels does not work with 'zero-3'"):
         compose([card], {"cuda", "bf16", "zero-3"})
@@ -158,9 +158,9 @@ def test_a_rule_is_about_two_techniques_and_acts(one, other, rule):
         with pytest.raises(IncompatibleTechniques, match=f"{one} and {other} do not go together"):
             compose(pair, FACTS)
         return
-    found = compose(pair, FACTS)
-    assert [t.card.name for t in found.techniques] == [one, other]
-    assert len(found.warnings) == (rule.verdict == "warn")
+    composition = compose(pair, FACTS)
+    assert [t.card.name for t in composition.techniques] == [one, other]
+    assert len(composition.warnings) == (rule.verdict == "warn")
 
 
 def test_a_pair_has_one_rule():

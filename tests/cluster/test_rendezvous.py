@@ -32,8 +32,8 @@ def after(seconds: float):
 
 @pytest.fixture
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -61,19 +61,19 @@ def until(condition, seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def heard(first: Followers, state: str) -> list[str]:
+def names_after(first: Followers, state: str) -> list[str]:
     first.listen()
     return first.names(state)
 
 
-def test_all_hear_the_attempt_and_the_decision(pool, port: int) -> None:
+def test_all_get_the_attempt_and_the_decision(pool, port: int) -> None:
     first, others = meet(pool, port, 3)
     with closing(first):
         assert first.names() == ["n1", "n2", "n3"] and first.address == "127.0.0.1"
         assert {(other.attempt, other.address, other.decision()) for other in others} == {(3, "127.0.0.1", None)}
         others[0].send(well=True)
         others[1].send(well=False)
-        until(lambda: heard(first, "well") == ["n1"] and heard(first, "failed") == ["n2"])
+        until(lambda: names_after(first, "well") == ["n1"] and names_after(first, "failed") == ["n2"])
         assert first.names("running") == ["n3"]
         deciding = pool.submit(first.decide, 85)
         for other in others:
@@ -86,10 +86,10 @@ def test_a_node_that_goes_is_lost_unless_its_tasks_have_ended(pool, port: int) -
     first, (one, two) = meet(pool, port, 2)
     with closing(first):
         one.send(well=True)
-        until(lambda: heard(first, "well") == ["n1"])
+        until(lambda: names_after(first, "well") == ["n1"])
         one.close()
         two.close()
-        until(lambda: heard(first, "lost") == ["n2"])
+        until(lambda: names_after(first, "lost") == ["n2"])
         assert first.names("well") == ["n1"] and not first.names("running")
 
 
@@ -112,7 +112,7 @@ def test_who_does_not_come_is_not_waited_for_too_long(pool, port: int) -> None:
     with closing(Followers(SECRET, 2, port)) as first:
         coming = join(pool, port, 1, stop=after(1.0))
         assert not first.wait(0, 20, after(1.5))
-        with pytest.raises(Lost, match="not all nodes have come"):
+        with pytest.raises(Lost, match="not all nodes have joined"):
             coming.result(10)
         assert not first.wait(0, 0.1, never)
 
@@ -129,7 +129,7 @@ def test_a_node_that_comes_back_takes_its_own_place(pool, port: int) -> None:
             each.result(10).close()
 
 
-def test_another_jobs_node_is_told_so(pool, port: int) -> None:
+def test_another_jobs_node_gets_the_reason(pool, port: int) -> None:
     with closing(Followers(SECRET, 1, port)) as first:
         stranger = join(pool, port, 1, key=b"of another job", stop=after(1.0))
         assert not first.wait(0, 2.5, never) and not first.names()
@@ -139,7 +139,7 @@ def test_another_jobs_node_is_told_so(pool, port: int) -> None:
 
 @pytest.mark.parametrize("says", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\x00\x00\x00\x14half a frame", b"\xff" * 64])
 @pytest.mark.parametrize("stays", [True, False])
-def test_strangers_delay_a_meeting_and_do_no_more(pool, port: int, says: bytes, stays: bool) -> None:
+def test_strangers_delay_the_rendezvous_and_do_no_more(pool, port: int, says: bytes, stays: bool) -> None:
     with closing(Followers(SECRET, 1, port)) as first:
         stranger = socket.create_connection(("127.0.0.1", port))
         if not stays:  # and the connection is reset, not closed
@@ -172,7 +172,7 @@ def test_nobody_unpickles_what_a_node_says(pool, port: int, tmp_path: Path) -> N
             other.send_bytes(b'{"node": 1, "name": "n1"}')
             assert waiting.result(20)
             other.send(Bomb(mark))
-            until(lambda: heard(first, "lost") == ["n1"])
+            until(lambda: names_after(first, "lost") == ["n1"])
     assert not mark.exists()
     pickle.loads(pickle.dumps(Bomb(mark)))
     assert mark.exists()

@@ -239,9 +239,9 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(file, damage, whole, t
     with caplog.at_level(logging.WARNING, "shoestring"):
         trainer = fit(tmp_path)
     assert newest.name in caplog.text and "the one before it is used" in caplog.text
-    (transcript,) = events(tmp_path, "checkpoint_damaged")
-    assert newest.name in transcript["reason"]
-    assert file in transcript["reason"] or file == "manifest.json"  # whose hashes then blame another
+    (event,) = events(tmp_path, "checkpoint_damaged")
+    assert newest.name in event["reason"]
+    assert file in event["reason"] or file == "manifest.json"  # whose hashes then blame another
     assert trainer.summary["resumed_from"] == 6
     assert fingerprint(final(tmp_path)) == whole
 

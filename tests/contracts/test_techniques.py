@@ -229,13 +229,13 @@ def test_state_survives_disk(cls, acting, tmp_path):
 def anatomy(module):
     """Classes, attributes and hooks of a module and everything in it."""
     hooks = [key for key in vars(torch.nn.Module()) if key.endswith("_hooks")]
-    found = {}
+    parts = {}
     for name, part in module.named_modules():
-        found[name] = type(part), sorted(vars(part)) if name else None, [len(getattr(part, h)) for h in hooks]
+        parts[name] = type(part), sorted(vars(part)) if name else None, [len(getattr(part, h)) for h in hooks]
         assert "forward" not in vars(part) and "__call__" not in vars(part)
     for name, p in module.named_parameters():
-        found[f"{name} itself"] = type(p), p.requires_grad, p.dtype, len(p._backward_hooks or ())
-    return found
+        parts[f"{name} itself"] = type(p), p.requires_grad, p.dtype, len(p._backward_hooks or ())
+    return parts
 
 
 def test_teardown_leaves_the_module_as_it_was(cls):

@@ -51,7 +51,7 @@ class Evaluations:
         """About how many steps; None where Lightning decides."""
         return steps_in(clock, self.every) if self.every else None
 
-    def found(self, metrics: Mapping[str, float]) -> bool:
+    def update(self, metrics: Mapping[str, float]) -> bool:
         """Keep the metrics of an evaluation. True where they reach the goal."""
         self.metrics.update(metrics)
         return bool(goal_reached(self.goal, metrics))

@@ -7,10 +7,10 @@ from ...callbacks.accounting.clock import BadDuration, Clock, Duration
 
 def interval(text: str) -> Duration:
     """A duration that can be waited for again and again: `interval("5 min")`."""
-    found = Duration.parse(text)
-    if found.amount <= 0:
-        raise BadDuration(f"{text!r} is no interval; give a positive duration, as in '5 min' or '500 steps'")
-    return found
+    duration = Duration.parse(text)
+    if duration.amount <= 0:
+        raise BadDuration(f"{text!r} is not an interval; give a positive duration, as in '5 min' or '500 steps'")
+    return duration
 
 
 def passed(clock: Clock, every: Duration) -> float:

@@ -127,12 +127,12 @@ class Monitor(ReshapeListener, pl.Callback):
         self._begun = True
 
     def _resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        found = self.checkpoints.saver.restore(trainer, pl_module)
-        if found is None:
+        restored = self.checkpoints.saver.restore(trainer, pl_module)
+        if restored is None:
             if self.resume == "must":
                 raise CannotResume(f"{self.records.run_dir} has no checkpoint to resume from")
             return
-        manifest, self._rng = found
+        manifest, self._rng = restored
         same_samples(manifest, self.seed, self._global_batch(), self.records.run_dir)
         self.resumed_from = manifest["step"]
         self.account.clock.spend = self.records.spent(self.account.clock.spend)
@@ -190,7 +190,7 @@ class Monitor(ReshapeListener, pl.Callback):
     def _preempted(self) -> BaseException:
         signal, step = self.request.received or "on another rank", self.account.clock.step
         self.records.event("preempted", step=step, signal=signal, **self.totals.so_far())
-        log.warning("asked to stop: step %d is saved; the same command goes on from here", step)
+        log.warning("stopped on request: step %d is saved; the same command continues from here", step)
         return preempted()
 
     # -- evaluation; `trainer.validate` is no part of the run -------------------------------------------------------
@@ -219,10 +219,10 @@ class Monitor(ReshapeListener, pl.Callback):
             raise self._preempted()
         if account.evaluation_cut:
             self._report_cut(trainer)
-        found = numbers(trainer.callback_metrics)
-        if self.evaluations.found(found) and not trainer.should_stop:
+        metrics = numbers(trainer.callback_metrics)
+        if self.evaluations.update(metrics) and not trainer.should_stop:
             account.stopped_by, trainer.should_stop = "goal", True
-        self.records.step(account.clock.step, {"step": account.clock.step, **found})
+        self.records.step(account.clock.step, {"step": account.clock.step, **metrics})
 
     def _report_cut(self, trainer: pl.Trainer) -> None:
         seen = self.account.evaluation.batches
@@ -236,29 +236,29 @@ class Monitor(ReshapeListener, pl.Callback):
         account.close(trainer)
         lost = self._keep_weights(trainer, pl_module)
         account.spending.refresh()
-        told = account.agreement.gather((peak_bytes(trainer.strategy.root_device), account.stopped_by))
-        account.stopped_by = told[0][1]
-        self.summary = self._summary(trainer, max(peak for peak, _ in told))
+        gathered = account.agreement.gather((peak_bytes(trainer.strategy.root_device), account.stopped_by))
+        account.stopped_by = gathered[0][1]
+        self.summary = self._summary(trainer, max(peak for peak, _ in gathered))
         self.request.release()
         if lost:
             raise CannotSave(
                 f"the run has ended at step {account.clock.step}, but its final weights cannot be written: {lost}. "
-                f"Make room in {self.records.run_dir} and give the same command: it goes on from the last checkpoint."
+                f"Make room in {self.records.run_dir} and give the same command: it continues from the last checkpoint."
             )
         self.records.finished(self.summary, account.spending.windows.seconds)
 
     def _summary(self, trainer: pl.Trainer, peak: int) -> dict[str, Any]:
         metrics = {**self.evaluations.metrics, **numbers(trainer.callback_metrics)}
-        found = {
+        summary = {
             **self.totals.summary(trainer, self.strategy, peak), "resumed_from": self.resumed_from,
             "metrics": metrics, "run_dir": str(self.records.run_dir),
         }  # fmt: skip
         if (goal := self.evaluations.goal) is not None:
-            found["goal"] = {"metric": goal.metric, "above": goal.above, "below": goal.below}
-            found["goal_reached"] = goal_reached(goal, metrics)
+            summary["goal"] = {"metric": goal.metric, "above": goal.above, "below": goal.below}
+            summary["goal_reached"] = goal_reached(goal, metrics)
         if self.resumed_from == self.account.clock.step:  # nothing was left to do
-            found = of_finished(found, read_summary(self.records.run_dir))
-        return found
+            summary = of_finished(summary, read_summary(self.records.run_dir))
+        return summary
 
     def _keep_weights(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
         """A checkpoint of the last step, and the whole weights in one file; what the disk said against the latter."""

@@ -116,10 +116,10 @@ class Records:
         """What all attempts have cost: time, money and energy lost since the checkpoint stay spent."""
         spend = Spend.from_dict(checkpointed.as_dict())
         rows = [r for r in read(self.run_dir / "events", rank=0) if r.attempt < self._attempt]
-        told = [r for r in rows if r.kind in ("step", "event") and isinstance(r.fields.get("seconds"), int | float)]
-        if not told:
+        timed = [r for r in rows if r.kind in ("step", "event") and isinstance(r.fields.get("seconds"), int | float)]
+        if not timed:
             return spend
-        last = max(told, key=lambda r: float(r.fields["seconds"]))  # type: ignore[arg-type]
+        last = max(timed, key=lambda r: float(r.fields["seconds"]))  # type: ignore[arg-type]
         for field in _TOTALS:
             setattr(spend, field, max(getattr(spend, field), float(last.fields.get(field) or 0)))  # type: ignore[arg-type]
         if spend.seconds:

@@ -1,4 +1,4 @@
-"""Which rank holds the others up: what each does without waiting for anybody, compared every half minute.
+"""Which rank slows the others down: what each does without waiting for anybody, compared every half minute.
 
 The time of a rank is that of waiting for its data and of its forward passes, until backward begins; from there on ranks
 wait for one another, and all seem equally slow. Under ZeRO-3 (and wherever else the forward pass gathers weights) a
@@ -159,15 +159,15 @@ class Stragglers(pl.Callback):
         account, window = self.monitor.account, self.window
         window.waited = account.spending.data_wait - self._waited
         trained = account.spending.windows.spent("train") - self._trained
-        told = self._last if self.cuda else window
-        busy = told.seconds() if told is not None else 0.0
+        measured = self._last if self.cuda else window
+        busy = measured.seconds() if measured is not None else 0.0
         before, self._last = self._under_way, window
         self._under_way = account.agreement.start_gather([busy, trained]), window.steps
-        self._open(window.steps if before is None else self._hear(before[0](), before[1]))
+        self._open(window.steps if before is None else self._compare(before[0](), before[1]))
 
-    def _hear(self, told: Sequence[Sequence[float]], steps: int) -> int:
+    def _compare(self, by_rank: Sequence[Sequence[float]], steps: int) -> int:
         """What every rank told of a window of `steps`; how many the next one has, the same on all ranks."""
-        busy, seconds = [own for own, _ in told], told[0][1]
+        busy, seconds = [own for own, _ in by_rank], by_rank[0][1]
         slow = slow_ranks(busy, seconds)
         new, over = self.streaks.update(list(slow))
         for rank, event in [*((rank, "straggler") for rank in new), *((rank, "straggler_over") for rank in over)]:
@@ -185,4 +185,4 @@ class Stragglers(pl.Callback):
             own_seconds_a_step=busy[rank] / steps, median_seconds_a_step=usual / steps,
         )  # fmt: skip
         if event == "straggler":
-            log.warning("rank %d on %s holds the others up: %.1f times the median of the ranks", rank, host, ratio)
+            log.warning("rank %d on %s slows the others down: %.1f times the median of the ranks", rank, host, ratio)

@@ -15,7 +15,7 @@ from shoestring.callbacks import Distillation
 from shoestring.callbacks.compression.distillation_losses import kd_loss
 from shoestring.callbacks.compression.teachers import NoTeacher, frozen_copy
 from shoestring.callbacks.contract import Misconfigured
-from shoestring.callbacks.forward.outputs import NoLogits
+from shoestring.callbacks.forward.model_calls import NoLogits
 from shoestring.callbacks.forward.training_step import NoLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -123,14 +123,14 @@ class Bare(Named):
 
 
 @pytest.mark.parametrize(("module", "of"), [(Named("model"), ""), (Bare("net"), ""), (Named("net"), "net")], ids=str)
-def test_logits_are_found_in_anybodys_module(module, of):
+def test_logits_are_located_in_anybodys_module(module, of):
     losses = fit(module, Distillation(teacher=Fixed([9.0] + [0.0] * 6), weight=1.0, of=of, teacher_dtype="float32"))
     plain = fit(Named(module.where))
     assert losses[0] > plain[0] + 0.5
 
 
-def test_what_cannot_be_found_is_one_clear_error():
-    with pytest.raises(NoLogits, match="'forward' took no part in training_step; set `of`"):
+def test_what_is_missing_is_one_clear_error():
+    with pytest.raises(NoLogits, match="'forward' was not called in training_step; set `of`"):
         fit(Named("net"), Distillation())
     with pytest.raises(NoLogits, match="of='nett' is no submodule; there are net"):
         fit(Named("net"), Distillation(of="nett"))
@@ -149,7 +149,7 @@ def test_what_cannot_be_found_is_one_clear_error():
 def test_hand_made_optimization_is_refused():
     module = toy()
     module.automatic_optimization = False
-    with pytest.raises(NoLoss, match="Toy optimizes by hand"):
+    with pytest.raises(NoLoss, match="Toy optimizes manually"):
         fit(module, Distillation())
 
 
@@ -193,8 +193,8 @@ def test_only_tokens_that_predict_one_count(tmp_path):
     rows = [(0, t) for t in range(7)] + [(1, t) for t in range(4)]
     wanted = kd_loss(torch.stack([mine[at] for at in rows]), torch.stack([its[at] for at in rows]), 2.0)
     settings = {"teacher": str(tmp_path), "teacher_dtype": "float32"}
-    found = fit(Language(llama()), Distillation(**settings), data=sequences())[0]
-    assert found == pytest.approx((task + wanted).item(), rel=1e-5)
+    loss = fit(Language(llama()), Distillation(**settings), data=sequences())[0]
+    assert loss == pytest.approx((task + wanted).item(), rel=1e-5)
     halved = fit(Language(llama()), Distillation(**settings), data=sequences(weight=0.5))[0]
     assert halved == pytest.approx((task + wanted / 2).item(), rel=1e-5)
 

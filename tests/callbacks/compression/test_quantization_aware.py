@@ -56,7 +56,7 @@ def mlp(width=16, seed=0):
     return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 4))
 
 
-class Outputs(pl.Callback):
+class RecordOutputs(pl.Callback):
     """What every batch's first layer gave, and what the parameter was."""
 
     def __init__(self):
@@ -73,7 +73,7 @@ class Outputs(pl.Callback):
 
 
 def test_layers_compute_with_quantized_weights_and_tokens():
-    class Check(Outputs):
+    class Check(RecordOutputs):
         checked = 0
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

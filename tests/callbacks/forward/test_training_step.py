@@ -99,7 +99,7 @@ def test_only_what_is_chosen_is_trained_on():
     assert "training_step" not in vars(module), "the module is as it was"
 
 
-def test_all_of_them_is_as_none_was_asked():
+def test_all_of_them_is_as_without_a_choice():
     plain, whole = Trained(), Trained()
     fit(plain)
     fit(Keep(count=4), whole)
@@ -235,5 +235,5 @@ def test_choosers_and_terms_share_one_wrapper_and_leave_in_any_order():
 def test_a_module_that_optimizes_by_hand_has_no_loss_to_add_to():
     module = toy()
     module.automatic_optimization = False
-    with pytest.raises(NoLoss, match="Toy optimizes by hand"):
+    with pytest.raises(NoLoss, match="Toy optimizes manually"):
         add_auxiliary_loss(module, Double())

@@ -67,12 +67,12 @@ class Look(pl.Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         shards = shards_of(trainer, pl_module)
         if shards.at_boundary():
-            found = [
+            skipped = [
                 shards.gradient(name)
                 for name in shards.slices
                 if name.startswith("blocks.") and int(name.split(".")[1]) not in self._now
             ]
-            self.gradients += [float(gradient.abs().sum()) for gradient in found if gradient is not None]
+            self.gradients += [float(gradient.abs().sum()) for gradient in skipped if gradient is not None]
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.computed.append(set(self._now))
@@ -246,15 +246,15 @@ LAYERS = {"llama": "layers", "bert": "encoder.layer"}
 # -- ranks -------------------------------------------------------------------------------------------------------------
 def rank(folder) -> None:
     warnings.simplefilter("ignore")
-    found = {}
+    results = {}
     for strategy in ("ddp", "zero2", "zero3"):
         look = Look()
         _, trainer = fit(
             folder / strategy, StochasticDepth(last=0.4), callbacks=[look], world=2, strategy=strategy, dropout=0.0
         )
-        found[strategy] = {"gradients": look.gradients, "computed": [sorted(blocks) for blocks in look.computed]}
-        found[strategy]["flops"] = trainer.summary["flops_counted"]
-    (folder / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+        results[strategy] = {"gradients": look.gradients, "computed": [sorted(blocks) for blocks in look.computed]}
+        results[strategy]["flops"] = trainer.summary["flops_counted"]
+    (folder / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
 
 
 def test_all_ranks_skip_the_same_blocks_and_none_of_them_has_a_gradient(tmp_path):

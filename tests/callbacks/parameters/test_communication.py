@@ -53,16 +53,16 @@ def fit(folder, *techniques, world=1, strategy="auto"):
 
 def rank(folder) -> None:
     warnings.simplefilter("ignore")
-    found = {"absent": fingerprint(fit(folder / "absent", world=2, strategy="ddp").state_dict())}
+    results = {"absent": fingerprint(fit(folder / "absent", world=2, strategy="ddp").state_dict())}
     for dtype in ("float32", "bfloat16"):
         technique = Narrow(dtype=dtype)
         module = fit(folder / dtype, technique, world=2, strategy="ddp")
-        found[dtype] = {"weights": fingerprint(module.state_dict()), "sent": technique.sent, "acts": technique.acts}
+        results[dtype] = {"weights": fingerprint(module.state_dict()), "sent": technique.sent, "acts": technique.acts}
     try:
         fit(folder / "zero", Narrow(), world=2, strategy="zero1")
     except IncompatibleTechniques as error:
-        found["zero"] = str(error)
-    (folder / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+        results["zero"] = str(error)
+    (folder / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
 
 
 @pytest.fixture(scope="module")
@@ -89,4 +89,4 @@ def test_where_nothing_is_communicated_it_does_not_act(tmp_path, ranks):
 
 
 def test_zero_has_no_such_hook(ranks):
-    assert "narrow changes gradients as they are communicated, which only ddp lets it" in ranks[0]["zero"]
+    assert "narrow changes gradients as they are communicated, which only ddp allows" in ranks[0]["zero"]

@@ -79,12 +79,12 @@ def test_global_batches_are_the_same_however_they_are_cut(size, cut, other, seed
 @given(size=st.integers(1, 70), cut=CUTS, epoch=st.integers(0, 3), drop=st.booleans())
 def test_every_sample_comes_once_an_epoch_but_for_the_last_batch_being_filled_up(size, cut, epoch, drop):
     steps = batches(size, micro=8, drop_last=drop).steps_per_epoch
-    found = sum(globally(size, *cut, at=epoch * steps, drop_last=drop), Counter())
+    counts = sum(globally(size, *cut, at=epoch * steps, drop_last=drop), Counter())
     if drop and size >= 8:
-        assert steps == size // 8 and set(found.values()) == {1} and found.total() == size // 8 * 8
+        assert steps == size // 8 and set(counts.values()) == {1} and counts.total() == size // 8 * 8
     else:
-        assert steps == -(-size // 8) and set(found) == set(range(size))
-        assert found.total() == steps * 8 and max(found.values()) - min(found.values()) <= 1  # padding is even
+        assert steps == -(-size // 8) and set(counts) == set(range(size))
+        assert counts.total() == steps * 8 and max(counts.values()) - min(counts.values()) <= 1  # padding is even
 
 
 @given(st.integers(1, 40), st.integers(1, 3), st.integers(1, 3), st.integers(0, 9), st.booleans())
@@ -149,9 +149,9 @@ def test_evaluation_reads_every_sample_once_and_equally_often_on_every_rank(size
     ranks = [list(EvenBatches(SequentialSampler(range(size)), micro=micro, rank=r, world=world)) for r in range(world)]
     assert {len(rank) for rank in ranks} == {len(EvenBatches(range(size), micro=micro, rank=0, world=world))}
     assert all(1 <= len(batch) <= micro for rank in ranks for batch in rank)
-    found = Counter(i for rank in ranks for batch in rank for i in batch)
-    assert set(found) == set(range(size))
-    assert found.total() == max(size, len(ranks[0]) * world)  # fewer samples than batches: some twice
+    counts = Counter(i for rank in ranks for batch in rank for i in batch)
+    assert set(counts) == set(range(size))
+    assert counts.total() == max(size, len(ranks[0]) * world)  # fewer samples than batches: some twice
 
 
 class Augmented(Dataset):
@@ -184,9 +184,9 @@ def test_augmentation_is_a_function_of_seed_epoch_and_sample():
         before = torch.get_rng_state()
         generator = torch.Generator().manual_seed(1)
         data = DataLoader(SeededSamples(Augmented()), batch_sampler=order, num_workers=workers, generator=generator)
-        found = {int(i): x for noise, index in data for x, i in zip(noise, index, strict=True)}
+        by_index = {int(i): x for noise, index in data for x, i in zip(noise, index, strict=True)}
         assert torch.equal(before, torch.get_rng_state())
-        return found
+        return by_index
 
     whole, later = read(0), read(2, at=3, accumulate=2)
     assert len(whole) == 24 and len(later) == 12

@@ -43,7 +43,7 @@ class FirstToken(Technique, pl.Callback):
         self.scores.record(drawn.samples, trainer.global_step + batch["labels"] / 2)
 
     def on_train_end(self, trainer, pl_module) -> None:
-        self.found = self.scores.whole().tolist()
+        self.final = self.scores.whole().tolist()
 
 
 def fit(folder, *callbacks, world=1, workers=0, size=SAMPLES, strategy="auto", cut=None) -> list[float]:
@@ -54,15 +54,15 @@ def fit(folder, *callbacks, world=1, workers=0, size=SAMPLES, strategy="auto", c
         max_epochs=-1, strategy=strategy, devices=world,
     )  # fmt: skip
     trainer.fit(toy(), loader(cut or world, words={"size": size, "noise": 0.0}, num_workers=workers), held_out())
-    return technique.found
+    return technique.final
 
 
 def rank(folder, strategy, world, crash, out) -> None:
     try:
-        found = fit(folder, *([Explode(crash)] if crash else []), world=world, strategy=strategy)
+        scores = fit(folder, *([Explode(crash)] if crash else []), world=world, strategy=strategy)
     except Exploded:
         return
-    (folder / out).write_text(json.dumps(found))
+    (folder / out).write_text(json.dumps(scores))
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +101,12 @@ def test_a_plain_trainer_keeps_them_in_its_own_checkpoints(tmp_path):
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         )  # fmt: skip
         trainer.fit(toy(), loader(words={"noise": 0.0}), held_out(), ckpt_path=ckpt_path, weights_only=True)
-        return technique.found, trainer
+        return technique.final, trainer
 
-    found, trainer = train(6)
+    scores, trainer = train(6)
     trainer.save_checkpoint(tmp_path / "six.ckpt")
     later, _ = train(7, tmp_path / "six.ckpt")
-    changed = [i for i in range(SAMPLES) if found[i] != later[i]]
+    changed = [i for i in range(SAMPLES) if scores[i] != later[i]]
     assert len(changed) <= 4 and all(int(later[i]) == 6 for i in changed)
 
 

@@ -237,7 +237,7 @@ def test_starting_over_where_a_run_is_and_resuming_where_none_is_are_refused(tmp
 
 @pytest.mark.parametrize("every", ["0 steps", "0 s", "0%"])
 def test_an_interval_of_nothing_is_refused(tmp_path, every):
-    with pytest.raises(BadDuration, match=f"'{every}' is no interval; give a positive duration"):
+    with pytest.raises(BadDuration, match=f"'{every}' is not an interval; give a positive duration"):
         train(tmp_path, Budget(steps=2), checkpoint_every=every)
 
 

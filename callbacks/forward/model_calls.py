@@ -61,13 +61,13 @@ def calls_of(model: nn.Module) -> Iterator[list[Call]]:
     A LightningModule's `forward` is often called directly, past all hooks, so there it is the method that is watched;
     elsewhere a hook, which sees what DeepSpeed's own hooks have made of the output.
     """
-    found: list[Call] = []
+    calls: list[Call] = []
     if not isinstance(model, pl.LightningModule):
         handle = model.register_forward_hook(
-            lambda _, args, kwargs, output: found.append(Call(args, kwargs, output)), with_kwargs=True
+            lambda _, args, kwargs, output: calls.append(Call(args, kwargs, output)), with_kwargs=True
         )
         try:
-            yield found
+            yield calls
         finally:
             handle.remove()
         return
@@ -77,12 +77,12 @@ def calls_of(model: nn.Module) -> Iterator[list[Call]]:
     @wraps(plain)
     def watched(*args: Any, **kwargs: Any) -> Any:
         output = plain(*args, **kwargs)
-        found.append(Call(args, kwargs, output))
+        calls.append(Call(args, kwargs, output))
         return output
 
     model.forward = watched  # type: ignore[method-assign]
     try:
-        yield found
+        yield calls
     finally:
         if before is None:
             del model.forward
@@ -92,13 +92,13 @@ def calls_of(model: nn.Module) -> Iterator[list[Call]]:
 
 def logits_of(output: Any, whose: str) -> Tensor:
     """The logits [B, …, C] in what a model returned: a tensor, or `logits` of a mapping or object."""
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if isinstance(found, Tensor) and found.is_floating_point() and found.ndim >= 2:
-        return found
-    raise NoLogits(f"{whose} returned {_what(found)}; logits are a float tensor [B, …, C], or `logits` of an output")
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim >= 2:
+        return logits
+    raise NoLogits(f"{whose} returned {_what(logits)}; logits are a float tensor [B, …, C], or `logits` of an output")
 
 
-def _what(found: Any) -> str:
-    if isinstance(found, Tensor):
-        return f"a {found.dtype} tensor of shape {tuple(found.shape)}"
-    return type(found).__name__
+def _what(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return type(value).__name__

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..forward.outputs import Call
+from ..forward.model_calls import Call
 from .distillation_losses import target_mask
 from .logit_cache import lengths_of, sample_keys
 
 
 @dataclass(frozen=True)
-class Positions:
+class TargetPositions:
     """The positions of logits [B, …, C] that count; `mask` [B, T] where not all do."""
 
     mask: Tensor | None
@@ -40,20 +40,20 @@ class Positions:
         return self.rows(logits) if self.mask is None else self.rows(logits)[self.mask.flatten()]
 
 
-def positions_of(call: Call, logits: Tensor, batch: Any, shift: bool) -> Positions:
+def target_positions(call: Call, logits: Tensor, batch: Any, shift: bool) -> TargetPositions:
     """Of sequences [B, T, C]: where `labels` [B, T] are predicted, else where `attention_mask` is set, else all."""
     mask = None
     if logits.ndim == 3:
         given = {**_tensors(batch), **_tensors(call.kwargs)}
         for name in ("labels", "attention_mask"):
-            found = given.get(name)
-            if found is not None and found.shape == logits.shape[:2]:
-                mask = target_mask(found, shift=shift) if name == "labels" else found.bool()
+            tensor = given.get(name)
+            if tensor is not None and tensor.shape == logits.shape[:2]:
+                mask = target_mask(tensor, shift=shift) if name == "labels" else tensor.bool()
                 break
-    return Positions(mask, logits.shape, logits.device)
+    return TargetPositions(mask, logits.shape, logits.device)
 
 
-def keys_of(call: Call, at: Positions, *, causal: bool) -> list[bytes]:
+def cache_keys(call: Call, at: TargetPositions, *, causal: bool) -> list[bytes]:
     """A key for every sample: a hash of the inputs up to the sample's end, and of the positions that count.
 
     The end is that of `attention_mask`; without one, a causal model's last position that counts, since it sees nothing
@@ -74,10 +74,10 @@ def keys_of(call: Call, at: Positions, *, causal: bool) -> list[bytes]:
 
 def _tensors(values: Any) -> dict[str, Tensor]:
     """The tensors of a mapping by name, those of mappings in it too."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in values.items() if isinstance(values, Mapping) else ():
         if isinstance(value, Tensor) and value.ndim:
-            found[str(name)] = value
+            tensors[str(name)] = value
         elif isinstance(value, Mapping):
-            found |= _tensors(value)
-    return found
+            tensors |= _tensors(value)
+    return tensors

@@ -7,8 +7,8 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from shoestring.callbacks.forward.aside import NoLoss, isolated_training_step, loss_of
 from shoestring.callbacks.forward.forward_weights import straight_through
+from shoestring.callbacks.forward.isolated_step import NoLoss, isolated_training_step, loss_of
 
 
 class Marking(pl.LightningModule):
