@@ -97,7 +97,7 @@ class BadSetting(Misconfigured):
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a technique claims: printed in the docs, checked by the tests, written to the ledger as a claim.
+    """The claims of a technique: printed in the docs, checked by the tests, written to the ledger as a claim.
 
     Args:
         name: The name in recipes, in snake_case.
@@ -139,7 +139,7 @@ class Card:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What must be known before a `pl.Trainer` exists. Techniques return changed copies (`replace`).
+    """Settings that must be known before a `pl.Trainer` exists. Techniques return changed copies (`replace`).
 
     Args:
         precision: As `pl.Trainer` takes it.
@@ -223,7 +223,7 @@ class Technique(ReshapeListener):
         return {}
 
     def step_kind(self) -> Hashable:
-        """What decides, besides shapes, which FLOPs the next step has: the version of masks, the blocks that are on.
+        """Return what, besides shapes, decides the next step's FLOPs: the version of masks, the blocks that are on.
 
         Steps of one kind are counted once. Asked when all techniques have had their `on_train_batch_start`.
         """

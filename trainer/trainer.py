@@ -163,7 +163,7 @@ class Trainer(pl.Trainer):
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the last `fit` cost and reached."""
+        """The cost and the result of the last `fit`."""
         return self.monitor.summary
 
     def fit(
@@ -199,7 +199,7 @@ class Trainer(pl.Trainer):
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)  # type: ignore[arg-type]
 
     def saved_state(self, key: str) -> dict[str, Any] | None:
-        """What the checkpoint that this fit resumes from holds of the callback `key`, before any model is restored.
+        """Return what the checkpoint of this resume holds of the callback `key`, before any model is restored.
 
         Collective; for callbacks that in `setup` give the module the shapes it was saved in. None: nothing to resume.
         """
@@ -243,7 +243,7 @@ class _EndedLoop(_FitLoop):
 
 
 def facts(strategy: Any, accelerator: str, offload: str = "none", optimizer: str | None = None) -> frozenset[str]:
-    """What techniques may need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", …, "offload"."""
+    """Facts that techniques need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", "offload"."""
     machine = machine_facts()
     names = {accelerator}
     if machine.bf16 or accelerator == "cpu":  # CPUs without bf16 instructions emulate it

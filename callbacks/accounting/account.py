@@ -24,7 +24,7 @@ from .tally import FIELDS, Tally
 
 @dataclass
 class Upcoming:
-    """What a run must still pay for besides steps.
+    """The costs of a run that are still to come, besides steps.
 
     after_seconds: after the last step. pauses: before it, by name: (every so many steps, seconds each).
     """
@@ -139,7 +139,7 @@ class Account:
             self.stopped_by, trainer.should_stop = binding, True
 
     def receive(self, sums: list[float] | None) -> None:
-        """What an exchange has brought; None where none was under way."""
+        """Return the result of an exchange; None where none was under way."""
         if sums is not None:
             self._receive(Tally(*sums))
 

@@ -111,7 +111,7 @@ class Spending:
         spend.kwh = before.kwh + total.joules / 3.6e6
 
     def this_attempt(self) -> Spend:
-        """What this attempt has spent."""
+        """Return the spend of this attempt."""
         return self.clock.spend.minus(self._before)
 
     # -- the model ---------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class Distillation(Technique, pl.Callback):
         return bool(self.weight or self.hidden or self.attention or self.labels != 1)
 
     def predict(self, workload: Workload) -> Effect:
-        """Of a teacher as large as the student: its forward, and its weights beside 16 bytes a parameter."""
+        """Predict for a teacher as large as the student: its forward, and its weights beside 16 bytes a parameter."""
         if not self._acts:
             return Effect()
         held = DTYPES[self.teacher_dtype].itemsize / (workload.world_size if self.shard_teacher else 1)
@@ -198,7 +198,7 @@ class Distillation(Technique, pl.Callback):
             yield stack.enter_context(calls_of(self._student)), outputs
 
     def compute(self, watched: tuple[list[Call], list[Any]], loss: Tensor, step: Step) -> Tensor:
-        """What is added to the loss of this micro-batch."""
+        """Return what is added to the loss of this micro-batch."""
         calls, outputs = watched
         if not calls:
             raise NoLogits(f"distillation: {self._of or 'forward'!r} was not called in training_step; set `of`")

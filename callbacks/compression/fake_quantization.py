@@ -37,7 +37,7 @@ def highest(bits: int) -> int:
 
 
 def product_bits(weight_bits: int, cpu: str) -> int:
-    """Of the grid that weights of at most `weight_bits` bits have in int8 products right on `cpu`, of PRODUCT_BITS."""
+    """Return the grid's bits for weights of at most `weight_bits` in int8 products right on `cpu`, of PRODUCT_BITS."""
     return min(weight_bits, PRODUCT_BITS[cpu])
 
 

@@ -102,7 +102,7 @@ class QuantizationAware(Technique, pl.Callback):
 
     @property
     def grid_bits(self) -> int:
-        """Of the grid on which weights are rounded; where they are rounded at all."""
+        """The bits of the grid on which weights are rounded; where they are rounded at all."""
         bits = int(self.weight_bits)  # type: ignore[arg-type]
         return bits if self.activation_bits is None else product_bits(bits, self.cpu)
 

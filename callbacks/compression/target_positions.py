@@ -24,7 +24,7 @@ class TargetPositions:
 
     @property
     def counts(self) -> list[int]:
-        """How many positions each sample has [B]. Waits for the device where there is a mask."""
+        """The number of positions of each sample [B]. Waits for the device where there is a mask."""
         if self.mask is not None:
             return self.mask.sum(1).tolist()
         return [self.shape[1:-1].numel()] * self.shape[0]
@@ -41,7 +41,7 @@ class TargetPositions:
 
 
 def target_positions(call: Call, logits: Tensor, batch: Any, shift: bool) -> TargetPositions:
-    """Of sequences [B, T, C]: where `labels` [B, T] are predicted, else where `attention_mask` is set, else all."""
+    """For sequences [B, T, C]: where `labels` [B, T] are predicted, else where `attention_mask` is set, else all."""
     mask = None
     if logits.ndim == 3:
         given = {**_tensors(batch), **_tensors(call.kwargs)}

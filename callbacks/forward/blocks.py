@@ -94,7 +94,7 @@ def costs_like(block: nn.Module) -> Hashable:
 
 @contextmanager
 def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """What each block returned in its first call inside; None where it was not called.
+    """Record what each block returned in its first call inside; None where it was not called.
 
     Outputs are taken after all hooks, so also under ZeRO-3 and checkpointing they are what the next block gets.
     """

@@ -73,7 +73,7 @@ class AuxiliaryLoss(Protocol):
         ...
 
     def compute(self, watched: Any, loss: Tensor, step: Step) -> Tensor:
-        """What to add to the module's own `loss`, []."""
+        """Return what to add to the module's own `loss`, []."""
         ...
 
 
@@ -206,7 +206,7 @@ def _targets(batch: Mapping[str, Any]) -> Any:
 
 # -- in and out --------------------------------------------------------------------------------------------------------
 def wrapped_step(module: pl.LightningModule) -> WrappedStep | None:
-    """What stands in for the module's step; None where nobody has wrapped it."""
+    """Return what stands in for the module's step; None where nobody has wrapped it."""
     wrapped = vars(module).get("training_step")
     return wrapped if isinstance(wrapped, WrappedStep) else None
 
@@ -228,9 +228,7 @@ def add_auxiliary_loss(module: pl.LightningModule, term: AuxiliaryLoss) -> None:
         NoLoss: The module optimizes manually.
     """
     if not module.automatic_optimization:
-        raise NoLoss(
-            f"{type(module).__name__} optimizes manually, so its loss cannot be added to; return it instead"
-        )
+        raise NoLoss(f"{type(module).__name__} optimizes manually, so its loss cannot be added to; return it instead")
     _wrap(module).terms.append(term)
 
 

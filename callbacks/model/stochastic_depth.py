@@ -166,7 +166,7 @@ class StochasticDepth(Technique, pl.Callback):
                     shards.set_gradient(name, torch.zeros_like(gradient))
 
     def step_kind(self) -> Hashable:
-        """How many blocks of each kind are skipped; those still to be learned cost a forward more."""
+        """Return how many blocks of each kind are skipped; those still to be learned cost a forward more."""
         known = {index: self._skippable[index] for index in self._skipped if index in self._skippable}
         alike = Counter((costs_like(self._blocks[index]), output and output.shape) for index, output in known.items())
         return frozenset(alike.items()), self._skipped.difference(known)

@@ -51,7 +51,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an optimizer step begins: in which epoch, its number there, and how many samples of the order are used."""
+    """The begin of an optimizer step: its epoch, its number there, and how many samples of the order are used."""
 
     epoch: int = 0
     step: int = 0
@@ -96,7 +96,7 @@ class GlobalBatches(Sampler[list[Any]]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Of the epoch that the run is in, where they differ."""
+        """The steps of the epoch that the run is in, where they differ."""
         if self.sizes is not None:
             run_step = self.position()
             place = self.place(run_step)
@@ -107,7 +107,7 @@ class GlobalBatches(Sampler[list[Any]]):
         return whole if self.drop_last and whole else whole + bool(rest)
 
     def place(self, position: int) -> Place:
-        """Where optimizer step `position` of the run begins."""
+        """Return where optimizer step `position` of the run begins."""
         if self.sizes is None:
             epoch, step = divmod(position, self.steps_per_epoch)
             return Place(epoch, step, step * self.global_batch)
@@ -178,7 +178,7 @@ class GlobalBatches(Sampler[list[Any]]):
         return float(share) * self.world * self.accumulate
 
     def drawn(self, batch_idx: int) -> Drawn | None:
-        """What micro-batch `batch_idx` of the epoch holds, as Lightning counts them: of those of the step under way.
+        """The content of micro-batch `batch_idx` of an epoch, as Lightning counts them: of those of the step under way.
 
         Loader workers are ahead of training, so what they have drawn is kept until it has been trained on.
         """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Shielded:
-    """What a loader calls first in each worker, around its own `worker_init_fn`."""
+    """Called by a loader first in each worker, around its own `worker_init_fn`."""
 
     def __init__(self, own: Callable[[int], None] | None) -> None:
         self.own = own

@@ -102,12 +102,12 @@ class Followers:
         self.server = socket.create_server(("", port), backlog=max(count, 1)) if count else None
 
     def names(self, state: str | None = None) -> list[str]:
-        """Of the nodes in this state, or of all; in the order of their numbers."""
+        """Return the names of the nodes in this state, or of all; in the order of their numbers."""
         return [member.name for _, member in sorted(self.members.items()) if state in (None, member.state)]
 
     @property
     def address(self) -> str:
-        """Where the others have found this node."""
+        """The address at which the others reach this node."""
         return next((member.peer.here for member in self.members.values()), "127.0.0.1")
 
     def wait(self, attempt: int, seconds: float, stop: Callable[[], bool]) -> bool:

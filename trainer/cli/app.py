@@ -185,7 +185,7 @@ app.command()(job_commands.cancel)
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """What this machine has, what is missing, and the command that fixes it."""
+    """Show what this machine has, what is missing, and the command that fixes it."""
     from ..machine.doctor import diagnose, report
 
     findings = diagnose()

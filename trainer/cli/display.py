@@ -201,7 +201,7 @@ def _used(total: Mapping[str, Any]) -> str:
 
 
 def show_export(made: Exported) -> None:
-    """What was written, how large it is, and how far its outputs are from the model's."""
+    """Show what was written, how large it is, and how far its outputs are from the model's."""
     rows = {
         "written": made.path,
         "size": f"{size(made.bytes)} ({made.bytes:,} bytes in {len(made.files)} files)",
@@ -277,7 +277,7 @@ def show_fields(values: Mapping[str, Any]) -> None:
 
 
 def show_findings(findings: Iterable[Finding]) -> None:
-    """What this machine has, what is missing, and the command that fixes it."""
+    """Show what this machine has, what is missing, and the command that fixes it."""
     marks = {True: "[green]ok[/]", False: "[red]missing[/]", None: "[yellow]optional[/]"}
     for finding in findings:
         console.print(f"{marks[finding.ok]:>20}  {finding.name}: {finding.found}")

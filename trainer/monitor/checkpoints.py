@@ -58,7 +58,7 @@ class Checkpoints:
         self.start(account.clock)
 
     def add_to(self, upcoming: Upcoming, account: Account) -> Upcoming:
-        """What is to come, with checkpoints."""
+        """Return the costs to come, with checkpoints."""
         seconds = self.saver.seconds
         # the final weights take no longer than a checkpoint; the same again for a machine that is slow just then
         account.closing_seconds = 2 * seconds

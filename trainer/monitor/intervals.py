@@ -14,7 +14,7 @@ def interval(text: str) -> Duration:
 
 
 def passed(clock: Clock, every: Duration) -> float:
-    """How many whole intervals have passed."""
+    """Return how many whole intervals have passed."""
     if every.counts == "progress":
         return clock.progress // every.amount
     if every.counts == "epochs":

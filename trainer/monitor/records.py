@@ -41,7 +41,7 @@ class AnotherRun(ShoestringError):
 
 
 class Display(Protocol):
-    """What shows a run while it goes on."""
+    """A display of a run while it goes on."""
 
     def step(self, row: Mapping[str, Any]) -> None: ...
 
@@ -113,7 +113,7 @@ class Records:
             )
 
     def spent(self, checkpointed: Spend) -> Spend:
-        """What all attempts have cost: time, money and energy lost since the checkpoint stay spent."""
+        """Return what all attempts have cost: time, money and energy lost since the checkpoint stay spent."""
         spend = Spend.from_dict(checkpointed.as_dict())
         rows = [r for r in read(self.run_dir / "events", rank=0) if r.attempt < self._attempt]
         timed = [r for r in rows if r.kind in ("step", "event") and isinstance(r.fields.get("seconds"), int | float)]

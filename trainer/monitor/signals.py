@@ -23,7 +23,7 @@ class Preempted(SystemExit):
 
 
 def preempted() -> Preempted:
-    """How this rank ends a run that goes on later."""
+    """Return how this rank ends a run that goes on later."""
     # the launcher kills rank 0 when a rank that it started returns anything but 0
     return Preempted(FINISHED) if launched_here() else Preempted()
 

@@ -48,7 +48,7 @@ def slow_ranks(busy: Sequence[float], seconds: float) -> dict[int, float]:
 
 
 def next_window(steps: int, seconds: float, every: float) -> int:
-    """How many steps the next window has, to last about `every` seconds, after one of `steps` that took `seconds`."""
+    """Return the steps of the next window, to last about `every` seconds, after one of `steps` that took `seconds`."""
     wanted = round(every * steps / max(seconds, 1e-9))
     return max(LEAST, min(wanted, GROWTH * steps))
 

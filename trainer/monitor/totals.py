@@ -29,7 +29,7 @@ class Totals:
     trainable: int = 0
 
     def so_far(self) -> dict[str, Any]:
-        """What all attempts have cost."""
+        """Return what all attempts have cost."""
         spend = self.account.clock.spend
         return {
             "samples": spend.samples,

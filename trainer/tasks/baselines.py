@@ -31,7 +31,7 @@ def unigram(train: np.ndarray, validation: np.ndarray) -> float:
 
 
 def target_counts(data: Blocks | Documents, vocabulary: int) -> np.ndarray:
-    """How often each token is a target [V], in int64."""
+    """Return how often each token is a target [V], in int64."""
     counts = np.zeros(vocabulary, dtype=np.int64)
     for start in range(0, len(data), 1000):
         rows = [data.targets(i) for i in range(start, min(start + 1000, len(data)))]
