@@ -10,13 +10,13 @@ from .accounting.budget import Budget as Budget
 from .accounting.clock import Clock as Clock
 from .accounting.clock import Duration as Duration
 from .accounting.clock import clock_of as clock_of
-from .contract import Card as Card
-from .contract import IncompatibleTechniques as IncompatibleTechniques
-from .contract import Misconfigured as Misconfigured
-from .contract import Settings as Settings
+from .card import Card as Card
+from .card import IncompatibleTechniques as IncompatibleTechniques
+from .card import Misconfigured as Misconfigured
+from .card import Settings as Settings
 from .contract import Technique as Technique
-from .effect import Effect as Effect
-from .effect import Workload as Workload
+from .card import Effect as Effect
+from .card import Workload as Workload
 from .parameters.accessor import shards_of as shards_of
 from .registry import make as make
 

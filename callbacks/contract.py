@@ -1,7 +1,8 @@
 """The contract of a technique: the page to read first.
 
-A technique is an ordinary Lightning `Callback` plus a declaration. It acts twice: `edit` changes the settings that must
-be known before a trainer exists (precision, accumulation, strategy options), then Lightning's own hooks act on the run.
+A technique is an ordinary Lightning `Callback` plus a declaration, its card (card.py). It acts twice: `edit` changes
+the settings that must be known before a trainer exists (precision, accumulation, strategy options), then Lightning's
+own hooks act on the run.
 
     @dataclass(kw_only=True, eq=False, repr=False)    # makes the constructor; hash and repr stay those of Technique
     class MyTechnique(Technique, pl.Callback):
@@ -40,124 +41,24 @@ This module imports neither torch nor Lightning.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Hashable, Mapping, Set
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
-from .. import ShoestringError
-from .effect import Effect as Effect
-from .effect import Workload as Workload
+from ..seeds import derive_seed as derive_seed
+from .card import PARTS as PARTS
+from .card import SAVINGS as SAVINGS
+from .card import BadSetting as BadSetting
+from .card import Card as Card
+from .card import Effect as Effect
+from .card import IncompatibleTechniques as IncompatibleTechniques
+from .card import Misconfigured as Misconfigured
+from .card import Settings as Settings
+from .card import Workload as Workload
 from .silence import silence as silence
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from .sampling.scores import SampleScores
-
-Part = Literal[
-    "samples",  # which samples a step is made of, and in which order they come
-    "batch_size",  # how many of them a step has
-    "batch",  # what is in a batch: lengths, mixtures, values
-    "tokens",  # which tokens of a sample a block computes with
-    "depth",  # which blocks compute at all
-    "modules",  # the layers of the model and their shapes
-    "numerics",  # in what precision it computes, and the weights that layers see
-    "activations",  # what a forward keeps for backward, and where
-    "loss",
-    "gradients",
-    "communication",  # gradients on their way between ranks
-    "weights",
-    "optimizer",  # its state
-    "lr",  # its hyper-parameters: learning rate, betas, eps
-    "sharding",  # which rank holds what
-]
-Saving = Literal["steps", "flops", "time", "memory", "communication", "data", "size"]
-
-PARTS: frozenset[str] = frozenset(Part.__args__)  # type: ignore[attr-defined]
-SAVINGS: frozenset[str] = frozenset(Saving.__args__)  # type: ignore[attr-defined]
-
-
-class IncompatibleTechniques(ShoestringError):
-    """These techniques cannot run together, or not here. The message says what to keep or change."""
-
-
-class Misconfigured(ShoestringError):
-    """A technique's setting is outside its legal range."""
-
-
-class BadSetting(Misconfigured):
-    """One setting of one technique: what was found and what is allowed."""
-
-    def __init__(self, technique: str, setting: str, found: object, allowed: str) -> None:
-        self.technique, self.setting, self.found, self.allowed = technique, setting, found, allowed
-        super().__init__(f"{technique}: {setting}={found!r} is not allowed; use {allowed}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """The claims of a technique: printed in the docs, checked by the tests, written to the ledger as a claim.
-
-    Args:
-        name: The name in recipes, in snake_case.
-        does: One line, without a full stop.
-        paper: arXiv id.
-        saves: What it saves, of `SAVINGS`.
-        keeps: "bits", the same weights bit for bit; "result", the same up to rounding; "quality", a different path to
-            the same goal.
-        reads: Parts of the run it reads, of `PARTS`.
-        writes: Parts of the run it changes, of `PARTS`.
-        needs: Facts of the run it cannot do without, such as "cuda", "bf16", "zero-3".
-        refuses: Facts of the run it does not work with, such as "muon".
-
-    Raises:
-        Misconfigured: A part or a saving is not among the known ones.
-
-    Example:
-        >>> sorted(Card(name="rigl", does="trains sparse", saves={"size"}, writes={"weights", "gradients"}).writes)
-        ['gradients', 'weights']
-    """
-
-    name: str
-    does: str
-    paper: str = ""  # arXiv id
-    saves: Set[Saving] = frozenset()
-    keeps: Literal["bits", "result", "quality"] = "quality"
-    reads: Set[Part] = frozenset()
-    writes: Set[Part] = frozenset()
-    needs: Set[str] = frozenset()
-    refuses: Set[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        for label in ("saves", "reads", "writes", "needs", "refuses"):
-            object.__setattr__(self, label, frozenset(getattr(self, label)))
-        for label, legal in (("reads", PARTS), ("writes", PARTS), ("saves", SAVINGS)):
-            if stray := getattr(self, label) - legal:
-                raise Misconfigured(f"card {self.name!r}: {label} {sorted(stray)} is not among {sorted(legal)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Settings that must be known before a `pl.Trainer` exists. Techniques return changed copies (`replace`).
-
-    Args:
-        precision: As `pl.Trainer` takes it.
-        accumulate_grad_batches: Micro-batches in an optimizer step.
-        strategy_options: Keyword arguments for the strategy's constructor.
-
-    Example:
-        >>> Settings().replace(precision="bf16-mixed").precision
-        'bf16-mixed'
-    """
-
-    precision: str = "32-true"
-    accumulate_grad_batches: int = 1
-    strategy_options: Mapping[str, Any] = field(default_factory=dict)
-
-    def replace(self, **changes: Any) -> Settings:
-        """A copy with these changes."""
-        return replace(self, **changes)
 
 
 class ReshapeListener:
@@ -182,10 +83,35 @@ class Resuming(Protocol):
         """The saved state of the callback `key`, or None where nothing is resumed. Collective."""
 
 
+class SampleTable(Protocol):
+    """What `Technique.tables` gives: a `sampling.scores.SampleScores`, cut into pieces, one a rank."""
+
+    count: int  # of samples
+
+    @property
+    def offset(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+    def share(self) -> Tensor:
+        """This rank's piece, [length], up to date. Collective."""
+        ...
+
+    def whole(self) -> Tensor:
+        """All of it, [count]. Collective."""
+        ...
+
+    def load(self, piece: Tensor) -> None:
+        """The counterpart of either."""
+        ...
+
+
 class Technique(ReshapeListener):
     """Mixed into `pl.Callback`. See the module's docstring for the rules.
 
     Example:
+        >>> from dataclasses import dataclass
         >>> import pytorch_lightning as pl
         >>> @dataclass(kw_only=True, eq=False, repr=False)
         ... class Damp(Technique, pl.Callback):
@@ -269,7 +195,7 @@ class Technique(ReshapeListener):
     def load_fragments(self, fragments: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take back what `fragments` gave, already cut to this rank's slices."""
 
-    def tables(self) -> dict[str, SampleScores]:
+    def tables(self) -> Mapping[str, SampleTable]:
         """Numbers for each sample of the data, by name: kept in checkpoints like `fragments`, for any number of ranks.
 
         Made in `setup` and opened in `on_fit_start`, so that they are there when a checkpoint is read.
@@ -322,9 +248,3 @@ def require(condition: bool, technique: Technique, setting: str, allowed: str) -
     """Raise the one-line error of a setting outside its range."""
     if not condition:
         raise BadSetting(technique.card.name, setting, getattr(technique, setting), allowed)
-
-
-def derive_seed(seed: int, *names: object) -> int:
-    """A 63-bit seed from the run's seed and names. Unlike `hash`, the same in every process."""
-    text = "/".join(str(part) for part in (seed, *names))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -26,8 +26,8 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from ...seeds import derive_seed
 from ..accounting.clock import clock_of
-from ..contract import derive_seed
 from .seeding import SeededCollate, SeededSamples, collates_alike, is_deterministic, seeded
 from .workers import shield
 

@@ -16,11 +16,11 @@ import pytorch_lightning as pl
 import torch
 
 from ... import ShoestringError
-from ...callbacks.contract import Technique, derive_seed
+from ...callbacks.contract import SampleTable, Technique
 from ...callbacks.parameters.accessor import shards_of
 from ...callbacks.parameters.shards import Shards, Slice
-from ...callbacks.sampling.scores import SampleScores
 from ...callbacks.sampling.seeding import reseed
+from ...seeds import derive_seed
 from . import format as checkpoint
 from .format import Piece, Pieces
 
@@ -193,7 +193,7 @@ def _restore_rest(module: pl.LightningModule, shards: Shards, pieces: Pieces) ->
                 buffer.copy_(pieces.cut(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
 
 
-def _tables(trainer: pl.Trainer) -> Iterator[tuple[str, str, SampleScores]]:
+def _tables(trainer: pl.Trainer) -> Iterator[tuple[str, str, SampleTable]]:
     """(technique, name, table) of what techniques keep for each sample."""
     for technique in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(technique, Technique):
