@@ -97,7 +97,11 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> Technique:
         >>> make("sequence_length_warmup", {"start": 32})
         SequenceLengthWarmup(start=32, until='30%', multiple=8)
     """
-    cls = technique_class(name)
+    return make_from(technique_class(name), name, settings)
+
+
+def make_from(cls: type[Technique], name: str, settings: Mapping[str, Any] | None = None) -> Technique:
+    """`make`, of a class that has been found: `name` is what errors call it."""
     legal = cls.setting_names()
     for key in settings or {}:
         if key not in legal:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from ..callbacks.accounting.budget import Budget
 from ..files import replace_file
+from . import local_ranks
 from .lightning_options import LightningOptions
-from .monitor.records import Display, Records
 from .planning.planner import Plan
+
+if TYPE_CHECKING:
+    from .monitor.records import Display
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,11 @@ def fit(
         >>> report.summary["steps"]
         3
     """
-    from .tasks import build_task
-    from .tasks.build import TaskData
+    began = time.monotonic() - startup_seconds
+    _import(plan)
+    local_ranks.wait()
+    from .monitor.records import Records
+    from .tasks.build import TaskData, build_task
     from .trainer import Trainer
 
     quiet()
@@ -102,6 +109,7 @@ def fit(
     run_dir = Path(run_dir or Path("runs") / recipe.name)
     run_dir.mkdir(parents=True, exist_ok=True)
     task = build_task(recipe, workdir=run_dir)
+    local_ranks.release()
     if weights is not None:
         task.module.load_state_dict(weights)
     records = Records(
@@ -141,14 +149,31 @@ def fit(
         num_sanity_val_steps=2,
         **{**_evaluation(plan, task), **options},
     )
+    local_ranks.hand_over(trainer)
     trainer.monitor.evaluations.plan_every(recipe.evaluation.every, at_end=recipe.evaluation.at_end)
     trainer.monitor.evaluations.goal = recipe.goal
     trainer.batches_planned = task.train is not None
     data = task.datamodule if task.train is None else TaskData(task, plan.micro_batch, recipe.data.workers)
-    trainer.fit(task.module, datamodule=data, startup_seconds=startup_seconds)
+    trainer.fit(task.module, datamodule=data, startup_seconds=time.monotonic() - began)
     if not trainer.is_global_zero:
         return None
     return _report(plan, run_dir, trainer.summary, task)
+
+
+def _import(plan: Plan) -> None:
+    """What the run needs that takes seconds to import, while ranks have nothing else to do."""
+    from .machine.imports import lighten_imports
+
+    lighten_imports()
+    from .tasks import build_task as build_task
+    from .trainer import Trainer as Trainer
+
+    if plan.recipe.model.task in ("causal-lm", "sequence-classification"):
+        from transformers import PreTrainedModel as PreTrainedModel
+    if plan.strategy.startswith("zero"):
+        from .machine.extensions import prepare_environment
+
+        prepare_environment(plan.strategy, plan.offload, plan.accelerator)
 
 
 def quiet() -> None:

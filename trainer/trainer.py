@@ -47,6 +47,7 @@ from .monitor.monitor import Monitor
 from .monitor.records import Records
 from .monitor.signals import launched_here, will_launch
 from .monitor.stragglers import Stragglers
+from .planning.strategy import facts as facts
 from .zero import make_strategy
 
 
@@ -240,23 +241,6 @@ class _EndedLoop(_FitLoop):
     def skip(self) -> bool:
         resumed = self.trainer.monitor.resumed_from is not None  # type: ignore[attr-defined]
         return super().skip if not resumed or self.trainer.limit_train_batches == 0 else self.max_batches == 0
-
-
-def facts(strategy: Any, accelerator: str, offload: str = "none", optimizer: str | None = None) -> frozenset[str]:
-    """Facts that techniques need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", "offload"."""
-    machine = machine_facts()
-    names = {accelerator}
-    if machine.bf16 or accelerator == "cpu":  # CPUs without bf16 instructions emulate it
-        names.add("bf16")
-    if machine.fp16 and accelerator == "cuda":
-        names.add("fp16")
-    if isinstance(strategy, str):
-        names.add(f"zero-{strategy[-1]}" if strategy.startswith("zero") else strategy)
-    if offload != "none":
-        names.add("offload")
-    if optimizer:
-        names.add(optimizer)
-    return frozenset(names)
 
 
 def _price() -> float:

@@ -78,6 +78,8 @@ def _zero_class() -> type[Strategy]:
     from torch.nn import Module
     from torch.optim import Optimizer
 
+    from .machine.imports import import_deepspeeds_muon
+
     class ZeroStrategy(DeepSpeedStrategy):
         """DeepSpeedStrategy that also runs on CPUs over gloo."""
 
@@ -99,6 +101,8 @@ def _zero_class() -> type[Strategy]:
         def _setup_model_and_optimizer(
             self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
         ) -> tuple[Any, Any]:
+            if "muon" not in type(optimizer).__name__.lower():
+                import_deepspeeds_muon()
             if isinstance(self.accelerator, CUDAAccelerator):
                 return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
             engine, zero, _, _ = deepspeed.initialize(

@@ -82,7 +82,7 @@ class Distillation(Technique, pl.Callback):
     shard_teacher: bool = False
 
     def check(self) -> None:
-        given = isinstance(self.teacher, nn.Module) or bool(self.teacher)
+        given = callable(self.teacher) or bool(self.teacher)  # as a module is
         require(given, self, "teacher", "initial | a folder | a hub name | in Python a module")
         for name in ("weight", "hidden", "attention", "labels"):
             require(getattr(self, name) >= 0, self, name, "a number of at least 0")
@@ -98,11 +98,15 @@ class Distillation(Technique, pl.Callback):
     def _acts(self) -> bool:
         return bool(self.weight or self.hidden or self.attention or self.labels != 1)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return getattr(torch, self.teacher_dtype)
+
     def predict(self, workload: Workload) -> Effect:
         """Predict for a teacher as large as the student: its forward, and its weights beside 16 bytes a parameter."""
         if not self._acts:
             return Effect()
-        held = DTYPES[self.teacher_dtype].itemsize / (workload.world_size if self.shard_teacher else 1)
+        held = DTYPES[self.teacher_dtype] / (workload.world_size if self.shard_teacher else 1)
         return Effect(flops=4 / 3, states=1 + held / 16)
 
     @classmethod
@@ -129,13 +133,13 @@ class Distillation(Technique, pl.Callback):
 
     def _prepare(self, pl_module: pl.LightningModule) -> None:
         self._of = model_name(pl_module, self.of, self.card.name)
-        self._teacher = Teacher(self._frozen(pl_module.get_submodule(self._of)), DTYPES[self.teacher_dtype])
+        self._teacher = Teacher(self._frozen(pl_module.get_submodule(self._of)), self._dtype)
         kept = self.teacher == "initial" or self.cache is not None
         self._teacher_is = fingerprint(self._teacher.module, self.temperature, self.top_k) if kept else None
         self._cache = None if self.cache is None else LogitCache(Path(self.cache) / str(self._teacher_is))
 
     def _frozen(self, student: nn.Module) -> nn.Module:
-        dtype = DTYPES[self.teacher_dtype]
+        dtype = self._dtype
         if isinstance(self.teacher, nn.Module):
             return frozen_copy(self.teacher, dtype, apart=self.shard_teacher)  # an engine takes its weights apart
         if self.teacher != "initial":

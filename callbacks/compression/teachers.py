@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ... import ShoestringError
 from ..forward.blocks import unwrap_copies
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # names of torch, and bytes
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

@@ -53,6 +53,7 @@ def train(
     home = run_dir or Path("runs") / loaded.name
     if _already_finished(home, loaded, report_file):
         return
+    from .. import local_ranks
     from ..jobs.worker import preflight
     from ..planning.planner import plan
     from ..run import fit
@@ -63,6 +64,7 @@ def train(
     if first:
         show_plan(made)
     checked = preflight()
+    local_ranks.start(made.devices, made.nodes)
     bar = Bar(made.budget.given()) if first else None
     try:
         report = fit(made, run_dir=home, display=bar, startup_seconds=_seconds_alive(), measurements=checked)

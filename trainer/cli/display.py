@@ -62,7 +62,7 @@ def show_plan(plan: Plan) -> None:
         table.add_column(column, overflow="fold")
     for choice in plan.choices:
         table.add_row(choice.what, choice.value, choice.why)
-    for place, technique in enumerate(plan.techniques, 1):
+    for place, technique in enumerate(plan.declared, 1):
         table.add_row(f"technique {place}", technique.card.name, repr(technique).partition("(")[2][:-1])
     console.print(table)
     facts = plan.predictions

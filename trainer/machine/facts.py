@@ -118,11 +118,11 @@ def measured_peak(dtype: str) -> float:
     if dtype not in _DTYPES:
         raise MachineError(f"cannot measure dtype {dtype!r}. Known: {', '.join(_DTYPES)}.")
     store, key = home() / "peaks.json", _peak_key(dtype)
-    best = _read_peaks(store).get(key, 0.0)
+    best = read_peaks(store).get(key, 0.0)
     if (store, key) not in _measured:
         _measured[store, key] = _measure_threads(dtype)
         if _measured[store, key] > best:  # a busy machine measures too little, never too much
-            _write_peaks(store, {key: _measured[store, key]})
+            write_peaks(store, {key: _measured[store, key]})
     return max(best, _measured[store, key])
 
 
@@ -133,16 +133,16 @@ def _peak_key(dtype: str) -> str:
     return f"{device}|{platform.node()}|torch{torch.__version__}|{dtype}"
 
 
-def _read_peaks(store: Path) -> dict[str, float]:
+def read_peaks(store: Path) -> dict[str, float]:
     try:
         return dict(json.loads(store.read_text()))
     except (OSError, ValueError):  # absent, or cut short by a full disk: measuring again is cheap
         return {}
 
 
-def _write_peaks(store: Path, peaks: dict[str, float]) -> None:
+def write_peaks(store: Path, peaks: dict[str, float]) -> None:
     with contextlib.suppress(OSError):  # a read-only home costs 0.3 s a run, no more
-        replace_file(store, json.dumps({**_read_peaks(store), **peaks}, indent=1, sort_keys=True))
+        replace_file(store, json.dumps({**read_peaks(store), **peaks}, indent=1, sort_keys=True))
 
 
 def _measure_threads(dtype: str) -> float:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ... import ShoestringError
 from ...callbacks.accounting.budget import Budget
 from ...callbacks.compose import compose
 from ...callbacks.contract import BadSetting, IncompatibleTechniques, Technique
-from ...callbacks.registry import NotATechnique, UnknownTechnique, make
+from ...callbacks.declared import declare, ready
+from ...callbacks.registry import NotATechnique, UnknownTechnique
 from ...cluster import Hardware
 from ...cluster.config.hardware import hardware
 from ...own_code import CannotImport
@@ -24,7 +26,7 @@ from ..machine.facts import facts as machine_facts
 from ..tasks.optimizer_cards import OptimizerCard
 from .predictions import predict, state_bytes
 from .sizes import Size, size_of
-from .strategy import Choice, choose_optimizer, choose_strategy, memory_of
+from .strategy import Choice, choose_optimizer, choose_strategy, facts, memory_of
 
 USABLE_MEMORY = 0.85  # the rest is context, workspaces and fragmentation
 
@@ -36,7 +38,7 @@ class Plan:
     Attributes:
         recipe: What was asked for.
         budget: Its limits.
-        techniques: In the order in which they act.
+        declared: Its techniques in the order in which they act, as far as a plan needs them.
         accelerator: "cuda" or "cpu".
         strategy: single | ddp | zero1 | zero2 | zero3.
         offload: none | optimizer | parameters: what ZeRO keeps in host memory.
@@ -59,7 +61,7 @@ class Plan:
 
     recipe: Recipe
     budget: Budget
-    techniques: tuple[Technique, ...]
+    declared: tuple[Technique, ...]
     accelerator: str
     strategy: str
     offload: str
@@ -74,6 +76,11 @@ class Plan:
     warnings: tuple[str, ...]
     predictions: Mapping[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def techniques(self) -> tuple[Technique, ...]:
+        """In the order in which they act, to train with: Lightning callbacks."""
+        return tuple(ready(technique) for technique in self.declared)
+
     @property
     def world_size(self) -> int:
         """Devices of all nodes."""
@@ -85,7 +92,7 @@ class Plan:
             "recipe": self.recipe.name,
             "recipe_hash": self.recipe.hash,
             "choices": [{"what": c.what, "value": c.value, "why": c.why} for c in self.choices],
-            "techniques": [repr(t) for t in self.techniques],
+            "techniques": [repr(t) for t in self.declared],
             "warnings": list(self.warnings),
             "predictions": dict(self.predictions),
             "world_size": self.world_size,
@@ -122,13 +129,16 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     budget = Budget(**recipe.budget.model_dump())
     _possible(recipe, budget, size)
     usd, watts = _price(recipe, device, chosen)
-    composition = compose(_techniques(recipe, machine, chosen), _facts(recipe, machine, strategy))
+    composition = compose(
+        _techniques(recipe, machine, chosen),
+        facts(strategy, machine.accelerator, recipe.strategy.offload, recipe.optimizer.name),
+    )
     for reason in composition.reasons:
         chosen.append(Choice("order", reason.partition(":")[0], reason.partition(": ")[2]))
     return Plan(
         recipe=recipe,
         budget=budget,
-        techniques=composition.techniques,
+        declared=composition.techniques,
         accelerator=machine.accelerator,
         strategy=strategy,
         offload=recipe.strategy.offload,
@@ -224,7 +234,7 @@ def _techniques(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> list[
     made, problems = [], []
     for spec in recipe.techniques:
         try:
-            made.append(make(spec.name, spec.settings))
+            made.append(declare(spec.name, spec.settings))
         except UnknownTechnique as error:
             key = f"techniques.{spec.name}" + (f".{error.found}" if error.of else "")
             problems.append(recipe.problem(key, error.found, " | ".join(error.legal), error.hint))
@@ -245,18 +255,12 @@ def _techniques(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> list[
             why = "the device computes in bf16" if dtype == "bf16" else "no accelerator with bf16"
         chosen.append(Choice("precision", dtype, why))
         if dtype != "fp32":
-            made.append(make("mixed_precision", {"dtype": dtype}))
+            made.append(declare("mixed_precision", {"dtype": dtype}))
     if "lr_schedule" not in present:
         asked = recipe.optimizer
-        made.append(make("lr_schedule", {"shape": asked.schedule, "warmup": asked.warmup}))
+        made.append(declare("lr_schedule", {"shape": asked.schedule, "warmup": asked.warmup}))
         chosen.append(Choice("schedule", f"{asked.schedule}, warmup {asked.warmup}", "ends when the budget ends"))
     return made
-
-
-def _facts(recipe: Recipe, machine: Machine, strategy: str) -> frozenset[str]:
-    from ..trainer import facts
-
-    return facts(strategy, machine.accelerator, recipe.strategy.offload, recipe.optimizer.name)
 
 
 __all__ = ["Choice", "IncompatibleTechniques", "Plan", "plan", "state_bytes"]

@@ -14,7 +14,8 @@ from ...callbacks.accounting.forecast import first_exhausted
 from ...callbacks.contract import Effect, Technique, Workload
 from ...cluster import Hardware
 from ...recipes import Recipe
-from ..machine.facts import Machine, peak
+from ..machine.expected_peak import expected_peak
+from ..machine.facts import Machine
 from .sizes import Size
 
 ASSUMED_MFU = {"cuda": 0.35, "cpu": 0.5}  # until the run has measured its own
@@ -57,7 +58,7 @@ def predict(
     effect = reduce(_times, (t.predict(workload) for t in techniques), Effect())
     flops = size.flops_per_token(recipe.data.sequence_length) * tokens * effect.flops
     dtype = "bf16" if any(t.card.name == "mixed_precision" for t in techniques) else "fp32"
-    reachable = peak(dtype, device.name)[0] * ASSUMED_MFU[machine.accelerator] * world
+    reachable = expected_peak(dtype, device.name) * ASSUMED_MFU[machine.accelerator] * world
     seconds = flops / reachable
     cost = costs(seconds, world, usd, watts)
     told |= {

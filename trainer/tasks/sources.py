@@ -1,6 +1,6 @@
 """Where texts come from: what the machine carries, files here, or the hub; each gives a `Corpus`.
 
-Files and hub data sets are read with Hugging Face `datasets`. Files are keyed by their bytes, never by time stamps.
+Files and hub data sets are read with Hugging Face `datasets`. Files are keyed by their bytes, not by time stamps.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _read_files(files: list[Path], data: Any, args: dict[str, Any], cache: Path)
             f"data.format: auto cannot tell the format of {data.source!r}. Set it to text, json, csv or parquet."
         )
     settings = {"sample_by": "document", **args} if kind == "text" else args
-    key = digest([kind, repr(sorted(settings.items())), *map(file_digest, files)])
+    key = digest([kind, repr(sorted(settings.items())), *(file_digest(file, cache) for file in files)])
     if any(f.suffix == ".tsv" for f in files):
         settings = {"sep": "\t", **settings}
     table = _load(kind, data_files=[str(f) for f in files], split="train", cache_dir=str(cache / key), **settings)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cache import build_once, digest
+from .carried import resolve_name
 from .errors import TaskError
-from .models import resolve_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
