@@ -11,6 +11,7 @@ found wrong it has said, once, and what it prepared (tokens, a tokenizer) they f
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,8 @@ _started: list[subprocess.Popen[bytes]] = []
 
 def start(devices: int, nodes: int) -> None:
     """Run this process's command again for ranks 1 to `devices` - 1; nothing where somebody else starts ranks."""
+    if _WAITS in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0 as long as this one waits
     if devices < 2 or nodes > 1 or any(name in os.environ for name in LAUNCHERS):
         return
     will_launch()
@@ -51,6 +54,7 @@ def wait() -> None:
         die_with_parent()
         if not os.read(0, 1):
             raise SystemExit(FINISHED)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def release() -> None:
