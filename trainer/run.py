@@ -16,6 +16,7 @@ from ..callbacks.accounting.budget import Budget
 from ..files import replace_file
 from . import local_ranks
 from .lightning_options import LightningOptions
+from .machine.imports import lightened_imports
 from .planning.planner import Plan
 
 if TYPE_CHECKING:
@@ -162,18 +163,16 @@ def fit(
 
 def _import(plan: Plan) -> None:
     """What the run needs that takes seconds to import, while ranks have nothing else to do."""
-    from .machine.imports import lighten_imports
+    with lightened_imports():
+        from .tasks import build_task as build_task
+        from .trainer import Trainer as Trainer
 
-    lighten_imports()
-    from .tasks import build_task as build_task
-    from .trainer import Trainer as Trainer
+        if plan.recipe.model.task in ("causal-lm", "sequence-classification"):
+            from transformers import PreTrainedModel as PreTrainedModel
+        if plan.strategy.startswith("zero"):
+            from .machine.extensions import prepare_environment
 
-    if plan.recipe.model.task in ("causal-lm", "sequence-classification"):
-        from transformers import PreTrainedModel as PreTrainedModel
-    if plan.strategy.startswith("zero"):
-        from .machine.extensions import prepare_environment
-
-        prepare_environment(plan.strategy, plan.offload, plan.accelerator)
+            prepare_environment(plan.strategy, plan.offload, plan.accelerator)
 
 
 def quiet() -> None:
