@@ -28,7 +28,7 @@ not counted as trained, and what scoring costs is. So forwards belong into the s
 Rules that the contract suite checks for every registered technique:
   1. Settings are the fields of a dataclass, all with a default; a constructor written by hand stores its keyword
      arguments under their own names and does nothing else. `check` judges them.
-  2. `edit` is pure and idempotent. A plan has neither torch nor Lightning (declared.py), so `check`, `needs` and
+  2. `edit` is pure and idempotent. A plan has neither torch nor Lightning (registry.py), so `check`, `needs` and
      `predict` use none.
   3. It writes only the parts on its card, and never imports or looks for another technique.
   4. Small state lives in `state_dict`; tensors shaped like parameters live in `fragments` (see below).

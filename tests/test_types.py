@@ -19,7 +19,7 @@ import shoestring.callbacks
 import shoestring.trainer
 import shoestring.trainer.ledger
 from shoestring.callbacks.registry import HOMES
-from shoestring.trainer.lightning_options import LightningOptions
+from shoestring.trainer.lightning.options import LightningOptions
 
 ROOT = Path(__file__).parents[1]
 

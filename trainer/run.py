@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from ..callbacks.accounting.budget import Budget
 from ..files import replace_file
-from . import local_ranks
-from .lightning_options import LightningOptions
+from .jobs import local_ranks
+from .lightning.options import LightningOptions
 from .machine.imports import lightened_imports
 from .planning.planner import Plan
 

@@ -40,15 +40,14 @@ from ..exits import die_with_parent
 from ..strategies import OFFLOADS
 from .checkpoint import format as checkpoint
 from .checkpoint.saver import CannotResume
-from .lightning_options import LightningOptions
+from .lightning.options import LightningOptions
+from .lightning.zero import make_strategy
 from .machine.facts import facts as machine_facts
-from .machine.facts import peak
+from .machine.facts import peak, run_facts
 from .monitor.monitor import Monitor
 from .monitor.records import Records
 from .monitor.signals import launched_here, will_launch
 from .monitor.stragglers import Stragglers
-from .planning.strategy import facts as facts
-from .zero import make_strategy
 
 
 class Trainer(pl.Trainer):
@@ -119,7 +118,7 @@ class Trainer(pl.Trainer):
         name = _strategy_name(strategy, devices, num_nodes)
         own_schedule = budget and not any(t.card.name == "lr_schedule" for t in techniques)
         chosen = [*techniques, LRSchedule()] if own_schedule else list(techniques)
-        composition = compose(chosen, facts(name, accelerator, offload))
+        composition = compose(chosen, run_facts(name, accelerator, offload))
         settings = _fold(composition.techniques, options)
         made = strategy
         if isinstance(name, str) and name in OFFLOADS:

@@ -13,7 +13,6 @@ import typer
 
 from ... import ShoestringError, __version__
 from ...exits import BAD_INPUT, FAILURE
-from ..monitor.signals import is_first
 from . import jobs as job_commands
 from . import models as model_commands
 from .options import AllowCode, AsJson, print_json
@@ -53,8 +52,9 @@ def train(
     home = run_dir or Path("runs") / loaded.name
     if _already_finished(home, loaded, report_file):
         return
-    from .. import local_ranks
+    from ..jobs import local_ranks
     from ..jobs.worker import preflight
+    from ..machine.facts import is_first
     from ..planning.planner import plan
     from ..run import fit
     from .display import Bar, show_plan, show_report
@@ -232,6 +232,8 @@ def main() -> None:
         except ShoestringError as error:
             if os.environ.get("SHOESTRING_DEBUG"):
                 raise
+            from ..machine.facts import is_first
+
             if is_first():
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(BAD_INPUT)
@@ -248,6 +250,7 @@ def _as_task() -> AbstractContextManager[None]:
 
 def _already_finished(home: Path, recipe: Any, report_file: Path | None) -> bool:
     """A run that has reached its end is shown again, not run again."""
+    from ..machine.facts import is_first
     from ..run import finished_report
 
     report = finished_report(home, recipe)

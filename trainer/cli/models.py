@@ -154,7 +154,7 @@ def _retrained(
 ) -> Path | None:
     from ...recipes import load_recipe
     from ..export.retrain import retrained
-    from ..monitor.signals import is_first
+    from ..machine.facts import is_first
     from .display import Bar
 
     over = load_recipe(recipe, overrides, allow_code)

@@ -32,7 +32,7 @@ def retrained(
     say: hears what is being done. display: of `fit`. A run that is there already goes on, or is taken as it is where it
     has finished. `CannotExport` where the model cannot start another run.
     """
-    from ..monitor.signals import is_first
+    from ..machine.facts import is_first
     from ..planning.planner import plan
     from ..run import finished_report, fit
 

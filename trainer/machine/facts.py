@@ -242,3 +242,25 @@ def _cpuinfo(*keys: str) -> str:
             if key.strip() in keys:
                 return value.strip()
     return ""
+
+
+def run_facts(strategy: Any, accelerator: str, offload: str = "none", optimizer: str | None = None) -> frozenset[str]:
+    """What techniques may need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", …, "offload"."""
+    machine = facts()
+    names = {accelerator}
+    if machine.bf16 or accelerator == "cpu":  # CPUs without bf16 instructions emulate it
+        names.add("bf16")
+    if machine.fp16 and accelerator == "cuda":
+        names.add("fp16")
+    if isinstance(strategy, str):
+        names.add(f"zero-{strategy[-1]}" if strategy.startswith("zero") else strategy)
+    if offload != "none":
+        names.add("offload")
+    if optimizer:
+        names.add(optimizer)
+    return frozenset(names)
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0, also before any process group exists."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0

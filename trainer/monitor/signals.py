@@ -39,11 +39,6 @@ def launched_here() -> bool:
     return os.environ.get(_LAUNCHER) == str(os.getppid())
 
 
-def is_first() -> bool:
-    """Whether this process is rank 0, also before any process group exists."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
-
-
 _EARLY: list[str] = []  # what came before any fit listened
 
 

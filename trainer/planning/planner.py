@@ -15,18 +15,17 @@ from ... import ShoestringError
 from ...callbacks.accounting.budget import Budget
 from ...callbacks.compose import compose
 from ...callbacks.contract import BadSetting, IncompatibleTechniques, Technique
-from ...callbacks.declared import declare, ready
-from ...callbacks.registry import NotATechnique, UnknownTechnique
+from ...callbacks.registry import NotATechnique, UnknownTechnique, declare, ready
 from ...cluster import Hardware
 from ...cluster.config.hardware import hardware
 from ...own_code import CannotImport
 from ...recipes import Recipe, RecipeError
-from ..machine.facts import Machine
+from ..machine.facts import Machine, run_facts
 from ..machine.facts import facts as machine_facts
 from ..tasks.optimizer_cards import OptimizerCard
 from .predictions import predict, state_bytes
 from .sizes import Size, size_of
-from .strategy import Choice, choose_optimizer, choose_strategy, facts, memory_of
+from .strategy import Choice, choose_optimizer, choose_strategy, memory_of
 
 USABLE_MEMORY = 0.85  # the rest is context, workspaces and fragmentation
 
@@ -131,7 +130,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     usd, watts = _price(recipe, device, chosen)
     composition = compose(
         _techniques(recipe, machine, chosen),
-        facts(strategy, machine.accelerator, recipe.strategy.offload, recipe.optimizer.name),
+        run_facts(strategy, machine.accelerator, recipe.strategy.offload, recipe.optimizer.name),
     )
     for reason in composition.reasons:
         chosen.append(Choice("order", reason.partition(":")[0], reason.partition(": ")[2]))

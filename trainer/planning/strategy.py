@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ...cgroups import usable_memory
 from ...cluster import Hardware
@@ -11,7 +10,6 @@ from ...own_code import CannotImport
 from ...recipes import Recipe, RecipeError
 from ...strategies import OFFLOADS
 from ..machine.facts import Machine
-from ..machine.facts import facts as machine_facts
 from ..tasks.optimizer_cards import OptimizerCard, UnknownOptimizer, optimizer_card
 from .predictions import state_bytes
 from .sizes import Size
@@ -90,23 +88,6 @@ def _least_sharding(
         if need < 0.6 * memory or "zero3" not in possible:  # the rest is for activations
             return name, f"model states need {need / 2**30:.2f} GiB of {memory / 2**30:.1f} GiB a device"
     return "zero3", f"model states need {need / 2**30:.1f} GiB a device under zero2"
-
-
-def facts(strategy: Any, accelerator: str, offload: str = "none", optimizer: str | None = None) -> frozenset[str]:
-    """What techniques may need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", …, "offload"."""
-    machine = machine_facts()
-    names = {accelerator}
-    if machine.bf16 or accelerator == "cpu":  # CPUs without bf16 instructions emulate it
-        names.add("bf16")
-    if machine.fp16 and accelerator == "cuda":
-        names.add("fp16")
-    if isinstance(strategy, str):
-        names.add(f"zero-{strategy[-1]}" if strategy.startswith("zero") else strategy)
-    if offload != "none":
-        names.add("offload")
-    if optimizer:
-        names.add(optimizer)
-    return frozenset(names)
 
 
 def memory_of(device: Hardware, machine: Machine, processes: int) -> float:

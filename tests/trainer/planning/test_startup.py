@@ -15,8 +15,7 @@ from declarations import declarations
 
 from shoestring import ShoestringError
 from shoestring.callbacks.contract import Technique
-from shoestring.callbacks.declared import declare, ready
-from shoestring.callbacks.registry import TECHNIQUES, technique_class
+from shoestring.callbacks.registry import TECHNIQUES, declare, ready, technique_class
 from shoestring.recipes import load_recipe, shipped_recipes
 from shoestring.trainer import fit, plan
 from shoestring.trainer.machine.facts import _NODES
@@ -107,7 +106,7 @@ assert all(isinstance(t, pl.Callback) for t in third.declared)
 
 def test_a_declaration_raises_where_it_is_asked_to_train(tmp_path: Path) -> None:
     code = """
-from shoestring.callbacks.declared import declare
+from shoestring.callbacks.registry import declare
 technique = declare("weight_averaging")
 try:
     import sys

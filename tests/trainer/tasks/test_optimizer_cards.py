@@ -12,10 +12,10 @@ from command_line import command
 from shoestring.recipes import Recipe, RecipeError, recipe_from
 from shoestring.strategies import OFFLOADS
 from shoestring.trainer import plan
+from shoestring.trainer.lightning.zero import UnknownStrategy, make_strategy
 from shoestring.trainer.planning.predictions import state_bytes
 from shoestring.trainer.planning.sizes import Size
 from shoestring.trainer.tasks.optimizer_cards import OPTIMIZERS, OptimizerCard, UnknownOptimizer, optimizer_card
-from shoestring.trainer.zero import UnknownStrategy, make_strategy
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -17,8 +17,8 @@ import subprocess
 import sys
 from typing import Any
 
-from ..exits import FINISHED, die_with_parent
-from .monitor.signals import launched_here, will_launch
+from ...exits import FINISHED, die_with_parent
+from ..monitor.signals import launched_here, will_launch
 
 # whoever sets these starts the ranks itself, or Lightning asks it how
 LAUNCHERS = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.trainer import local_ranks
+from shoestring.trainer.jobs import local_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TWO = ["strategy={name: zero2, devices: 2}", "budget={steps: 2}", "tracking.ledger=false"]

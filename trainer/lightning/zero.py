@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .. import ShoestringError
-from ..strategies import OFFLOADS
+from ... import ShoestringError
+from ...strategies import OFFLOADS
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
@@ -43,7 +43,7 @@ def make_strategy(
         from pytorch_lightning.strategies import DDPStrategy
 
         return DDPStrategy(process_group_backend=backend, **(options or {}))
-    from .machine.extensions import prepare_environment
+    from ..machine.extensions import prepare_environment
 
     prepare_environment(name, offload, accelerator)
     return _zero_class()(
@@ -78,7 +78,7 @@ def _zero_class() -> type[Strategy]:
     from torch.nn import Module
     from torch.optim import Optimizer
 
-    from .machine.imports import import_deepspeeds_muon
+    from ..machine.imports import import_deepspeeds_muon
 
     class ZeroStrategy(DeepSpeedStrategy):
         """DeepSpeedStrategy that also runs on CPUs over gloo."""

@@ -1,0 +1,1 @@
+"""How Lightning is set up: its options by name and type, and DeepSpeed ZeRO as one of its strategies."""
