@@ -10,7 +10,6 @@ of all its ranks. --write makes results/startup.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from report import RESULTS, measured, page, table, wrapped
+from report import arguments, measured, page, publish, table, wrapped
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET_SECONDS = 120  # quickstart's
@@ -160,10 +159,9 @@ def written(before: str | None, rounds: int, names: list[str], rows: list[list[s
 def main() -> None:
     from shoestring.recipes import shipped_recipes
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--before", metavar="COMMIT", help="Compare with this state.")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     commands = [["--help"], *(["plan", name] for name in shipped_recipes())]
     rows, starts = [], []
@@ -185,9 +183,7 @@ def main() -> None:
                            *(f"{seconds[name][1] / BUDGET_SECONDS:.1%}" for name in found)])  # fmt: skip
             print(starts[-1], flush=True)
     text = written(given.before, given.rounds, list(found), rows, starts)
-    print(text)
-    if given.write:
-        (RESULTS / "startup.md").write_text(text)
+    publish(text, __file__, given.write)
 
 
 if __name__ == "__main__":
