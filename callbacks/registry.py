@@ -85,10 +85,10 @@ def technique_class(name: str) -> type[Technique]:
     if name in plugins():
         return plugins()[name].load()
     if is_code(name):
-        found = import_code(name)
-        if not (isinstance(found, type) and issubclass(found, Technique)):
-            raise NotATechnique(f"{name} is {found!r}, not a subclass of shoestring.callbacks.contract.Technique")
-        return found
+        loaded = import_code(name)
+        if not (isinstance(loaded, type) and issubclass(loaded, Technique)):
+            raise NotATechnique(f"{name} is {loaded!r}, not a subclass of shoestring.callbacks.contract.Technique")
+        return loaded
     raise UnknownTechnique(name, names())
 
 

@@ -45,9 +45,9 @@ def predict(
     world: int, strategy: str, micro: int, usd: float, watts: float | None, optimizer: float = 8.0,
 ) -> dict[str, Any]:  # fmt: skip
     tokens = recipe.data.batch_size * (recipe.data.sequence_length if size.tokens else 1)
-    told: dict[str, Any] = {"parameters": size.parameters, "trainable": size.trainable}
+    predicted: dict[str, Any] = {"parameters": size.parameters, "trainable": size.trainable}
     if size.parameters is None:
-        return told
+        return predicted
     steps = recipe.budget.steps or (recipe.budget.tokens or 0) / tokens or (recipe.budget.samples or 0) / max(
         1, recipe.data.batch_size
     )  # fmt: skip
@@ -61,7 +61,7 @@ def predict(
     reachable = expected_peak(dtype, device.name) * ASSUMED_MFU[machine.accelerator] * world
     seconds = flops / reachable
     cost = costs(seconds, world, usd, watts)
-    told |= {
+    predicted |= {
         "tokens_per_step": tokens if size.tokens else None,
         "flops_per_step": flops,
         "state_bytes": state_bytes(size, strategy, world, optimizer) * effect.states,
@@ -71,7 +71,7 @@ def predict(
         "kwh_per_step": cost["kwh"],
     }
     step = {"steps": 1.0, "tokens": tokens, "samples": recipe.data.batch_size, "flops": flops}
-    return told | whole_run(budget, step | cost)
+    return predicted | whole_run(budget, step | cost)
 
 
 def costs(seconds: float, world: int, usd: float, watts: float | None) -> dict[str, float]:

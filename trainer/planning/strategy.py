@@ -39,11 +39,11 @@ def choose_strategy(
     recipe: Recipe, machine: Machine, device: Hardware, size: Size, optimizer: OptimizerCard, chosen: list[Choice]
 ) -> tuple[str, int]:
     """Strategy and devices per node: the least sharding whose model states fit."""
-    asked, count = recipe.strategy.name, recipe.strategy.devices
+    wanted, count = recipe.strategy.name, recipe.strategy.devices
     if count == "auto":
         if machine.accelerators:
-            count, why = (1 if asked == "single" else len(machine.accelerators)), "every GPU of the machine"
-        elif asked in ("auto", "single"):
+            count, why = (1 if wanted == "single" else len(machine.accelerators)), "every GPU of the machine"
+        elif wanted in ("auto", "single"):
             count, why = 1, "no GPU: one process uses all cores"
         else:
             count, why = 2, "no GPU: two processes show the sharding"
@@ -52,9 +52,9 @@ def choose_strategy(
     chosen.append(Choice("devices", f"{count} x {recipe.strategy.nodes}", why))
     world = count * recipe.strategy.nodes
     possible = _possible(recipe, world, optimizer)
-    if asked != "auto":
-        chosen.append(Choice("strategy", asked, "the recipe says so"))
-        return asked, count
+    if wanted != "auto":
+        chosen.append(Choice("strategy", wanted, "the recipe says so"))
+        return wanted, count
     name, why = _least_sharding(size, world, memory_of(device, machine, count), optimizer, possible)
     chosen.append(Choice("strategy", name, why))
     return name, count
@@ -62,12 +62,12 @@ def choose_strategy(
 
 def _possible(recipe: Recipe, world: int, optimizer: OptimizerCard) -> list[str]:
     """What goes with the optimizer and the offload that were asked for; an error where nothing does."""
-    asked, offload, name = recipe.strategy.name, recipe.strategy.offload, recipe.optimizer.name
+    wanted, offload, name = recipe.strategy.name, recipe.strategy.offload, recipe.optimizer.name
     able = [each for each, offloads in OFFLOADS.items() if offload in offloads]
     able = [each for each in able if each == "single" or world > 1 or each.startswith("zero")]
     whole = [each for each in able if not (optimizer.whole_parameters and each.startswith("zero"))]
-    if not whole or (asked != "auto" and asked in able and asked not in whole):
-        where = f"strategy.name {asked}" if whole else f"strategy.offload {offload}"
+    if not whole or (wanted != "auto" and wanted in able and wanted not in whole):
+        where = f"strategy.name {wanted}" if whole else f"strategy.offload {offload}"
         rule = f"an optimizer that works on flat shards, with {where}"
         hint = f"{name} needs whole weight matrices: use single or ddp without offload, or optimizer.name adamw"
         raise RecipeError([recipe.problem("optimizer.name", name, rule, hint)])
@@ -80,8 +80,8 @@ def _least_sharding(
     if world == 1:
         return possible[0], "one device" if possible[0] == "single" else "the least that can offload"
     if size.parameters is None:
-        found = next(name for name in possible if name != "single")
-        return found, "the model's size is not known beforehand"
+        least = next(name for name in possible if name != "single")
+        return least, "the model's size is not known beforehand"
     need = 0.0
     for name in (each for each in possible if each not in ("single", "zero3")):
         need = state_bytes(size, name, world, optimizer.state_bytes)

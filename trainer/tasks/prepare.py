@@ -121,18 +121,18 @@ def _digits(recipe: Recipe) -> Prepared:
 
 def _own_data(recipe: Recipe, cache: Path) -> Prepared:
     """A user's `module:attr`: a LightningDataModule, or (train, validation) with map-style data sets."""
-    found = call_code(recipe.data.source, recipe.data.args, "data.source")
+    loaded = call_code(recipe.data.source, recipe.data.args, "data.source")
     named = isinstance(recipe.model.tokenizer or recipe.model.name, str)
     tokenizer = load_tokenizer(recipe.model, Corpus([], None, None, ""), cache=cache) if named else None
     unit: Literal["tokens", "samples"] = "tokens" if recipe.model.task == "causal-lm" else "samples"
-    if isinstance(found, pl.LightningDataModule):
-        return Prepared(tokenizer=tokenizer, datamodule=found, unit=unit)
-    if not (isinstance(found, (tuple, list)) and len(found) == 2 and hasattr(found[0], "__getitem__")):
+    if isinstance(loaded, pl.LightningDataModule):
+        return Prepared(tokenizer=tokenizer, datamodule=loaded, unit=unit)
+    if not (isinstance(loaded, (tuple, list)) and len(loaded) == 2 and hasattr(loaded[0], "__getitem__")):
         raise TaskError(
-            f"data.source: {recipe.data.source} gave a {type(found).__name__}; "
+            f"data.source: {recipe.data.source} gave a {type(loaded).__name__}; "
             "it must give a LightningDataModule or (train, validation) data sets."
         )
-    train, validation = found
+    train, validation = loaded
     classes = _classes_of(train) if "classification" in recipe.model.task else None
     facts = {**_sizes(train, validation), **({} if classes is None else {"classes": classes})}
     return Prepared(train, validation, _collate_of(train, tokenizer), tokenizer, classes, unit=unit, facts=facts)
@@ -147,12 +147,12 @@ def _corpora(data: Any, args: dict[str, Any], cache: Path, *, labelled: bool) ->
 
 def _classes(train: Corpus, held: Corpus | None) -> dict[Any, int]:
     """Labels in sorted order with their numbers; numbers sort as numbers, everything else as text."""
-    found = set(train.labels or ())
-    numeric = all(isinstance(label, (int, float)) for label in found)
-    ordered = sorted(found, key=None if numeric else str)
+    known = set(train.labels or ())
+    numeric = all(isinstance(label, (int, float)) for label in known)
+    ordered = sorted(known, key=None if numeric else str)
     if len(ordered) < 2:
         raise TaskError(f"data.label_column: classification needs two classes or more, found {ordered}.")
-    new = set((held and held.labels) or ()) - found
+    new = set((held and held.labels) or ()) - known
     if new:
         raise TaskError(f"data.validation has classes that training data lacks: {sorted(map(str, new))}.")
     return {label: number for number, label in enumerate(ordered)}

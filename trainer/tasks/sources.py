@@ -57,13 +57,13 @@ def find_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
         known = {suffix for group in SUFFIXES.values() for suffix in group}
-        found = [p for p in path.rglob("*") if p.is_file() and p.suffix in known]
+        files = [p for p in path.rglob("*") if p.is_file() and p.suffix in known]
     else:
-        found = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+        files = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
     looks_local = source.startswith((".", "/", "~")) or any(c in source for c in "*?[") or _format_of(path) is not None
-    if not found and (looks_local or path.is_dir()):
+    if not files and (looks_local or path.is_dir()):
         raise TaskError(f"data.source {source!r} matches no file here (looked from {Path.cwd()}).")
-    return sorted(found)
+    return sorted(files)
 
 
 def _builtin(source: str, limit: int | None, args: dict[str, Any]) -> Corpus:
