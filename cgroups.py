@@ -80,13 +80,13 @@ def _cpu_quotas() -> Iterator[float]:
 
 def _groups(controller: str) -> set[Path]:
     """This process's groups, whether or not they can be seen: inside a container often only the root can."""
-    found = {ROOT, ROOT / controller}
+    groups = {ROOT, ROOT / controller}
     for line in _read(OWN).splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers or controller in controllers.split(","):  # version 2 is one tree for all
             own = Path(controllers and controller, path.lstrip("/"))
-            found |= {ROOT / group for group in (own, *own.parents)}
-    return found
+            groups |= {ROOT / group for group in (own, *own.parents)}
+    return groups
 
 
 def _read(path: Path) -> str:

@@ -24,7 +24,7 @@ class Job:
     recipe          the whole recipe as YAML, with this job's nodes, devices and price in it
     run_dir         the run's home, on storage that all nodes share; the job's own files are in `job_dir` below it
     hours           what the job may take in all its attempts; `attempt_hours` what one of them may
-    lead_seconds    how long before its end an attempt is told to save
+    lead_seconds    how long before its end an attempt gets the signal to save
     spent_usd       what earlier jobs of the same run have cost
     python          the interpreter the processes start with
     home            `SHOESTRING_HOME` of the tasks; empty: their own default

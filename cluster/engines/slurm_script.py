@@ -69,7 +69,7 @@ def job_script(job: Job) -> str:
     shebang, rest = head(job, f"Job {job.id}: {job.nodes} nodes x {job.devices_per_node} tasks.").split("\n", 1)
     return (
         f"{shebang}\n{header(job)}{rest}"
-        f"LEAD={job.lead_seconds}    # seconds before its end that an attempt is told to save\n"
+        f"LEAD={job.lead_seconds}    # seconds before its end that an attempt begins to save\n"
         f"MINUTES={minutes(job)}  # of an attempt\n"
         f"IN_STEP=({in_step})\n"
         "attempts() {\n"

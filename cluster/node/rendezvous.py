@@ -120,7 +120,7 @@ class Followers:
             self.members = {node: member for node, member in self.members.items() if member.state != "lost"}
         if len(self.members) < self.count:
             return False
-        self._tell(attempt=attempt)
+        self._broadcast(attempt=attempt)
         return True
 
     def _accept(self) -> None:
@@ -132,13 +132,13 @@ class Followers:
             if message is not None and 1 <= message["node"] <= self.count:
                 self.members[message["node"]] = Follower(message["name"], peer)
 
-    def _tell(self, **message: Any) -> None:
+    def _broadcast(self, **message: Any) -> None:
         for member in self.members.values():
             with suppress(Lost):  # `listen` will say so
                 member.peer.send(**message)
 
     def listen(self) -> None:
-        """Hear how the others are."""
+        """Receive the states of the others."""
         for member in self.members.values():
             if member.state == "running":
                 try:
@@ -151,7 +151,7 @@ class Followers:
 
     def decide(self, code: int) -> None:
         """Tell everybody the code to exit with, and see them go."""
-        self._tell(exit=code)
+        self._broadcast(exit=code)
         until = time.monotonic() + DECISION_SECONDS
         for member in self.members.values():
             with suppress(Lost):

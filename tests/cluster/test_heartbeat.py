@@ -32,8 +32,8 @@ time.sleep(1.0)  # imports: a signal here would be the end
 from shoestring.cluster.node import ranks
 from shoestring.exits import die_with_parent
 die_with_parent()
-told = []
-signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
+signals = []
+signal.signal(signal.SIGUSR1, lambda number, frame: signals.append(number))
 job_dir, attempt = ranks.place()
 record = ranks.begun()
 ranks.write(job_dir, attempt, record)
@@ -42,9 +42,9 @@ def end(code, error=""):
     sys.exit(code if code != 85 else 0)
 {body}
 """
-SAVES = "while not told: time.sleep(0.02)\ntime.sleep(0.3)\nend(85 if len(told) == 1 else 7)"
+SAVES = "while not signals: time.sleep(0.02)\ntime.sleep(0.3)\nend(85 if len(signals) == 1 else 7)"
 MISSES = """
-while not told and not os.path.exists(job_dir / "gone"): time.sleep(0.01)
+while not signals and not os.path.exists(job_dir / "gone"): time.sleep(0.01)
 end(3, "the other one does not answer")
 """
 

@@ -79,7 +79,7 @@ def write(trained: Trained, folder: Path, products: Products | None, *, traced: 
 
     products: what becomes int8; None: nothing. traced: a file that `trace` wrote of this very model, taken instead.
     """
-    notes = ["packed documents see each other"] if "position_ids" in sample(trained, rows=1) else []
+    notes = ["packed documents attend to each other"] if "position_ids" in sample(trained, rows=1) else []
     if traced is not None:
         shutil.copyfile(traced, folder / NAME)
     else:

@@ -127,8 +127,8 @@ def check_format(to: str, quantize: str | None, sparse: bool) -> None:
         raise CannotExport(f"--to {to}: there are {', '.join(FORMATS)}.")
     legal = QUANTIZED.get(to, ())
     if quantize is not None and quantize not in legal:
-        held = f"it takes {' or '.join(legal)}" if legal else f"{', '.join(QUANTIZED)} hold some"
-        raise CannotExport(f"--quantize {quantize}: {to} does not hold that; {held}.")
+        held = f"it takes {' or '.join(legal)}" if legal else f"{', '.join(QUANTIZED)} store some"
+        raise CannotExport(f"--quantize {quantize}: {to} does not store that; {held}.")
     if sparse and to != "torch":
         raise CannotExport(f"--sparse: {to} cannot store masks; torch can.")
 

@@ -1,4 +1,4 @@
-"""Do packed documents see each other? Ask the model itself.
+"""Do packed documents attend to each other? Ask the model itself.
 
 transformers keeps them apart by restarting `position_ids`, but only without a cache and without an attention mask,
 and some architectures never do (OPT builds a mask of its own, Bloom and Mamba ignore positions). A leak raises no

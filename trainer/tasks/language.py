@@ -34,7 +34,7 @@ class CausalLM(TaskModule):
         self._unchecked = isolated
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """At the first batch of a process: refuse a model that lets packed documents see each other."""
+        """At the first batch of a process: refuse a model that lets packed documents attend to each other."""
         if self._unchecked:
             check_isolation(self.model, batch["input_ids"][0])
             self._unchecked = False

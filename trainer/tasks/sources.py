@@ -83,7 +83,7 @@ def _read_files(files: list[Path], data: Any, args: dict[str, Any], cache: Path)
     kind = kinds.pop() if len(kinds) == 1 else None
     if kind is None:
         raise TaskError(
-            f"data.format: auto cannot tell the format of {data.source!r}. Set it to text, json, csv or parquet."
+            f"data.format: auto cannot determine the format of {data.source!r}. Set it to text, json, csv or parquet."
         )
     settings = {"sample_by": "document", **args} if kind == "text" else args
     key = digest([kind, repr(sorted(settings.items())), *(file_digest(file, cache) for file in files)])

@@ -306,13 +306,13 @@ class Recorder(pl.Callback):
 def test_measured_budgets_end_within_a_step_with_the_last_evaluation_and_checkpoint_inside(
     tmp_path, budget, options, unit
 ):
-    watch, validation = Recorder(), loader(16, shuffle=False)
+    recorder, validation = Recorder(), loader(16, shuffle=False)
     trainer = train(
-        tmp_path, budget, module=Small(PAUSE), data=loader(1024), validation=validation, callbacks=[watch], **options
+        tmp_path, budget, module=Small(PAUSE), data=loader(1024), validation=validation, callbacks=[recorder], **options
     )
     summary = trainer.summary
     limit = {"seconds": 1.6, "usd": 1.6, "kwh": 1.6e-4, "device_seconds": 1.2}[unit]
-    under, over = (seconds * summary[unit] / summary["seconds"] for seconds in watch.slack(trainer))
+    under, over = (seconds * summary[unit] / summary["seconds"] for seconds in recorder.slack(trainer))
     if unit == "kwh":  # the power is not the same at all times
         under, over = under + 0.05 * limit, over + 0.05 * limit
     assert limit - under < summary[unit] <= limit + over
@@ -327,12 +327,12 @@ def test_measured_budgets_end_within_a_step_with_the_last_evaluation_and_checkpo
 
 def test_no_evaluation_is_begun_that_would_leave_no_time_for_another_at_the_end(tmp_path):
     """Four steps an epoch, and an evaluation after each that takes as long as eight."""
-    watch = Recorder()
+    recorder = Recorder()
     trainer = train(
         tmp_path, Budget(hours=1.2 / 3600), module=Small(PAUSE), data=loader(16), validation=loader(32, shuffle=False),
-        callbacks=[watch],
+        callbacks=[recorder],
     )  # fmt: skip
-    assert trainer.summary["seconds"] <= 1.2 + watch.slack(trainer)[1]
+    assert trainer.summary["seconds"] <= 1.2 + recorder.slack(trainer)[1]
     assert trainer.summary["windows"]["evaluation"] > 8 * PAUSE and rate(trainer) == 0.0
 
 
@@ -342,14 +342,14 @@ def test_spend_survives_a_crash_and_the_budget_holds_for_all_attempts_together(t
             if trainer.global_step == 7:
                 raise RuntimeError("crashed")
 
-    budget, watch = Budget(hours=1.8 / 3600, usd=10.0), Recorder()
+    budget, recorder = Budget(hours=1.8 / 3600, usd=10.0), Recorder()
     options = {"usd_per_device_hour": 3600.0, "validation": loader(8, shuffle=False), "data": loader(1024)}
     began = perf_counter()
     with pytest.raises(RuntimeError, match="crashed"):
         train(tmp_path, budget, module=Small(PAUSE), callbacks=[Crash()], checkpoint_every="3 steps", **options)
     first = perf_counter() - began
-    trainer = train(tmp_path, budget, module=Small(PAUSE), callbacks=[watch], **options)
-    summary, (under, over) = trainer.summary, watch.slack(trainer)
+    trainer = train(tmp_path, budget, module=Small(PAUSE), callbacks=[recorder], **options)
+    summary, (under, over) = trainer.summary, recorder.slack(trainer)
     assert summary["resumed_from"] == 6
     assert 0.8 * (first + trainer.wall) < summary["seconds"] <= first + trainer.wall
     assert 1.8 - under < summary["seconds"] <= 1.8 + over

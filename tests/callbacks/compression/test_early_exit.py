@@ -95,12 +95,12 @@ def test_the_added_loss_is_the_weighted_loss_of_the_exits():
         def on_after_backward(self, trainer, pl_module):
             self.seen = self.seen or {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.requires_grad}
 
-    watch = Gradients()
+    recorder = Gradients()
     data = DataLoader([batch], batch_size=None)
-    assert fit(toy(dropout=0.0), EarlyExit(weight=0.4), watch, data=data, steps=1)[0] == pytest.approx(wanted.item())
-    assert watch.seen.keys() == gradients.keys()
+    assert fit(toy(dropout=0.0), EarlyExit(weight=0.4), recorder, data=data, steps=1)[0] == pytest.approx(wanted.item())
+    assert recorder.seen.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        assert torch.allclose(watch.seen[name], gradient, atol=1e-6), name
+        assert torch.allclose(recorder.seen[name], gradient, atol=1e-6), name
 
 
 def test_buffers_and_logs_are_those_of_the_whole_model():

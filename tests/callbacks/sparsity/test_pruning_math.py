@@ -81,12 +81,12 @@ class Recorder(pl.Callback):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_follows_the_schedule_to_the_weight(tmp_path, accumulate):
     """From 10 % to 70 % of twenty steps: at step s the ramp is (s / 20 - 0.1) / 0.6."""
-    watch, technique = Recorder(), GradualPruning(sparsity=0.8, every=1)
+    recorder, technique = Recorder(), GradualPruning(sparsity=0.8, every=1)
     train(
-        tmp_path, Budget(steps=20), module=Wide(), techniques=[technique], callbacks=[watch],
+        tmp_path, Budget(steps=20), module=Wide(), techniques=[technique], callbacks=[recorder],
         accumulate_grad_batches=accumulate,
     )  # fmt: skip
-    zeros = watch.zeros[accumulate - 1 :: accumulate]
+    zeros = recorder.zeros[accumulate - 1 :: accumulate]
     wanted = [int(cubic((s / 20 - 0.1) / 0.6, 0.8) * 1000) for s in range(20)]
     assert [int(z.sum()) for z in zeros] == wanted and wanted[5] == 462 and wanted[-1] == 800
     assert all((later | ~earlier).all() for earlier, later in pairwise(zeros)), "a weight came back"
@@ -94,9 +94,9 @@ def test_a_run_follows_the_schedule_to_the_weight(tmp_path, accumulate):
 
 
 def test_between_prunings_the_masks_stay(tmp_path):
-    watch = Recorder()
+    recorder = Recorder()
     technique = GradualPruning(sparsity=0.8, every=7)
-    train(tmp_path, Budget(steps=20), module=Wide(), techniques=[technique], callbacks=[watch])
-    counts = [int(z.sum()) for z in watch.zeros]
+    train(tmp_path, Budget(steps=20), module=Wide(), techniques=[technique], callbacks=[recorder])
+    counts = [int(z.sum()) for z in recorder.zeros]
     changes = [step for step, (before, after) in enumerate(pairwise([0, *counts])) if before != after]
     assert changes == [3, 7, 14] and counts[-1] == int(cubic((14 / 20 - 0.1) / 0.6, 0.8) * 1000)

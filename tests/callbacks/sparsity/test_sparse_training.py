@@ -63,9 +63,9 @@ class Recorder(pl.Callback):
 
 
 def run(folder, technique, steps=20, **options):
-    watch, module = Recorder(), Net()
-    trainer = train(folder, Budget(steps=steps), module=module, techniques=[technique], callbacks=[watch], **options)
-    return module, watch, trainer
+    recorder, module = Recorder(), Net()
+    trainer = train(folder, Budget(steps=steps), module=module, techniques=[technique], callbacks=[recorder], **options)
+    return module, recorder, trainer
 
 
 def zeros(tensors):
@@ -75,9 +75,9 @@ def zeros(tensors):
 @pytest.mark.parametrize("cls", [SET, RigL])
 def test_connections_move_and_their_number_stays(cls, tmp_path):
     technique = cls(sparsity=0.8, distribution="uniform", every=4, drop_fraction=0.5, stop="75%")
-    module, watch, _ = run(tmp_path, technique)
-    assert all(zeros(used) == [256, 800] for used in watch.used[:4]), "sparse from the first forward on"
-    masks = [[w != 0 for w in weights] for weights in watch.weights]
+    module, recorder, _ = run(tmp_path, technique)
+    assert all(zeros(used) == [256, 800] for used in recorder.used[:4]), "sparse from the first forward on"
+    masks = [[w != 0 for w in weights] for weights in recorder.weights]
     moved = [step for step, (a, b) in enumerate(pairwise(masks), 1) if not torch.equal(a[1], b[1])]
     assert moved and set(moved) <= {4, 8, 12}, "every fourth step, until 75 % of twenty"
     assert technique.densities() == pytest.approx(dict.fromkeys(NAMES, 0.2))
@@ -86,31 +86,31 @@ def test_connections_move_and_their_number_stays(cls, tmp_path):
 
 def test_initial_weights_are_scaled_by_the_root_of_their_density(tmp_path):
     plain = Net().net[2].weight.detach()
-    _, watch, _ = run(tmp_path, SET(sparsity=0.75, distribution="uniform"), steps=1)
-    used = watch.used[0][1]
+    _, recorder, _ = run(tmp_path, SET(sparsity=0.75, distribution="uniform"), steps=1)
+    used = recorder.used[0][1]
     assert torch.allclose(used[used != 0], plain[used != 0] * 2)
 
 
 def test_static_sparse_training_is_set_that_drops_nothing(tmp_path):
-    _, watch, _ = run(tmp_path, SET(sparsity=0.8, drop_fraction=0.0, every=1))
-    masks = [weights[1] != 0 for weights in watch.weights]
+    _, recorder, _ = run(tmp_path, SET(sparsity=0.8, drop_fraction=0.0, every=1))
+    masks = [weights[1] != 0 for weights in recorder.weights]
     assert all(torch.equal(masks[0], mask) for mask in masks)
 
 
 def test_from_a_trained_model_the_largest_weights_are_kept(tmp_path):
     technique = RigL(sparsity=0.5, distribution="uniform", start_from="magnitude", rescale=False)
-    _, watch, _ = run(tmp_path, technique, steps=1)
-    plain, used = Net().net[2].weight.detach().abs(), watch.used[0][1]
+    _, recorder, _ = run(tmp_path, technique, steps=1)
+    plain, used = Net().net[2].weight.detach().abs(), recorder.used[0][1]
     assert plain[used != 0].min() >= plain[used == 0].max()
 
 
 def test_top_kast_uses_few_weights_and_learns_more(tmp_path):
     technique = TopKAST(sparsity=0.8, backward_sparsity=0.5, every=5, penalty=0.0)
-    module, watch, _ = run(tmp_path, technique)
-    assert all(zeros(used) == [256, 800] for used in watch.used)
-    assert zeros(watch.weights[3]) == [0, 0], "the weights themselves are dense"
+    module, recorder, _ = run(tmp_path, technique)
+    assert all(zeros(used) == [256, 800] for used in recorder.used)
+    assert zeros(recorder.weights[3]) == [0, 0], "the weights themselves are dense"
     assert zeros([module.net[0].weight, module.net[2].weight]) == [256, 800], "until the run has ended"
-    before, after = watch.weights[1][1], watch.weights[2][1]
+    before, after = recorder.weights[1][1], recorder.weights[2][1]
     decayed = (after / before).median()
     unlearned = ((after / before - decayed).abs() < 1e-4).float().mean()
     assert 0.45 < unlearned < 0.6, "half of the weights only decay"
@@ -118,8 +118,8 @@ def test_top_kast_uses_few_weights_and_learns_more(tmp_path):
 
 def test_movement_pruning_keeps_what_moves_from_zero(tmp_path):
     technique = MovementPruning(sparsity=0.6, start="10%", end="70%", every=2, distribution="uniform")
-    module, watch, _ = run(tmp_path, technique)
-    used = [zeros(step) for step in watch.used]
+    module, recorder, _ = run(tmp_path, technique)
+    used = [zeros(step) for step in recorder.used]
     assert used[0] == [0, 0] and used[-1] == [192, 600]
     assert all(a <= b for (a, _), (b, _) in pairwise(used))
     score, mask = technique.fragments()["score"]["net.2.weight"], technique.fragments()["forward"]["net.2.weight"]
@@ -128,16 +128,16 @@ def test_movement_pruning_keeps_what_moves_from_zero(tmp_path):
 
 
 def test_n_of_m_in_every_forward_and_at_the_end(tmp_path):
-    module, watch, _ = run(tmp_path, NM(n=1, m=4))
-    for weight in (*(w for step in watch.used for w in step), module.net[0].weight.detach(), module.net[2].weight):
+    module, recorder, _ = run(tmp_path, NM(n=1, m=4))
+    for weight in (*(w for step in recorder.used for w in step), module.net[0].weight.detach(), module.net[2].weight):
         assert ((weight.reshape(weight.shape[0], -1, 4) != 0).sum(-1) <= 1).all()
-    assert zeros(watch.weights[-1]) == [0, 0]
+    assert zeros(recorder.weights[-1]) == [0, 0]
 
 
 def test_unused_weights_of_n_m_decay(tmp_path):
     quiet, left, _ = run(tmp_path / "a", NM(n=2, m=4, decay=0.0), steps=10)
-    pulled, watch, _ = run(tmp_path / "b", NM(n=2, m=4, decay=10.0), steps=10)
-    size = [torch.stack([w.abs().min(-1).values.mean() for w in seen.weights[-1]]) for seen in (left, watch)]
+    pulled, recorder, _ = run(tmp_path / "b", NM(n=2, m=4, decay=10.0), steps=10)
+    size = [torch.stack([w.abs().min(-1).values.mean() for w in seen.weights[-1]]) for seen in (left, recorder)]
     assert (size[1] < size[0]).all(), "the smallest of a row is never used"
     assert not torch.equal(quiet.net[2].weight, pulled.net[2].weight)
 
@@ -145,9 +145,9 @@ def test_unused_weights_of_n_m_decay(tmp_path):
 @pytest.mark.parametrize("cls", [SNIP, GraSP, SynFlow])
 def test_pruned_before_the_first_step(cls, tmp_path):
     technique = cls(sparsity=0.75, samples=16)
-    module, watch, _ = run(tmp_path, technique, steps=6)
-    assert sum(zeros(watch.used[0])) == 990
-    masks = [[w != 0 for w in weights] for weights in watch.weights]
+    module, recorder, _ = run(tmp_path, technique, steps=6)
+    assert sum(zeros(recorder.used[0])) == 990
+    masks = [[w != 0 for w in weights] for weights in recorder.weights]
     assert all(torch.equal(a, b) for of_step in masks for a, b in zip(masks[0], of_step, strict=True))
     assert "log" not in vars(module)
 
@@ -157,21 +157,21 @@ def test_snip_keeps_what_the_loss_depends_on(tmp_path):
     data = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(torch.randn(32, 8) * torch.tensor([1.0] * 4 + [0.0] * 4)), 4
     )
-    _, watch, _ = run(tmp_path, SNIP(sparsity=0.5, distribution="uniform", samples=32), steps=1, data=data)
-    assert (watch.used[0][0][:, 4:] == 0).all() and (watch.used[0][0][:, :4] != 0).all()
+    _, recorder, _ = run(tmp_path, SNIP(sparsity=0.5, distribution="uniform", samples=32), steps=1, data=data)
+    assert (recorder.used[0][0][:, 4:] == 0).all() and (recorder.used[0][0][:, :4] != 0).all()
 
 
 def test_synflow_cuts_no_layer_off(tmp_path):
-    _, watch, _ = run(tmp_path, SynFlow(sparsity=0.97, samples=1), steps=1)
-    assert all((used != 0).any() for used in watch.used[0])
+    _, recorder, _ = run(tmp_path, SynFlow(sparsity=0.97, samples=1), steps=1)
+    assert all((used != 0).any() for used in recorder.used[0])
 
 
 def test_a_lottery_ticket_rewinds(tmp_path):
     technique = LotteryTicket(sparsity=0.75, rounds=2, rewind="2 steps", distribution="uniform")
-    _, watch, _ = run(tmp_path, technique, steps=21)
-    kept = list(map(zeros, watch.used))
+    _, recorder, _ = run(tmp_path, technique, steps=21)
+    kept = list(map(zeros, recorder.used))
     assert kept[0] == [0, 0] and kept[8] == [160, 500] and kept[-1] == [240, 750]
-    early, rewound = watch.weights[1][1], watch.weights[7][1]
+    early, rewound = recorder.weights[1][1], recorder.weights[7][1]
     assert torch.allclose(rewound[rewound != 0], early[rewound != 0], atol=2e-3), "but for one step of weight decay"
 
 

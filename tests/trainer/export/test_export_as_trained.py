@@ -188,7 +188,7 @@ def test_the_command_says_what_is_missing(
     for words, said in (
         ([str(plain), "--to", "torch", "--quantize", "trained"], "neither quantization_aware nor weight_clustering"),
         ([str(aware), "--to", "onnx", "--quantize", "trained"], "torch holds those"),
-        ([str(aware), "--to", "gguf-ready-safetensors", "--quantize", "trained"], "does not hold that"),
+        ([str(aware), "--to", "gguf-ready-safetensors", "--quantize", "trained"], "does not store that"),
     ):
         assert command(monkeypatch, "export", *words, *out) == 2, words
         error = capsys.readouterr().err

@@ -23,11 +23,11 @@ from shoestring.trainer.machine.extensions import (
 RANK = """
 import json, os, sys
 from shoestring.trainer.machine.extensions import prepare_environment
-rank, meeting = int(os.environ["RANK"]), sys.argv[1]
+rank, store = int(os.environ["RANK"]), sys.argv[1]
 for offload in ("none", "optimizer", "parameters"):
     prepare_environment("zero3", offload, "cpu")
 import deepspeed, torch
-deepspeed.init_distributed("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, verbose=False)
+deepspeed.init_distributed("gloo", init_method=f"file://{store}", rank=rank, world_size=2, verbose=False)
 draw = torch.Generator().manual_seed(1)
 x, y = torch.randn(8, 32, generator=draw), torch.randn(8, 8, generator=draw)
 half = slice(rank * 4, rank * 4 + 4)
@@ -83,7 +83,7 @@ def start(rank, folder, extensions):
         "TORCH_EXTENSIONS_DIR": str(extensions),
         "CXX": "/bin/false",  # whoever compiles, fails
     }
-    command = [sys.executable, "-c", RANK, str(folder / "meeting")]
+    command = [sys.executable, "-c", RANK, str(folder / "store")]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
