@@ -75,13 +75,13 @@ class Version:
         line = self._line("train", "quickstart", *changes, "--run-dir", str(run))
         began, cpu = time.time(), 0.0
         process = psutil.Popen(line, env=env, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and (found := _start(run)) is None:
+        while process.poll() is None and (started := _start(run)) is None:
             cpu = max(cpu, _cpu(process))
             time.sleep(0.02)
         process.wait()
-        found = _start(run)
-        assert found is not None, f"{line} has not begun a step"
-        return cpu, found - began
+        started = _start(run)
+        assert started is not None, f"{line} has not begun a step"
+        return cpu, started - began
 
     def _line(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "shoestring.trainer.cli", *words]
@@ -111,26 +111,26 @@ def _cpu(process: psutil.Process) -> float:
 def versions(before: str | None) -> Iterator[dict[str, Version]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = {}
+        states = {}
         if before:
             tree = folder / "tree"
             subprocess.run(
                 ["git", "worktree", "add", "--detach", str(tree), before], cwd=ROOT, check=True, capture_output=True
             )
-            found["before"] = Version(tree, folder / "before")
-        found["now"] = Version(ROOT, folder / "now")
+            states["before"] = Version(tree, folder / "before")
+        states["now"] = Version(ROOT, folder / "now")
         try:
-            yield found
+            yield states
         finally:
             if before:
                 subprocess.run(["git", "worktree", "remove", "--force", str(folder / "tree")], cwd=ROOT, check=True)
 
 
-def in_turns(found: dict[str, Version], rounds: int, run: Callable[[Version], tuple[float, float]]) -> dict[str, Any]:
+def in_turns(states: dict[str, Version], rounds: int, run: Callable[[Version], tuple[float, float]]) -> dict[str, Any]:
     """Median (CPU, wall-clock) seconds by version."""
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in states}
     for _ in range(rounds):
-        for name, version in found.items():
+        for name, version in states.items():
             taken[name].append(run(version))
     return {name: [statistics.median(column) for column in zip(*each, strict=True)] for name, each in taken.items()}
 
@@ -165,24 +165,24 @@ def main() -> None:
     given = parser.parse_args()
     commands = [["--help"], *(["plan", name] for name in shipped_recipes())]
     rows, starts = [], []
-    with versions(given.before) as found:
-        for version in found.values():
+    with versions(given.before) as states:
+        for version in states.values():
             version.command("plan", "quickstart")  # byte code is compiled once, and peaks are measured
             version.first_step(cold=False)
         for words in commands:
-            seconds = in_turns(found, given.rounds, lambda version, words=words: version.command(*words))
-            calls = {name: version.calls(*words) for name, version in found.items()}
-            rows.append([" ".join(words), *(f"{seconds[name][0]:.2f}" for name in found),
-                         *(f"{seconds[name][1]:.2f}" for name in found),
-                         *(f"{calls[name]:,}" for name in found)])  # fmt: skip
+            seconds = in_turns(states, given.rounds, lambda version, words=words: version.command(*words))
+            calls = {name: version.calls(*words) for name, version in states.items()}
+            rows.append([" ".join(words), *(f"{seconds[name][0]:.2f}" for name in states),
+                         *(f"{seconds[name][1]:.2f}" for name in states),
+                         *(f"{calls[name]:,}" for name in states)])  # fmt: skip
             print(rows[-1], flush=True)
         for cold in (True, False):
-            seconds = in_turns(found, given.rounds, lambda version, cold=cold: version.first_step(cold=cold))
-            starts.append(["cold" if cold else "warm", *(f"{seconds[name][0]:.1f}" for name in found),
-                           *(f"{seconds[name][1]:.1f}" for name in found),
-                           *(f"{seconds[name][1] / BUDGET_SECONDS:.1%}" for name in found)])  # fmt: skip
+            seconds = in_turns(states, given.rounds, lambda version, cold=cold: version.first_step(cold=cold))
+            starts.append(["cold" if cold else "warm", *(f"{seconds[name][0]:.1f}" for name in states),
+                           *(f"{seconds[name][1]:.1f}" for name in states),
+                           *(f"{seconds[name][1] / BUDGET_SECONDS:.1%}" for name in states)])  # fmt: skip
             print(starts[-1], flush=True)
-    text = written(given.before, given.rounds, list(found), rows, starts)
+    text = written(given.before, given.rounds, list(states), rows, starts)
     publish(text, __file__, given.write)
 
 

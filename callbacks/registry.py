@@ -185,7 +185,7 @@ def _declaration(name: str) -> type[Technique]:
 
 
 def declare(name: str, settings: Mapping[str, Any] | None = None) -> Technique:
-    """What `registry.make` gives, for a plan: cheap where Lightning is not loaded, and then without hooks that can run.
+    """Make a technique for a plan: cheap where Lightning is not loaded, and then without hooks that can run.
 
     Args:
         name: As in a recipe.

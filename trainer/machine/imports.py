@@ -14,7 +14,7 @@ from typing import Any
 
 @contextmanager
 def lightened_imports() -> Iterator[None]:
-    """Where Lightning and transformers are imported: they get the few names that they ask of large packages.
+    """Import Lightning and transformers inside: they get only the few names that they need of large packages.
 
     torchmetrics' own first lines load every metric there is, and scipy's signal processing; transformers wants one
     function of scipy for models that find objects. And nobody looks for garbage among modules: looking through them
@@ -51,12 +51,12 @@ def _lighten(name: str, homes: Mapping[str, str], first: str = "", **given: Any)
         return
     loader, package = spec.loader, module_from_spec(spec)
 
-    def rest(asked: str) -> Any:
-        if asked.startswith("__"):
-            raise AttributeError(asked)
+    def rest(attribute: str) -> Any:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
         vars(package).pop("__getattr__", None)
         loader.exec_module(package)
-        return getattr(package, asked)
+        return getattr(package, attribute)
 
     sys.modules[name] = package
     vars(package).update(given)

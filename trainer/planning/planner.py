@@ -172,21 +172,21 @@ def _device(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> Hardware:
     name, why = recipe.cluster.hardware, "the recipe says so"
     if name == "auto":
         name, why = machine.hardware or machine.accelerator, "what this machine has"
-    found = hardware(name)
-    chosen.append(Choice("hardware", found.name, why))
-    return found
+    device = hardware(name)
+    chosen.append(Choice("hardware", device.name, why))
+    return device
 
 
 def _batch(
     recipe: Recipe, device: Hardware, machine: Machine, size: Size, world: int, strategy: str,
     optimizer: OptimizerCard, chosen: list[Choice],
 ) -> tuple[int, int]:  # fmt: skip
-    total, asked = recipe.data.batch_size, recipe.data.micro_batch_size
+    total, micro_setting = recipe.data.batch_size, recipe.data.micro_batch_size
     if total % world:
         raise RecipeError(
             [recipe.problem("data.batch_size", total, f"a multiple of the {world} ranks", "change it or the devices")]
         )
-    if asked == "auto":
+    if micro_setting == "auto":
         room = USABLE_MEMORY * memory_of(device, machine, world) - state_bytes(
             size, strategy, world, optimizer.state_bytes
         )
@@ -194,7 +194,7 @@ def _batch(
         fits = [n for n in range(1, total // world + 1) if (total // world) % n == 0 and n * each <= max(room, 0)]
         micro, why = max(fits, default=1), "the largest that should fit in memory"
     else:
-        micro, why = asked, "the recipe says so"
+        micro, why = micro_setting, "the recipe says so"
     if total % (micro * world):
         text = f"a divisor of {total // world}, the samples of one rank a step"
         raise RecipeError([recipe.problem("data.micro_batch_size", micro, text)])
@@ -256,9 +256,11 @@ def _techniques(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> list[
         if dtype != "fp32":
             made.append(declare("mixed_precision", {"dtype": dtype}))
     if "lr_schedule" not in present:
-        asked = recipe.optimizer
-        made.append(declare("lr_schedule", {"shape": asked.schedule, "warmup": asked.warmup}))
-        chosen.append(Choice("schedule", f"{asked.schedule}, warmup {asked.warmup}", "ends when the budget ends"))
+        optimizer = recipe.optimizer
+        made.append(declare("lr_schedule", {"shape": optimizer.schedule, "warmup": optimizer.warmup}))
+        chosen.append(
+            Choice("schedule", f"{optimizer.schedule}, warmup {optimizer.warmup}", "ends when the budget ends")
+        )
     return made
 
 

@@ -86,10 +86,10 @@ def _norms_and_biases(recipe: Recipe, config: Mapping[str, Any], layers: int, hi
         return (2 * layers + 1) * hidden
     if config.get("model_type") != "bert" or recipe.model.task != "sequence-classification":
         return 0
-    positions = (_first(config, "max_position_embeddings") or 512) + (_first(config, "type_vocab_size") or 2)
+    embeddings = (_first(config, "max_position_embeddings") or 512) + (_first(config, "type_vocab_size") or 2)
     norms, biases = (2 * layers + 1) * 2 * hidden, layers * (5 * hidden + intermediate)
     classes = CLASSES.get(recipe.data.source, 2)
-    return positions * hidden + norms + biases + hidden * (hidden + 1) + classes * (hidden + 1)  # pooler, classifier
+    return embeddings * hidden + norms + biases + hidden * (hidden + 1) + classes * (hidden + 1)  # pooler, classifier
 
 
 def _entries(tokenizer: Any) -> int | None:

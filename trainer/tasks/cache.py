@@ -50,11 +50,11 @@ def file_digest(path: Path, cache: Path | None = None) -> str:
     if known and known.exists():
         return known.read_text()
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        content = hashlib.file_digest(file, "sha256").hexdigest()[:32]
     if known and time.time() - there.st_ctime > SETTLED_SECONDS:
         known.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(known, found)
-    return found
+        replace_file(known, content)
+    return content
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:

@@ -69,10 +69,10 @@ def test_plans_of_all_shipped_recipes_load_no_torch(tmp_path: Path) -> None:
 def test_a_declaration_says_what_the_technique_says(tmp_path: Path) -> None:
     support = str(Path(__file__).parents[2] / "support")
     code = f"import json, sys\nsys.path.insert(0, {support!r})\nfrom declarations import declarations\n"
-    found = json.loads(light(f"{code}print(json.dumps(declarations()))\n", tmp_path))
+    declared = json.loads(light(f"{code}print(json.dumps(declarations()))\n", tmp_path))
     assert issubclass(type(declare("rigl")), pl.Callback), "where Lightning is loaded, techniques are the real ones"
-    assert found == declarations()
-    assert found.keys() == TECHNIQUES.keys()
+    assert declared == declarations()
+    assert declared.keys() == TECHNIQUES.keys()
 
 
 def test_techniques_are_lightning_callbacks_before_and_after_a_plan(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ assert all(isinstance(t, pl.Callback) for t in third.declared)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_declaration_raises_where_it_is_asked_to_train(tmp_path: Path) -> None:
+def test_a_declaration_raises_when_it_is_trained(tmp_path: Path) -> None:
     code = """
 from shoestring.callbacks.registry import declare
 technique = declare("weight_averaging")
