@@ -141,7 +141,7 @@ class Other(Small):
 @pytest.mark.parametrize(
     ("width", "name", "says"),
     [
-        (2, "net", r"net\.weight has shape \(2, 8\), and in the checkpoint \(1, 8\)"),
+        (2, "net", r"net\.weight has shape \(2, 8\), but in the checkpoint \(1, 8\)"),
         (1, "head", r"the checkpoint has no head\.weight\. It is of another model"),
     ],
 )
