@@ -131,7 +131,7 @@ def test_onnx_codes_are_those_of_training(trained, opened):
 
 
 def test_missing_inputs_are_named(opened):
-    with pytest.raises(CannotExport, match="takes ids; the data has no ids"):
+    with pytest.raises(CannotExport, match="takes ids; the data lacks ids"):
         onnxruntime(opened[0])({})
 
 
