@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -49,8 +49,7 @@ class Drawn:
     loss_weight: float | None = None
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """The begin of an optimizer step: its epoch, its number there, and how many samples of the order are used."""
 
     epoch: int = 0
@@ -88,6 +87,7 @@ class GlobalBatches(Sampler[list[Any]]):
         self.select: Select | None = None
         self.sizes: Sizes | None = None
         self.targets: Any = None  # how many targets each sample has, where that differs
+        self.remembers = False  # set it in `on_fit_start` to ask for `drawn`
         self._under_way: dict[int, Drawn] = {}  # by micro-batch of the epoch
 
     @property
@@ -123,6 +123,11 @@ class GlobalBatches(Sampler[list[Any]]):
         return max(1, min(self.micro, self.sizes(run_step) // (self.world * self.accumulate)))
 
     def _next(self, place: Place, run_step: int) -> Place:
+        if self.sizes is None:
+            size = self.micro * self.world * self.accumulate
+            left = len(self.base) - place.used - size
+            ended = left <= 0 or (self.drop_last and left < size)
+            return Place(place.epoch + 1) if ended else Place(place.epoch, place.step + 1, place.used + size)
         used = place.used + self._micro(run_step) * self.world * self.accumulate
         left = len(self.base) - used
         size = self._micro(run_step + 1) * self.world * self.accumulate
@@ -159,16 +164,27 @@ class GlobalBatches(Sampler[list[Any]]):
         run_step = self.position()
         place = first = self.place(run_step)
         order = self.order(place.epoch)
+        remembers = self.remembers or self.targets is not None
         while place.epoch == first.epoch:
-            batch, micro = self.batch(place, run_step, order), self._micro(run_step)
-            self._forget(place.step - (run_step - self.position()))
+            batch = self.batch(place, run_step, order)
+            micro = self.micro if self.sizes is None else self._micro(run_step)
+            if remembers:
+                self._remember(place, run_step, batch, micro)
             for part in range(self.accumulate):
                 start = (part * self.world + self.rank) * micro
-                mine = batch[start : start + micro]
-                drawn = Drawn(tuple(_flat(mine)), self._weight(mine, batch))
-                self._under_way[place.step * self.accumulate + part] = drawn
-                yield self._keys(place.epoch, mine)
+                yield self._keys(place.epoch, batch[start : start + micro])
             place, run_step = self._next(place, run_step), run_step + 1
+
+    def _remember(self, place: Place, run_step: int, batch: Sequence[Any], micro: int) -> None:
+        """Keep what this rank draws of a step, and drop what has been trained on."""
+        done = (place.step - (run_step - self.position())) * self.accumulate
+        for index in [index for index in self._under_way if index < done]:
+            del self._under_way[index]
+        for part in range(self.accumulate):
+            start = (part * self.world + self.rank) * micro
+            mine = batch[start : start + micro]
+            drawn = Drawn(tuple(_flat(mine)), self._weight(mine, batch))
+            self._under_way[place.step * self.accumulate + part] = drawn
 
     def _weight(self, mine: Sequence[Any], batch: Sequence[Any]) -> float | None:
         """The mean over k micro-batches of (n_i k / sum n) * mean_i is the mean over all targets."""
@@ -180,16 +196,10 @@ class GlobalBatches(Sampler[list[Any]]):
     def drawn(self, batch_idx: int) -> Drawn | None:
         """The content of micro-batch `batch_idx` of an epoch, as Lightning counts them: of those of the step under way.
 
-        Loader workers are ahead of training, so what they have drawn is kept until it has been trained on.
+        Loader workers are ahead of training, so what they have drawn is kept until it has been trained on. None where
+        nobody has set `remembers`.
         """
         return self._under_way.get(batch_idx)
-
-    def _forget(self, step: int) -> None:
-        """Drop what was drawn for steps of the epoch before `step`: they are done."""
-        for index in list(self._under_way):
-            if index >= step * self.accumulate:
-                break
-            del self._under_way[index]
 
     def weigh(self, batch: Any, batch_idx: int, device: torch.device) -> None:
         """Give a batch its `loss_weight`, where samples differ in their number of targets."""

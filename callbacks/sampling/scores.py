@@ -52,7 +52,7 @@ class SampleScores:
         return min(-(-self.count // _world()), self.count - self.offset)
 
     def record(self, indices: Sequence[int], values: Tensor) -> None:
-        """Write `values` [k] of the samples `indices`; a batch's are `GlobalBatches.drawn(batch_idx).samples`."""
+        """Write `values` [k] of the samples `indices`; see `GlobalBatches.drawn` for those of a batch."""
         self._written.append((torch.as_tensor(indices, dtype=torch.int64), values.detach().float().reshape(-1)))
 
     def share(self) -> Tensor:

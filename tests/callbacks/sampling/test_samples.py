@@ -327,7 +327,7 @@ def test_what_was_drawn_is_known_until_it_has_been_trained_on(size, at, ahead):
     """Loader workers draw ahead; Lightning counts micro-batches within the epoch."""
     clock = [at]
     order = batches(size, micro=2, accumulate=2)
-    order.position = lambda: clock[0]
+    order.position, order.remembers = lambda: clock[0], True
     first = order.place(at).step * 2
     draw, drawn = iter(order), []
     for index in range(len(order) - first):

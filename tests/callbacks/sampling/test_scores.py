@@ -35,6 +35,7 @@ class FirstToken(Technique, pl.Callback):
 
     def on_fit_start(self, trainer, pl_module) -> None:
         self._order = install_sampler(trainer, getattr(trainer, "seed", 0))
+        self._order.remembers = True
         self.scores.open(len(trainer.fit_loop._data_source.instance.dataset))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
