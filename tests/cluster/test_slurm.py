@@ -182,9 +182,9 @@ def test_what_cannot_work_is_said_before(slurm):
     assert "partition spot kills 60 s after a preemption (GraceTime)" in spot and "KillWait" in spot
     short = remarks("short", "--hours", "3", options={"partition": "short"}, limits={})
     assert "Set limits.attempt_hours: 1" in short
-    assert "Slurm does not take this job" in remarks("many", nodes=4)
+    assert "Slurm does not accept this job" in remarks("many", nodes=4)
     gpus = remarks("gpus", hardware="h200", options={"gpu_type": "h200"})
-    assert "Slurm does not take this job" in gpus  # the nodes' GPUs have no type
+    assert "Slurm does not accept this job" in gpus  # the nodes' GPUs have no type
     assert "Slurm expects to start it at" in remarks("gres", hardware="h200", options={"gpus": "gres"})
     injected = remarks("injected", options={"partition": "batch\n#SBATCH --wrap=id"})
     assert "options.partition: found" in injected and "one word" in injected
