@@ -17,7 +17,7 @@ What Lightning has no hook for, a technique installs when a fit begins and takes
     skip, recompute or watch repeated blocks           forward/blocks.py: wrap_block
     let layers see other weights                       forward/forward_weights.py: ForwardWeights
     choose the samples of a global batch               sampling/samples.py: install_sampler
-    change the batch size on the clock                 sampling/samples.py: GlobalBatches.sizes
+    change the batch size on the clock                 sampling/global_batches.py: GlobalBatches.sizes
     keep a number for each sample                      sampling/scores.py: SampleScores
     change gradients as they are communicated          parameters/communication.py: set_reduction
     read and edit weights, gradients and their state   parameters/accessor.py: shards_of

@@ -20,7 +20,7 @@ from torch import Tensor
 from ... import ShoestringError
 
 SAMPLE_WEIGHTS = "sample_weights"  # in a batch: [B], the factor of each sample's loss
-LOSS_WEIGHT = "loss_weight"  # in a batch: [], the factor of its mean loss; see sampling/samples.py
+LOSS_WEIGHT = "loss_weight"  # in a batch: [], the factor of its mean loss; see sampling/global_batches.py
 _IGNORED = -100  # a label that no loss counts, as in torch's cross entropy
 
 

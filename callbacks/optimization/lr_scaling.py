@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 
 from ..accounting.clock import Duration, clock_of
 from ..contract import Card, IncompatibleTechniques, Technique, require
-from ..sampling.samples import GlobalBatches
+from ..sampling.global_batches import GlobalBatches
 
 RULES = ("auto", "linear", "sqrt")
 _NOTED = {"initial_lr", "max_lr", "min_lr"}  # what torch's schedulers write into parameter groups

@@ -24,7 +24,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from shoestring.callbacks.sampling.samples import EvenBatches, GlobalBatches
+from shoestring.callbacks.sampling.global_batches import EvenBatches, GlobalBatches
 from shoestring.callbacks.sampling.seeding import SeededSamples, is_deterministic, seeded
 from shoestring.trainer import Budget
 
