@@ -42,7 +42,7 @@ def export(
     if as_json:
         print_json(made.as_dict())
     else:
-        from .display import show_export
+        from .model_display import show_export
 
         show_export(made)
 
@@ -76,7 +76,7 @@ def measure(
     if as_json:
         print_json(result)
     else:
-        from .display import show_measurement
+        from .model_display import show_measurement
 
         show_measurement(result)
 
@@ -96,7 +96,7 @@ def pareto(
     if as_json:
         print_json(rows)
     else:
-        from .display import show_front
+        from .model_display import show_front
 
         show_front(rows, x, y)
 
@@ -143,7 +143,7 @@ def compress(
     if as_json:
         print_json(result.as_dict())
     else:
-        from .display import show_compression
+        from .model_display import show_compression
 
         show_compression(result)
     result.require_fit()
