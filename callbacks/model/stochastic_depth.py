@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..accounting.clock import clock_of
 from ..contract import Card, Effect, IncompatibleTechniques, Technique, Workload, derive_seed, require
 from ..forward.blocks import blocks, costs_like, hidden_of, wrap_block
+from ..forward.isolated_step import evaluating
 from ..parameters.accessor import shards_of
 
 SCALED = ("evaluation", "training")
@@ -119,6 +120,13 @@ class StochasticDepth(Technique, pl.Callback):
         for index, block in enumerate(self._blocks):
             self._unwrap.append(wrap_block(block, "skip", self._call(index, block)))
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sharded = any(hasattr(p, "ds_tensor") for p in pl_module.parameters())
+        self._costs: dict[int, Hashable] = {}
+
+    def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._costs.clear()
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -154,7 +162,7 @@ class StochasticDepth(Technique, pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Under ZeRO-3 a skipped block has no whole weights that could get a gradient: clear that of its last step."""
-        if not self._skipped or not any(hasattr(p, "ds_tensor") for p in pl_module.parameters()):
+        if not self._skipped or not self._sharded:
             return
         shards = shards_of(trainer, pl_module)
         if not shards.at_boundary():
@@ -168,7 +176,9 @@ class StochasticDepth(Technique, pl.Callback):
     def step_kind(self) -> Hashable:
         """Return how many blocks of each kind are skipped; those still to be learned cost a forward more."""
         known = {index: self._skippable[index] for index in self._skipped if index in self._skippable}
-        alike = Counter((costs_like(self._blocks[index]), output and output.shape) for index, output in known.items())
+        for index in known.keys() - self._costs.keys():
+            self._costs[index] = costs_like(self._blocks[index])
+        alike = Counter((self._costs[index], output and output.shape) for index, output in known.items())
         return frozenset(alike.items()), self._skipped.difference(known)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -192,14 +202,8 @@ class _Output:
 
 def _learned(block: nn.Module, before: Tensor, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> _Output | None:
     """What `block` returns, by a forward that leaves random states and buffers alone; None: it cannot be skipped."""
-    modes = [(part, part.training) for part in block.modules()]
-    block.eval()
-    try:
-        with torch.no_grad():
-            out = inner(*args, **kwargs)
-    finally:
-        for part, training in modes:
-            part.training = training
+    with evaluating(block), torch.no_grad():
+        out = inner(*args, **kwargs)
     after, others = hidden_of(out), list(out[1:]) if isinstance(out, tuple | list) else []
     if not isinstance(after, Tensor) or after.shape != before.shape or any(other is not None for other in others):
         return None

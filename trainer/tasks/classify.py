@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, one_hot
 
+from ...callbacks.forward.training_step import SAMPLE_WEIGHTS
 from .module import Batch, TaskModule, inputs, weighted
 
 
@@ -31,7 +32,11 @@ class Classifier(TaskModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Mean cross entropy per sample, in nats []."""
-        return weighted(cross_entropy(self(batch), batch["labels"]), batch)
+        weights = batch.get(SAMPLE_WEIGHTS)
+        if weights is None:
+            return weighted(cross_entropy(self(batch), batch["labels"]), batch)
+        losses = cross_entropy(self(batch), batch["labels"], reduction="none")
+        return weighted((losses * weights).mean(), batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add this batch's summed loss and, per class, how many samples it has and how many were right."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .module import evaluating
+from ...callbacks.forward.isolated_step import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from ...callbacks.forward.isolated_step import evaluating
 from .errors import TaskError
-from .module import evaluating
 
 LONGEST = 32  # tokens probed: the mask's form does not depend on the length
 TOLERANCE = 1e-4  # of A's own change. Apart, B's change is exactly 0 or rounding; together, it is of A's order

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
+from ...callbacks.forward.training_step import SAMPLE_WEIGHTS
 from .isolation import check_isolation
 from .module import Batch, TaskModule, inputs, weighted
 from .tokens import IGNORED
@@ -17,7 +19,7 @@ class CausalLM(TaskModule):
     **What the loss is averaged over.** Packed blocks all have `T - 1` targets, so the mean over a micro-batch is the
     per-token mean over the whole global batch once Lightning averages over accumulation and ranks; length warmup
     keeps that, since it cuts all rows alike. Padded batches differ in targets: the loss is then exact when each batch
-    holds its `loss_weight` (see `GlobalBatches.weigh` in callbacks/sampling/samples.py), and otherwise a mean over
+    holds its `loss_weight` (see `weigh` in callbacks/sampling/global_batches.py), and otherwise a mean over
     micro-batches of per-token means. Neither needs communication.
 
     `val_loss` is the exact mean over all validation tokens of all ranks; `val_perplexity` is its exponential.
@@ -41,7 +43,15 @@ class CausalLM(TaskModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Mean cross entropy per target token, in nats []."""
-        return weighted(self.model(**inputs(batch)).loss, batch)
+        weights = batch.get(SAMPLE_WEIGHTS)
+        out = self.model(**inputs(batch))
+        if weights is None:
+            return weighted(out.loss, batch)
+        labels = batch["labels"][:, 1:]
+        losses = cross_entropy(
+            out.logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+        )
+        return weighted((losses * weights[:, None]).sum() / (labels != IGNORED).sum(), batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add this batch's summed cross entropy and its number of targets."""

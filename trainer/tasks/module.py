@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
+from ...callbacks.forward.training_step import LOSS_WEIGHT, SAMPLE_WEIGHTS
 from .optimizers import build_optimizer
 
 Batch = dict[str, torch.Tensor]
-WEIGHT = "loss_weight"  # the batch's share of the global mean, put there by the sampler; see `GlobalBatches.weigh`
 
 
 class TaskModule(pl.LightningModule):
@@ -51,24 +49,12 @@ class TaskModule(pl.LightningModule):
         self.log_dict({k: v.float() for k, v in values.items()}, prog_bar=True, sync_dist=True)
 
 
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards every module is in the mode it was in, frozen ones too."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def weighted(loss: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The loss times the batch's `loss_weight`, where a loader gave one."""
-    weight = batch.get(WEIGHT)
+    """The mean loss times the batch's `loss_weight`, its share of the global mean, where the sampler gave one."""
+    weight = batch.get(LOSS_WEIGHT)
     return loss if weight is None else loss * weight
 
 
 def inputs(batch: Batch) -> Batch:
-    """The tensors that the model is called with: all but the weight."""
-    return {name: value for name, value in batch.items() if name != WEIGHT}
+    """The tensors that the model is called with: all but the weights."""
+    return {name: value for name, value in batch.items() if name not in (LOSS_WEIGHT, SAMPLE_WEIGHTS)}

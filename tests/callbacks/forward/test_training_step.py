@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch.nn.functional import cross_entropy
 from toy import GLOBAL_BATCH, LENGTH, STEPS, Toy, held_out, loader, toy
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shoestring.callbacks import Accountant, Card, Technique
 from shoestring.callbacks.forward.training_step import (
@@ -23,6 +24,8 @@ from shoestring.callbacks.forward.training_step import (
     wrapped_step,
 )
 from shoestring.trainer import Trainer
+from shoestring.trainer.tasks.classify import Classifier
+from shoestring.trainer.tasks.language import CausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -53,7 +56,7 @@ class Keep(Technique, pl.Callback):
 
 
 class Trained(pl.Callback):
-    """The losses and the samples of the module's own step."""
+    """The losses of the module's own step."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -84,7 +87,6 @@ def ours(tmp_path, *techniques, **options) -> Trainer:
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
 def test_only_what_is_chosen_is_trained_on():
-    """The same losses as a loader whose batches hold the chosen samples."""
     seen: list[int] = []
 
     class Sizes(Toy):
@@ -237,3 +239,51 @@ def test_a_module_that_optimizes_by_hand_has_no_loss_to_add_to():
     module.automatic_optimization = False
     with pytest.raises(NoLoss, match="Toy optimizes manually"):
         add_auxiliary_loss(module, Double())
+
+
+# -- the tasks' own modules --------------------------------------------------------------------------------------------
+def small_llama() -> CausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    return CausalLM(AutoModelForCausalLM.from_config(config), None)
+
+
+def text() -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 20, (3, 7), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[1, 4:] = -100  # as padding
+    return {"input_ids": ids, "labels": labels}
+
+
+def test_weighted_sequences_are_weighted_by_token():
+    """sum of w_i l_it over the number of targets; with weights of 1 it is the model's own loss."""
+    module, batch = small_llama(), text()
+    plain = module.training_step(batch, 0)
+    one = module.training_step({**batch, "sample_weights": torch.ones(3)}, 0)
+    torch.testing.assert_close(one, plain)
+    alone = [module.training_step({k: v[i : i + 1] for k, v in batch.items()}, 0) for i in range(3)]
+    targets, weights = torch.tensor([6.0, 3.0, 6.0]), torch.tensor([0.5, 2.0, 0.0])
+    expected = (torch.stack(alone) * targets * weights).sum() / targets.sum()
+    torch.testing.assert_close(module.training_step({**batch, "sample_weights": weights}, 0), expected)
+
+
+def test_weighted_samples_of_a_classifier():
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 3)
+    module = Classifier(_Named(net), None, ["a", "b", "c"])
+    batch = {"x": torch.randn(5, 4), "labels": torch.tensor([0, 1, 2, 0, 1])}
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.5, 3.0])
+    expected = (cross_entropy(net(batch["x"]), batch["labels"], reduction="none") * weights).mean()
+    torch.testing.assert_close(module.training_step({**batch, "sample_weights": weights}, 0), expected)
+
+
+class _Named(torch.nn.Module):
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
