@@ -68,9 +68,9 @@ class SampleScores:
             everybodys = [mine] * _world()
             dist.all_gather_object(everybodys, mine)
         for indices, values in everybodys:
-            for index, value in zip((indices - self.offset).tolist(), values, strict=True):  # in order: the last counts
-                if 0 <= index < self.length:
-                    self._piece[index] = value
+            mine_too = (indices >= self.offset) & (indices < self.offset + self.length)
+            # numpy's assignment, for where an index is repeated the last value counts
+            self._piece.numpy()[(indices[mine_too] - self.offset).numpy()] = values[mine_too].numpy()
         return self._piece
 
     def whole(self) -> Tensor:
