@@ -12,7 +12,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from ..contract import silence
 from .agreement import Agreement
 from .budget import Budget, ImpossibleBudget, refuse_uncounted
 from .clock import Clock
@@ -70,6 +69,7 @@ class Account:
         self.evaluation_cut = False  # the budget has ended the evaluation
         self.closing_seconds = 0.0  # of what comes after the final evaluation
         self._first = True  # no step of this attempt has ended
+        self._steps = False  # the optimizer steps after the micro-batch under way
 
     # -- start ------------------------------------------------------------------------------------------------------
     def open(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -78,8 +78,7 @@ class Account:
         self.agreement = Agreement(len(FIELDS))
         self.horizon.lag = self.agreement.lag
         self.spending.open(trainer, module)
-        # before all techniques; another list, since Lightning is going through this one
-        trainer.callbacks = [_Arrival(self.spending), *trainer.callbacks]  # type: ignore[attr-defined]
+        self._hear_of_batches(trainer)
 
     def start(self, trainer: pl.Trainer) -> None:
         """Training begins, from wherever it was restored to."""
@@ -93,12 +92,14 @@ class Account:
 
     # -- the step ---------------------------------------------------------------------------------------------------
     def batch_begins(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
-        self.spending.batch_begins(batch, steps_after(trainer, batch_idx))
+        # the last micro-batch of an epoch ends a partial window
+        self._steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        self.spending.batch_begins(batch, self._steps)
 
-    def batch_ends(self, trainer: pl.Trainer, batch_idx: int) -> bool:
+    def batch_ends(self) -> bool:
         """Count a micro-batch. True where the optimizer has stepped after it: a step has ended."""
         self.spending.batch_ends()
-        if not steps_after(trainer, batch_idx):
+        if not self._steps:
             self.spending.wait_for_data()
             return False
         self.clock.step += 1
@@ -113,9 +114,11 @@ class Account:
             self.receive(self.agreement.now(mine.as_list()))
             refuse_uncounted(self.clock.limits, self.spending.this_attempt())
             return
-        self.receive(self.agreement.settle())
+        alone = self.agreement.world_size == 1
+        if not alone:
+            self.receive(self.agreement.settle())
         self.clock.count()
-        if self.agreement.world_size == 1:
+        if alone:
             self._receive(mine)
 
     def replan(self, trainer: pl.Trainer) -> None:
@@ -233,9 +236,19 @@ class Account:
         self._leave(trainer)
         self.spending.abort()
 
+    def _hear_of_batches(self, trainer: pl.Trainer) -> None:
+        """The wait for data ends where Lightning has fetched a batch, before any technique acts on it."""
+        loop, spending = trainer.fit_loop.epoch_loop, self.spending
+        fetched = loop._on_after_fetch
+
+        def hear() -> None:
+            fetched()
+            spending.batch_arrives()
+
+        loop._on_after_fetch = hear  # type: ignore[method-assign]
+
     def _leave(self, trainer: pl.Trainer) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = [one for one in callbacks if not isinstance(one, _Arrival)]  # type: ignore[attr-defined]
+        vars(trainer.fit_loop.epoch_loop).pop("_on_after_fetch", None)
 
     # -- state ------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -248,21 +261,3 @@ class Account:
         self.clock.load_state_dict(state["clock"])
         self.evaluation.seconds = state["evaluation_seconds"]
         self.horizon.load_state_dict(state["guard"])
-
-
-@silence
-class _Arrival(pl.Callback):
-    """The first callback while an account is open: what techniques do with a batch is no waiting for data."""
-
-    def __init__(self, spending: Spending) -> None:
-        self._spending = spending
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._spending.batch_arrives()
-
-
-def steps_after(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether the optimizer steps after this micro-batch; the last one of an epoch ends a partial window."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch

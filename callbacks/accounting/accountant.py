@@ -72,7 +72,7 @@ class Accountant(ReshapeListener, pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         account = self.account
-        if not account.batch_ends(trainer, batch_idx):
+        if not account.batch_ends():
             return
         account.agree()
         account.replan(trainer)

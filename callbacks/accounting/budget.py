@@ -81,7 +81,7 @@ class Budget:
 def refuse_uncounted(limits: Mapping[str, float], first: Spend) -> None:
     """`ImpossibleBudget` if the `first` step counted nothing of what is limited: such a run would never end."""
     for name, why in _UNCOUNTED.items():
-        if name in limits and first.get(name) <= 0:
+        if name in limits and getattr(first, name) <= 0:
             raise ImpossibleBudget(f"budget {name}={limits[name]:g}: {why}")
 
 
@@ -125,7 +125,7 @@ class Guard:
     def observe(self, clock: Clock) -> None:
         """Note what the step that just ended has cost. Called once a step."""
         for name, costs in self._costs.items():
-            total = clock.spend.get(name)
+            total = getattr(clock.spend, name)
             if name in self._seen:
                 if self.lag and name in _SUMMED and total == self._seen[name]:
                     continue  # the ranks' sums are still under way
@@ -143,7 +143,7 @@ class Guard:
         """A pause has ended (evaluation, checkpoint): it is spent, but it is not the cost of a step."""
         for name in self._costs:
             if name in _MEASURED or name not in self._seen:
-                self._seen[name] = clock.spend.get(name)
+                self._seen[name] = getattr(clock.spend, name)
 
     def step_seconds(self) -> float:
         """Return the recent seconds of a step; 0 while none has been measured."""
@@ -174,7 +174,7 @@ class Guard:
         """How many more steps fit at `each`, with the pauses between them and what comes after the last."""
         per_second = self._per_second(name, clock)
         late = self.lag * each if name in _SUMMED else 0.0
-        left = limit - clock.spend.get(name) - late - per_second * self.reserve_seconds
+        left = limit - getattr(clock.spend, name) - late - per_second * self.reserve_seconds
         most = max(0, min(math.floor(left / each), MAX_STEPS))
         if not per_second or not self.pauses:
             return most
@@ -207,24 +207,26 @@ class Guard:
         if name not in _MEASURED:
             return 0.0
         if name in self._warming:
-            return clock.spend.get(name) / max(clock.spend.seconds, 1e-9)
+            return getattr(clock.spend, name) / max(clock.spend.seconds, 1e-9)
         return _mean(self._costs[name]) / max(_mean(self._costs["seconds"]), 1e-9)
 
     def is_overrun(self, clock: Clock, seconds: float) -> bool:
         """Whether so many seconds more would go over a limit of time, money or energy."""
         share = 1 + seconds / max(clock.spend.seconds, 1e-9)
-        return any(name in _MEASURED and clock.spend.get(name) * share > limit for name, limit in self.limits.items())
+        measured = {name: limit for name, limit in self.limits.items() if name in _MEASURED}
+        return any(getattr(clock.spend, name) * share > limit for name, limit in measured.items())
 
     # -- deciding ---------------------------------------------------------------------------------------------------
     def decide(self, clock: Clock) -> int | None:
         """A new last step, if the end should move; otherwise None. While the end is far it is asked now and then."""
-        if clock.horizon is not None and clock.horizon - clock.step > self.SPARSE_CHECK_STEPS and clock.step % 8:
+        planned = clock.horizon
+        if planned is not None and planned - clock.step > self.SPARSE_CHECK_STEPS and clock.step % 8:
             return None
         forecast = self.forecast(clock)
         if forecast is None:
             return None
         earliest = clock.step + self.lag  # the first step at which the run could stop
-        last, planned = max(forecast.last, earliest), clock.horizon
+        last = max(forecast.last, earliest)
         if planned is not None and not self._moves(last, planned, earliest, clock.step):
             return None
         self._paced = last - clock.step

@@ -93,8 +93,9 @@ class Spend:
     flops_counted: float = 0
     kwh: float = 0
 
-    def get(self, counts: str) -> float:
-        return self.device_seconds / 3600 if counts == "device_hours" else float(getattr(self, counts))
+    @property
+    def device_hours(self) -> float:
+        return self.device_seconds / 3600
 
     def minus(self, other: Spend) -> Spend:
         """Return the spend since `other`."""
@@ -153,7 +154,7 @@ class Clock:
 
     def first_limit(self) -> Forecast | None:
         """The limit that ends the run if steps go on to cost what they have cost so far, and where."""
-        return first_exhausted(self.limits, {name: self.spend.get(name) for name in self.limits}, self.step)
+        return first_exhausted(self.limits, {name: getattr(self.spend, name) for name in self.limits}, self.step)
 
     def stretch(self, last: int) -> None:
         """Another budget: plan as if the run had been meant to end at `last` from its start. Progress may jump."""
@@ -197,7 +198,7 @@ class Clock:
         elif self.follows_trainer:
             raise BadDuration(f"nothing counts {duration.counts} in this trainer; add callbacks=[..., Accountant()]")
         else:
-            done = self.counted.get(duration.counts, self.spend.get(duration.counts))
+            done = self.counted.get(duration.counts, getattr(self.spend, duration.counts))
         return min(1.0, done / duration.amount)
 
     def count(self) -> None:

@@ -30,6 +30,12 @@ class Flops:
     counted: float = 0.0
     realised: float = 0.0
 
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.counted + other.counted, self.realised + other.realised)
+
+
+NOTHING = Flops()
+
 
 def _sdpa(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(query.shape, key.shape, value.shape)
@@ -113,7 +119,7 @@ class StepFlops:
         self._parameters = list(module.parameters())
         self._known: dict[Any, Flops] = {}
         self._kind: tuple[Any, ...] = ()
-        self._earlier = Flops()  # of the parts of this micro-batch that have ended
+        self._earlier = NOTHING  # of the parts of this micro-batch that have ended
         self._counter: FlopCounter | None = None
 
     def forget(self) -> None:
@@ -123,8 +129,11 @@ class StepFlops:
     def begin(self, shape: tuple[int, ...], steps: bool) -> None:
         """A micro-batch of this shape begins; `steps`: the optimizer, which may multiply matrices, steps after it."""
         trainable = bytes([p.requires_grad for p in self._parameters])
-        self._earlier = Flops()
-        self._watch((shape, trainable, steps, *[kind() for kind in self._kinds]))
+        self._earlier = NOTHING
+        kind: tuple[Any, ...] = (shape, trainable, steps)
+        if self._kinds:
+            kind += tuple(own() for own in self._kinds)
+        self._watch(kind)
 
     def chosen(self, shape: tuple[int, ...]) -> None:
         """Samples have been chosen: what it took ends here, and the rest of the micro-batch has this shape."""
@@ -135,8 +144,8 @@ class StepFlops:
         """The micro-batch has ended: what it took; nothing where none was begun."""
         if self._counter is not None:
             self._known[self._kind] = self.abort()
-        last = self._known.get(self._kind, Flops())
-        return Flops(self._earlier.counted + last.counted, self._earlier.realised + last.realised)
+        last = self._known.get(self._kind, NOTHING)
+        return last if self._earlier is NOTHING else self._earlier + last
 
     def _watch(self, kind: tuple[Any, ...]) -> None:
         self._kind = kind
@@ -148,7 +157,7 @@ class StepFlops:
         """Stop watching, also in the middle of a micro-batch that failed; what was seen of it."""
         counter, self._counter = self._counter, None
         if counter is None:
-            return Flops()
+            return NOTHING
         counter.__exit__(None, None, None)
         return counter.flops
 

@@ -33,7 +33,7 @@ def first_end(ends: Mapping[str, float]) -> Forecast | None:
     """
     if not ends:
         return None
-    binding = min(ends, key=lambda name: ends[name])
+    binding = min(ends, key=ends.__getitem__)
     return Forecast(math.floor(ends[binding]), binding)
 
 

@@ -74,7 +74,8 @@ class Horizon:
 
     def reached(self) -> str | None:
         """The limit that has ended the run, or None while it goes on."""
-        if self.clock.horizon is None or self.clock.step < self.clock.horizon:
+        horizon = self.clock.horizon
+        if horizon is None or self.clock.step < horizon:
             return None
         forecast = self.guard.forecast(self.clock)
         return forecast.binding if forecast else "steps"

@@ -60,7 +60,9 @@ class Spending:
     # -- batches ----------------------------------------------------------------------------------------------------
     def batch_arrives(self) -> None:
         """The loader has given a micro-batch, and no technique has seen it."""
-        self.data_wait += perf_counter() - self._batch_ended
+        now = perf_counter()
+        self.data_wait += now - self._batch_ended
+        self._batch_ended = now  # a fetcher may fetch several before the first is trained on
 
     def batch_begins(self, batch: Any, steps: bool) -> None:
         """A micro-batch, as techniques have left it, is about to run. steps: the optimizer steps after it."""

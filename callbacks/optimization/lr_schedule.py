@@ -89,13 +89,15 @@ class LRSchedule(Technique, pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._set(trainer, clock_of(trainer).step + 0.5)
+            self._set(trainer, 0.5)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._set(trainer, clock_of(trainer).step)
+        self._set(trainer, 0.0)
 
-    def _set(self, trainer: pl.Trainer, step: float) -> None:
+    def _set(self, trainer: pl.Trainer, ahead: float) -> None:
+        """The rates of the step at which the clock will be `ahead` steps from now."""
         clock = clock_of(trainer)
+        step = clock.step + ahead
         warmed = clock.toward(self._warmup, step) if self._warmup.amount else 1.0
         scale = factor(self.shape, within_cycle(clock.progress_at(step), self.cycles), warmed, self.floor)
         if self.shape == "constant" and not self._warmup.amount:

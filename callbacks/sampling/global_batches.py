@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -36,7 +36,8 @@ class Drawn:
     loss_weight: float | None = None
 
 
-class Place(NamedTuple):
+@dataclass(slots=True)
+class Place:
     """The begin of an optimizer step: its epoch, its number there, and how many samples of the order are used."""
 
     epoch: int = 0
@@ -70,6 +71,7 @@ class GlobalBatches(Sampler[list[Any]]):
         keyed: bool = False,
     ) -> None:
         self.base, self.micro, self.accumulate, self.rank, self.world = base, micro, accumulate, rank, world
+        self.global_batch = micro * world * accumulate
         self.seed, self.position, self.drop_last, self.keyed = seed, position, drop_last, keyed
         self.select: Select | None = None
         self.sizes: Sizes | None = None
@@ -78,16 +80,13 @@ class GlobalBatches(Sampler[list[Any]]):
         self._under_way: dict[int, Drawn] = {}  # by micro-batch of the epoch
 
     @property
-    def global_batch(self) -> int:
-        return self.micro * self.world * self.accumulate
-
-    @property
     def steps_per_epoch(self) -> int:
         """The steps of the epoch that the run is in, where they differ."""
         if self.sizes is not None:
             run_step = self.position()
             place = self.place(run_step)
-            while (following := self._next(place, run_step)).epoch == place.epoch:
+            samples = len(self.base)
+            while (following := self._next(place, run_step, samples)).epoch == place.epoch:
                 place, run_step = following, run_step + 1
             return place.step + 1
         whole, rest = divmod(len(self.base), self.global_batch)
@@ -98,9 +97,9 @@ class GlobalBatches(Sampler[list[Any]]):
         if self.sizes is None:
             epoch, step = divmod(position, self.steps_per_epoch)
             return Place(epoch, step, step * self.global_batch)
-        place = Place()
+        place, samples = Place(), len(self.base)
         for step in range(position):
-            place = self._next(place, step)
+            place = self._next(place, step, samples)
         return place
 
     def _size(self, run_step: int) -> int:
@@ -110,9 +109,10 @@ class GlobalBatches(Sampler[list[Any]]):
         parts = self.world * self.accumulate
         return parts * max(1, min(self.micro, self.sizes(run_step) // parts))
 
-    def _next(self, place: Place, run_step: int) -> Place:
+    def _next(self, place: Place, run_step: int, samples: int) -> Place:
+        """Where the step after `run_step` begins, in an order of so many samples."""
         used = place.used + self._size(run_step)
-        left = len(self.base) - used
+        left = samples - used
         if left <= 0 or (self.drop_last and left < self._size(run_step + 1)):
             return Place(place.epoch + 1)
         return Place(place.epoch, place.step + 1, used)
@@ -155,11 +155,12 @@ class GlobalBatches(Sampler[list[Any]]):
             for part in range(self.accumulate):
                 start = (part * self.world + self.rank) * micro
                 mine = batch[start : start + micro]
+                samples = _flat(mine)
                 if remembers:
-                    drawn = Drawn(tuple(_flat(mine)), self._weight(mine, batch))
+                    drawn = Drawn(tuple(samples), self._weight(mine, batch))
                     self._under_way[place.step * self.accumulate + part] = drawn
-                yield self._keys(place.epoch, mine)
-            place, run_step = self._next(place, run_step), run_step + 1
+                yield self._with_keys(place.epoch, samples) if self.keyed else samples
+            place, run_step = self._next(place, run_step, len(order)), run_step + 1
 
     def _forget(self, step: int) -> None:
         """Drop what was drawn for steps of the epoch before `step`: they are done."""
@@ -187,12 +188,10 @@ class GlobalBatches(Sampler[list[Any]]):
         if drawn is not None and drawn.loss_weight is not None and isinstance(batch, MutableMapping):
             batch["loss_weight"] = torch.tensor(drawn.loss_weight, device=device)
 
-    def _keys(self, epoch: int, units: Sequence[Any]) -> list[Any]:
-        flat = _flat(units)
-        if not self.keyed:
-            return flat
+    def _with_keys(self, epoch: int, samples: Sequence[Any]) -> list[Any]:
+        """Samples with what seeds their augmentation."""
         salt = derive_seed(self.seed, "sample", epoch)
-        return [(i, (salt ^ (int(i) * 0x9E3779B97F4A7C15)) & 0x7FFFFFFFFFFFFFFF) for i in flat]
+        return [(i, (salt ^ (int(i) * 0x9E3779B97F4A7C15)) & 0x7FFFFFFFFFFFFFFF) for i in samples]
 
 
 def _flat(units: Sequence[Any]) -> list[Any]:

@@ -39,7 +39,8 @@ class Checkpoints:
 
     def due(self, trainer: pl.Trainer, account: Account) -> bool:
         """After a step, alike on all ranks; an interval of a measured amount passes when rank 0 says so."""
-        last = any(technique.reshapes_next(trainer) for technique in self._techniques)  # in these shapes
+        # the last step in these shapes
+        last = self._techniques and any(technique.reshapes_next(trainer) for technique in self._techniques)
         if self.saved_step < 0 or trainer.should_stop or account.stop_requested or last:
             return True
         if self.every is None:

@@ -19,7 +19,7 @@ def passed(clock: Clock, every: Duration) -> float:
         return clock.progress // every.amount
     if every.counts == "epochs":
         return clock.step / (clock.steps_per_epoch or 1) // every.amount
-    return clock.spend.get(every.counts) // every.amount
+    return getattr(clock.spend, every.counts) // every.amount
 
 
 def steps_in(clock: Clock, every: Duration) -> float:
@@ -28,5 +28,5 @@ def steps_in(clock: Clock, every: Duration) -> float:
         return max(1.0, every.amount * (clock.horizon or float("inf")))
     if every.counts == "epochs":
         return max(1.0, every.amount * (clock.steps_per_epoch or float("inf")))
-    spent = clock.spend.get(every.counts)
+    spent = getattr(clock.spend, every.counts)
     return max(1.0, every.amount * clock.step / spent) if spent and clock.step else float("inf")

@@ -78,7 +78,7 @@ class Monitor(ReshapeListener, pl.Callback):
     ) -> None:
         account = self.account
         self.rows.add_loss(outputs, first=batch_idx % trainer.accumulate_grad_batches == 0)
-        if not account.batch_ends(trainer, batch_idx):
+        if not account.batch_ends():
             return  # amid an accumulation window
         account.spending.mine.stop = float(self.request.received is not None)
         account.agree()

@@ -154,5 +154,5 @@ def test_toward_refuses_what_ranks_or_reruns_would_disagree_on():
 
 
 def test_device_hours_are_seconds_times_devices():
-    assert Spend(device_seconds=7200).get("device_hours") == 2.0
+    assert Spend(device_seconds=7200).device_hours == 2.0
     assert Spend.from_dict({"steps": 3, "unknown": 1}) == Spend(steps=3)
