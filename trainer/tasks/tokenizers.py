@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 SMALLEST = 256 + 2  # every byte, and the two specials
-CHARACTERS_PER_TOKEN = 2000  # to train on: every merge is then seen often; more text changes little and costs time
+CHARACTERS_PER_TOKEN = 1000  # to train on: every merge is then seen often; more text changes little and costs time
 
 
 def load_tokenizer(model: Any, corpus: Corpus, *, cache: Path) -> PreTrainedTokenizerBase:
@@ -40,7 +40,7 @@ def load_tokenizer(model: Any, corpus: Corpus, *, cache: Path) -> PreTrainedToke
 def train_bpe(corpus: Corpus, *, vocab_size: int, cache: Path) -> PreTrainedTokenizerBase:
     """Train a byte-level BPE on a corpus (cached by its content): nothing is unknown to it, decoding is lossless.
 
-    Source: byte-level BPE as in GPT-2. It reads whole texts, taken evenly, up to 2000 characters per token.
+    Source: byte-level BPE as in GPT-2. It reads whole texts, taken evenly, up to 1000 characters per token.
     """
     if vocab_size < SMALLEST:
         raise TaskError(f"model.tokenizer.vocab_size {vocab_size} is below {SMALLEST}: 256 bytes and 2 special tokens.")
