@@ -10,7 +10,7 @@ NUMERICAL := tests/callbacks tests/contracts/test_ranks.py tests/contracts/test_
 # torch's cache of compiled kernels does not ask for which instructions they are
 OWN_KERNELS = TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d)
 
-.PHONY: quickstart test test-cpus test-cluster test-gpu lint docs bench clean
+.PHONY: quickstart test chaos test-cpus test-cluster test-gpu lint docs bench clean
 
 # torch first: where pip has a CPU build of its own, the rest then keeps it
 $(READY): pyproject.toml
@@ -27,6 +27,10 @@ quickstart: $(READY)
 # files go whole to one process each: many share a training among their tests
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
+
+# trainings that are killed, stopped, paused, left without a disk and damaged, as drawn from a seed (root, for full disks)
+chaos: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/chaos/chaos.py $(CHAOS)
 
 # as CPUs without AVX-512, and without AVX2, compute; and ONNX Runtime on an emulated Haswell, where QEMU can be installed
 test-cpus: $(READY)
