@@ -1,6 +1,6 @@
 """Trainings that are struck again and again, and must end as if nothing had happened.
 
-    PYTHONPATH=tests/support python tests/chaos/chaos.py [--schedules 300] [--minutes 5] [--seed 0] [--only 17] [--jobs 2]
+    make chaos CHAOS="[--schedules 300] [--minutes 5] [--seed 0] [--only 17] [--jobs 2]"
 
 A schedule is a strategy, techniques, and one to three faults, all drawn from (seed, number): the same faults strike the
 same places whenever it is run, `--only` runs one of them again. Between attempts files may be damaged. The same
@@ -211,7 +211,8 @@ def main() -> None:
                 tried[key] += 1
                 good[key] += problem is None
             if problem is not None:
-                line = f"{drawn}\n  again: make chaos CHAOS="--seed {given.seed} --only {number}"\n  {problem}"
+                again = f"make chaos CHAOS='--seed {given.seed} --only {number}'"
+                line = f"{drawn}\n  again: {again}\n  {problem}"
                 bad.append(line)
                 print(line, flush=True)
 
