@@ -1,7 +1,7 @@
 """Faults, the places of a training where they strike, and the rank that they strike.
 
-A place is passed many times; a fault strikes at the `count`-th. Places are Lightning's hooks, and every act on a file of
-the run: Python's audit events tell of those, so that a kill falls between any two of them.
+A place is passed many times; a fault strikes at the `count`-th. Places are Lightning's hooks, and every act on a file
+of the run: Python's audit events tell of those, so that a kill falls between any two of them.
 """
 
 import os
