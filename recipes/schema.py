@@ -187,6 +187,11 @@ class StrategySpec(Section):
     devices: Literal["auto"] | Count = Field("auto", description="auto, or a whole number from 1: devices per node")
     nodes: Count = Field(1, description="a whole number from 1")
     offload: Literal["none", "optimizer", "parameters"] = "none"
+    hang_after: Literal["auto", "off"] | Annotated[str, _duration(zero=False)] = Field(
+        "auto",
+        description='auto (20 times the slowest of the last batches, at least 2 min), off, or a time such as "10 min": '
+        "a run that has not moved for so long ends, and says which rank stands where",
+    )
 
 
 class ClusterSpec(Section):

@@ -143,6 +143,7 @@ def fit(
         usd_per_device_hour=plan.usd_per_device_hour,
         watts_per_device=plan.watts_per_device,
         log_every=recipe.tracking.log_every,
+        hang_after=recipe.strategy.hang_after,
         records=records,
         accelerator="gpu" if plan.accelerator == "cuda" else "cpu",
         accumulate_grad_batches=plan.accumulate,

@@ -75,6 +75,8 @@ class Trainer(pl.Trainer):
         usd_per_device_hour: What a device costs; None takes the catalogue's price of this machine's, if it has one.
         watts_per_device: What a device draws under load, for energy where no counter can be read.
         log_every: Steps between rows in the journal.
+        hang_after: End the run where it has not moved for so long ("10 min", or "off"), and say which rank stands
+            where. "auto" is 20 times the slowest batch of the last hundred, at least two minutes.
         records: Where the run is written down, if not as `run_dir`, `ledger` and `wandb` say.
         **lightning: All other arguments of `pl.Trainer`.
 
@@ -107,6 +109,7 @@ class Trainer(pl.Trainer):
         usd_per_device_hour: float | None = None,
         watts_per_device: float | None = None,
         log_every: int = 10,
+        hang_after: str = "auto",
         records: Records | None = None,
         **lightning: Unpack[LightningOptions],
     ) -> None:
@@ -142,6 +145,7 @@ class Trainer(pl.Trainer):
             usd_per_device_hour=_price() if usd_per_device_hour is None else usd_per_device_hour,
             watts_per_device=watts_per_device,
             log_every=log_every,
+            hang_after=hang_after,
         )
         self._guess = next((t for t in composition.techniques if own_schedule and t.card.name == "lr_schedule"), None)
         given = options.pop("callbacks", None) or []

@@ -23,6 +23,11 @@ class Windows:
         self._open = "startup"
         self._since = perf_counter()
 
+    @property
+    def current(self) -> str:
+        """The window that is open."""
+        return self._open
+
     def enter(self, window: str) -> float:
         """Close the open window and open `window`; returns the moment."""
         now = perf_counter()

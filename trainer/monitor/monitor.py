@@ -8,6 +8,7 @@ Its `on_train_batch_end` is the loop of a run; what it does there is done by col
     evaluations   when to evaluate, and the goal                             evaluations.py
     checkpoints   when to save                                               checkpoints.py
     request       signals                                                    signals.py
+    hang          a run that no longer moves                                 hang.py
 
 It is one callback because every callback costs a dozen calls a step whether it acts or not.
 """
@@ -34,6 +35,7 @@ from ..checkpoint.saver import CannotResume, CannotSave, same_samples, save_fina
 from ..ledger import read_summary
 from .checkpoints import Checkpoints
 from .evaluations import Evaluations, goal_reached
+from .hang import HangWatch
 from .records import Records
 from .signals import Preempted, StopRequest, preempted
 from .totals import StepRows, Totals, numbers, of_finished
@@ -58,6 +60,7 @@ class Monitor(ReshapeListener, pl.Callback):
         usd_per_device_hour: float,
         watts_per_device: float | None,
         log_every: int = 10,
+        hang_after: str = "auto",
     ) -> None:
         self.account = Account(budget, usd_per_device_hour=usd_per_device_hour, watts_per_device=watts_per_device)
         self.account.moved, self.account.upcoming = self._moved, self._upcoming
@@ -65,6 +68,7 @@ class Monitor(ReshapeListener, pl.Callback):
         self.evaluations, self.checkpoints = Evaluations(), Checkpoints(checkpoint_every, keep)
         self.totals = Totals(self.account)
         self.rows = StepRows(self.totals, log_every)
+        self.hang = HangWatch(self.account, records, hang_after)
         self.seed, self.resume, self.strategy = seed, resume, strategy
         self.summary: dict[str, Any] = {}
         self.each_step: Callable[[], None] | None = None  # called on every rank when a step has ended
@@ -158,6 +162,7 @@ class Monitor(ReshapeListener, pl.Callback):
             state.set_rng_state(self._rng)
         else:
             state.seed_rank(self.seed, trainer.global_rank, clock.step)
+        self.hang.start(trainer.global_rank, trainer.world_size)
 
     # -- what comes besides steps -----------------------------------------------------------------------------------
     def _moved(self, step: int, last: int) -> None:
@@ -238,6 +243,7 @@ class Monitor(ReshapeListener, pl.Callback):
         account.spending.refresh()
         gathered = account.agreement.gather((peak_bytes(trainer.strategy.root_device), account.stopped_by))
         account.stopped_by = gathered[0][1]
+        self.hang.stop()
         self.summary = self._summary(trainer, max(peak for peak, _ in gathered))
         self.request.release()
         if lost:
@@ -273,6 +279,7 @@ class Monitor(ReshapeListener, pl.Callback):
         return account.agreement.gather(save_final_weights(trainer, module, final))[0]
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.hang.stop()
         self.account.abort(trainer)
         self.request.release()
         reason = None if isinstance(exception, Preempted) else f"{type(exception).__name__}: {exception}"
