@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from ..callbacks.accounting.budget import Budget
 from ..files import replace_file
 from .jobs import local_ranks
+from .ledger.lines import finite
 from .lightning.options import LightningOptions
 from .machine.imports import lightened_imports
 from .planning.planner import Plan
@@ -48,6 +49,11 @@ class Report:
     sample: str | None = None
     exported: Path | None = None
     recipe_hash: str = ""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What keeps the run from being a success, a sentence each: see `monitor.verdict.problems`."""
+        return tuple(self.summary.get("problems", ()))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for `--json`."""
@@ -143,6 +149,7 @@ def fit(
         usd_per_device_hour=plan.usd_per_device_hour,
         watts_per_device=plan.watts_per_device,
         log_every=recipe.tracking.log_every,
+        nonfinite_steps=recipe.optimizer.nonfinite_steps,
         records=records,
         accelerator="gpu" if plan.accelerator == "cuda" else "cpu",
         accumulate_grad_batches=plan.accumulate,
@@ -220,19 +227,23 @@ def _report(plan: Plan, run_dir: Path, summary: Mapping[str, Any], task: Any) ->
         exported=exported,
         recipe_hash=recipe.hash,
     )
-    replace_file(run_dir / "report.json", json.dumps(vars(report), indent=1, default=str))
+    replace_file(run_dir / "report.json", json.dumps(finite(vars(report)), indent=1))
     return report
 
 
 def finished_report(run_dir: Path, recipe: Any) -> Report | None:
-    """The report of `run_dir` if this very recipe has already come to its end there."""
+    """The report of `run_dir` if this very recipe has already come to its end there, and its weights are intact."""
     try:
         kept = json.loads((run_dir / "report.json").read_text())
         exported = Path(kept["exported"]) if kept["exported"] else None
         report = Report(**{**kept, "run_dir": run_dir, "exported": exported})
     except (OSError, ValueError, KeyError, TypeError):  # none, damaged, or of a version that kept other things
         return None
-    return report if report.recipe_hash == recipe.hash else None
+    from .checkpoint.saver import final_problem
+
+    if report.recipe_hash != recipe.hash or final_problem(run_dir / "final.safetensors"):
+        return None
+    return report
 
 
 def _wandb(recipe: Any) -> Mapping[str, Any] | None:

@@ -40,6 +40,7 @@ from ..exits import die_with_parent
 from ..strategies import OFFLOADS
 from .checkpoint import format as checkpoint
 from .checkpoint.saver import CannotResume
+from .checkpoint.state import check
 from .lightning.options import LightningOptions
 from .lightning.zero import make_strategy
 from .machine.facts import facts as machine_facts
@@ -75,6 +76,7 @@ class Trainer(pl.Trainer):
         usd_per_device_hour: What a device costs; None takes the catalogue's price of this machine's, if it has one.
         watts_per_device: What a device draws under load, for energy where no counter can be read.
         log_every: Steps between rows in the journal.
+        nonfinite_steps: A step whose gradients are not finite is skipped; so many, or as many losses, end the run.
         records: Where the run is written down, if not as `run_dir`, `ledger` and `wandb` say.
         **lightning: All other arguments of `pl.Trainer`.
 
@@ -107,6 +109,7 @@ class Trainer(pl.Trainer):
         usd_per_device_hour: float | None = None,
         watts_per_device: float | None = None,
         log_every: int = 10,
+        nonfinite_steps: int = 10,
         records: Records | None = None,
         **lightning: Unpack[LightningOptions],
     ) -> None:
@@ -142,6 +145,7 @@ class Trainer(pl.Trainer):
             usd_per_device_hour=_price() if usd_per_device_hour is None else usd_per_device_hour,
             watts_per_device=watts_per_device,
             log_every=log_every,
+            nonfinite_steps=nonfinite_steps,
         )
         self._guess = next((t for t in composition.techniques if own_schedule and t.card.name == "lr_schedule"), None)
         given = options.pop("callbacks", None) or []
@@ -206,7 +210,7 @@ class Trainer(pl.Trainer):
         state = None
         if self.is_global_zero and self.monitor.resume and self.records.given is not None:
             with suppress(checkpoint.DamagedCheckpoint):  # the monitor reports it, on all ranks
-                folder, _ = checkpoint.newest_intact(Path(self.records.given) / "checkpoints")
+                folder, _ = checkpoint.newest_intact(Path(self.records.given) / "checkpoints", check)
                 state = checkpoint.read_state(folder / "state.pt")["callbacks"].get(key) if folder else None
         return self.strategy.broadcast(state)
 

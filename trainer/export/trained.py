@@ -121,9 +121,15 @@ def rebuilt(recipe: Recipe, run_dir: Path, run_id: str = "") -> Trained:
     from safetensors.torch import load_file
 
     from ...callbacks.compression.factors import merged_state, ranks_in
+    from ..checkpoint.saver import final_problem
     from ..tasks import build_task
     from .trained_rounding import trained_rounding
 
+    if problem := final_problem(run_dir / WEIGHTS):
+        raise CannotExport(
+            f"the weights in {run_dir} are damaged: {problem}. Train the same recipe into this folder again: it writes "
+            "them anew from the newest checkpoint."
+        )
     task = build_task(recipe, workdir=run_dir)
     _reshape(task.module, recipe, run_dir)
     saved = load_file(run_dir / WEIGHTS)
