@@ -21,7 +21,11 @@ from .machine.imports import lightened_imports
 from .planning.planner import Plan
 
 if TYPE_CHECKING:
+    from ..recipes import Recipe
     from .monitor.records import Display
+    from .tasks.build import Task
+
+NEW_TOKENS = 64  # of a completed prompt
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ def fit(
     began = time.monotonic() - startup_seconds
     _import(plan)
     local_ranks.wait()
+    from .monitor.afterwards import Afterwards
     from .monitor.records import Records
     from .tasks.build import TaskData, build_task
     from .trainer import Trainer
@@ -161,11 +166,16 @@ def fit(
     trainer.monitor.evaluations.plan_every(recipe.evaluation.every, at_end=recipe.evaluation.at_end)
     trainer.monitor.evaluations.goal = recipe.goal
     trainer.batches_planned = task.train is not None
+    left = _Left(recipe, run_dir, task)
+    if left.wanted:
+        trainer.monitor.afterwards = Afterwards(left.make, left.seconds)
     data = task.datamodule if task.train is None else TaskData(task, plan.micro_batch, recipe.data.workers)
     trainer.fit(task.module, datamodule=data, startup_seconds=time.monotonic() - began)
     if not trainer.is_global_zero:
         return None
-    return _report(plan, run_dir, trainer.summary, task)
+    if trainer.monitor.afterwards is not None and trainer.monitor.afterwards.error is not None:
+        raise trainer.monitor.afterwards.error
+    return _report(recipe, run_dir, trainer.summary, left)
 
 
 def _import(plan: Plan) -> None:
@@ -201,30 +211,50 @@ def _evaluation(plan: Plan, task: Any) -> dict[str, Any]:
     return {"limit_val_batches": wanted.batches or 1.0, "check_val_every_n_epoch": None, "val_check_interval": NEVER}
 
 
-def _report(plan: Plan, run_dir: Path, summary: Mapping[str, Any], task: Any) -> Report:
-    recipe = plan.recipe
-    sample = exported = None
-    if recipe.evaluation.generate or recipe.export:
+@dataclass
+class _Left:
+    """What a run leaves behind besides its own files: a completed prompt, an exported model."""
+
+    recipe: Recipe
+    run_dir: Path
+    task: Task
+    sample: str | None = None
+    exported: Path | None = None
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self.recipe.evaluation.generate or self.recipe.export)
+
+    def seconds(self, step: float) -> float:
+        """About how long `make` takes, by the seconds of a step: a model is built, and asked once for each token."""
+        rows = 3 * self.recipe.data.batch_size  # a backward pass takes two forward passes
+        return self.task.model_seconds + (NEW_TOKENS * step / rows if self.recipe.evaluation.generate else 0.0)
+
+    def make(self) -> None:
         from .export.trained import rebuilt
 
-        trained = rebuilt(recipe, run_dir).task
-        if recipe.evaluation.generate:
+        recipe, trained = self.recipe, rebuilt(self.recipe, self.run_dir, task=self.task).task
+        if prompt := recipe.evaluation.generate:
             from .tasks.generate import complete
 
-            prompt = recipe.evaluation.generate
-            sample = complete(trained.module, trained.tokenizer, prompt, temperature=0.7, seed=recipe.seed)
+            self.sample = complete(
+                trained.module, trained.tokenizer, prompt, max_new_tokens=NEW_TOKENS, temperature=0.7, seed=recipe.seed
+            )  # type: ignore[arg-type]
         if recipe.export:
             from .export.hf import save
 
-            exported = Path(recipe.export.path or run_dir / "model")
-            save(getattr(trained.module, "model", None), trained.tokenizer, exported)
+            self.exported = Path(recipe.export.path or self.run_dir / "model")
+            save(getattr(trained.module, "model", None), trained.tokenizer, self.exported)
+
+
+def _report(recipe: Recipe, run_dir: Path, summary: Mapping[str, Any], left: _Left) -> Report:
     report = Report(
         run_dir=run_dir,
         summary=summary,
-        baselines=task.facts.get("baselines", {}),
+        baselines=left.task.facts.get("baselines", {}),
         goal_reached=summary.get("goal_reached"),
-        sample=sample,
-        exported=exported,
+        sample=left.sample,
+        exported=left.exported,
         recipe_hash=recipe.hash,
     )
     replace_file(run_dir / "report.json", json.dumps(finite(vars(report)), indent=1))

@@ -231,8 +231,12 @@ class Account:
         self._leave(trainer)
         self.spending.windows.enter("other")
         self.spending.mine.clear_requests()
-        self.spending.refresh(exact=True)
         self.agreement.settle()
+        self.sum_up()
+
+    def sum_up(self) -> None:
+        """Bring the totals of all ranks up to now. Collective; after `close`."""
+        self.spending.refresh(exact=True)
         self.receive(self.agreement.now(self.spending.mine.as_list()))
         self.spending.refresh()
 

@@ -37,6 +37,14 @@ class NotFinite(ShoestringError):
     exit_code = FAILURE
 
 
+def no_room(step: int, reason: str, run_dir: Path) -> CannotSave:
+    """The error of a run that cannot write its final weights."""
+    return CannotSave(
+        f"the run has ended at step {step}, but its final weights cannot be written: {reason}. "
+        f"Make room in {run_dir} and give the same command: it continues from the last checkpoint."
+    )
+
+
 def same_samples(manifest: Mapping[str, Any], seed: int, global_batch: int | None, run_dir: Path) -> None:
     """The samples of every step depend on the seed and the global batch: neither may change within a run."""
     where, before = f"the run in {run_dir}", manifest["global_batch"]

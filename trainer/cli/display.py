@@ -80,6 +80,7 @@ def show_plan(plan: Plan) -> None:
         ]
         if "binding" in facts:
             cost = f"{seconds(facts.get('seconds'))}, {dollars(facts.get('usd'))}, {facts.get('kwh', 0):.2g} kWh"
+            cost += f" ({seconds(facts.get('seconds_besides_steps'))} of it for the start and the end)"
             lines.append(
                 (
                     "the run",

@@ -31,8 +31,9 @@ from ...callbacks.parameters.accessor import shards_of
 from ...callbacks.sampling.samples import install_sampler
 from ..checkpoint import format as checkpoint
 from ..checkpoint import state
-from ..checkpoint.saver import CannotResume, CannotSave, final_problem, same_samples, save_final_weights
+from ..checkpoint.saver import CannotResume, final_problem, no_room, same_samples, save_final_weights
 from ..ledger import read_summary
+from .afterwards import Afterwards
 from .checkpoints import Checkpoints
 from .evaluations import Evaluations, goal_reached
 from .nonfinite import NonFiniteSteps
@@ -73,6 +74,7 @@ class Monitor(ReshapeListener, pl.Callback):
         self.seed, self.resume, self.strategy = seed, resume, strategy
         self.summary: dict[str, Any] = {}
         self.each_step: Callable[[], None] | None = None  # called on every rank when a step has ended
+        self.afterwards: Afterwards | None = None  # what the final weights are used for, as part of the run
         self.resumed_from: int | None = None
         self._rng: Mapping[str, Any] | None = None
         self._begun = False
@@ -178,7 +180,8 @@ class Monitor(ReshapeListener, pl.Callback):
         upcoming = self.account.evaluations_to_come(trainer, every)
         if not self.evaluations.at_end:
             upcoming.after_seconds = 0.0
-        return self.checkpoints.add_to(upcoming, self.account)
+        self.checkpoints.add_to(upcoming, self.account)
+        return self.afterwards.add_to(upcoming, self.account) if self.afterwards is not None else upcoming
 
     def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.account.reshaped(trainer)
@@ -237,20 +240,18 @@ class Monitor(ReshapeListener, pl.Callback):
 
     # -- end --------------------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        account = self.account
-        account.close(trainer)
+        (account := self.account).close(trainer)
         lost = self._keep_weights(trainer, pl_module)
+        if self.afterwards is not None and not lost:
+            self.afterwards.act(account, trainer.is_global_zero)
         account.spending.refresh()
         gathered = account.agreement.gather((peak_bytes(trainer.strategy.root_device), account.stopped_by))
         account.stopped_by = gathered[0][1]
         self.summary = self._summary(trainer, max(peak for peak, _ in gathered))
         self.request.release()
         if lost:
-            raise CannotSave(
-                f"the run has ended at step {account.clock.step}, but its final weights cannot be written: {lost}. "
-                f"Make room in {self.records.run_dir} and give the same command: it continues from the last checkpoint."
-            )
-        self.records.finished(self.summary, account.spending.windows.seconds)
+            raise no_room(account.clock.step, lost, self.records.run_dir)
+        self.records.finished(self.summary, account.spending.windows.so_far())
 
     def _summary(self, trainer: pl.Trainer, peak: int) -> dict[str, Any]:
         metrics = {**self.evaluations.metrics, **numbers(trainer.callback_metrics)}

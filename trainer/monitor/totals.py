@@ -57,7 +57,7 @@ class Totals:
             "samples_per_second": work.samples / seconds,
             "data_wait": account.spending.data_wait / seconds,
             "comm_bytes": sent * work.steps,
-            "windows": dict(account.spending.windows.seconds),
+            "windows": account.spending.windows.so_far(),
             "nonfinite_steps": account.nonfinite_steps,
             "stopped_by": account.stopped_by or ("max_epochs" if not trainer.should_stop else "callback"),
             "budget": dict(account.budget.given()),
