@@ -79,6 +79,7 @@ def fit(
     display: Display | None = None,
     startup_seconds: float = 0.0,
     weights: Mapping[str, Any] | None = None,
+    accept_changes: bool = False,
     measurements: Iterable[Mapping[str, Any]] = (),
     **lightning: Unpack[LightningOptions],
 ) -> Report | None:
@@ -92,6 +93,7 @@ def fit(
         display: What the terminal shows of every step.
         startup_seconds: Spent before this call, to be charged to the run.
         weights: The module's state dict to begin with, where the recipe's own model is not to begin from scratch.
+        accept_changes: Go on although data, code, settings or packages are not those that the run began with.
         measurements: What has been measured beforehand (`window` names it), for the journal.
         **lightning: Further arguments of `pl.Trainer`.
 
@@ -110,7 +112,9 @@ def fit(
     began = time.monotonic() - startup_seconds
     _import(plan)
     local_ranks.wait()
+    from .machine.facts import is_first
     from .monitor.afterwards import Afterwards
+    from .monitor.inputs import inputs_of, keep_or_compare
     from .monitor.records import Records
     from .tasks.build import TaskData, build_task
     from .trainer import Trainer
@@ -121,6 +125,8 @@ def fit(
     run_dir = Path(run_dir or Path("runs") / recipe.name)
     run_dir.mkdir(parents=True, exist_ok=True)
     task = build_task(recipe, workdir=run_dir)
+    inputs = inputs_of(recipe, task)
+    changed = keep_or_compare(run_dir, inputs, task.tokenizer, accept=accept_changes, first=is_first())
     local_ranks.release()
     if weights is not None:
         task.module.load_state_dict(weights)
@@ -132,8 +138,11 @@ def fit(
         wandb=_wandb(recipe),
         estimates=[plan.as_dict()],
         hardware=plan.hardware,
+        accept_changes=accept_changes,
     )
     records.display = display
+    if changed:
+        records.event("accepted", changed=changed)
     for row in measurements:
         records.measurement(**row)
     if "SHOESTRING_JOB_DIR" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:

@@ -1,7 +1,8 @@
 """The meter: what a run costs, in named windows.
 
 Windows add up to the wall time of the run: start-up, train (waiting for data is listed inside it), evaluation,
-checkpoint, report (what the final weights are used for), other. `tokens_per_second` is over train time only; MFU is counted FLOPs (no recomputation) over the peak.
+checkpoint, report (what the final weights are used for), other. `tokens_per_second` is over train time only; MFU is
+counted FLOPs (no recomputation) over the peak.
 """
 
 from __future__ import annotations

@@ -41,6 +41,9 @@ def train(
     run_dir: RunDir = None,
     report_file: JsonFile = None,
     allow_code: AllowCode = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on although data, code, settings or packages have changed.")
+    ] = False,
 ) -> None:
     """Run a recipe to the end of its budget. The same command again resumes what was interrupted.
 
@@ -67,7 +70,10 @@ def train(
     local_ranks.start(made.devices, made.nodes)
     bar = Bar(made.budget.given()) if first else None
     try:
-        report = fit(made, run_dir=home, display=bar, startup_seconds=_seconds_alive(), measurements=checked)
+        report = fit(
+            made, run_dir=home, display=bar, startup_seconds=_seconds_alive(), measurements=checked,
+            accept_changes=accept_changes,
+        )  # fmt: skip
     finally:
         if bar is not None:
             bar.close()

@@ -65,7 +65,7 @@ class RunIdentity:
         else:
             made = cls(
                 id=uuid.uuid4().hex[:12], name=name, recipe_hash=recipe_hash, recipe=recipe or {}, created=time.time(),
-                git_commit=_git_commit(), versions=_versions(), hostname=socket.gethostname(),
+                git_commit=_git_commit(), versions=package_versions(), hostname=socket.gethostname(),
             )  # fmt: skip
             _publish(path, json.dumps(made.as_dict(), indent=1))
         return cls.load(run_dir)
@@ -147,7 +147,8 @@ def _git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """The versions of this package, of Python, and of the packages that decide what a run computes."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"shoestring": __version__, "python": platform.python_version(), "platform": sys.platform}

@@ -62,10 +62,11 @@ class Records:
         wandb: Mapping[str, Any] | str | bool | None = None,
         estimates: Iterable[Mapping[str, Any]] = (),
         hardware: str = "",
+        accept_changes: bool = False,
     ) -> None:
         self.given = Path(run_dir) if run_dir is not None else None
         self.name, self.recipe, self.hardware = name, recipe, hardware
-        self.ledger, self.estimates = ledger, list(estimates)
+        self.ledger, self.estimates, self.accept_changes = ledger, list(estimates), accept_changes
         self.wandb = _wandb(wandb)
         self.display: Display | None = None
         self.keeps = False  # this rank writes rows
@@ -106,11 +107,13 @@ class Records:
         changed = sorted(
             k for k in before.keys() | now.keys() if k not in MUTABLE_SECTIONS and before.get(k) != now.get(k)
         )
-        if changed:
+        if changed and self.accept_changes:
+            self.event("accepted", changed=changed)
+        elif changed:
             raise AnotherRun(
                 f"{self.run_dir} holds the run of another recipe ({self.identity.name}, {self.identity.recipe_hash}); "
                 f"this one is {recipe.name} ({recipe.hash}), and they differ in: {', '.join(changed)}. "
-                "Give another run directory."
+                "Say --accept-changes to go on with them, or give another run directory."
             )
 
     def spent(self, checkpointed: Spend) -> Spend:

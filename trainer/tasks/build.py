@@ -22,7 +22,7 @@ from .language import CausalLM
 from .lora import add_adapter
 from .models import build_model
 from .prepare import Prepared, prepare
-from .tokenizers import framing
+from .tokenizers import framing, kept_tokenizer
 
 if TYPE_CHECKING:
     from ...recipes import Recipe
@@ -85,17 +85,21 @@ def build_task(
 ) -> Task:
     """Build the model and the data of a recipe, the same on every rank.
 
-    workdir: its `.cache` holds tokenized data and trained tokenizers, unless `SHOESTRING_HOME` is set. Any number of
-    processes may call this at once. model_dtype: the dtype of the weights; float32 by default. prepared: the data of a
-    task of the same recipe, which is not read again.
+    workdir: a run that has trained there keeps its tokenizer; its `.cache` holds tokenized data and trained tokenizers,
+    unless `SHOESTRING_HOME` is set. Any number of processes may call this at once. model_dtype: the dtype of the
+    weights; float32 by default. prepared: the data of a task of the same recipe, which is not read again.
 
     Initial weights are drawn from `recipe.seed`; the caller's random numbers are left as they were. `Task.facts` has
     `model_type, parameters, trainable, train_samples`, and where they apply `validation_samples, vocab_size,
     train_tokens, validation_tokens, classes, baselines`. Raises `TaskError`.
     """
+    kind = recipe.model.task
+    if not is_code(kind) and kind not in MODULES:
+        raise unknown("model.task", kind, [*MODULES, "module:attr"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)  # not torch.manual_seed: that reseeds the GPUs, too
-        task = _build(recipe, cache_root(workdir), model_dtype, prepared)
+        data = prepared or prepare(recipe, cache_root(workdir), kept_tokenizer(workdir))
+        task = _build(recipe, data, model_dtype)
     parameters = list(task.module.parameters())
     counts = {
         "parameters": sum(p.numel() for p in parameters),
@@ -109,12 +113,8 @@ def build_task(
     return replace(task, datamodule=TaskData(task, size, recipe.data.workers))
 
 
-def _build(recipe: Recipe, cache: Path, dtype: torch.dtype | None, prepared: Prepared | None) -> Task:
-    kind = recipe.model.task
-    if not is_code(kind) and kind not in MODULES:
-        raise unknown("model.task", kind, [*MODULES, "module:attr"])
-    data = prepared or prepare(recipe, cache)
-    began = monotonic()
+def _build(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> Task:
+    kind, began = recipe.model.task, monotonic()
     module, facts = (_own if is_code(kind) else MODULES[kind])(recipe, data, dtype)
     facts = {**data.facts, **facts}
     validates = type(module).validation_step is not pl.LightningModule.validation_step
