@@ -8,4 +8,6 @@ __version__ = "0.1.0"
 
 
 class ShoestringError(Exception):
-    """Root of every error a user can fix; the command line prints it without a traceback and exits 2."""
+    """Root of every error a user can fix; the command line prints it without a traceback and exits with `exit_code`."""
+
+    exit_code = 2  # bad input, see exits.py

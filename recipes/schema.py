@@ -176,6 +176,9 @@ class OptimizerSpec(Section):
     eps: Positive = Field(1e-8, description="a number above 0")
     momentum: Share = Field(0.0, description="a number from 0 to below 1")
     clip: Positive | None = Field(1.0, description="null, or a number above 0: the largest gradient norm")
+    nonfinite_steps: Count = Field(
+        10, description="a whole number from 1: so many steps without a finite loss or gradients end the run"
+    )
     schedule: Literal["linear", "cosine", "wsd", "rex", "constant"] = "linear"
     warmup: Annotated[str, _duration(zero=True)] = Field("2%", description=amounts.DURATION)
 

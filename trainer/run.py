@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING, Any, Unpack
 from ..callbacks.accounting.budget import Budget
 from ..files import replace_file
 from .jobs import local_ranks
+from .ledger.lines import finite
 from .lightning.options import LightningOptions
 from .machine.imports import lightened_imports
 from .planning.planner import Plan
 
 if TYPE_CHECKING:
+    from ..recipes import Recipe
     from .monitor.records import Display
+    from .tasks.build import Task
+
+NEW_TOKENS = 64  # of a completed prompt
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,11 @@ class Report:
     exported: Path | None = None
     recipe_hash: str = ""
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What keeps the run from being a success, a sentence each: see `monitor.verdict.problems`."""
+        return tuple(self.summary.get("problems", ()))
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for `--json`."""
         return {
@@ -69,6 +79,7 @@ def fit(
     display: Display | None = None,
     startup_seconds: float = 0.0,
     weights: Mapping[str, Any] | None = None,
+    accept_changes: bool = False,
     measurements: Iterable[Mapping[str, Any]] = (),
     **lightning: Unpack[LightningOptions],
 ) -> Report | None:
@@ -82,6 +93,7 @@ def fit(
         display: What the terminal shows of every step.
         startup_seconds: Spent before this call, to be charged to the run.
         weights: The module's state dict to begin with, where the recipe's own model is not to begin from scratch.
+        accept_changes: Go on although data, code, settings or packages are not those that the run began with.
         measurements: What has been measured beforehand (`window` names it), for the journal.
         **lightning: Further arguments of `pl.Trainer`.
 
@@ -100,6 +112,9 @@ def fit(
     began = time.monotonic() - startup_seconds
     _import(plan)
     local_ranks.wait()
+    from .machine.facts import is_first
+    from .monitor.afterwards import Afterwards
+    from .monitor.inputs import inputs_of, keep_or_compare
     from .monitor.records import Records
     from .tasks.build import TaskData, build_task
     from .trainer import Trainer
@@ -110,6 +125,8 @@ def fit(
     run_dir = Path(run_dir or Path("runs") / recipe.name)
     run_dir.mkdir(parents=True, exist_ok=True)
     task = build_task(recipe, workdir=run_dir)
+    inputs = inputs_of(recipe, task)
+    changed = keep_or_compare(run_dir, inputs, task.tokenizer, accept=accept_changes, first=is_first())
     local_ranks.release()
     if weights is not None:
         task.module.load_state_dict(weights)
@@ -121,8 +138,11 @@ def fit(
         wandb=_wandb(recipe),
         estimates=[plan.as_dict()],
         hardware=plan.hardware,
+        accept_changes=accept_changes,
     )
     records.display = display
+    if changed:
+        records.event("accepted", changed=changed)
     for row in measurements:
         records.measurement(**row)
     if "SHOESTRING_JOB_DIR" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -144,6 +164,7 @@ def fit(
         watts_per_device=plan.watts_per_device,
         log_every=recipe.tracking.log_every,
         hang_after=recipe.strategy.hang_after,
+        nonfinite_steps=recipe.optimizer.nonfinite_steps,
         records=records,
         accelerator="gpu" if plan.accelerator == "cuda" else "cpu",
         accumulate_grad_batches=plan.accumulate,
@@ -155,11 +176,16 @@ def fit(
     trainer.monitor.evaluations.plan_every(recipe.evaluation.every, at_end=recipe.evaluation.at_end)
     trainer.monitor.evaluations.goal = recipe.goal
     trainer.batches_planned = task.train is not None
+    left = _Left(recipe, run_dir, task)
+    if left.wanted:
+        trainer.monitor.afterwards = Afterwards(left.make, left.seconds)
     data = task.datamodule if task.train is None else TaskData(task, plan.micro_batch, recipe.data.workers)
     trainer.fit(task.module, datamodule=data, startup_seconds=time.monotonic() - began)
     if not trainer.is_global_zero:
         return None
-    return _report(plan, run_dir, trainer.summary, task)
+    if trainer.monitor.afterwards is not None and trainer.monitor.afterwards.error is not None:
+        raise trainer.monitor.afterwards.error
+    return _report(recipe, run_dir, trainer.summary, left)
 
 
 def _import(plan: Plan) -> None:
@@ -195,45 +221,69 @@ def _evaluation(plan: Plan, task: Any) -> dict[str, Any]:
     return {"limit_val_batches": wanted.batches or 1.0, "check_val_every_n_epoch": None, "val_check_interval": NEVER}
 
 
-def _report(plan: Plan, run_dir: Path, summary: Mapping[str, Any], task: Any) -> Report:
-    recipe = plan.recipe
-    sample = exported = None
-    if recipe.evaluation.generate or recipe.export:
+@dataclass
+class _Left:
+    """What a run leaves behind besides its own files: a completed prompt, an exported model."""
+
+    recipe: Recipe
+    run_dir: Path
+    task: Task
+    sample: str | None = None
+    exported: Path | None = None
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self.recipe.evaluation.generate or self.recipe.export)
+
+    def seconds(self, step: float) -> float:
+        """About how long `make` takes, by the seconds of a step: a model is built, and asked once for each token."""
+        rows = 3 * self.recipe.data.batch_size  # a backward pass takes two forward passes
+        return self.task.model_seconds + (NEW_TOKENS * step / rows if self.recipe.evaluation.generate else 0.0)
+
+    def make(self) -> None:
         from .export.trained import rebuilt
 
-        trained = rebuilt(recipe, run_dir).task
-        if recipe.evaluation.generate:
+        recipe, trained = self.recipe, rebuilt(self.recipe, self.run_dir, task=self.task).task
+        if prompt := recipe.evaluation.generate:
             from .tasks.generate import complete
 
-            prompt = recipe.evaluation.generate
-            sample = complete(trained.module, trained.tokenizer, prompt, temperature=0.7, seed=recipe.seed)
+            self.sample = complete(
+                trained.module, trained.tokenizer, prompt, max_new_tokens=NEW_TOKENS, temperature=0.7, seed=recipe.seed
+            )  # type: ignore[arg-type]
         if recipe.export:
             from .export.hf import save
 
-            exported = Path(recipe.export.path or run_dir / "model")
-            save(getattr(trained.module, "model", None), trained.tokenizer, exported)
+            self.exported = Path(recipe.export.path or self.run_dir / "model")
+            save(getattr(trained.module, "model", None), trained.tokenizer, self.exported)
+
+
+def _report(recipe: Recipe, run_dir: Path, summary: Mapping[str, Any], left: _Left) -> Report:
     report = Report(
         run_dir=run_dir,
         summary=summary,
-        baselines=task.facts.get("baselines", {}),
+        baselines=left.task.facts.get("baselines", {}),
         goal_reached=summary.get("goal_reached"),
-        sample=sample,
-        exported=exported,
+        sample=left.sample,
+        exported=left.exported,
         recipe_hash=recipe.hash,
     )
-    replace_file(run_dir / "report.json", json.dumps(vars(report), indent=1, default=str))
+    replace_file(run_dir / "report.json", json.dumps(finite(vars(report)), indent=1))
     return report
 
 
 def finished_report(run_dir: Path, recipe: Any) -> Report | None:
-    """The report of `run_dir` if this very recipe has already come to its end there."""
+    """The report of `run_dir` if this very recipe has already come to its end there, and its weights are intact."""
     try:
         kept = json.loads((run_dir / "report.json").read_text())
         exported = Path(kept["exported"]) if kept["exported"] else None
         report = Report(**{**kept, "run_dir": run_dir, "exported": exported})
     except (OSError, ValueError, KeyError, TypeError):  # none, damaged, or of a version that kept other things
         return None
-    return report if report.recipe_hash == recipe.hash else None
+    from .checkpoint.saver import final_problem
+
+    if report.recipe_hash != recipe.hash or final_problem(run_dir / "final.safetensors"):
+        return None
+    return report
 
 
 def _wandb(recipe: Any) -> Mapping[str, Any] | None:

@@ -40,6 +40,7 @@ from ..exits import die_with_parent
 from ..strategies import OFFLOADS
 from .checkpoint import format as checkpoint
 from .checkpoint.saver import CannotResume
+from .checkpoint.state import check
 from .lightning.options import LightningOptions
 from .lightning.zero import make_strategy
 from .machine.facts import facts as machine_facts
@@ -77,6 +78,7 @@ class Trainer(pl.Trainer):
         log_every: Steps between rows in the journal.
         hang_after: End the run where it has not moved for so long ("10 min", or "off"), and say which rank stands
             where. "auto" is 20 times the slowest batch of the last hundred, at least two minutes.
+        nonfinite_steps: A step whose gradients are not finite is skipped; so many, or as many losses, end the run.
         records: Where the run is written down, if not as `run_dir`, `ledger` and `wandb` say.
         **lightning: All other arguments of `pl.Trainer`.
 
@@ -110,6 +112,7 @@ class Trainer(pl.Trainer):
         watts_per_device: float | None = None,
         log_every: int = 10,
         hang_after: str = "auto",
+        nonfinite_steps: int = 10,
         records: Records | None = None,
         **lightning: Unpack[LightningOptions],
     ) -> None:
@@ -146,6 +149,7 @@ class Trainer(pl.Trainer):
             watts_per_device=watts_per_device,
             log_every=log_every,
             hang_after=hang_after,
+            nonfinite_steps=nonfinite_steps,
         )
         self._guess = next((t for t in composition.techniques if own_schedule and t.card.name == "lr_schedule"), None)
         given = options.pop("callbacks", None) or []
@@ -210,7 +214,7 @@ class Trainer(pl.Trainer):
         state = None
         if self.is_global_zero and self.monitor.resume and self.records.given is not None:
             with suppress(checkpoint.DamagedCheckpoint):  # the monitor reports it, on all ranks
-                folder, _ = checkpoint.newest_intact(Path(self.records.given) / "checkpoints")
+                folder, _ = checkpoint.newest_intact(Path(self.records.given) / "checkpoints", check)
                 state = checkpoint.read_state(folder / "state.pt")["callbacks"].get(key) if folder else None
         return self.strategy.broadcast(state)
 

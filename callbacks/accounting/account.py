@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from .agreement import Agreement
-from .budget import Budget, ImpossibleBudget, refuse_uncounted
+from .budget import Budget, ImpossibleBudget, refuse_spent, refuse_uncounted
 from .clock import Clock
 from .horizon import Horizon
 from .meter import EvaluationTimer, whole_batches
@@ -68,6 +68,7 @@ class Account:
         self.save_requested = False  # rank 0 wants a checkpoint, and all ranks know it
         self.evaluation_cut = False  # the budget has ended the evaluation
         self.closing_seconds = 0.0  # of what comes after the final evaluation
+        self.nonfinite_steps = 0  # of this attempt, on any rank
         self._first = True  # no step of this attempt has ended
         self._steps = False  # the optimizer steps after the micro-batch under way
 
@@ -86,6 +87,9 @@ class Account:
         self.spending.listen(trainer.lightning_module)
         self.horizon.set_limits(trainer, trainer.num_training_batches)
         self.spending.refresh()
+        if not self.clock.step:
+            first = trainer.is_global_zero  # ranks began at different moments; one of them decides
+            refuse_spent(self.clock.limits, self.agreement.gather(self.clock.spend if first else None)[0])
         self.horizon.guard.skip(self.clock)
         self.spending.windows.enter("train")
         self.spending.wait_for_data()
@@ -154,6 +158,7 @@ class Account:
             self.horizon.follow(total.horizon)
         self.stop_requested = self.stop_requested or total.stop > 0
         self.save_requested = self.save_requested or total.save > 0
+        self.nonfinite_steps += total.nonfinite > 0
 
     # -- pauses -----------------------------------------------------------------------------------------------------
     def evaluation_begins(self) -> None:
@@ -166,7 +171,7 @@ class Account:
         if trainer.sanity_checking:
             return
         mine = self.spending.mine
-        mine.horizon = mine.save = 0.0
+        mine.horizon = mine.save = mine.nonfinite = 0.0
         mine.exhausted = float(trainer.is_global_zero and self._over_budget())
         self.receive(self.agreement.exchange(mine.as_list()))
         mine.exhausted = 0.0
@@ -226,8 +231,12 @@ class Account:
         self._leave(trainer)
         self.spending.windows.enter("other")
         self.spending.mine.clear_requests()
-        self.spending.refresh(exact=True)
         self.agreement.settle()
+        self.sum_up()
+
+    def sum_up(self) -> None:
+        """Bring the totals of all ranks up to now. Collective; after `close`."""
+        self.spending.refresh(exact=True)
         self.receive(self.agreement.now(self.spending.mine.as_list()))
         self.spending.refresh()
 

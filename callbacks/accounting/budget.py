@@ -85,6 +85,15 @@ def refuse_uncounted(limits: Mapping[str, float], first: Spend) -> None:
             raise ImpossibleBudget(f"budget {name}={limits[name]:g}: {why}")
 
 
+def refuse_spent(limits: Mapping[str, float], startup: Spend) -> None:
+    """`ImpossibleBudget` if nothing is left of a limit once the run has started up, before its first step."""
+    for name, limit in limits.items():
+        if name in _MEASURED and (spent := getattr(startup, name)) >= limit:
+            raise ImpossibleBudget(
+                f"budget {name}={limit:g}: starting up alone has taken {spent:.3g}, so not one step fits. Give more."
+            )
+
+
 _UNCOUNTED = {
     "tokens": "the batches of the first step have no 'input_ids' to count. Use a budget of samples or steps instead.",
     "samples": "the batches of the first step have no tensor with a first dimension to count. Use a budget of steps.",

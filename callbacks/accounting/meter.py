@@ -1,7 +1,8 @@
 """The meter: what a run costs, in named windows.
 
 Windows add up to the wall time of the run: start-up, train (waiting for data is listed inside it), evaluation,
-checkpoint, other. `tokens_per_second` is over train time only; MFU is counted FLOPs (no recomputation) over the peak.
+checkpoint, report (what the final weights are used for), other. `tokens_per_second` is over train time only; MFU is
+counted FLOPs (no recomputation) over the peak.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ class Windows:
     def spent(self, window: str) -> float:
         """Seconds in `window` so far, the open one included."""
         return self.seconds.get(window, 0.0) + (perf_counter() - self._since if self._open == window else 0.0)
+
+    def so_far(self) -> dict[str, float]:
+        """Seconds by window, the open one included."""
+        return {**self.seconds, self._open: self.spent(self._open)}
 
     def total(self) -> float:
         return sum(self.seconds.values()) + perf_counter() - self._since

@@ -19,6 +19,7 @@ class Tally:
         save: 1 from rank 0 where a checkpoint is due by a measured amount, such as time.
         horizon: from rank 0, a new last step of the run; 0 leaves it.
         exhausted: 1 from rank 0 where the budget is, in the middle of an evaluation.
+        nonfinite: 1 where this rank's loss, or the gradients, of the step were not finite.
     """
 
     samples: float = 0.0
@@ -30,13 +31,14 @@ class Tally:
     save: float = 0.0
     horizon: float = 0.0
     exhausted: float = 0.0
+    nonfinite: float = 0.0
 
     def as_list(self) -> list[float]:
         return [getattr(self, name) for name in FIELDS]
 
     def clear_requests(self) -> None:
         """Leave the totals; nothing is asked for any more."""
-        self.stop = self.save = self.horizon = self.exhausted = 0.0
+        self.stop = self.save = self.horizon = self.exhausted = self.nonfinite = 0.0
 
 
 FIELDS = tuple(field.name for field in fields(Tally))

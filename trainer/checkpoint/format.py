@@ -1,14 +1,14 @@
 """Checkpoints on disk: complete or absent, never half, and verified before they are believed.
 
     checkpoints/000000120/           one directory a step, written as `.writing-…`, fsynced, then renamed
-        manifest.json                sha256 and size of every file; written last
+        manifest.json                sha256 and size of every file, and of itself; written last
         state.pt                     rank 0: loops, callbacks, schedulers, clock (tensors and plain data only)
         rank-00000.pt                each rank: random states, optimizer scalars
         tensors-00000.safetensors    each rank that holds something of its own: slices of masters, moments, averages
     checkpoints/latest               the name of the newest one
 
 Nothing is unpickled that could run code. Slices are stored with their offsets in the flattened parameter, so a
-checkpoint of one strategy and number of ranks loads under any other.
+checkpoint of one strategy and number of ranks loads under any other. What the manifest does not name is not read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -30,8 +30,9 @@ from ...files import replace_file, sync_directory
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+_SEAL = ',\n "sha256": "'  # before the digest of all that precedes it in the manifest
 
 
 class DamagedCheckpoint(ShoestringError):
@@ -67,21 +68,21 @@ def write_rank(folder: Path, rank: int, state: Mapping[str, Any], tensors: Mappi
             save_file(flat, written[1], metadata={"pieces": json.dumps(pieces)})
         except SafetensorError as error:  # how it wraps what the disk says
             raise OSError(str(error)) from None
-    return {path.name: _seal(path) for path in written}
+    return {path.name: entry_of(path) for path in written}
 
 
 def write_common(folder: Path, state: Mapping[str, Any]) -> dict:
     """Write rank 0's `state.pt`; returns its manifest entry."""
     path = folder / "state.pt"
     _save(state, path)
-    return {path.name: _seal(path)}
+    return {path.name: entry_of(path)}
 
 
 def publish(root: Path, step: int, files: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
     """Complete the working directory: manifest, fsync, rename, then the pointer. Returns the final directory."""
     folder, final = working_directory(root, step), root / f"{step:09d}"
     manifest = {"format": FORMAT, "step": step, **about, "files": dict(sorted(files.items()))}
-    replace_file(folder / MANIFEST, json.dumps(manifest, indent=1))
+    replace_file(folder / MANIFEST, sealed(manifest))
     if final.exists():
         shutil.rmtree(final)
     folder.rename(final)
@@ -91,12 +92,15 @@ def publish(root: Path, step: int, files: Mapping[str, Any], about: Mapping[str,
 
 
 def prune(root: Path, keep: int, newest: int) -> None:
-    """Keep `keep` checkpoints up to the one of step `newest`. Later ones are damaged ones that were passed over."""
+    """Keep `keep` checkpoints up to the one of step `newest`. Later ones were passed over: they are put aside."""
     saved = steps(root)
-    kept = [step for step in saved if step <= newest][-max(1, keep) :]
+    for step in [step for step in saved if step <= newest][: -max(1, keep)]:
+        shutil.rmtree(root / f"{step:09d}", ignore_errors=True)
     for step in saved:
-        if step not in kept:
-            shutil.rmtree(root / f"{step:09d}", ignore_errors=True)
+        if step > newest:
+            aside = root / f"{step:09d}.passed-over"
+            shutil.rmtree(aside, ignore_errors=True)
+            (root / f"{step:09d}").rename(aside)
 
 
 def clear_leftovers(root: Path) -> None:
@@ -111,15 +115,23 @@ def steps(root: Path) -> list[int]:
     return sorted(int(d.name) for d in root.glob("[0-9]*") if d.is_dir() and d.name.isdigit())
 
 
+def sealed(manifest: Mapping[str, Any]) -> str:
+    """The manifest as JSON that ends in the sha256 of its own text: one flipped bit anywhere shows."""
+    text = json.dumps(manifest, indent=1).removesuffix("\n}")
+    return f'{text}{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}"\n}}'
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, if it is as it was written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        text = (folder / MANIFEST).read_bytes().decode()
+        manifest = json.loads(text)
         if manifest["format"] > FORMAT:
             raise DamagedCheckpoint(f"{folder} has format {manifest['format']}; this version reads up to {FORMAT}")
-        for value in (manifest["step"], manifest["world_size"], *(f["bytes"] for f in manifest["files"].values())):
-            int(value)
-        if not all(len(value["sha256"]) == 64 for value in manifest["files"].values()):
-            raise ValueError("not every file has its sha256")
+        body, _, seal = text.rpartition(_SEAL)
+        if seal != f'{hashlib.sha256(body.encode()).hexdigest()}"\n}}':
+            raise ValueError("it has changed since it was written")
+        del manifest["sha256"]
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{folder}: manifest.json cannot be read ({error!r})") from None
@@ -129,26 +141,37 @@ def verify(folder: Path) -> dict[str, Any]:
     """The manifest of an intact checkpoint; raises `DamagedCheckpoint` naming the first file that is not as written."""
     manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpoint(f"{folder}: {name} is missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise DamagedCheckpoint(f"{folder}: {name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-        if _sha256(path) != entry["sha256"]:
-            raise DamagedCheckpoint(f"{folder}: the content of {name} has changed since it was written")
+        if problem := changed(folder / name, entry):
+            raise DamagedCheckpoint(f"{folder}: {problem}")
     return manifest
 
 
-def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a message for each damaged one that was passed over.
+def changed(path: Path, entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file that was written with these "bytes" and "sha256"; None where it is as it was."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+    if _sha256(path) != entry["sha256"]:
+        return f"the content of {path.name} has changed since it was written"
+    return None
 
-    Raises `DamagedCheckpoint` if there are checkpoints and none is intact: starting over silently would lose the run.
+
+def newest_intact(
+    root: Path, check: Callable[[Path], Any] = verify, unusable: Mapping[int, str] | None = None
+) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that passes `check`, and a message for each damaged one that was passed over.
+
+    unusable: steps whose checkpoints have turned out to be damaged, with the message for each. Raises
+    `DamagedCheckpoint` if there are checkpoints and none is intact: starting over silently would lose the run.
     """
     problems: list[str] = []
     for step in reversed(steps(root)):
         folder = root / f"{step:09d}"
         try:
-            verify(folder)
+            if unusable and step in unusable:
+                raise DamagedCheckpoint(unusable[step])
+            check(folder)
             return folder, problems
         except DamagedCheckpoint as error:
             problems.append(str(error))
@@ -162,23 +185,33 @@ def read_state(path: Path) -> dict[str, Any]:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, EOFError, RuntimeError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise EOFError(f"a {type(state).__name__} where a mapping was written")
+        return state
+    except (UnpicklingError, EOFError, RuntimeError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedCheckpoint(f"{path} holds more than tensors and plain data, or is damaged: {reason}") from None
 
 
 class Pieces:
-    """All ranks' tensors of a checkpoint: `cut(key, offset, length)` assembles any slice from whoever stored it."""
+    """All ranks' tensors of a checkpoint: `cut(key, offset, length)` assembles any slice from whoever stored it.
 
-    def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
+    files: those of the manifest; None: all that lie there.
+    """
 
-        self._files = [safe_open(path, framework="pt") for path in sorted(folder.glob("tensors-*.safetensors"))]
+    def __init__(self, folder: Path, files: Iterable[str] | None = None) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        there = files if files is not None else [path.name for path in folder.iterdir()]
+        names = sorted(name for name in there if name.startswith("tensors-"))
         self._where: dict[str, list[tuple[Any, Piece]]] = {}
-        for file in self._files:
-            for key, (offset, length, shape) in json.loads(file.metadata()["pieces"]).items():
-                self._where.setdefault(key, []).append((file, Piece(offset, length, tuple(shape))))
+        try:
+            for file in [safe_open(folder / name, framework="pt") for name in names]:
+                for key, (offset, length, shape) in json.loads(file.metadata()["pieces"]).items():
+                    self._where.setdefault(key, []).append((file, Piece(offset, length, tuple(shape))))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise DamagedCheckpoint(f"{folder}: its tensors cannot be read ({error!r})") from None
 
     def __contains__(self, key: str) -> bool:
         return key in self._where
@@ -218,7 +251,8 @@ def _save(state: Mapping[str, Any], path: Path) -> None:
     path.write_bytes(buffer.getbuffer())
 
 
-def _seal(path: Path) -> dict[str, Any]:
+def entry_of(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file, which is on the disk by then."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,6 +15,8 @@ import torch
 
 from ... import ShoestringError, __version__
 from ...callbacks.accounting.agreement import Agreement
+from ...exits import FAILURE
+from ...files import replace_file
 from . import format as checkpoint
 from . import state
 
@@ -26,6 +29,20 @@ class CannotSave(ShoestringError):
 
 class CannotResume(ShoestringError):
     """This run directory cannot be continued as asked."""
+
+
+class NotFinite(ShoestringError):
+    """The run computes no numbers any more."""
+
+    exit_code = FAILURE
+
+
+def no_room(step: int, reason: str, run_dir: Path) -> CannotSave:
+    """The error of a run that cannot write its final weights."""
+    return CannotSave(
+        f"the run has ended at step {step}, but its final weights cannot be written: {reason}. "
+        f"Make room in {run_dir} and give the same command: it continues from the last checkpoint."
+    )
 
 
 def same_samples(manifest: Mapping[str, Any], seed: int, global_batch: int | None, run_dir: Path) -> None:
@@ -49,17 +66,24 @@ class Saver:
     def __init__(self, root: Path, keep: int, agreement: Agreement, report: Callable[..., None]) -> None:
         self.root, self.keep, self.agreement, self.report = root, keep, agreement, report
         self.seconds = 0.0  # the dearest checkpoint so far, without reading it back
+        self.not_finite: str | None = None  # what the newest state has that is not finite, so that it was not saved
         self._proven = False  # one checkpoint of this attempt has been read back
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule, step: int, about: dict[str, Any]) -> bool:
-        """Write a checkpoint of `step` on all ranks. False, with the reason reported, if the disk refuses it."""
+        """Write a checkpoint of `step` on all ranks. False, with the reason reported, if the disk refuses it, or if
+        weights are not finite: they would displace some that are."""
         began = perf_counter()
+        pieces = state.tensors(trainer, module)
+        found = self.agreement.gather(next((name for name, (_, piece) in pieces.items() if _spoilt(name, piece)), None))
+        self.not_finite = next((name for name in found if name is not None), None)
+        if self.not_finite is not None:
+            return self._refused(step, f"{self.not_finite} is not finite")
         folder = checkpoint.working_directory(self.root, step)
         first = trainer.global_rank == 0
         if first:
             checkpoint.clear_leftovers(self.root)
         self._agree(self._attempt(lambda: folder.mkdir(parents=True) if first else None))
-        outcome = self._attempt(lambda: self._write(trainer, module, folder))
+        outcome = self._attempt(lambda: self._write(trainer, module, folder, pieces))
         reports = self._agree(outcome)
         failed = [r for r in reports if isinstance(r, str)]
         if not failed and first:
@@ -72,9 +96,7 @@ class Saver:
         if failed:
             if first:
                 shutil.rmtree(folder, ignore_errors=True)
-            self.report("checkpoint_failed", step=step, reason=failed[0])
-            log.warning("no checkpoint of step %d: %s. The previous one is kept.", step, failed[0])
-            return False
+            return self._refused(step, failed[0])
         self.seconds = max(self.seconds, perf_counter() - began)
         self._prove(step, first)
         if first:
@@ -82,11 +104,26 @@ class Saver:
         self.report("checkpoint", step=step, seconds_taken=perf_counter() - began)
         return True
 
-    def _write(self, trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> dict[str, Any]:
+    def require_finite(self, step: int) -> None:
+        """`NotFinite` where the run has come to its end at `step` with weights that could not be saved."""
+        if self.not_finite is not None:
+            raise NotFinite(
+                f"the run has ended at step {step}, and its weights are not finite ({self.not_finite}): they are not "
+                f"kept. The checkpoints in {self.root} are from before. Lower the learning rate or clip gradients."
+            )
+
+    def _refused(self, step: int, reason: str) -> bool:
+        self.report("checkpoint_failed", step=step, reason=reason)
+        log.warning("no checkpoint of step %d: %s. The previous one is kept.", step, reason)
+        return False
+
+    def _write(
+        self, trainer: pl.Trainer, module: pl.LightningModule, folder: Path, pieces: Mapping[str, Any]
+    ) -> dict[str, Any]:
         rank = trainer.global_rank
         common = state.common_state(trainer, module)
         files = checkpoint.write_common(folder, common) if rank == 0 else {}
-        mine = checkpoint.write_rank(folder, rank, state.rank_state(trainer, module), state.tensors(trainer, module))
+        mine = checkpoint.write_rank(folder, rank, state.rank_state(trainer, module), pieces)
         return {**files, **mine}
 
     def _prove(self, step: int, first: bool) -> None:
@@ -98,10 +135,7 @@ class Saver:
         if first:
             folder = self.root / f"{step:09d}"
             try:
-                checkpoint.verify(folder)
-                for path in folder.glob("*.pt"):
-                    checkpoint.read_state(path)
-                checkpoint.Pieces(folder)
+                state.check(folder)
             except Exception as error:
                 problem = f"the checkpoint of step {step} cannot be read back: {error}"
                 shutil.rmtree(folder)  # or the next attempt would stumble over it
@@ -113,24 +147,34 @@ class Saver:
 
     def restore(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[dict[str, Any], Any] | None:
         """Resume from the newest intact checkpoint: (its manifest, random states or None). None if there is none."""
-        choice: Any = None
-        if trainer.global_rank == 0:
+        unusable: dict[int, str] = {}
+        while True:
+            choice: Any = None
+            if trainer.global_rank == 0:
+                try:
+                    folder, problems = checkpoint.newest_intact(self.root, state.check, unusable)
+                    choice = (folder and folder.name, problems)
+                except checkpoint.DamagedCheckpoint as error:
+                    choice = error
+            choice = self.agreement.gather(choice)[0]
+            if isinstance(choice, Exception):
+                raise choice
+            name, problems = choice
+            if name is None:
+                return None
+            folder = self.root / name
+            found = None
             try:
-                folder, problems = checkpoint.newest_intact(self.root)
-                choice = (folder and folder.name, problems)
-            except checkpoint.DamagedCheckpoint as error:
-                choice = error
-        choice = self.agreement.gather(choice)[0]
-        if isinstance(choice, Exception):
-            raise choice
-        name, problems = choice
+                rng = state.restore(trainer, module, folder)
+            except (KeyError, TypeError, IndexError, AttributeError, checkpoint.DamagedCheckpoint) as error:
+                found = f"{folder}: what it holds cannot be put back ({error!r})"
+            found = next((one for one in self.agreement.gather(found) if one is not None), None)
+            if found is None:
+                break
+            unusable[int(name)] = found
         for problem in problems:
             self.report("checkpoint_damaged", reason=problem)
             log.warning("%s; the one before it is used", problem)
-        if name is None:
-            return None
-        folder = self.root / name
-        rng = state.restore(trainer, module, folder)
         return checkpoint.read_manifest(folder), rng
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
@@ -144,10 +188,21 @@ class Saver:
         return self.agreement.gather(outcome)
 
 
+def _spoilt(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a piece of a checkpoint is a weight or a moment that is not finite, or a buffer with a NaN.
+
+    Buffers hold infinities on purpose, as attention masks do; what techniques keep is theirs to judge.
+    """
+    kind = name.partition("/")[0]
+    if not tensor.is_floating_point() or kind not in ("master", "optimizer", "buffer"):
+        return False
+    return bool((tensor.isnan() if kind == "buffer" else ~tensor.isfinite()).any())
+
+
 def save_final_weights(trainer: pl.Trainer, module: pl.LightningModule, path: Path) -> str | None:
     """Write the whole model, every weight in its own shape, to one safetensors file. Collective; rank 0 writes.
 
-    Returns what the disk said against it, on rank 0.
+    Beside it a `.json` keeps its size and sha256. Returns what the disk said against it, on rank 0.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -172,8 +227,21 @@ def save_final_weights(trainer: pl.Trainer, module: pl.LightningModule, path: Pa
         partial = path.with_suffix(".writing")
         try:
             save_file(whole, partial)
+            entry = checkpoint.entry_of(partial)
             partial.rename(path)
+            replace_file(path.with_suffix(".json"), json.dumps(entry))
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             return str(error)
     return None
+
+
+def final_problem(path: Path) -> str | None:
+    """What is wrong with final weights, going by the `.json` beside them; None where they are as they were written."""
+    try:
+        entry = json.loads(path.with_suffix(".json").read_bytes())
+        return checkpoint.changed(path, {"bytes": entry["bytes"], "sha256": entry["sha256"]})
+    except FileNotFoundError:  # put there by somebody else
+        return None if path.is_file() else f"{path.name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path.with_suffix('.json').name} cannot be read ({error!r})"

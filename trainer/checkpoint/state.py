@@ -33,6 +33,12 @@ class OtherData(ShoestringError):
     """The checkpoint is of other training data."""
 
 
+_COMMON = frozenset({
+    "loops", "callbacks", "schedulers", "param_groups", "precision", "datamodule", "module", "accumulate",
+})  # fmt: skip
+_OF_A_RANK = frozenset({"rng", "scalars", "loss_scaler"})
+
+
 # -- taking --------------------------------------------------------------------------------------------------------
 def common_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
     """Rank 0's part: loops, callbacks, schedulers, parameter groups and what the module itself wants saved."""
@@ -109,6 +115,18 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
+def check(folder: Path) -> None:
+    """`DamagedCheckpoint` where a checkpoint is not as it was written, or lacks a part that `restore` puts back."""
+    manifest = checkpoint.verify(folder)
+    for name in ("state.pt", *(f"rank-{rank:05d}.pt" for rank in range(manifest["world_size"]))):
+        if name not in manifest["files"]:
+            raise checkpoint.DamagedCheckpoint(f"{folder}: {name} is not in the manifest")
+        wanted = _COMMON if name == "state.pt" else _OF_A_RANK
+        if lacking := sorted(wanted - checkpoint.read_state(folder / name).keys()):
+            raise checkpoint.DamagedCheckpoint(f"{folder}: {name} lacks {', '.join(lacking)}")
+    Pieces(folder, manifest["files"])
+
+
 # -- putting back --------------------------------------------------------------------------------------------------
 def restore(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> dict[str, Any] | None:
     """Put a verified checkpoint back. Returns the random states to set when training starts, if they fit."""
@@ -117,7 +135,7 @@ def restore(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> di
     mine = folder / f"rank-{trainer.global_rank:05d}.pt"
     rank = checkpoint.read_state(mine if mine.exists() else folder / "rank-00000.pt")
     shards = shards_of(trainer, module)
-    pieces = Pieces(folder)
+    pieces = Pieces(folder, manifest["files"])
     _fits(shards, pieces)
     _restore_parameters(shards, pieces, _scalars(folder, manifest["world_size"], shards, rank))
     _restore_rest(module, shards, pieces)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -12,10 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from ... import ShoestringError, __version__
-from ...exits import BAD_INPUT, FAILURE
+from ...exits import FAILURE
 from . import jobs as job_commands
 from . import models as model_commands
-from .options import AllowCode, AsJson, print_json
+from . import runs as run_commands
+from .options import AllowCode, AsJson, as_json_text, print_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,6 +41,9 @@ def train(
     run_dir: RunDir = None,
     report_file: JsonFile = None,
     allow_code: AllowCode = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on although data, code, settings or packages have changed.")
+    ] = False,
 ) -> None:
     """Run a recipe to the end of its budget. The same command again resumes what was interrupted.
 
@@ -67,14 +70,16 @@ def train(
     local_ranks.start(made.devices, made.nodes)
     bar = Bar(made.budget.given()) if first else None
     try:
-        report = fit(made, run_dir=home, display=bar, startup_seconds=_seconds_alive(), measurements=checked)
+        report = fit(
+            made, run_dir=home, display=bar, startup_seconds=_seconds_alive(), measurements=checked,
+            accept_changes=accept_changes,
+        )  # fmt: skip
     finally:
         if bar is not None:
             bar.close()
     if report is not None:
         show_report(report)
-        if report_file is not None:
-            _write_json(report_file, report.as_dict())
+        _conclude(report, report_file)
 
 
 @app.command()
@@ -102,47 +107,6 @@ def plan(
         from .display import show_plan
 
         show_plan(made)
-
-
-@runs_app.command("list")
-def runs_list(as_json: AsJson = False, limit: Annotated[int, typer.Option(help="At most this many.")] = 50) -> None:
-    """Every run in the ledger, newest first."""
-    from ..ledger import Ledger
-
-    ledger = Ledger()
-    ledger.refresh()
-    rows = ledger.runs(limit=limit)
-    if as_json:
-        print_json([_fields(run) for run in rows])
-    else:
-        from .display import show_runs
-
-        show_runs(rows)
-
-
-@runs_app.command("show")
-def runs_show(
-    run: Annotated[str, typer.Argument(help="Id, start of an id, or name.")], as_json: AsJson = False
-) -> None:
-    """One run: totals, claims, estimates, measurements and verdict."""
-    from ..ledger import Ledger
-
-    ledger = Ledger()
-    ledger.refresh()
-    record = ledger.run(run)
-    kinds = {kind: [row.fields for row in getattr(ledger, kind)(record.id)] for kind in _KINDS}
-    if as_json:
-        print_json({**_fields(record), **kinds})
-        return
-    from .display import show_fields
-
-    show_fields(_fields(record))
-    for kind, rows in kinds.items():
-        for fields in rows:
-            show_fields({kind[:-1]: fields})
-
-
-_KINDS = ("claims", "estimates", "measurements", "verdicts", "events")
 
 
 @recipes_app.command("list")
@@ -178,6 +142,9 @@ def recipes_validate(recipe: RecipePath, overrides: Overrides = None, allow_code
 app.command()(model_commands.export)
 app.command()(model_commands.measure)
 app.command()(model_commands.compress)
+runs_app.command("list")(run_commands.list_runs)
+runs_app.command("show")(run_commands.show)
+runs_app.command("rebuild")(run_commands.rebuild)
 runs_app.command("pareto")(model_commands.pareto)
 app.command()(job_commands.launch)
 app.command()(job_commands.jobs)
@@ -225,7 +192,7 @@ def options(
 
 
 def main() -> None:
-    """Entry point: our own errors are one message and exit code 2, without a traceback."""
+    """Entry point: our own errors are one message and their exit code, mostly 2, without a traceback."""
     with _as_task():
         try:
             app()
@@ -236,7 +203,7 @@ def main() -> None:
 
             if is_first():
                 print(f"error: {error}", file=sys.stderr)
-            sys.exit(BAD_INPUT)
+            sys.exit(error.exit_code)
 
 
 def _as_task() -> AbstractContextManager[None]:
@@ -261,26 +228,35 @@ def _already_finished(home: Path, recipe: Any, report_file: Path | None) -> bool
 
         typer.echo(f"{home} is finished; give another --run-dir to run it again")
         show_report(report)
-        if report_file is not None:
-            _write_json(report_file, report.as_dict())
+        _conclude(report, report_file)
     return True
 
 
+def _conclude(report: Any, report_file: Path | None) -> None:
+    """Write the report as JSON where that is asked for, and end with what is wrong with the run, if anything is."""
+    if report_file is not None:
+        _write_json(report_file, report.as_dict())
+    if report.problems:
+        print(*(f"error: {problem}" for problem in report.problems), sep="\n", file=sys.stderr)
+        raise typer.Exit(FAILURE)
+
+
 def _seconds_alive() -> float:
-    """Seconds since this process began: a bill runs from there, not from the first step."""
+    """Seconds since this process began: a bill runs from there, not from the first step.
+
+    By a clock that nobody sets: one that is put right while the process starts would be charged to the run.
+    """
     import time
 
+    if sys.platform == "linux":
+        since_boot = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        ticks = os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(since_boot) / ticks)
     import psutil
 
     return max(0.0, time.time() - psutil.Process().create_time())
 
 
-def _fields(run: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(run)
-
-
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    path.write_text(as_json_text(value) + "\n")

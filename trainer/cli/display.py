@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..monitor.verdict import used
+
 if TYPE_CHECKING:
     from ..ledger import RunRow
     from ..machine.doctor import Finding
@@ -78,6 +80,7 @@ def show_plan(plan: Plan) -> None:
         ]
         if "binding" in facts:
             cost = f"{seconds(facts.get('seconds'))}, {dollars(facts.get('usd'))}, {facts.get('kwh', 0):.2g} kWh"
+            cost += f" ({seconds(facts.get('seconds_besides_steps'))} of it for the start and the end)"
             lines.append(
                 (
                     "the run",
@@ -152,7 +155,7 @@ def show_report(report: Report) -> None:
     """The closing table: quality beside its baselines, throughput, memory, cost, and the budget used."""
     total = report.summary
     metrics, table = total["metrics"], Table(title="run finished", title_justify="left", show_header=False)
-    rows: list[tuple[str, str]] = [(name, f"{value:.4f}") for name, value in metrics.items()]
+    rows = [(name, "not finite" if value is None else f"{value:.4f}") for name, value in metrics.items()]
     rows += [(f"  baseline: {name}", f"{value:.4f}") for name, value in report.baselines.items()]
     if report.goal_reached is not None:
         goal = total["goal"]
@@ -190,12 +193,7 @@ def _windows(windows: Mapping[str, float]) -> str:
 
 
 def _used(total: Mapping[str, Any]) -> str:
-    scale = {"hours": ("seconds", 3600.0), "device_hours": ("device_seconds", 3600.0), "flops": ("flops_realised", 1.0)}
-    parts = []
-    for name, limit in total["budget"].items():
-        field, factor = scale.get(name, (name, 1.0))
-        parts.append(f"{total[field] / factor / limit:.1%} of {limit:g} {name}")
-    return ", ".join(parts)
+    return ", ".join(f"{share:.1%} of {total['budget'][name]:g} {name}" for name, share in used(total).items())
 
 
 def show_runs(runs: Sequence[RunRow]) -> None:

@@ -24,5 +24,12 @@ def stdout_to_stderr(as_json: bool) -> Iterator[None]:
         yield
 
 
+def as_json_text(value: Any) -> str:
+    """Strict JSON: what is not finite is null."""
+    from ..ledger.lines import finite
+
+    return json.dumps(finite(value), indent=1)
+
+
 def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, default=str))
+    typer.echo(as_json_text(value))

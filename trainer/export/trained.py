@@ -116,15 +116,24 @@ def open_run(wanted: str | Path, *, allow_code: bool = False) -> Trained:
     return rebuilt(recipe_from(identity.recipe, identity.name, allow_code), run_dir, identity.id)
 
 
-def rebuilt(recipe: Recipe, run_dir: Path, run_id: str = "") -> Trained:
-    """The recipe's task with the run's final weights, whole and on this host, however they were sharded."""
+def rebuilt(recipe: Recipe, run_dir: Path, run_id: str = "", task: Task | None = None) -> Trained:
+    """The recipe's task with the run's final weights, whole and on this host, however they were sharded.
+
+    task: of the same recipe; its data and tokenizer are taken, its module is left alone.
+    """
     from safetensors.torch import load_file
 
     from ...callbacks.compression.factors import merged_state, ranks_in
+    from ..checkpoint.saver import final_problem
     from ..tasks import build_task
     from .trained_rounding import trained_rounding
 
-    task = build_task(recipe, workdir=run_dir)
+    if problem := final_problem(run_dir / WEIGHTS):
+        raise CannotExport(
+            f"the weights in {run_dir} are damaged: {problem}. Train the same recipe into this folder again: it writes "
+            "them anew from the newest checkpoint."
+        )
+    task = build_task(recipe, workdir=run_dir, prepared=task.prepared if task is not None else None)
     _reshape(task.module, recipe, run_dir)
     saved = load_file(run_dir / WEIGHTS)
     factored = bool(ranks_in(task.module, saved))

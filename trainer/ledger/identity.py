@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import socket
@@ -19,6 +20,8 @@ from typing import Any
 from ... import ShoestringError, __version__
 from ...files import replace_file, write_beside
 from .lines import finite
+
+log = logging.getLogger("shoestring.ledger")
 
 _RECORDED = (
     "torch", "pytorch-lightning", "deepspeed", "transformers", "datasets", "peft", "torchao", "accelerate", "wandb",
@@ -53,16 +56,23 @@ class RunIdentity:
         """The identity in `run_dir/run.json`, made now if there is none.
 
         Any number of ranks may call this at once and all get the same one: the file appears whole, and the first wins.
-        An existing identity is returned as it is, so compare its `recipe_hash` with yours before you resume.
+        An existing identity is returned as it is, so compare its `recipe_hash` with yours before you resume. A damaged
+        one is written anew from the newest checkpoint, which repeats it.
         """
         path = Path(run_dir) / "run.json"
-        if not path.exists():
+        if path.exists():
+            _repair(path)
+        else:
             made = cls(
                 id=uuid.uuid4().hex[:12], name=name, recipe_hash=recipe_hash, recipe=recipe or {}, created=time.time(),
-                git_commit=_git_commit(), versions=_versions(), hostname=socket.gethostname(),
+                git_commit=_git_commit(), versions=package_versions(), hostname=socket.gethostname(),
             )  # fmt: skip
-            _publish(path, json.dumps(finite(asdict(made)), indent=1))
+            _publish(path, json.dumps(made.as_dict(), indent=1))
         return cls.load(run_dir)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return finite(asdict(self))  # type: ignore[return-value]
 
     @classmethod
     def load(cls, run_dir: Path) -> RunIdentity:
@@ -70,6 +80,8 @@ class RunIdentity:
         path = Path(run_dir) / "run.json"
         try:
             values = json.loads(path.read_bytes())
+            if not isinstance(values, dict) or not isinstance(values.get("recipe", {}), dict):
+                raise ValueError("it does not hold what was written")
             return cls(**{key.name: values[key.name] for key in fields(cls) if key.name in values})
         except FileNotFoundError:
             raise IdentityError(f"{run_dir} is not a run directory: it has no run.json.") from None
@@ -92,6 +104,23 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return summary if isinstance(summary, dict) else {}
+
+
+def _repair(path: Path) -> None:
+    """Write `run.json` anew from a checkpoint if it is damaged and there is one; else `IdentityError`."""
+    from ..checkpoint import format as checkpoint
+
+    try:
+        RunIdentity.load(path.parent)
+        return
+    except IdentityError as error:
+        root = path.parent / "checkpoints"
+        for step in reversed(checkpoint.steps(root)):
+            with suppress(checkpoint.DamagedCheckpoint, KeyError):
+                replace_file(path, json.dumps(checkpoint.read_manifest(root / f"{step:09d}")["run"], indent=1))
+                log.warning("%s It has been written anew from the checkpoint of step %d.", error, step)
+                return
+        raise
 
 
 def _publish(path: Path, text: str) -> None:
@@ -118,7 +147,8 @@ def _git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """The versions of this package, of Python, and of the packages that decide what a run computes."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"shoestring": __version__, "python": platform.python_version(), "platform": sys.platform}

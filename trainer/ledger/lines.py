@@ -16,6 +16,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ RESERVED = frozenset({"seq", "t", "mono", "kind", "crc"})
 
 _SEGMENT = re.compile(r"events-a(\d{4,})-r(\d{5,})\.jsonl")
 _SUFFIX = len(',"crc":"00000000"}')
-_START = b'{"seq":'
+_START = re.compile(rb'\{"seq":')
+_CRC = re.compile(rb',"crc":"[0-9a-f]{8}"\}')
 
 
 class Row(NamedTuple):
@@ -172,6 +174,15 @@ def _diagnose(line: bytes) -> str:
 
 
 def _salvage(line: bytes) -> list[dict[str, Any]]:
-    """Intact rows inside a damaged line: when a newline itself is damaged, the row after it is still whole."""
-    starts = [match.start() for match in re.finditer(re.escape(_START), line) if match.start()]
-    return [row for start in starts if (row := unseal(line[start:].rstrip(b"\n"))) is not None]
+    """Intact rows inside a damaged line: when a newline itself is damaged, the row after it is still whole.
+
+    Each byte is looked at a few times only, however many rows stand in the line.
+    """
+    starts = [match.start() for match in _START.finditer(line) if match.start()]
+    rows = []
+    for start, end in pairwise([*starts, len(line)]):
+        piece = line[start:end]
+        ends = [match.end() for match in _CRC.finditer(piece)]
+        if ends and (row := unseal(piece[: ends[-1]])) is not None:
+            rows.append(row)
+    return rows

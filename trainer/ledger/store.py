@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sqlite3
@@ -44,11 +45,13 @@ class Ledger:
     def index(self, run_dir: Path, *, force: bool = False) -> str:
         """Bring one run up to date from its directory and return its id; nothing is written if nothing has changed.
 
-        All rows of the run are replaced in one transaction. `force` does so even if it looks unchanged.
+        All rows of the run are replaced in one transaction. `force` does so even if it looks unchanged. A copy of a
+        directory whose run is known elsewhere counts as a run of its own, with another id.
         """
         run_dir = Path(run_dir).resolve()
         identity = RunIdentity.load(run_dir)
         with write_connection(self.path) as db:
+            identity = _as_copy(db, identity, run_dir)
             # taken inside the transaction and before reading: no older look at the run can overwrite a newer one
             alive = lock.is_held(run_dir / "events" / LOCK_NAME)
             fingerprint = _fingerprint(run_dir, alive)
@@ -78,10 +81,11 @@ class Ledger:
             known = []
             self._rename_damaged_file()
         places = {place.resolve() for folder in [*map(Path, dirs), *known] for place in _run_dirs(folder)}
-        indexed = [self.index(place, force=True) for place in sorted(places)]
+        # of copies that the index does not know, the oldest is the original
+        indexed = [self.index(place, force=True) for place in sorted(places, key=_made)]
         for run in self.runs():
             if run.id not in indexed:
-                self.delete(run.id)
+                self._forget(run.id)
         return indexed
 
     def runs(
@@ -96,23 +100,22 @@ class Ledger:
             return [_run_row(row) for row in db.execute(query, {**given, "limit": limit})] if db else []
 
     def run(self, wanted: str) -> RunRow:
-        """The run with this id, start of an id, run directory, or name (of several by one name, the newest)."""
-        runs = self.runs()
-        directory = str(Path(wanted).resolve())
-        for same in (
-            [run for run in runs if run.id == wanted],
-            [run for run in runs if run.name == wanted][:1],
-            [run for run in runs if run.run_dir == directory],
-            [run for run in runs if wanted and run.id.startswith(wanted)],
-        ):
-            if len(same) > 1:
-                raise LedgerError(
-                    f"{wanted!r} is the start of {len(same)} ids: {', '.join(run.id for run in same)}. "
-                    "Give more of the id."
-                )
-            if same:
-                return same[0]
-        raise LedgerError(_no_run(wanted, runs, self.path))
+        """The run with this id, name, run directory, or start of an id; `LedgerError` where several are meant."""
+        prefix = wanted.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
+        ways = (
+            ("id=?", wanted, "have this id"), ("name=?", wanted, "are called so"),
+            ("run_dir=?", str(Path(wanted).resolve()), "were there"), ("id LIKE ? ESCAPE '\\'", prefix, "begin so"),
+        )  # fmt: skip
+        with read_connection(self.path) as db:
+            for way, value, what in ways if db and wanted else ():
+                query = f"SELECT {', '.join(COLUMNS)} FROM runs WHERE {way} ORDER BY created DESC, id"
+                if len(same := [_run_row(row) for row in db.execute(query, (value,))]) > 1:  # type: ignore[union-attr]
+                    told = ", ".join(f"{run.id} ({run.run_dir}, {run.status})" for run in same[:8])
+                    raise LedgerError(f"{wanted!r}: {len(same)} runs {what}: {told}. Give an id.")
+                if same:
+                    return same[0]
+            names = [row[0] for row in db.execute("SELECT DISTINCT name FROM runs ORDER BY created DESC")] if db else []
+        raise LedgerError(_no_run(wanted, names, self.path))
 
     def claims(self, run: str) -> list[Row]:
         """Return what the techniques of a run promise."""
@@ -157,12 +160,16 @@ class Ledger:
         unless `files`: then it is removed too, if it still is that run's."""
         row = self.run(run)
         if files:
-            if RunIdentity.load(Path(row.run_dir)).id != row.id:
+            there = RunIdentity.load(Path(row.run_dir)).id
+            if row.id not in (there, _copy_id(there, Path(row.run_dir))):
                 raise LedgerError(f"{row.run_dir} now belongs to another run than {row.id}; nothing was removed.")
             shutil.rmtree(row.run_dir)
-        with write_connection(self.path) as db:
-            _forget(db, row.id)
+        self._forget(row.id)
         return row
+
+    def _forget(self, run_id: str) -> None:
+        with write_connection(self.path) as db:
+            _forget(db, run_id)
 
     def _rows(self, table: str, run: str) -> list[Row]:
         kind = next(kind for kind, name in TABLES.items() if name == table)
@@ -177,6 +184,28 @@ class Ledger:
             part = self.path.with_name(self.path.name + suffix)
             if part.is_file():
                 part.replace(part.with_name(part.name + ".damaged"))
+
+
+def _as_copy(db: sqlite3.Connection, identity: RunIdentity, run_dir: Path) -> RunIdentity:
+    """The identity, with another id if the ledger knows this run in another directory that still holds it."""
+    known = db.execute("SELECT run_dir FROM runs WHERE id=?", (identity.id,)).fetchone()
+    if known is None or known[0] == str(run_dir):
+        return identity
+    try:
+        if RunIdentity.load(Path(known[0])).id != identity.id:
+            return identity
+    except IdentityError:  # it was moved here
+        return identity
+    return replace(identity, id=_copy_id(identity.id, run_dir))
+
+
+def _copy_id(run_id: str, run_dir: Path) -> str:
+    return hashlib.sha256(f"{run_id} {run_dir.resolve()}".encode()).hexdigest()[:12]
+
+
+def _made(run_dir: Path) -> tuple[int, Path]:
+    """Orders directories by when they came to be: a copy may keep other dates, but not that of its last change."""
+    return (run_dir / "run.json").stat().st_ctime_ns, run_dir
 
 
 def _insert(db: sqlite3.Connection, run_dir: Path, identity: RunIdentity, alive: bool | None, fingerprint: str) -> None:
@@ -237,10 +266,9 @@ def _run_dirs(folder: Path) -> Iterator[Path]:
             yield path.parent
 
 
-def _no_run(wanted: str, runs: list[RunRow], path: Path) -> str:
-    names = sorted({name for run in runs for name in (run.name, run.id)})
-    near = nearest(wanted, names)
-    if not runs:
+def _no_run(wanted: str, names: list[str], path: Path) -> str:
+    if not names:
         return f"no run {wanted!r}: the ledger {path} is empty."
+    near = nearest(wanted, names)
     hint = f"Did you mean {near!r}?" if near else f"There are {', '.join(names[:8])}."
     return f"no run {wanted!r} in {path}. {hint}"

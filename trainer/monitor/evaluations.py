@@ -7,10 +7,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from ... import ShoestringError
 from ...callbacks.accounting.clock import MEASURED, Clock, Duration
+from ...spelling import did_you_mean
 from .intervals import interval, passed, steps_in
 
 NEVER = 2**60  # a validation interval, in batches
+
+
+class UnknownMetric(ShoestringError):
+    """The goal is about a metric that nothing measures."""
 
 
 class Evaluations:
@@ -50,6 +56,13 @@ class Evaluations:
     def steps_between(self, clock: Clock) -> float | None:
         """About how many steps; None where Lightning decides."""
         return steps_in(clock, self.every) if self.every else None
+
+    def check_goal(self, metrics: Mapping[str, Any]) -> None:
+        """`UnknownMetric` where the trial before training does not measure what an evaluation would have to."""
+        name = self.goal.metric if self.goal is not None else ""
+        if name.startswith("val") and metrics and name not in metrics:
+            legal, hint = ", ".join(sorted(metrics)), did_you_mean(name, metrics)
+            raise UnknownMetric(f"goal.metric {name}: an evaluation measures {legal}" + (f"; {hint}" if hint else ""))
 
     def update(self, metrics: Mapping[str, float]) -> bool:
         """Keep the metrics of an evaluation. True where they reach the goal."""

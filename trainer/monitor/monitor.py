@@ -7,6 +7,7 @@ Its `on_train_batch_end` is the loop of a run; what it does there is done by col
     rows, totals  what is written there of a step and of the run             totals.py
     evaluations   when to evaluate, and the goal                             evaluations.py
     checkpoints   when to save                                               checkpoints.py
+    nonfinite     steps without finite losses and gradients                  nonfinite.py
     request       signals                                                    signals.py
     hang          a run that no longer moves                                 hang.py
 
@@ -31,14 +32,17 @@ from ...callbacks.parameters.accessor import shards_of
 from ...callbacks.sampling.samples import install_sampler
 from ..checkpoint import format as checkpoint
 from ..checkpoint import state
-from ..checkpoint.saver import CannotResume, CannotSave, same_samples, save_final_weights
+from ..checkpoint.saver import CannotResume, final_problem, no_room, same_samples, save_final_weights
 from ..ledger import read_summary
+from .afterwards import Afterwards
 from .checkpoints import Checkpoints
 from .evaluations import Evaluations, goal_reached
 from .hang import HangWatch
+from .nonfinite import NonFiniteSteps
 from .records import Records
 from .signals import Preempted, StopRequest, preempted
 from .totals import StepRows, Totals, numbers, of_finished
+from .verdict import problems
 
 log = logging.getLogger("shoestring")
 
@@ -61,6 +65,7 @@ class Monitor(ReshapeListener, pl.Callback):
         watts_per_device: float | None,
         log_every: int = 10,
         hang_after: str = "auto",
+        nonfinite_steps: int = 10,
     ) -> None:
         self.account = Account(budget, usd_per_device_hour=usd_per_device_hour, watts_per_device=watts_per_device)
         self.account.moved, self.account.upcoming = self._moved, self._upcoming
@@ -69,9 +74,11 @@ class Monitor(ReshapeListener, pl.Callback):
         self.totals = Totals(self.account)
         self.rows = StepRows(self.totals, log_every)
         self.hang = HangWatch(self.account, records, hang_after)
+        self.nonfinite = NonFiniteSteps(nonfinite_steps, self.records.nonfinite)
         self.seed, self.resume, self.strategy = seed, resume, strategy
         self.summary: dict[str, Any] = {}
         self.each_step: Callable[[], None] | None = None  # called on every rank when a step has ended
+        self.afterwards: Afterwards | None = None  # what the final weights are used for, as part of the run
         self.resumed_from: int | None = None
         self._rng: Mapping[str, Any] | None = None
         self._begun = False
@@ -84,9 +91,13 @@ class Monitor(ReshapeListener, pl.Callback):
         self.rows.add_loss(outputs, first=batch_idx % trainer.accumulate_grad_batches == 0)
         if not account.batch_ends():
             return  # amid an accumulation window
-        account.spending.mine.stop = float(self.request.received is not None)
+        mine = account.spending.mine
+        mine.stop = float(self.request.received is not None)
+        mine.nonfinite = float(self.nonfinite.step_ends(self.rows.loss, account.clock.step, batch_idx))
         account.agree()
         account.replan(trainer)
+        if account.nonfinite_steps:
+            self.nonfinite.check(account.nonfinite_steps)
         account.stop_at_horizon(trainer)
         if self.each_step is not None:
             self.each_step()
@@ -127,6 +138,7 @@ class Monitor(ReshapeListener, pl.Callback):
         if self.order is not None:  # loader workers draw batches before training starts, and these ask the clock
             whole = _parse_num_batches(RunningStage.TRAINING, len(self.order), trainer.limit_train_batches)
             account.horizon.set_limits(trainer, whole)
+        self.nonfinite.open(trainer)
         account.spending.start()
         self._begun = True
 
@@ -173,7 +185,8 @@ class Monitor(ReshapeListener, pl.Callback):
         upcoming = self.account.evaluations_to_come(trainer, every)
         if not self.evaluations.at_end:
             upcoming.after_seconds = 0.0
-        return self.checkpoints.add_to(upcoming, self.account)
+        self.checkpoints.add_to(upcoming, self.account)
+        return self.afterwards.add_to(upcoming, self.account) if self.afterwards is not None else upcoming
 
     def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.account.reshaped(trainer)
@@ -186,8 +199,8 @@ class Monitor(ReshapeListener, pl.Callback):
             return
         windows.enter("checkpoint")
         self.records.sync()
-        accumulate = trainer.accumulate_grad_batches
-        about = {"seed": self.seed, "global_batch": self._global_batch(), "accumulate": accumulate}
+        about = {"seed": self.seed, "global_batch": self._global_batch(), "run": self.records.identity.as_dict()}
+        about["accumulate"] = trainer.accumulate_grad_batches
         self.checkpoints.save(trainer, module, self.account, about)
         windows.enter("train")
         self.account.pause_ends(trainer)
@@ -218,28 +231,24 @@ class Monitor(ReshapeListener, pl.Callback):
         account = self.account
         account.evaluation_ends(trainer)
         if trainer.sanity_checking:
+            self.evaluations.check_goal(trainer.callback_metrics)
             return
         if account.stop_requested and not trainer.should_stop:
             self._save(trainer, pl_module)
             raise self._preempted()
         if account.evaluation_cut:
-            self._report_cut(trainer)
+            self.records.evaluation_cut(account.clock.step, account.evaluation.batches)
         metrics = numbers(trainer.callback_metrics)
         if self.evaluations.update(metrics) and not trainer.should_stop:
             account.stopped_by, trainer.should_stop = "goal", True
         self.records.step(account.clock.step, {"step": account.clock.step, **metrics})
 
-    def _report_cut(self, trainer: pl.Trainer) -> None:
-        seen = self.account.evaluation.batches
-        self.records.event("evaluation_cut", step=self.account.clock.step, batches=seen)
-        say = log.warning if trainer.is_global_zero else log.debug
-        say("the budget ended the evaluation early: its metrics cover %d batches only", seen)
-
     # -- end --------------------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        account = self.account
-        account.close(trainer)
+        (account := self.account).close(trainer)
         lost = self._keep_weights(trainer, pl_module)
+        if self.afterwards is not None and not lost:
+            self.afterwards.act(account, trainer.is_global_zero)
         account.spending.refresh()
         gathered = account.agreement.gather((peak_bytes(trainer.strategy.root_device), account.stopped_by))
         account.stopped_by = gathered[0][1]
@@ -247,11 +256,8 @@ class Monitor(ReshapeListener, pl.Callback):
         self.summary = self._summary(trainer, max(peak for peak, _ in gathered))
         self.request.release()
         if lost:
-            raise CannotSave(
-                f"the run has ended at step {account.clock.step}, but its final weights cannot be written: {lost}. "
-                f"Make room in {self.records.run_dir} and give the same command: it continues from the last checkpoint."
-            )
-        self.records.finished(self.summary, account.spending.windows.seconds)
+            raise no_room(account.clock.step, lost, self.records.run_dir)
+        self.records.finished(self.summary, account.spending.windows.so_far())
 
     def _summary(self, trainer: pl.Trainer, peak: int) -> dict[str, Any]:
         metrics = {**self.evaluations.metrics, **numbers(trainer.callback_metrics)}
@@ -262,20 +268,21 @@ class Monitor(ReshapeListener, pl.Callback):
         if (goal := self.evaluations.goal) is not None:
             summary["goal"] = {"metric": goal.metric, "above": goal.above, "below": goal.below}
             summary["goal_reached"] = goal_reached(goal, metrics)
-        if self.resumed_from == self.account.clock.step:  # nothing was left to do
-            summary = of_finished(summary, read_summary(self.records.run_dir))
-        return summary
+        summary["problems"] = problems(summary)
+        done = self.resumed_from == self.account.clock.step  # nothing was left to do
+        return of_finished(summary, read_summary(self.records.run_dir)) if done else summary
 
     def _keep_weights(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
         """A checkpoint of the last step, and the whole weights in one file; what the disk said against the latter."""
         account, step = self.account, self.account.clock.step
         final = self.records.run_dir / "final.safetensors"
-        done = self.resumed_from == step and account.agreement.gather(final.exists())[0]
+        done = self.resumed_from == step and account.agreement.gather(final_problem(final))[0] is None
         if done or not step:
             return None
         if self.checkpoints.saved_step != step and self.resumed_from != step:
             self._save(trainer, module)
             account.spending.windows.enter("other")
+        self.checkpoints.saver.require_finite(step)
         return account.agreement.gather(save_final_weights(trainer, module, final))[0]
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

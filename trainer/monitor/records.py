@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from itertools import groupby
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -61,10 +62,11 @@ class Records:
         wandb: Mapping[str, Any] | str | bool | None = None,
         estimates: Iterable[Mapping[str, Any]] = (),
         hardware: str = "",
+        accept_changes: bool = False,
     ) -> None:
         self.given = Path(run_dir) if run_dir is not None else None
         self.name, self.recipe, self.hardware = name, recipe, hardware
-        self.ledger, self.estimates = ledger, list(estimates)
+        self.ledger, self.estimates, self.accept_changes = ledger, list(estimates), accept_changes
         self.wandb = _wandb(wandb)
         self.display: Display | None = None
         self.keeps = False  # this rank writes rows
@@ -92,7 +94,7 @@ class Records:
         events = self.run_dir / "events"
         self._attempt = trainer.strategy.broadcast(next_attempt(events))
         self._journal = Journal(events, rank=trainer.global_rank, attempt=self._attempt)
-        self.keeps = trainer.is_global_zero
+        self.keeps, self._rank = trainer.is_global_zero, trainer.global_rank
         for kind, fields in self._before:
             self._journal.write(kind, **fields)
         self._before.clear()
@@ -105,11 +107,13 @@ class Records:
         changed = sorted(
             k for k in before.keys() | now.keys() if k not in MUTABLE_SECTIONS and before.get(k) != now.get(k)
         )
-        if changed:
+        if changed and self.accept_changes:
+            self.event("accepted", changed=changed)
+        elif changed:
             raise AnotherRun(
                 f"{self.run_dir} holds the run of another recipe ({self.identity.name}, {self.identity.recipe_hash}); "
                 f"this one is {recipe.name} ({recipe.hash}), and they differ in: {', '.join(changed)}. "
-                "Give another run directory."
+                "Say --accept-changes to go on with them, or give another run directory."
             )
 
     def spent(self, checkpointed: Spend) -> Spend:
@@ -150,6 +154,7 @@ class Records:
                 self._write("claim", **_claim(technique))
             for estimate in self.estimates:
                 self._write("estimate", **estimate)
+        self._index()
 
     def step(self, step: int, row: Mapping[str, Any]) -> None:
         if not self.keeps:
@@ -162,6 +167,19 @@ class Records:
 
     def event(self, event: str, **fields: Any) -> None:
         self._write("event", event=event, **fields)
+
+    def nonfinite(self, step: int, batch: int, loss: float, skipped: bool) -> None:
+        """A step of this rank whose loss, or gradients, were not finite."""
+        what = "a loss that is not finite" if not isfinite(loss) else "gradients that are not finite"
+        done = "the step was skipped" if skipped else "its gradients were finite, so the step was made"
+        log.warning("rank %d, step %d: %s (loss %g, micro-batch %d): %s", self._rank, step, what, loss, batch, done)
+        self.event("nonfinite", step=step, batch=batch, loss=str(loss), skipped=skipped)
+
+    def evaluation_cut(self, step: int, batches: int) -> None:
+        """The budget has ended an evaluation."""
+        self.event("evaluation_cut", step=step, batches=batches)
+        say = log.warning if self.keeps else log.debug
+        say("the budget ended the evaluation early: its metrics cover %d batches only", batches)
 
     def measurement(self, **fields: Any) -> None:
         """A window that was measured elsewhere."""
@@ -199,12 +217,16 @@ class Records:
             self._sink.finish(exit_code=code)
         if self._journal is not None:
             self._journal.close()
+        self._index()
+        self.keeps = False
+
+    def _index(self) -> None:
+        """Let the ledger know: of a run that has begun, so that it is listed while it runs and if it is killed."""
         if self.keeps and self.ledger:
             try:
                 Ledger().index(self.run_dir)
             except Exception as error:  # the journal has everything; the index can be built again
                 log.warning("the ledger could not be updated (%s); the run's own journal is complete", error)
-        self.keeps = False
 
     def _write(self, kind: str, **fields: Any) -> None:
         if SECRET_NAMES in os.environ:

@@ -57,7 +57,8 @@ class Totals:
             "samples_per_second": work.samples / seconds,
             "data_wait": account.spending.data_wait / seconds,
             "comm_bytes": sent * work.steps,
-            "windows": dict(account.spending.windows.seconds),
+            "windows": account.spending.windows.so_far(),
+            "nonfinite_steps": account.nonfinite_steps,
             "stopped_by": account.stopped_by or ("max_epochs" if not trainer.should_stop else "callback"),
             "budget": dict(account.budget.given()),
             "strategy": strategy,
@@ -80,7 +81,7 @@ class StepRows:
 
     def __init__(self, totals: Totals, log_every: int) -> None:
         self.totals, self.log_every = totals, log_every
-        self._loss: Any = None  # of this rank's micro-batches since the last step
+        self.loss: Any = None  # of this rank's micro-batches since the last step
         self._done = self._written = 0.0
 
     def start(self) -> None:
@@ -91,7 +92,7 @@ class StepRows:
         # Lightning's loops give a dict, which is quickly told
         loss = outputs.get("loss") if isinstance(outputs, (dict, Mapping)) else outputs
         if loss is not None:
-            self._loss = loss if first else self._loss + loss
+            self.loss = loss if first else self.loss + loss
 
     def due(self) -> bool:
         return self.totals.account.clock.step % self.log_every == 0 or perf_counter() - self._written > 0.25
@@ -104,7 +105,7 @@ class StepRows:
         self._done, self._written = done, now
         return {
             "step": clock.step,
-            "loss": float(self._loss) if self._loss is not None else None,
+            "loss": float(self.loss) if self.loss is not None else None,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "progress": clock.progress,
             "horizon": clock.horizon,

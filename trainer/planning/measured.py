@@ -55,8 +55,15 @@ def _scaled(plan: Plan, summary: Any) -> dict[str, Any]:
         **plan.predictions,
         **{f"{name}_per_step": step[name] for name in ("seconds", "flops", "usd", "kwh")},
         "peak_bytes": summary["peak_bytes"],
-        **whole_run(plan.budget, step),
+        **whole_run(plan.budget, step, _around(plan, summary)),
     }
+
+
+def _around(plan: Plan, summary: Any) -> dict[str, float]:
+    """The start, the last checkpoint and the final weights, as they were measured; an evaluation was not."""
+    windows = summary["windows"]
+    seconds = sum(windows.get(name, 0.0) for name in ("startup", "checkpoint", "other"))
+    return costs(seconds, plan.world_size, plan.usd_per_device_hour, plan.watts_per_device)
 
 
 __all__ = ["STEPS", "measured"]

@@ -19,6 +19,9 @@ from ..machine.facts import Machine
 from .sizes import Size
 
 ASSUMED_MFU = {"cuda": 0.35, "cpu": 0.5}  # until the run has measured its own
+# seconds from the command's first line to the first step with data that is prepared, and bytes a second to a disk
+ASSUMED_STARTUP = {"single": 5.0, "ddp": 8.0, "zero1": 12.0, "zero2": 12.0, "zero3": 12.0}
+ASSUMED_DISK = 5e8
 
 
 def state_bytes(size: Size, strategy: str, world: int, optimizer: float = 8.0) -> float:
@@ -71,7 +74,11 @@ def predict(
         "kwh_per_step": cost["kwh"],
     }
     step = {"steps": 1.0, "tokens": tokens, "samples": recipe.data.batch_size, "flops": flops}
-    return predicted | whole_run(budget, step | cost)
+    written = state_bytes(size, strategy, world, optimizer) + 4 * size.parameters  # a checkpoint, and the weights alone
+    around = ASSUMED_STARTUP[strategy] + written / ASSUMED_DISK
+    if recipe.evaluation.at_end and recipe.evaluation.batches:
+        around += recipe.evaluation.batches * micro * world / recipe.data.batch_size * seconds / 3  # forwards alone
+    return predicted | whole_run(budget, step | cost, costs(around, world, usd, watts))
 
 
 def costs(seconds: float, world: int, usd: float, watts: float | None) -> dict[str, float]:
@@ -80,21 +87,26 @@ def costs(seconds: float, world: int, usd: float, watts: float | None) -> dict[s
     return {"seconds": seconds, "device_hours": hours, "usd": hours * usd, "kwh": hours * (watts or 0) / 1000}
 
 
-def whole_run(budget: Budget, step: Mapping[str, float]) -> dict[str, Any]:
+def whole_run(budget: Budget, step: Mapping[str, float], around: Mapping[str, float] | None = None) -> dict[str, Any]:
     """The last step within a budget, what ends it there, and the whole run's seconds, dollars and kWh.
 
     Args:
         budget: Its limits.
         step: What every step costs, in the clock's units.
+        around: What all besides steps costs: the start, the last evaluation, what is written at the end.
 
     Returns:
         Nothing where no limit is reached by such steps.
     """
-    end = first_exhausted(budget.limits(), step)
+    around = around or {}
+    limits = {name: limit - around.get(name, 0.0) for name, limit in budget.limits().items()}
+    end = first_exhausted(limits, step)
     if end is None:
         return {}
+    last = max(0, end.last)
     binding = "hours" if end.binding == "seconds" else end.binding  # as the recipe spells it
-    return {"steps": end.last, "binding": binding} | {k: end.last * step[k] for k in ("seconds", "usd", "kwh")}
+    totals = {name: around.get(name, 0.0) + last * step[name] for name in ("seconds", "usd", "kwh")}
+    return {"steps": last, "binding": binding, "seconds_besides_steps": around.get("seconds", 0.0)} | totals
 
 
 def _times(a: Effect, b: Effect) -> Effect:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytorch_lightning as pl
@@ -21,7 +22,7 @@ from .language import CausalLM
 from .lora import add_adapter
 from .models import build_model
 from .prepare import Prepared, prepare
-from .tokenizers import framing
+from .tokenizers import framing, kept_tokenizer
 
 if TYPE_CHECKING:
     from ...recipes import Recipe
@@ -34,7 +35,8 @@ class Task:
     module: the LightningModule. train, validation: map-style data sets whose samples are dicts of tensors (None where
     a user's datamodule brings its own loaders; validation also where none is held out). collate: samples -> batch.
     tokenizer: of text tasks. facts: counts and names, see `build_task`. unit: what throughput is counted in.
-    datamodule: plain loaders over the data sets, or the user's own.
+    datamodule: plain loaders over the data sets, or the user's own. prepared: the data, to build another module for.
+    model_seconds: building the module took.
     """
 
     module: pl.LightningModule
@@ -45,6 +47,8 @@ class Task:
     facts: dict[str, Any]
     unit: Literal["tokens", "samples"]
     datamodule: pl.LightningDataModule | None = None
+    prepared: Prepared | None = None
+    model_seconds: float = 0.0
 
 
 class TaskData(pl.LightningDataModule):
@@ -76,19 +80,26 @@ class TaskData(pl.LightningDataModule):
         )
 
 
-def build_task(recipe: Recipe, *, workdir: Path, model_dtype: torch.dtype | None = None) -> Task:
+def build_task(
+    recipe: Recipe, *, workdir: Path, model_dtype: torch.dtype | None = None, prepared: Prepared | None = None
+) -> Task:
     """Build the model and the data of a recipe, the same on every rank.
 
-    workdir: its `.cache` holds tokenized data and trained tokenizers, unless `SHOESTRING_HOME` is set. Any number of
-    processes may call this at once. model_dtype: the dtype of the weights; float32 by default.
+    workdir: a run that has trained there keeps its tokenizer; its `.cache` holds tokenized data and trained tokenizers,
+    unless `SHOESTRING_HOME` is set. Any number of processes may call this at once. model_dtype: the dtype of the
+    weights; float32 by default. prepared: the data of a task of the same recipe, which is not read again.
 
     Initial weights are drawn from `recipe.seed`; the caller's random numbers are left as they were. `Task.facts` has
     `model_type, parameters, trainable, train_samples`, and where they apply `validation_samples, vocab_size,
     train_tokens, validation_tokens, classes, baselines`. Raises `TaskError`.
     """
+    kind = recipe.model.task
+    if not is_code(kind) and kind not in MODULES:
+        raise unknown("model.task", kind, [*MODULES, "module:attr"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)  # not torch.manual_seed: that reseeds the GPUs, too
-        task = _build(recipe, cache_root(workdir), model_dtype)
+        data = prepared or prepare(recipe, cache_root(workdir), kept_tokenizer(workdir))
+        task = _build(recipe, data, model_dtype)
     parameters = list(task.module.parameters())
     counts = {
         "parameters": sum(p.numel() for p in parameters),
@@ -102,16 +113,16 @@ def build_task(recipe: Recipe, *, workdir: Path, model_dtype: torch.dtype | None
     return replace(task, datamodule=TaskData(task, size, recipe.data.workers))
 
 
-def _build(recipe: Recipe, cache: Path, dtype: torch.dtype | None) -> Task:
-    kind = recipe.model.task
-    if not is_code(kind) and kind not in MODULES:
-        raise unknown("model.task", kind, [*MODULES, "module:attr"])
-    data = prepare(recipe, cache)
+def _build(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> Task:
+    kind, began = recipe.model.task, monotonic()
     module, facts = (_own if is_code(kind) else MODULES[kind])(recipe, data, dtype)
     facts = {**data.facts, **facts}
     validates = type(module).validation_step is not pl.LightningModule.validation_step
     held = data.validation if validates else None  # a user's module need not look at it
-    return Task(module, data.train, held, data.collate, data.tokenizer, facts, data.unit, data.datamodule)
+    seconds = monotonic() - began
+    return Task(
+        module, data.train, held, data.collate, data.tokenizer, facts, data.unit, data.datamodule, data, seconds
+    )  # fmt: skip
 
 
 def _language(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[pl.LightningModule, dict[str, Any]]:

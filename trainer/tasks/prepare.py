@@ -41,26 +41,27 @@ class Prepared:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def prepare(recipe: Recipe, cache: Path) -> Prepared:
-    """The data that a recipe names, in the form its task takes."""
+def prepare(recipe: Recipe, cache: Path, own: Path | None = None) -> Prepared:
+    """The data that a recipe names, in the form its task takes. own: the tokenizer that the run has kept."""
     source, kind = recipe.data.source, recipe.model.task
     if is_code(source):
-        return _own_data(recipe, cache)
+        return _own_data(recipe, cache, own)
     if source == "digits":
         return _digits(recipe)
     if kind == "image-classification":
         raise TaskError(f"data.source {source!r}: image-classification reads digits, or your own module:attr.")
-    return _labelled_texts(recipe, cache) if kind == "sequence-classification" else _language(recipe, cache)
+    make = _labelled_texts if kind == "sequence-classification" else _language
+    return make(recipe, cache, own)
 
 
-def _language(recipe: Recipe, cache: Path) -> Prepared:
+def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     data = recipe.data
     if data.sequence_length < 2:
         raise TaskError(f"data.sequence_length {data.sequence_length}: predicting a token takes one before it, so 2.")
     args = dict(data.args or {})
     isolated = bool(args.pop("pack_isolation", True)) and data.pack
     train, held = _corpora(data, args, cache, labelled=False)
-    tokenizer = load_tokenizer(recipe.model, train, cache=cache)
+    tokenizer = load_tokenizer(recipe.model, train, cache=cache, own=own)
     opening, closing = framing(tokenizer, packed=data.pack)
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -75,19 +76,19 @@ def _language(recipe: Recipe, cache: Path) -> Prepared:
 
     sets = samples(train, keep_tail=False), None if held is None else samples(held, keep_tail=True)
     _check_not_empty(sets[0], sets[1], data.sequence_length)
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer)}
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), "data_digest": _digest(train, held)}
     if sets[1] is not None:
         facts["baselines"] = baselines(sets[0], sets[1], len(tokenizer), cache)
     collate = stack if data.pack else PadTokens(tokenizer.pad_token_id)
     return Prepared(*sets, collate, tokenizer, isolated=isolated, unit="tokens", facts=facts)
 
 
-def _labelled_texts(recipe: Recipe, cache: Path) -> Prepared:
+def _labelled_texts(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     data = recipe.data
     train, held = _corpora(data, dict(data.args or {}), cache, labelled=True)
     if data.source == "python-packages":
         train, held = balance(train), None if held is None else balance(held)
-    tokenizer = load_tokenizer(recipe.model, train, cache=cache)
+    tokenizer = load_tokenizer(recipe.model, train, cache=cache, own=own)
     classes = _classes(train, held)
     key = digest([tokenizer_key(tokenizer), f"classification {data.sequence_length}"])
 
@@ -100,7 +101,7 @@ def _labelled_texts(recipe: Recipe, cache: Path) -> Prepared:
 
     sets = samples(train), None if held is None else samples(held)
     names = [str(label) for label in classes]
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), "classes": names}
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), "classes": names, "data_digest": _digest(train, held)}
     return Prepared(*sets, PadTokens(tokenizer.pad_token_id), tokenizer, classes=names, facts=facts)
 
 
@@ -119,11 +120,11 @@ def _digits(recipe: Recipe) -> Prepared:
     return Prepared(train, validation, stack, classes=names, facts={**_sizes(train, validation), "classes": names})
 
 
-def _own_data(recipe: Recipe, cache: Path) -> Prepared:
+def _own_data(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     """A user's `module:attr`: a LightningDataModule, or (train, validation) with map-style data sets."""
     loaded = call_code(recipe.data.source, recipe.data.args, "data.source")
     named = isinstance(recipe.model.tokenizer or recipe.model.name, str)
-    tokenizer = load_tokenizer(recipe.model, Corpus([], None, None, ""), cache=cache) if named else None
+    tokenizer = load_tokenizer(recipe.model, Corpus([], None, None, ""), cache=cache, own=own) if named else None
     unit: Literal["tokens", "samples"] = "tokens" if recipe.model.task == "causal-lm" else "samples"
     if isinstance(loaded, pl.LightningDataModule):
         return Prepared(tokenizer=tokenizer, datamodule=loaded, unit=unit)
@@ -143,6 +144,11 @@ def _corpora(data: Any, args: dict[str, Any], cache: Path, *, labelled: bool) ->
     if isinstance(data.validation, str):
         return corpus, load_corpus(data, data.validation, args, cache=cache, labelled=labelled)
     return split(corpus, data.validation) if data.validation else (corpus, None)
+
+
+def _digest(train: Corpus, held: Corpus | None) -> str:
+    """Equal exactly when training and held-out texts are."""
+    return digest([train.fingerprint, "" if held is None else held.fingerprint])
 
 
 def _classes(train: Corpus, held: Corpus | None) -> dict[Any, int]:

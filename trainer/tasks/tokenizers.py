@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,14 @@ SMALLEST = 256 + 2  # every byte, and the two specials
 CHARACTERS_PER_TOKEN = 1000  # to train on: every merge is then seen often; more text changes little and costs time
 
 
-def load_tokenizer(model: Any, corpus: Corpus, *, cache: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: Any, corpus: Corpus, *, cache: Path, own: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that the recipe's model section names, with an end-of-text and a padding token.
 
-    corpus: the training texts, read only for `{train: bpe, vocab_size: N}`.
+    corpus: the training texts, read only for `{train: bpe, vocab_size: N}`. own: the one that the run has kept, which
+    its weights are trained for and which is taken instead.
     """
+    if own is not None:
+        return _named(str(own))
     wanted = model.tokenizer or model.name
     if wanted is None:
         raise TaskError(
@@ -46,6 +50,31 @@ def train_bpe(corpus: Corpus, *, vocab_size: int, cache: Path) -> PreTrainedToke
         raise TaskError(f"model.tokenizer.vocab_size {vocab_size} is below {SMALLEST}: 256 bytes and 2 special tokens.")
     folder = cache / "tokenizers" / digest(["bpe", str(vocab_size), str(CHARACTERS_PER_TOKEN), corpus.fingerprint])
     return _named(str(build_once(folder, lambda private: _train(corpus.texts, vocab_size, private))))
+
+
+KEPT = "tokenizer"  # in a run's folder
+
+
+def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
+    """Keep it with the run, unless it would come back as another one."""
+    folder, fresh = run_dir / KEPT, run_dir / f".{KEPT}.writing"
+    shutil.rmtree(fresh, ignore_errors=True)
+    tokenizer.save_pretrained(fresh)
+    try:
+        faithful = tokenizer_key(_named(str(fresh))) == tokenizer_key(tokenizer)
+    except TaskError:
+        faithful = False
+    shutil.rmtree(folder, ignore_errors=True)
+    if faithful:
+        fresh.rename(folder)
+    else:
+        shutil.rmtree(fresh)
+
+
+def kept_tokenizer(run_dir: Path) -> Path | None:
+    """Where a run that has trained keeps its tokenizer; None where it has none, or has not trained yet."""
+    trained = any((run_dir / "checkpoints").glob("[0-9]*")) or (run_dir / "final.safetensors").exists()
+    return run_dir / KEPT if trained and (run_dir / KEPT).is_dir() else None
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:

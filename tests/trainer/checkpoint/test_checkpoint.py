@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from shoestring.trainer import Budget, Trainer
 from shoestring.trainer.checkpoint import format as checkpoint
 from shoestring.trainer.checkpoint.format import DamagedCheckpoint, Piece
-from shoestring.trainer.checkpoint.saver import CannotSave
+from shoestring.trainer.checkpoint.saver import CannotSave, final_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -130,8 +130,21 @@ def test_a_damaged_one_that_was_passed_over_does_not_count_among_the_kept(
     write(tmp_path, 31)  # the run has gone on from step 30
     checkpoint.prune(tmp_path, keep, newest=31)
     assert checkpoint.steps(tmp_path) == left
+    assert (tmp_path / "000000200.passed-over" / "manifest.json").exists(), "put aside, for whoever can repair it"
     assert checkpoint.newest_intact(tmp_path)[0] == tmp_path / "000000031"
     assert (tmp_path / "latest").read_text() == "000000031"
+
+
+def test_every_flipped_bit_of_a_manifest_shows(tmp_path: Path) -> None:
+    folder = write(tmp_path, 7)
+    path, whole = folder / "manifest.json", (folder / "manifest.json").read_bytes()
+    for position, byte in enumerate(whole):
+        for bit in range(8):
+            path.write_bytes(whole[:position] + bytes([byte ^ 1 << bit]) + whole[position + 1 :])
+            with pytest.raises(DamagedCheckpoint):
+                checkpoint.read_manifest(folder)
+    path.write_bytes(whole)
+    assert checkpoint.verify(folder)["step"] == 7
 
 
 def test_slices_that_nobody_stored_are_missed(tmp_path: Path) -> None:
@@ -304,3 +317,62 @@ def test_state_that_would_not_survive_is_refused_at_the_first_step(tmp_path: Pat
 def test_a_run_keeps_as_many_checkpoints_as_requested(tmp_path: Path, keep: int, left: list[int]) -> None:
     run(tmp_path, 8, keep_checkpoints=keep)
     assert checkpoint.steps(tmp_path / "checkpoints") == left
+
+
+def _stray_file(folder: Path) -> None:
+    (folder / "tensors-00007.safetensors").write_bytes(b"left by somebody else")
+
+
+def _hollow_state(folder: Path) -> None:
+    """Damage that whoever did it has sealed again."""
+    state = checkpoint.read_state(folder / "state.pt")
+    del state["loops"]
+    torch.save(state, folder / "state.pt")
+    manifest = checkpoint.read_manifest(folder)
+    manifest["files"]["state.pt"] = checkpoint.entry_of(folder / "state.pt")
+    (folder / "manifest.json").write_text(checkpoint.sealed(manifest))
+
+
+def _hollow_callbacks(folder: Path) -> None:
+    state = checkpoint.read_state(folder / "state.pt")
+    state["callbacks"]["Monitor"] = {"clock": {}}
+    torch.save(state, folder / "state.pt")
+    manifest = checkpoint.read_manifest(folder)
+    manifest["files"]["state.pt"] = checkpoint.entry_of(folder / "state.pt")
+    (folder / "manifest.json").write_text(checkpoint.sealed(manifest))
+
+
+def _torn_identity(folder: Path) -> None:
+    (folder.parent.parent / "run.json").write_text('{"id": "0123')
+
+
+@pytest.mark.parametrize(
+    ("damage", "resumed_from"), [(_stray_file, 6), (_hollow_state, 4), (_hollow_callbacks, 4), (_torn_identity, 6)]
+)
+def test_a_run_goes_on_whatever_lies_beside_or_in_its_newest_checkpoint(
+    tmp_path: Path, damage: Any, resumed_from: int
+) -> None:
+    torch.manual_seed(1)
+    run(tmp_path / "whole", 10)
+    torch.manual_seed(1)
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "hurt", 10, callbacks=[StopAt(7)])
+    before = json.loads((tmp_path / "hurt" / "run.json").read_text())
+    damage(tmp_path / "hurt" / "checkpoints" / "000000006")
+    torch.manual_seed(1)
+    assert run(tmp_path / "hurt", 10).summary["resumed_from"] == resumed_from
+    ours, theirs = ((tmp_path / name / "final.safetensors").read_bytes() for name in ("hurt", "whole"))
+    assert ours == theirs
+    assert json.loads((tmp_path / "hurt" / "run.json").read_text()) == before
+
+
+@pytest.mark.parametrize("harm", [lambda data: data[:-7], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+def test_damaged_final_weights_are_written_anew_by_the_same_command(tmp_path: Path, harm: Any) -> None:
+    run(tmp_path, 4)
+    final = tmp_path / "final.safetensors"
+    whole = final.read_bytes()
+    assert final_problem(final) is None
+    final.write_bytes(harm(whole))
+    assert "final.safetensors" in str(final_problem(final))
+    assert run(tmp_path, 4).summary["resumed_from"] == 4
+    assert final.read_bytes() == whole and final_problem(final) is None

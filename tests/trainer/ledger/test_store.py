@@ -1,10 +1,12 @@
 """The ledger is an index: whatever it says comes from the journals, and comes again after a rebuild."""
 
 import json
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -158,15 +160,56 @@ def test_finding_a_run(ledger, tmp_path):
         ledger.index(folder)
     assert [run.id for run in ledger.runs()] == ids[::-1] and [run.id for run in ledger.runs(limit=1)] == ids[2:]
     assert [run.id for run in ledger.runs(recipe_hash="wide")] == [ids[1], ids[0]]
-    assert ledger.run("wide").id == ids[1]  # the newest of that name
+    with pytest.raises(LedgerError, match=rf"'wide': 2 runs are called so: {ids[1]} .*, {ids[0]} .*Give an id"):
+        ledger.run("wide")
     assert ledger.run("bb").id == ids[2] and ledger.run(str(folders[0])).id == ids[0]
-    with pytest.raises(LedgerError, match=r"'aa' is the start of 2 ids: aa1111111111, aa0000000000\. Give more"):
+    with pytest.raises(LedgerError, match=r"'aa': 2 runs begin so: aa1111111111 .*, aa0000000000 .*Give an id"):
         ledger.run("aa")
     with pytest.raises(ShoestringError, match=r"no run 'narow' .* Did you mean 'narrow'\?"):
         ledger.steps("narow")
     with pytest.raises(IdentityError, match=r"is not a run directory"):
         ledger.index(tmp_path)
     assert ledger.runs()[0].status == "unknown"
+
+
+def test_a_copy_of_a_run_displaces_nothing(ledger, run_dir, tmp_path):
+    original = ledger.index(run_dir)
+    copy = tmp_path / "runs" / "a-copy"
+    shutil.copytree(run_dir, copy)
+    attempt(copy, 2, range(10, 13), {"event": "stop", "stopped_by": "usd"})
+    second = ledger.index(copy)
+    assert second != original and ledger.index(copy) == second
+    assert {run.id: (run.run_dir, run.steps) for run in ledger.runs()} == {
+        original: (str(run_dir), 9), second: (str(copy), 12)
+    }  # fmt: skip
+    before = contents(ledger)
+    ledger.path.unlink()
+    ledger.rebuild([tmp_path / "runs"])
+    assert contents(ledger) == before, "the older directory is the original again"
+    ledger.delete(second, files=True)
+    assert not copy.exists() and [run.id for run in ledger.runs()] == [original]
+    run_dir.rename(copy)
+    assert ledger.index(copy) == original and ledger.run(original).run_dir == str(copy), "moved, not copied"
+
+
+def test_one_run_among_many_is_found_without_reading_them_all(ledger, run_dir):
+    """Asked for by id, start of an id, name or folder: a query each, whatever else there is."""
+    wanted = ledger.index(run_dir)
+    metrics = json.dumps({f"metric {n}": 1.0 for n in range(40)})
+    with closing(sqlite3.connect(ledger.path)) as db:
+        for n in range(20_000):
+            db.execute(
+                "INSERT INTO runs (id, name, run_dir, created, metrics, techniques) VALUES (?, ?, ?, ?, ?, '[]')",
+                (f"-{n}", f"other {n}", f"/other/{n}", n, metrics),
+            )
+        db.commit()
+    began = time.process_time()
+    assert {ledger.run(asked).id for asked in (wanted, wanted[:6], "first", str(run_dir))} == {wanted}
+    for kind in ("claims", "estimates", "measurements", "verdicts", "events"):
+        getattr(ledger, kind)(wanted)
+    spent = time.process_time() - began
+    print(f"one of 20,001 runs: {spent:.2f} CPU-s")
+    assert spent < 1.0
 
 
 def test_delete_forgets_and_removes_files_only_on_request(ledger, run_dir):
