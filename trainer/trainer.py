@@ -36,17 +36,17 @@ from ..callbacks.compose import compose
 from ..callbacks.contract import IncompatibleTechniques, Settings, Technique
 from ..callbacks.optimization.lr_schedule import LRSchedule
 from ..cluster.config.hardware import hardware
-from ..exits import die_with_parent
 from ..strategies import OFFLOADS
 from .checkpoint import format as checkpoint
 from .checkpoint.saver import CannotResume
+from .jobs import local_ranks
 from .lightning.options import LightningOptions
 from .lightning.zero import make_strategy
 from .machine.facts import facts as machine_facts
 from .machine.facts import peak, run_facts
 from .monitor.monitor import Monitor
 from .monitor.records import Records
-from .monitor.signals import launched_here, will_launch
+from .monitor.signals import preempted, will_launch
 from .monitor.stragglers import Stragglers
 
 
@@ -123,8 +123,6 @@ class Trainer(pl.Trainer):
         made = strategy
         if isinstance(name, str) and name in OFFLOADS:
             made = make_strategy(name, accelerator=accelerator, offload=offload, options=settings.strategy_options)
-        if launched_here():
-            die_with_parent()
         if budget and not options.keys() & {"max_epochs", "max_steps"}:
             options["max_epochs"] = -1
         self.seed = seed
@@ -158,6 +156,9 @@ class Trainer(pl.Trainer):
             **options,
         )
         self.fit_loop.__class__ = _EndedLoop
+        # Lightning's handlers communicate where a signal happens to come, and end an unfinished run with 0
+        self._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        local_ranks.leash()
         if self.num_devices * self.num_nodes > 1:
             self.callbacks.append(Stragglers(self.monitor))  # type: ignore[attr-defined]
 
@@ -196,7 +197,12 @@ class Trainer(pl.Trainer):
         if self.monitor.totals.peak_flops is None and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             self.monitor.totals.peak_flops = peak(_dtype(str(self.precision)), machine_facts().hardware)[0]
         will_launch()
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)  # type: ignore[arg-type]
+        try:
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)  # type: ignore[arg-type]
+        except Exception:
+            if self.monitor.asked_before_training():  # another rank has ended by the same request
+                raise preempted() from None
+            raise
 
     def saved_state(self, key: str) -> dict[str, Any] | None:
         """Return what the checkpoint of this resume holds of the callback `key`, before any model is restored.

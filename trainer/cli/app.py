@@ -226,7 +226,7 @@ def options(
 
 def main() -> None:
     """Entry point: our own errors are one message and exit code 2, without a traceback."""
-    with _as_task():
+    with _hearing_signals():
         try:
             app()
         except ShoestringError as error:
@@ -239,13 +239,17 @@ def main() -> None:
             sys.exit(BAD_INPUT)
 
 
-def _as_task() -> AbstractContextManager[None]:
-    """What surrounds a task of a job; for everybody else nothing, and nothing to import."""
-    if "SHOESTRING_JOB_DIR" not in os.environ:
-        return nullcontext()
-    from ..jobs.worker import as_task
+def _hearing_signals() -> AbstractContextManager[None]:
+    """What surrounds a training, and a task of a job; for everybody else nothing, and nothing to import."""
+    if "SHOESTRING_JOB_DIR" in os.environ:
+        from ..jobs.worker import as_task
 
-    return as_task()
+        return as_task()
+    if "train" not in sys.argv[1:3]:  # `--debug` may come first
+        return nullcontext()
+    from ..monitor.signals import listening
+
+    return listening()
 
 
 def _already_finished(home: Path, recipe: Any, report_file: Path | None) -> bool:

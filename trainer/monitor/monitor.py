@@ -112,8 +112,8 @@ class Monitor(ReshapeListener, pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account = self.account
         account.open(trainer, pl_module)
+        self.request.listen()  # all ranks are connected by now
         self.order = install_sampler(trainer, self.seed)
-        self.request.listen()
         self.records.open(trainer)
         self.checkpoints.open(trainer, account, self.records.run_dir / "checkpoints", self.records.event)
         root = self.checkpoints.saver.root
@@ -125,6 +125,18 @@ class Monitor(ReshapeListener, pl.Callback):
             account.horizon.set_limits(trainer, whole)
         account.spending.start()
         self._begun = True
+        self._stop_before_training()
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_before_training()
+
+    def _stop_before_training(self) -> None:
+        if any(self.account.agreement.gather(self.request.received)):
+            raise self._preempted("nothing was to be saved")
+
+    def asked_before_training(self) -> bool:
+        """Whether this rank was asked to stop before the first step of this attempt had ended."""
+        return self.request.received is not None and not self.account.begun
 
     def _resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         restored = self.checkpoints.saver.restore(trainer, pl_module)
@@ -142,11 +154,11 @@ class Monitor(ReshapeListener, pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account, clock = self.account, self.account.clock
+        self._stop_before_training()
         account.start(trainer)
         if clock.horizon is not None and clock.step >= clock.horizon:
             end = clock.first_limit()
             account.stopped_by, trainer.should_stop = end.binding if end else "steps", True
-        self.request.listen()
         # Lightning asks all ranks about signals with a blocking broadcast before every batch; ours ride along
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         self.totals.trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
@@ -187,10 +199,11 @@ class Monitor(ReshapeListener, pl.Callback):
         windows.enter("train")
         self.account.pause_ends(trainer)
 
-    def _preempted(self) -> BaseException:
+    def _preempted(self, what: str = "") -> BaseException:
         signal, step = self.request.received or "on another rank", self.account.clock.step
         self.records.event("preempted", step=step, signal=signal, **self.totals.so_far())
-        log.warning("stopped on request: step %d is saved; the same command continues from here", step)
+        what = what or f"step {step} is saved"
+        log.warning("stopped on request: %s; the same command continues from here", what)
         return preempted()
 
     # -- evaluation; `trainer.validate` is no part of the run -------------------------------------------------------
@@ -239,13 +252,13 @@ class Monitor(ReshapeListener, pl.Callback):
         gathered = account.agreement.gather((peak_bytes(trainer.strategy.root_device), account.stopped_by))
         account.stopped_by = gathered[0][1]
         self.summary = self._summary(trainer, max(peak for peak, _ in gathered))
-        self.request.release()
         if lost:
             raise CannotSave(
                 f"the run has ended at step {account.clock.step}, but its final weights cannot be written: {lost}. "
                 f"Make room in {self.records.run_dir} and give the same command: it continues from the last checkpoint."
             )
         self.records.finished(self.summary, account.spending.windows.seconds)
+        self.request.release()
 
     def _summary(self, trainer: pl.Trainer, peak: int) -> dict[str, Any]:
         metrics = {**self.evaluations.metrics, **numbers(trainer.callback_metrics)}
@@ -274,9 +287,9 @@ class Monitor(ReshapeListener, pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.account.abort(trainer)
-        self.request.release()
         reason = None if isinstance(exception, Preempted) else f"{type(exception).__name__}: {exception}"
         self.records.failed(self.account.clock.step, reason, self._spent_so_far())
+        self.request.release()
 
     def _spent_so_far(self) -> dict[str, Any]:
         """Totals at a failure; nothing if it came before training began."""
