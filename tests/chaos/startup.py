@@ -66,7 +66,15 @@ def command(run_dir: Path, launcher: str, world: int) -> list[str]:
     module = "shoestring.trainer.cli"
     first = [sys.executable, "-m", module]
     if launcher == "torchrun":
-        first = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m", module]
+        first = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={world}",
+            "-m",
+            module,
+        ]
     strategy = f"strategy={{name: {'ddp' if world > 1 else 'single'}, devices: {world}}}"
     return [*first, *TRAIN, str(run_dir), strategy]
 

@@ -51,16 +51,15 @@ class Saver:
         self.seconds = 0.0  # the dearest checkpoint so far, without reading it back
         self._proven = False  # one checkpoint of this attempt has been read back
 
-    def save(self, trainer: pl.Trainer, module: pl.LightningModule, step: int, about: dict[str, Any]) -> bool:
-        """Write a checkpoint of `step` on all ranks. False, with the reason reported, if the disk refuses it."""
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule, step: int, about: dict[str, Any]) -> str | None:
+        """Write a checkpoint of `step` on all ranks. Returns what the disk said against it, which is also reported."""
         began = perf_counter()
         folder = checkpoint.working_directory(self.root, step)
         first = trainer.global_rank == 0
         if first:
             checkpoint.clear_leftovers(self.root)
-        self._agree(self._attempt(lambda: folder.mkdir(parents=True) if first else None))
-        outcome = self._attempt(lambda: self._write(trainer, module, folder))
-        reports = self._agree(outcome)
+        refused = self._agree(self._attempt(lambda: folder.mkdir(parents=True) if first else None))[0]
+        reports = [refused] if refused else self._agree(self._attempt(lambda: self._write(trainer, module, folder)))
         failed = [r for r in reports if isinstance(r, str)]
         if not failed and first:
             files = {name: entry for report in reports for name, entry in report.items()}
@@ -73,14 +72,14 @@ class Saver:
             if first:
                 shutil.rmtree(folder, ignore_errors=True)
             self.report("checkpoint_failed", step=step, reason=failed[0])
-            log.warning("no checkpoint of step %d: %s. The previous one is kept.", step, failed[0])
-            return False
+            log.warning("no checkpoint of step %d in %s: %s. Earlier ones are kept.", step, self.root, failed[0])
+            return failed[0]
         self.seconds = max(self.seconds, perf_counter() - began)
         self._prove(step, first)
         if first:
             checkpoint.prune(self.root, self.keep, step)
         self.report("checkpoint", step=step, seconds_taken=perf_counter() - began)
-        return True
+        return None
 
     def _write(self, trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> dict[str, Any]:
         rank = trainer.global_rank

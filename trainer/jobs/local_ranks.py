@@ -54,9 +54,8 @@ def start(devices: int, nodes: int) -> None:
 
 def wait() -> None:
     """In a rank that `start` has started: until rank 0 releases it. It ends here where rank 0 has ended."""
-    if os.environ.pop(_WAITS, None) and launched_here():
-        if not os.read(0, 1):
-            raise SystemExit(FINISHED)
+    if os.environ.pop(_WAITS, None) and launched_here() and not os.read(0, 1):
+        raise SystemExit(FINISHED)
 
 
 def release() -> None:
@@ -72,7 +71,7 @@ def _watch() -> None:
     """End this process when one of the ranks it has started has failed, unless it ends by itself."""
     while True:
         sleep(0.2)
-        failed = [process.poll() for process in _started if process.poll()]
+        failed = [code for process in _started if (code := process.poll())]
         if any(-code in ASKS_TO_STOP for code in failed):  # before it could hear the signal
             os.kill(os.getpid(), signal.SIGTERM)
             return

@@ -28,6 +28,7 @@ from ...callbacks.accounting.meter import Windows, peak_bytes
 from ...callbacks.contract import ReshapeListener, silence
 from ...callbacks.parameters.accessor import shards_of
 from ...callbacks.sampling.samples import install_sampler
+from ...exits import FAILURE
 from ..checkpoint import format as checkpoint
 from ..checkpoint import state
 from ..checkpoint.saver import CannotResume, CannotSave, same_samples, save_final_weights
@@ -132,7 +133,7 @@ class Monitor(ReshapeListener, pl.Callback):
 
     def _stop_before_training(self) -> None:
         if any(self.account.agreement.gather(self.request.received)):
-            raise self._preempted("nothing was to be saved")
+            raise self._preempted()
 
     def asked_before_training(self) -> bool:
         """Whether this rank was asked to stop before the first step of this attempt had ended."""
@@ -189,7 +190,7 @@ class Monitor(ReshapeListener, pl.Callback):
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         windows, step = self.account.spending.windows, self.account.clock.step
-        if self.checkpoints.saved_step == step:
+        if self.checkpoints.tried_step == step:
             return
         windows.enter("checkpoint")
         self.records.sync()
@@ -199,12 +200,17 @@ class Monitor(ReshapeListener, pl.Callback):
         windows.enter("train")
         self.account.pause_ends(trainer)
 
-    def _preempted(self, what: str = "") -> BaseException:
-        signal, step = self.request.received or "on another rank", self.account.clock.step
-        self.records.event("preempted", step=step, signal=signal, **self.totals.so_far())
-        what = what or f"step {step} is saved"
-        log.warning("stopped on request: %s; the same command continues from here", what)
-        return preempted()
+    def _preempted(self) -> BaseException:
+        """What ends this rank: with 85, or with 1 where the disk has kept nothing of this attempt."""
+        step, signal = self.account.clock.step, self.request.received or "on another rank"
+        outcome = self.checkpoints.outcome(step, self.resumed_from)
+        if outcome.kept:
+            self.records.event("preempted", step=step, signal=signal, **self.totals.so_far())
+            log.warning("stopped on request: %s; the same command continues from there", outcome.said)
+            return preempted()
+        self.records.event("error", step=step, signal=signal, reason=outcome.said, **self.totals.so_far())
+        log.error("stopped on request, and %s. Make room in %s first.", outcome.said, self.checkpoints.saver.root)
+        return preempted(FAILURE)
 
     # -- evaluation; `trainer.validate` is no part of the run -------------------------------------------------------
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -280,7 +286,7 @@ class Monitor(ReshapeListener, pl.Callback):
         done = self.resumed_from == step and account.agreement.gather(final.exists())[0]
         if done or not step:
             return None
-        if self.checkpoints.saved_step != step and self.resumed_from != step:
+        if self.checkpoints.tried_step != step and self.resumed_from != step:
             self._save(trainer, module)
             account.spending.windows.enter("other")
         return account.agreement.gather(save_final_weights(trainer, module, final))[0]

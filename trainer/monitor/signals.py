@@ -29,16 +29,16 @@ _LAUNCHER = "SHOESTRING_LAUNCHER"  # process id of the rank that launches the ot
 
 
 class Preempted(SystemExit):
-    """The run was asked to stop, has saved, and goes on when the same command is given again. Exits with 85."""
+    """The run was asked to stop and goes on when the same command is given again. Exits with 85: all is saved."""
 
     def __init__(self, code: int = AGAIN) -> None:
         super().__init__(code)
 
 
-def preempted() -> Preempted:
+def preempted(code: int = AGAIN) -> Preempted:
     """Return how this rank ends a run that goes on later."""
     # the launcher kills rank 0 when a rank that it started returns anything but 0
-    return Preempted(FINISHED) if launched_here() else Preempted()
+    return Preempted(FINISHED) if launched_here() else Preempted(code)
 
 
 def will_launch() -> None:
