@@ -32,12 +32,14 @@ def as_task() -> Iterator[None]:
     job_dir, attempt = here
     record = ranks.begun()
 
+    again = int(os.environ.get(ranks.SAVED_EXIT, exits.AGAIN))
+
     def leave(name: str) -> None:
         ranks.write(job_dir, attempt, ranks.ended(record, exits.AGAIN, f"stopped by {name}; nothing was to be saved"))
-        signals.leave_at_once(name, int(os.environ.get(ranks.SAVED_EXIT, exits.AGAIN)))
+        signals.leave_at_once(name, again)
 
     try:
-        with signals.listening(leave):
+        with signals.listening(leave, again):
             ranks.write(job_dir, attempt, record)
             yield
             signals.ignore()
@@ -48,7 +50,7 @@ def as_task() -> Iterator[None]:
         ranks.write(job_dir, attempt, ranks.ended(record, code, said, where))
         if where or isinstance(getattr(error, "code", None), str):
             print(redacted(f"[rank {record.rank} on {record.host}] {where or said}"), file=sys.stderr, flush=True)
-        raise SystemExit(int(os.environ.get(ranks.SAVED_EXIT, code)) if code == exits.AGAIN else code) from None
+        raise SystemExit(again if code == exits.AGAIN else code) from None
     ranks.write(job_dir, attempt, ranks.ended(record, exits.FINISHED))
 
 

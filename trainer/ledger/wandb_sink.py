@@ -89,7 +89,7 @@ class WandbSink:
         if not self._ended:
             self._ended = True
             self._queue.put(("end", exit_code))
-        self._thread.join(0.7 * timeout)
+        self._thread.join(timeout - min(1.0, timeout / 4))
         if self._thread.is_alive():
             self._break(f"it did not finish within {timeout:.0f} s")
         if self.broken:
@@ -179,6 +179,8 @@ class WandbSink:
             project=self._project, id=self._identity.id, name=self._identity.name, config=self._config,
             dir=str(self._directory), settings=settings, reinit="create_new", **how,
         )  # fmt: skip
+        for handler in logging.getLogger("wandb").handlers:  # its log: a full disk has been told of already
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         return run

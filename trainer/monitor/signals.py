@@ -25,6 +25,7 @@ from ...exits import AGAIN, FINISHED
 
 # a scheduler's warning, its end, and Ctrl-C (a second Ctrl-C interrupts at once)
 ASKS_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+EXITING = 1.0  # seconds that Python has for its own end when all is closed
 _LAUNCHER = "SHOESTRING_LAUNCHER"  # process id of the rank that launches the others
 
 
@@ -131,18 +132,23 @@ os.register_at_fork(after_in_child=_listener.in_child)
 
 
 @contextmanager
-def listening(leave: Callable[[str], None] = leave_at_once) -> Iterator[None]:
+def listening(leave: Callable[[str], None] = leave_at_once, again: int = AGAIN) -> Iterator[None]:
     """Around all that a process does: before and after a fit, a signal calls `leave`, which ends the process.
 
-    It may be called by a thread. Where a fit has already ended by a signal, later ones change nothing.
+    It may be called by a thread. Where a fit has already ended by a signal, later ones change nothing, and the process
+    is gone soon, whatever other packages do as Python exits. `again`: its exit code instead of 85.
     """
     before = _listener.leave
     _listener.leave = leave
     _listener.open()
     try:
         yield
-    except Preempted:
+    except Preempted as stopped:
         ignore()
+        code = again if stopped.code == AGAIN else int(str(stopped.code))
+        late = threading.Timer(EXITING, lambda: os._exit(code))
+        late.daemon = True
+        late.start()
         raise
     finally:
         _listener.leave = before
