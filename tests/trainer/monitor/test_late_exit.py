@@ -6,13 +6,13 @@ import os
 import signal
 import sqlite3
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import pytorch_lightning as pl
+from processes import succeed
 from small import QUIET, Small, loader
 from wandb_reader import history
 
@@ -85,29 +85,32 @@ def test_a_run_that_was_killed_is_in_the_ledger_too(tmp_path: Path, monkeypatch:
     assert [run.status for run in found] == ["running"], "while it runs, and whatever its end will be"
 
 
-def test_a_standing_helper_of_wandb_is_not_waited_for_and_its_rows_come_with_the_next_attempt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SHOESTRING_HOME", str(tmp_path / "home"))
-    stopped: list[psutil.Process] = []
+def stand_still(folder: Path) -> None:
+    """Stop W&B's helper, once it is there."""
+    end = time.monotonic() + 60
+    while not list(folder.rglob("*.wandb")) and time.monotonic() < end:
+        time.sleep(0.05)
+    for child in psutil.Process().children():
+        if "wandb" in child.name():
+            child.suspend()
+            (folder / "stood-still").touch()
 
-    def stand_still() -> None:
-        end = time.monotonic() + 60
-        while not list((tmp_path / "run").rglob("*.wandb")) and time.monotonic() < end:
-            time.sleep(0.05)
-        stopped.extend(child for child in psutil.Process().children() if "wandb" in child.name())
-        for process in stopped:
-            process.suspend()
 
-    try:
-        assert stop(tmp_path, StopAt(5, stand_still), wandb="offline", ledger=False) < LEAVING + 2
-        assert stopped
-    finally:
-        for process in stopped:
-            with suppress(psutil.Error):
-                process.resume()
+def stopped_attempt(folder: Path) -> None:
+    seconds = stop(folder, StopAt(5, lambda: stand_still(folder)), wandb="offline", ledger=False)
+    (folder / "seconds").write_text(str(seconds))
+
+
+def next_attempt(folder: Path) -> None:
+    train(folder, wandb="offline", ledger=False)
+
+
+def test_a_standing_helper_of_wandb_is_not_waited_for_and_its_rows_come_with_the_next_attempt(tmp_path: Path) -> None:
+    succeed(stopped_attempt, tmp_path, world=1, folder=tmp_path)
+    assert (tmp_path / "stood-still").exists()
+    assert float((tmp_path / "seconds").read_text()) < LEAVING + 2
     assert (tmp_path / "run" / "wandb-missed").exists()
-    train(tmp_path, wandb="offline", ledger=False)
+    succeed(next_attempt, tmp_path, world=1, folder=tmp_path)
     newest = max((tmp_path / "run").rglob("*.wandb"), key=os.path.getmtime)
     assert [row["step"] for row in history(newest) if "loss" in row] == list(range(1, 10))
     assert not (tmp_path / "run" / "wandb-missed").exists()
