@@ -16,6 +16,7 @@ from ..callbacks.accounting.budget import Budget
 from ..files import replace_file
 from .jobs import local_ranks
 from .lightning.options import LightningOptions
+from .machine.facts import is_first
 from .machine.imports import lightened_imports
 from .planning.planner import Plan
 
@@ -98,6 +99,9 @@ def fit(
         3
     """
     began = time.monotonic() - startup_seconds
+    if not is_first():  # what is worth saying is said once
+        logging.getLogger("shoestring").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
     _import(plan)
     local_ranks.wait()
     from .monitor.records import Records

@@ -20,6 +20,7 @@ The loop, with the hooks in it (`A` micro-batches make one optimizer step):
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -44,10 +45,13 @@ from .lightning.options import LightningOptions
 from .lightning.zero import make_strategy
 from .machine.facts import facts as machine_facts
 from .machine.facts import peak, run_facts
+from .monitor.failures import RankLost, is_lost_rank
 from .monitor.monitor import Monitor
 from .monitor.records import Records
 from .monitor.signals import preempted, will_launch
 from .monitor.stragglers import Stragglers
+
+log = logging.getLogger("shoestring")
 
 
 class Trainer(pl.Trainer):
@@ -199,9 +203,13 @@ class Trainer(pl.Trainer):
         will_launch()
         try:
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)  # type: ignore[arg-type]
-        except Exception:
+        except Exception as error:
             if self.monitor.asked_before_training():  # another rank has ended by the same request
                 raise preempted() from None
+            if self.num_devices * self.num_nodes > 1 and is_lost_rank(error):
+                if self.monitor.failed_first == self.global_rank:  # nobody else has said anything
+                    log.error("rank %d has lost another rank: it was killed or is out of reach", self.global_rank)
+                raise RankLost from None
             raise
 
     def saved_state(self, key: str) -> dict[str, Any] | None:

@@ -72,7 +72,8 @@ class Saver:
             if first:
                 shutil.rmtree(folder, ignore_errors=True)
             self.report("checkpoint_failed", step=step, reason=failed[0])
-            log.warning("no checkpoint of step %d in %s: %s. Earlier ones are kept.", step, self.root, failed[0])
+            say = log.warning if first else log.debug
+            say("no checkpoint of step %d in %s: %s. Earlier ones are kept.", step, self.root, failed[0])
             return failed[0]
         self.seconds = max(self.seconds, perf_counter() - began)
         self._prove(step, first)
@@ -125,7 +126,8 @@ class Saver:
         name, problems = choice
         for problem in problems:
             self.report("checkpoint_damaged", reason=problem)
-            log.warning("%s; the one before it is used", problem)
+            say = log.warning if trainer.global_rank == 0 else log.debug
+            say("%s; the one before it is used", problem)
         if name is None:
             return None
         folder = self.root / name

@@ -234,9 +234,13 @@ def main() -> None:
                 raise
             from ..machine.facts import is_first
 
-            if is_first():
+            if getattr(error, "told_here", is_first()):  # many ranks may have met it
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(BAD_INPUT)
+        except Exception as error:
+            if getattr(error, "told_here", True):
+                raise
+            sys.exit(FAILURE)
 
 
 def _hearing_signals() -> AbstractContextManager[None]:

@@ -35,6 +35,7 @@ from ..checkpoint.saver import CannotResume, CannotSave, same_samples, save_fina
 from ..ledger import read_summary
 from .checkpoints import Checkpoints
 from .evaluations import Evaluations, goal_reached
+from .failures import first_to_fail, forget, is_lost_rank
 from .records import Records
 from .signals import Preempted, StopRequest, preempted
 from .totals import StepRows, Totals, numbers, of_finished
@@ -72,6 +73,7 @@ class Monitor(ReshapeListener, pl.Callback):
         self.resumed_from: int | None = None
         self._rng: Mapping[str, Any] | None = None
         self._begun = False
+        self.failed_first: int | None = None  # the rank whose failure has ended the fit
 
     # -- the loop ---------------------------------------------------------------------------------------------------
     def on_train_batch_end(
@@ -94,7 +96,7 @@ class Monitor(ReshapeListener, pl.Callback):
         if self.checkpoints.due(trainer, account):
             self._save(trainer, pl_module)
         if account.stop_requested and not trainer.should_stop:
-            raise self._preempted()
+            raise self._preempted(trainer)
         account.spending.wait_for_data()
 
     def on_train_batch_start(
@@ -114,6 +116,7 @@ class Monitor(ReshapeListener, pl.Callback):
         account = self.account
         account.open(trainer, pl_module)
         self.request.listen()  # all ranks are connected by now
+        forget()
         self.order = install_sampler(trainer, self.seed)
         self.records.open(trainer)
         self.checkpoints.open(trainer, account, self.records.run_dir / "checkpoints", self.records.event)
@@ -126,14 +129,14 @@ class Monitor(ReshapeListener, pl.Callback):
             account.horizon.set_limits(trainer, whole)
         account.spending.start()
         self._begun = True
-        self._stop_before_training()
+        self._stop_before_training(trainer)
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_before_training()
+        self._stop_before_training(trainer)
 
-    def _stop_before_training(self) -> None:
+    def _stop_before_training(self, trainer: pl.Trainer) -> None:
         if any(self.account.agreement.gather(self.request.received)):
-            raise self._preempted()
+            raise self._preempted(trainer)
 
     def asked_before_training(self) -> bool:
         """Whether this rank was asked to stop before the first step of this attempt had ended."""
@@ -155,7 +158,7 @@ class Monitor(ReshapeListener, pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account, clock = self.account, self.account.clock
-        self._stop_before_training()
+        self._stop_before_training(trainer)
         account.start(trainer)
         if clock.horizon is not None and clock.step >= clock.horizon:
             end = clock.first_limit()
@@ -200,16 +203,18 @@ class Monitor(ReshapeListener, pl.Callback):
         windows.enter("train")
         self.account.pause_ends(trainer)
 
-    def _preempted(self) -> BaseException:
+    def _preempted(self, trainer: pl.Trainer) -> BaseException:
         """What ends this rank: with 85, or with 1 where the disk has kept nothing of this attempt."""
         step, signal = self.account.clock.step, self.request.received or "on another rank"
         outcome = self.checkpoints.outcome(step, self.resumed_from)
         if outcome.kept:
             self.records.event("preempted", step=step, signal=signal, **self.totals.so_far())
-            log.warning("stopped on request: %s; the same command continues from there", outcome.said)
+            say = log.warning if trainer.is_global_zero else log.debug
+            say("stopped on request: %s; the same command continues from there", outcome.said)
             return preempted()
         self.records.event("error", step=step, signal=signal, reason=outcome.said, **self.totals.so_far())
-        log.error("stopped on request, and %s. Make room in %s first.", outcome.said, self.checkpoints.saver.root)
+        say = log.error if trainer.is_global_zero else log.debug
+        say("stopped on request, and %s. Make room in %s first.", outcome.said, self.checkpoints.saver.root)
         return preempted(FAILURE)
 
     # -- evaluation; `trainer.validate` is no part of the run -------------------------------------------------------
@@ -235,7 +240,7 @@ class Monitor(ReshapeListener, pl.Callback):
             return
         if account.stop_requested and not trainer.should_stop:
             self._save(trainer, pl_module)
-            raise self._preempted()
+            raise self._preempted(trainer)
         if account.evaluation_cut:
             self._report_cut(trainer)
         metrics = numbers(trainer.callback_metrics)
@@ -294,6 +299,11 @@ class Monitor(ReshapeListener, pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.account.abort(trainer)
         reason = None if isinstance(exception, Preempted) else f"{type(exception).__name__}: {exception}"
+        if isinstance(exception, Exception):
+            self.failed_first = first_to_fail(trainer.global_rank)
+            exception.told_here = self.failed_first == trainer.global_rank  # type: ignore[attr-defined]
+            if is_lost_rank(exception) and self.failed_first != trainer.global_rank:
+                reason = f"rank {self.failed_first} has failed" if self.failed_first is not None else "rank 0 is gone"
         self.records.failed(self.account.clock.step, reason, self._spent_so_far())
         self.request.release()
 
