@@ -5,8 +5,10 @@ The scripts of jobs, Slurm, Kubernetes and SkyPilot decide by these codes what c
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from collections.abc import Sequence
 
 FINISHED = 0
 FAILURE = 1
@@ -27,3 +29,17 @@ def die_with_parent() -> None:
 
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+# the kernel keeps the leash over `exec`; a parent that has died before it was put on is seen by its process id
+_LEASH = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
+    "os.getppid() == int(sys.argv[1]) or os._exit(137); os.execvp(sys.argv[2], sys.argv[2:])"
+)
+
+
+def with_parent(command: Sequence[str]) -> list[str]:
+    """The same command, killed by the kernel when this process dies, from its first moment on. Linux only."""
+    if sys.platform != "linux":
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _LEASH, str(os.getpid()), *command]

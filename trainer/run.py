@@ -17,6 +17,7 @@ from ..files import replace_file
 from .jobs import local_ranks
 from .ledger.lines import finite
 from .lightning.options import LightningOptions
+from .machine.facts import is_first
 from .machine.imports import lightened_imports
 from .planning.planner import Plan
 
@@ -110,9 +111,11 @@ def fit(
         3
     """
     began = time.monotonic() - startup_seconds
+    if not is_first():  # what is worth saying is said once
+        logging.getLogger("shoestring").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
     _import(plan)
     local_ranks.wait()
-    from .machine.facts import is_first
     from .monitor.afterwards import Afterwards
     from .monitor.inputs import inputs_of, keep_or_compare
     from .monitor.records import Records

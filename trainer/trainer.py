@@ -20,6 +20,7 @@ The loop, with the hooks in it (`A` micro-batches make one optimizer step):
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -36,19 +37,22 @@ from ..callbacks.compose import compose
 from ..callbacks.contract import IncompatibleTechniques, Settings, Technique
 from ..callbacks.optimization.lr_schedule import LRSchedule
 from ..cluster.config.hardware import hardware
-from ..exits import die_with_parent
 from ..strategies import OFFLOADS
 from .checkpoint import format as checkpoint
 from .checkpoint.saver import CannotResume
 from .checkpoint.state import check
+from .jobs import local_ranks
 from .lightning.options import LightningOptions
 from .lightning.zero import make_strategy
 from .machine.facts import facts as machine_facts
 from .machine.facts import peak, run_facts
+from .monitor.failures import RankLost, is_lost_rank
 from .monitor.monitor import Monitor
 from .monitor.records import Records
-from .monitor.signals import launched_here, will_launch
+from .monitor.signals import preempted, will_launch
 from .monitor.stragglers import Stragglers
+
+log = logging.getLogger("shoestring")
 
 
 class Trainer(pl.Trainer):
@@ -129,8 +133,6 @@ class Trainer(pl.Trainer):
         made = strategy
         if isinstance(name, str) and name in OFFLOADS:
             made = make_strategy(name, accelerator=accelerator, offload=offload, options=settings.strategy_options)
-        if launched_here():
-            die_with_parent()
         if budget and not options.keys() & {"max_epochs", "max_steps"}:
             options["max_epochs"] = -1
         self.seed = seed
@@ -166,6 +168,9 @@ class Trainer(pl.Trainer):
             **options,
         )
         self.fit_loop.__class__ = _EndedLoop
+        # Lightning's handlers communicate where a signal happens to come, and end an unfinished run with 0
+        self._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        local_ranks.leash()
         if self.num_devices * self.num_nodes > 1:
             self.callbacks.append(Stragglers(self.monitor))  # type: ignore[attr-defined]
 
@@ -204,7 +209,16 @@ class Trainer(pl.Trainer):
         if self.monitor.totals.peak_flops is None and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             self.monitor.totals.peak_flops = peak(_dtype(str(self.precision)), machine_facts().hardware)[0]
         will_launch()
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)  # type: ignore[arg-type]
+        try:
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)  # type: ignore[arg-type]
+        except Exception as error:
+            if self.monitor.asked_before_training():  # another rank has ended by the same request
+                raise preempted() from None
+            if self.num_devices * self.num_nodes > 1 and is_lost_rank(error):
+                if self.monitor.failed_first == self.global_rank:  # nobody else has said anything
+                    log.error("rank %d has lost another rank: it was killed or is out of reach", self.global_rank)
+                raise RankLost from None
+            raise
 
     def saved_state(self, key: str) -> dict[str, Any] | None:
         """Return what the checkpoint of this resume holds of the callback `key`, before any model is restored.

@@ -110,6 +110,11 @@ class Account:
         self.spending.refresh()
         return True
 
+    @property
+    def begun(self) -> bool:
+        """Whether a step of this attempt has ended, on all ranks."""
+        return not self._first
+
     def agree(self) -> None:
         """Learn what all ranks have spent and want: as of the step before, after the first step as of this one."""
         mine = self.spending.mine

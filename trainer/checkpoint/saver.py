@@ -69,22 +69,23 @@ class Saver:
         self.not_finite: str | None = None  # what the newest state has that is not finite, so that it was not saved
         self._proven = False  # one checkpoint of this attempt has been read back
 
-    def save(self, trainer: pl.Trainer, module: pl.LightningModule, step: int, about: dict[str, Any]) -> bool:
-        """Write a checkpoint of `step` on all ranks. False, with the reason reported, if the disk refuses it, or if
-        weights are not finite: they would displace some that are."""
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule, step: int, about: dict[str, Any]) -> str | None:
+        """Write a checkpoint of `step` on all ranks. Returns why there is none, which is also reported: what the disk
+        said against it, or weights that are not finite, which would displace some that are."""
         began = perf_counter()
         pieces = state.tensors(trainer, module)
         found = self.agreement.gather(next((name for name, (_, piece) in pieces.items() if _spoilt(name, piece)), None))
         self.not_finite = next((name for name in found if name is not None), None)
         if self.not_finite is not None:
-            return self._refused(step, f"{self.not_finite} is not finite")
+            return self._refused(step, f"{self.not_finite} is not finite", trainer.global_rank == 0)
         folder = checkpoint.working_directory(self.root, step)
         first = trainer.global_rank == 0
         if first:
             checkpoint.clear_leftovers(self.root)
-        self._agree(self._attempt(lambda: folder.mkdir(parents=True) if first else None))
-        outcome = self._attempt(lambda: self._write(trainer, module, folder, pieces))
-        reports = self._agree(outcome)
+        refused = self._agree(self._attempt(lambda: folder.mkdir(parents=True) if first else None))[0]
+        reports = (
+            [refused] if refused else self._agree(self._attempt(lambda: self._write(trainer, module, folder, pieces)))
+        )
         failed = [r for r in reports if isinstance(r, str)]
         if not failed and first:
             files = {name: entry for report in reports for name, entry in report.items()}
@@ -96,13 +97,13 @@ class Saver:
         if failed:
             if first:
                 shutil.rmtree(folder, ignore_errors=True)
-            return self._refused(step, failed[0])
+            return self._refused(step, failed[0], first)
         self.seconds = max(self.seconds, perf_counter() - began)
         self._prove(step, first)
         if first:
             checkpoint.prune(self.root, self.keep, step)
         self.report("checkpoint", step=step, seconds_taken=perf_counter() - began)
-        return True
+        return None
 
     def require_finite(self, step: int) -> None:
         """`NotFinite` where the run has come to its end at `step` with weights that could not be saved."""
@@ -112,10 +113,11 @@ class Saver:
                 f"kept. The checkpoints in {self.root} are from before. Lower the learning rate or clip gradients."
             )
 
-    def _refused(self, step: int, reason: str) -> bool:
+    def _refused(self, step: int, reason: str, first: bool) -> str:
         self.report("checkpoint_failed", step=step, reason=reason)
-        log.warning("no checkpoint of step %d: %s. The previous one is kept.", step, reason)
-        return False
+        say = log.warning if first else log.debug
+        say("no checkpoint of step %d in %s: %s. Earlier ones are kept.", step, self.root, reason)
+        return reason
 
     def _write(
         self, trainer: pl.Trainer, module: pl.LightningModule, folder: Path, pieces: Mapping[str, Any]
@@ -174,7 +176,8 @@ class Saver:
             unusable[int(name)] = found
         for problem in problems:
             self.report("checkpoint_damaged", reason=problem)
-            log.warning("%s; the one before it is used", problem)
+            say = log.warning if trainer.global_rank == 0 else log.debug
+            say("%s; the one before it is used", problem)
         return checkpoint.read_manifest(folder), rng
 
     def _attempt(self, action: Callable[[], Any]) -> Any:

@@ -193,7 +193,7 @@ def options(
 
 def main() -> None:
     """Entry point: our own errors are one message and their exit code, mostly 2, without a traceback."""
-    with _as_task():
+    with _hearing_signals():
         try:
             app()
         except ShoestringError as error:
@@ -201,18 +201,26 @@ def main() -> None:
                 raise
             from ..machine.facts import is_first
 
-            if is_first():
+            if getattr(error, "told_here", is_first()):  # many ranks may have met it
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
+        except Exception as error:
+            if getattr(error, "told_here", True):
+                raise
+            sys.exit(FAILURE)
 
 
-def _as_task() -> AbstractContextManager[None]:
-    """What surrounds a task of a job; for everybody else nothing, and nothing to import."""
-    if "SHOESTRING_JOB_DIR" not in os.environ:
+def _hearing_signals() -> AbstractContextManager[None]:
+    """What surrounds a training, and a task of a job; for everybody else nothing, and nothing to import."""
+    if "SHOESTRING_JOB_DIR" in os.environ:
+        from ..jobs.worker import as_task
+
+        return as_task()
+    if "train" not in sys.argv[1:3]:  # `--debug` may come first
         return nullcontext()
-    from ..jobs.worker import as_task
+    from ..monitor.signals import listening
 
-    return as_task()
+    return listening()
 
 
 def _already_finished(home: Path, recipe: Any, report_file: Path | None) -> bool:

@@ -15,10 +15,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from contextlib import suppress
+from functools import cache
+from time import sleep
 from typing import Any
 
-from ...exits import FINISHED, die_with_parent
-from ..monitor.signals import launched_here, will_launch
+from ...exits import FINISHED, with_parent
+from ..monitor.signals import ASKS_TO_STOP, launched_here, will_launch
 
 # whoever sets these starts the ranks itself, or Lightning asks it how
 LAUNCHERS = (
@@ -26,13 +30,12 @@ LAUNCHERS = (
     "OMPI_COMM_WORLD_RANK", "PMI_RANK", "KUBERNETES_SERVICE_HOST",
 )  # fmt: skip
 _WAITS = "SHOESTRING_WAITS_FOR_RANK_0"
+LEAVING = 10.0  # seconds that rank 0 has for ending by itself when another rank has failed
 _started: list[subprocess.Popen[bytes]] = []
 
 
 def start(devices: int, nodes: int) -> None:
     """Run this process's command again for ranks 1 to `devices` - 1; nothing where somebody else starts ranks."""
-    if _WAITS in os.environ:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0 as long as this one waits
     if devices < 2 or nodes > 1 or any(name in os.environ for name in LAUNCHERS):
         return
     will_launch()
@@ -45,37 +48,57 @@ def start(devices: int, nodes: int) -> None:
     }
     for rank in range(1, devices):
         env = {**os.environ, "LOCAL_RANK": str(rank), _WAITS: "1"}
-        _started.append(subprocess.Popen(_command(), env=env, stdin=subprocess.PIPE))
+        _started.append(subprocess.Popen(with_parent(_command()), env=env, stdin=subprocess.PIPE))
+    threading.Thread(target=_watch, name="shoestring-ranks", daemon=True).start()
 
 
 def wait() -> None:
     """In a rank that `start` has started: until rank 0 releases it. It ends here where rank 0 has ended."""
-    if os.environ.pop(_WAITS, None) and launched_here():
-        die_with_parent()
-        if not os.read(0, 1):
-            raise SystemExit(FINISHED)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if os.environ.pop(_WAITS, None) and launched_here() and not os.read(0, 1):
+        raise SystemExit(FINISHED)
 
 
 def release() -> None:
-    """Let the ranks that `start` has started go on, and end this process when one of them fails."""
-    from lightning_fabric.strategies.launchers.subprocess_script import _launch_process_observer
-
+    """Let the ranks that `start` has started go on."""
     for process in _started:
         assert process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it has failed: `_watch` sees that
             process.stdin.write(b"1")
             process.stdin.flush()
-        except BrokenPipeError:  # it has failed: the observer sees that
-            pass
-    if _started:
-        _launch_process_observer(_started)
+
+
+def _watch() -> None:
+    """End this process when one of the ranks it has started has failed, unless it ends by itself."""
+    while True:
+        sleep(0.2)
+        failed = [code for process in _started if (code := process.poll())]
+        if any(-code in ASKS_TO_STOP for code in failed):  # before it could hear the signal
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        if failed:
+            sleep(LEAVING)
+            os.kill(os.getpid(), signal.SIGKILL)  # it waits for the lost one in a collective
 
 
 def hand_over(trainer: Any) -> None:
     """Tell Lightning of them: it kills them on a second Ctrl-C."""
     if _started:
         trainer.strategy.launcher.procs = list(_started)
+
+
+@cache
+def leash() -> None:
+    """Have Lightning start ranks such that they end with this process, from their first moment on."""
+    from pytorch_lightning.strategies.launchers import subprocess_script as lightnings
+
+    basic, hydra = lightnings._basic_subprocess_cmd, lightnings._hydra_subprocess_cmd
+
+    def of_hydra(local_rank: int) -> tuple[list[str], str]:
+        command, cwd = hydra(local_rank)
+        return with_parent(command), cwd
+
+    lightnings._basic_subprocess_cmd = lambda: with_parent(basic())
+    lightnings._hydra_subprocess_cmd = of_hydra
 
 
 def _command() -> list[str]:

@@ -4,7 +4,6 @@ a record of how it ended."""
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -30,21 +29,28 @@ def as_task() -> Iterator[None]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         exits.die_with_parent()
     sys.stdout, sys.stderr = TaskStream(sys.stdout), TaskStream(sys.stderr)  # type: ignore[assignment]
-    signals.listen_early()  # a task may be asked to stop before it has a trainer
     job_dir, attempt = here
     record = ranks.begun()
-    ranks.write(job_dir, attempt, record)
+
+    again = int(os.environ.get(ranks.SAVED_EXIT, exits.AGAIN))
+
+    def leave(name: str) -> None:
+        ranks.write(job_dir, attempt, ranks.ended(record, exits.AGAIN, f"stopped by {name}; nothing was to be saved"))
+        signals.leave_at_once(name, again)
+
     try:
-        yield
+        with signals.listening(leave, again):
+            ranks.write(job_dir, attempt, record)
+            yield
+            signals.ignore()
     except BaseException as error:
         code, said = _outcome(error)
-        _ignore_signals()  # this end is the one to be told
+        signals.ignore()  # this end is the one to be told
         where = "" if isinstance(error, SystemExit) else "".join(traceback.format_exception(error))
         ranks.write(job_dir, attempt, ranks.ended(record, code, said, where))
         if where or isinstance(getattr(error, "code", None), str):
             print(redacted(f"[rank {record.rank} on {record.host}] {where or said}"), file=sys.stderr, flush=True)
-        raise SystemExit(int(os.environ.get(ranks.SAVED_EXIT, code)) if code == exits.AGAIN else code) from None
-    _ignore_signals()
+        raise SystemExit(again if code == exits.AGAIN else code) from None
     ranks.write(job_dir, attempt, ranks.ended(record, exits.FINISHED))
 
 
@@ -84,9 +90,3 @@ def _outcome(error: BaseException) -> tuple[int, str]:
         cause = error.__context__ if isinstance(error.__context__, ShoestringError) else None
         return code, str(cause or (error.code if isinstance(error.code, str) else ""))
     return exits.FAILURE, f"{type(error).__name__}: {error}"
-
-
-def _ignore_signals() -> None:
-    for number in signals.ASKS_TO_STOP:
-        signal.signal(number, signal.SIG_IGN)
-    sys.stdout.flush()

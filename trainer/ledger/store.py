@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...directories import home
+from ...files import replace_file
 from ...spelling import nearest
 from . import lock
 from .database import TABLES, LedgerBusy, LedgerError, read_connection, write_connection
@@ -59,10 +60,34 @@ class Ledger:
             if force or known != (fingerprint,):
                 _forget(db, identity.id)
                 _insert(db, run_dir, identity, alive, fingerprint)
+        with suppress(OSError):
+            (self._notes / identity.id).unlink(missing_ok=True)
         return identity.id
 
+    def announce(self, run_dir: Path) -> None:
+        """Leave a note that this run is to be indexed; `refresh` does it, if the run itself never gets to.
+
+        Waits for nobody: a note is a file beside the ledger. A disk that refuses it is no matter.
+        """
+        with suppress(OSError, IdentityError):
+            run_dir = Path(run_dir).resolve()
+            replace_file(self._notes / RunIdentity.load(run_dir).id, str(run_dir))
+
+    @property
+    def _notes(self) -> Path:
+        return self.path.with_name("to-index")
+
+    def _index_announced(self) -> None:
+        for note in sorted(self._notes.glob("[0-9a-f]*")):
+            with suppress(OSError, IdentityError):  # a run that is gone is no longer announced
+                run_dir = Path(note.read_text())
+                if (run_dir / "run.json").exists():
+                    self.index(run_dir)
+            note.unlink(missing_ok=True)
+
     def refresh(self) -> None:
-        """Index again every run that is recorded as running, or yet to start, and whose directory is within reach."""
+        """Index every run that was announced, is recorded as running or is yet to start, and is within reach."""
+        self._index_announced()
         for run in (*self.runs(status="running"), *self.runs(status="launched")):
             if (Path(run.run_dir) / "run.json").exists():
                 self.index(Path(run.run_dir))

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from .identity import RunIdentity, read_summary
-from .lines import read
+from .lines import Row, read
 from .runs import effective
 from .wandb_sink import WandbSink
+
+_MISSED = "wandb-missed"  # in the run's folder: the first attempt of which W&B lacks rows
+
+
+def note_missed(run_dir: Path, attempt: int, *, missed: bool) -> None:
+    """Remember that W&B did not take all of `attempt`, or forget what it lacked: then it has all."""
+    path = run_dir / _MISSED
+    with suppress(OSError):  # a full disk: `replay` sends all rows whatever is noted
+        if not missed:
+            path.unlink(missing_ok=True)
+        elif not path.exists():
+            path.write_text(f"{attempt}\n")
+
+
+def missed_rows(run_dir: Path) -> list[Row]:
+    """The step rows of earlier attempts that W&B lacks, if any."""
+    try:
+        first = int((run_dir / _MISSED).read_text())
+    except (OSError, ValueError):
+        return []
+    rows = (row for row in read(run_dir / "events", rank=0) if row.kind == "step" and row.attempt >= first)
+    return effective(rows)
 
 
 def replay(

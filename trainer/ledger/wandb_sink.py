@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
+from time import monotonic
 from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -62,6 +63,7 @@ class WandbSink:
         self._capacity = capacity
         self._queue: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self._cores: set[int] = set()  # the wandb-core processes that this sink has started
+        self._foreign: set[int] | None = None  # those of others, while it starts one
         self._ended = self._warned = False
         self._thread = threading.Thread(target=self._work, name="shoestring-wandb", daemon=True)
         self._thread.start()
@@ -83,14 +85,15 @@ class WandbSink:
 
         W&B marks a run with a nonzero `exit_code` as failed. What is late is abandoned, with wandb's helper process.
         """
+        end = monotonic() + timeout
         if not self._ended:
             self._ended = True
             self._queue.put(("end", exit_code))
-        self._thread.join(timeout)
+        self._thread.join(timeout - min(1.0, timeout / 4))
         if self._thread.is_alive():
             self._break(f"it did not finish within {timeout:.0f} s")
         if self.broken:
-            self._abandon_cores()
+            self._abandon_cores(max(0.1, end - monotonic()))
         atexit.unregister(self._at_exit)
         return not self.broken and not self.dropped
 
@@ -131,7 +134,7 @@ class WandbSink:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        before = _core_processes()
+        self._foreign = _core_processes()
         try:
             if self.mode == "online":
                 try:
@@ -144,7 +147,7 @@ class WandbSink:
                     )
             return self._offline(wandb)
         finally:
-            self._cores = _core_processes() - before
+            self._cores, self._foreign = _core_processes() - self._foreign, None
             atexit.register(self._at_exit)  # after wandb has registered its own, so this one is called first
 
     def _online(self, wandb: Any) -> Any:
@@ -164,6 +167,8 @@ class WandbSink:
             return self._init(wandb, mode="offline")
 
     def _init(self, wandb: Any, **how: Any) -> Any:
+        if self.broken:  # the helper it was starting has been abandoned
+            raise ConnectionError("given up")
         _hush(wandb)
         self._directory.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(
@@ -174,6 +179,8 @@ class WandbSink:
             project=self._project, id=self._identity.id, name=self._identity.name, config=self._config,
             dir=str(self._directory), settings=settings, reinit="create_new", **how,
         )  # fmt: skip
+        for handler in logging.getLogger("wandb").handlers:  # its log: a full disk has been told of already
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         return run
@@ -187,10 +194,12 @@ class WandbSink:
             self._warned = True
             log.warning("%s", text)
 
-    def _abandon_cores(self) -> None:
+    def _abandon_cores(self, seconds: float) -> None:
         """End the helper that does not end by itself: wandb would wait for it without limit as Python exits."""
         import psutil
 
+        if self._foreign is not None:
+            self._cores = _core_processes() - self._foreign
         for pid in self._cores:
             with suppress(psutil.Error):
                 process = psutil.Process(pid)
@@ -200,7 +209,7 @@ class WandbSink:
             # lets wandb forget the dead helper, which it would else report at exit and use for the next run
             undoing = threading.Thread(target=_tear_down, daemon=True)
             undoing.start()
-            undoing.join(2.0)
+            undoing.join(min(seconds, 2.0))
             self._cores = set()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,14 @@ from ...callbacks.accounting.clock import MEASURED, Clock
 from ...callbacks.contract import Technique
 from ..checkpoint.saver import Saver
 from .intervals import interval, passed, steps_in
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stopped attempt leaves on the disk, in words, and whether another attempt has anything from it."""
+
+    kept: bool
+    said: str
 
 
 class Checkpoints:
@@ -26,7 +35,8 @@ class Checkpoints:
     def __init__(self, every: str | None, keep: int) -> None:
         self.every = interval(every) if every else None
         self.keep = keep
-        self.saved_step = -1
+        self.saved_step = self.tried_step = -1  # the newest of this attempt that is on the disk, and that should be
+        self.refusal = ""  # what the disk said against the newest
         self._next = 0.0
         self._techniques: list[Technique] = []
 
@@ -41,7 +51,7 @@ class Checkpoints:
         """After a step, alike on all ranks; an interval of a measured amount passes when rank 0 says so."""
         # the last step in these shapes
         last = self._techniques and any(technique.reshapes_next(trainer) for technique in self._techniques)
-        if self.saved_step < 0 or trainer.should_stop or account.stop_requested or last:
+        if self.tried_step < 0 or trainer.should_stop or account.stop_requested or last:
             return True
         if self.every is None:
             return False
@@ -54,9 +64,20 @@ class Checkpoints:
     def save(self, trainer: pl.Trainer, module: pl.LightningModule, account: Account, about: dict[str, Any]) -> None:
         """Save this step. Collective. about: facts for the manifest."""
         account.receive(account.agreement.settle())  # the sums of this very step belong to it
-        self.saved_step, account.save_requested, account.spending.mine.save = account.clock.step, False, 0.0
-        self.saver.save(trainer, module, account.clock.step, about)
+        self.tried_step, account.save_requested, account.spending.mine.save = account.clock.step, False, 0.0
+        self.refusal = self.saver.save(trainer, module, account.clock.step, about) or ""
+        if not self.refusal:
+            self.saved_step = self.tried_step
         self.start(account.clock)
+
+    def outcome(self, step: int, resumed_from: int | None) -> Outcome:
+        """For an attempt that began at `resumed_from` and stops after `step`."""
+        if not self.refusal:
+            return Outcome(True, f"step {step} is saved" if step else "nothing was to be saved yet")
+        newest = self.saved_step if self.saved_step > 0 else resumed_from
+        said = f"step {step} could not be saved ({self.refusal}); "
+        said += f"step {newest} is the newest that is saved" if newest else "no step is saved"
+        return Outcome(self.saved_step > (resumed_from or 0), said)
 
     def add_to(self, upcoming: Upcoming, account: Account) -> Upcoming:
         """Return the costs to come, with checkpoints."""

@@ -30,6 +30,7 @@ from ...callbacks.accounting.meter import Windows, peak_bytes
 from ...callbacks.contract import ReshapeListener, silence
 from ...callbacks.parameters.accessor import shards_of
 from ...callbacks.sampling.samples import install_sampler
+from ...exits import FAILURE
 from ..checkpoint import format as checkpoint
 from ..checkpoint import state
 from ..checkpoint.saver import CannotResume, final_problem, no_room, same_samples, save_final_weights
@@ -37,6 +38,7 @@ from ..ledger import read_summary
 from .afterwards import Afterwards
 from .checkpoints import Checkpoints
 from .evaluations import Evaluations, goal_reached
+from .failures import first_to_fail, forget, is_lost_rank
 from .hang import HangWatch
 from .nonfinite import NonFiniteSteps
 from .records import Records
@@ -82,6 +84,7 @@ class Monitor(ReshapeListener, pl.Callback):
         self.resumed_from: int | None = None
         self._rng: Mapping[str, Any] | None = None
         self._begun = False
+        self.failed_first: int | None = None  # the rank whose failure has ended the fit
 
     # -- the loop ---------------------------------------------------------------------------------------------------
     def on_train_batch_end(
@@ -108,7 +111,7 @@ class Monitor(ReshapeListener, pl.Callback):
         if self.checkpoints.due(trainer, account):
             self._save(trainer, pl_module)
         if account.stop_requested and not trainer.should_stop:
-            raise self._preempted()
+            raise self._preempted(trainer)
         account.spending.wait_for_data()
 
     def on_train_batch_start(
@@ -127,8 +130,9 @@ class Monitor(ReshapeListener, pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account = self.account
         account.open(trainer, pl_module)
+        self.request.listen()  # all ranks are connected by now
+        forget()
         self.order = install_sampler(trainer, self.seed)
-        self.request.listen()
         self.records.open(trainer)
         self.checkpoints.open(trainer, account, self.records.run_dir / "checkpoints", self.records.event)
         root = self.checkpoints.saver.root
@@ -141,6 +145,18 @@ class Monitor(ReshapeListener, pl.Callback):
         self.nonfinite.open(trainer)
         account.spending.start()
         self._begun = True
+        self._stop_before_training(trainer)
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_before_training(trainer)
+
+    def _stop_before_training(self, trainer: pl.Trainer) -> None:
+        if any(self.account.agreement.gather(self.request.received)):
+            raise self._preempted(trainer)
+
+    def asked_before_training(self) -> bool:
+        """Whether this rank was asked to stop before the first step of this attempt had ended."""
+        return self.request.received is not None and not self.account.begun
 
     def _resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         restored = self.checkpoints.saver.restore(trainer, pl_module)
@@ -158,11 +174,11 @@ class Monitor(ReshapeListener, pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account, clock = self.account, self.account.clock
+        self._stop_before_training(trainer)
         account.start(trainer)
         if clock.horizon is not None and clock.step >= clock.horizon:
             end = clock.first_limit()
             account.stopped_by, trainer.should_stop = end.binding if end else "steps", True
-        self.request.listen()
         # Lightning asks all ranks about signals with a blocking broadcast before every batch; ours ride along
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         self.totals.trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
@@ -195,7 +211,7 @@ class Monitor(ReshapeListener, pl.Callback):
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         windows, step = self.account.spending.windows, self.account.clock.step
-        if self.checkpoints.saved_step == step:
+        if self.checkpoints.tried_step == step:
             return
         windows.enter("checkpoint")
         self.records.sync()
@@ -205,11 +221,19 @@ class Monitor(ReshapeListener, pl.Callback):
         windows.enter("train")
         self.account.pause_ends(trainer)
 
-    def _preempted(self) -> BaseException:
-        signal, step = self.request.received or "on another rank", self.account.clock.step
-        self.records.event("preempted", step=step, signal=signal, **self.totals.so_far())
-        log.warning("stopped on request: step %d is saved; the same command continues from here", step)
-        return preempted()
+    def _preempted(self, trainer: pl.Trainer) -> BaseException:
+        """What ends this rank: with 85, or with 1 where the disk has kept nothing of this attempt."""
+        step, signal = self.account.clock.step, self.request.received or "on another rank"
+        outcome = self.checkpoints.outcome(step, self.resumed_from)
+        if outcome.kept:
+            self.records.event("preempted", step=step, signal=signal, **self.totals.so_far())
+            say = log.warning if trainer.is_global_zero else log.debug
+            say("stopped on request: %s; the same command continues from there", outcome.said)
+            return preempted()
+        self.records.event("error", step=step, signal=signal, reason=outcome.said, **self.totals.so_far())
+        say = log.error if trainer.is_global_zero else log.debug
+        say("stopped on request, and %s. Make room in %s first.", outcome.said, self.checkpoints.saver.root)
+        return preempted(FAILURE)
 
     # -- evaluation; `trainer.validate` is no part of the run -------------------------------------------------------
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -235,7 +259,7 @@ class Monitor(ReshapeListener, pl.Callback):
             return
         if account.stop_requested and not trainer.should_stop:
             self._save(trainer, pl_module)
-            raise self._preempted()
+            raise self._preempted(trainer)
         if account.evaluation_cut:
             self.records.evaluation_cut(account.clock.step, account.evaluation.batches)
         metrics = numbers(trainer.callback_metrics)
@@ -254,10 +278,10 @@ class Monitor(ReshapeListener, pl.Callback):
         account.stopped_by = gathered[0][1]
         self.hang.stop()
         self.summary = self._summary(trainer, max(peak for peak, _ in gathered))
-        self.request.release()
         if lost:
             raise no_room(account.clock.step, lost, self.records.run_dir)
         self.records.finished(self.summary, account.spending.windows.so_far())
+        self.request.release()
 
     def _summary(self, trainer: pl.Trainer, peak: int) -> dict[str, Any]:
         metrics = {**self.evaluations.metrics, **numbers(trainer.callback_metrics)}
@@ -279,7 +303,7 @@ class Monitor(ReshapeListener, pl.Callback):
         done = self.resumed_from == step and account.agreement.gather(final_problem(final))[0] is None
         if done or not step:
             return None
-        if self.checkpoints.saved_step != step and self.resumed_from != step:
+        if self.checkpoints.tried_step != step and self.resumed_from != step:
             self._save(trainer, module)
             account.spending.windows.enter("other")
         self.checkpoints.saver.require_finite(step)
@@ -288,9 +312,14 @@ class Monitor(ReshapeListener, pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.hang.stop()
         self.account.abort(trainer)
-        self.request.release()
         reason = None if isinstance(exception, Preempted) else f"{type(exception).__name__}: {exception}"
+        if isinstance(exception, Exception):
+            self.failed_first = first_to_fail(trainer.global_rank)
+            exception.told_here = self.failed_first == trainer.global_rank  # type: ignore[attr-defined]
+            if is_lost_rank(exception) and self.failed_first != trainer.global_rank:
+                reason = f"rank {self.failed_first} has failed" if self.failed_first is not None else "rank 0 is gone"
         self.records.failed(self.account.clock.step, reason, self._spent_so_far())
+        self.request.release()
 
     def _spent_so_far(self) -> dict[str, Any]:
         """Totals at a failure; nothing if it came before training began."""

@@ -11,6 +11,8 @@ from datetime import datetime
 from itertools import groupby
 from math import isfinite
 from pathlib import Path
+from threading import Thread
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytorch_lightning as pl
@@ -20,6 +22,7 @@ from ...callbacks.accounting.clock import Spend
 from ...callbacks.contract import Technique
 from ...cluster.environment import SECRET_NAMES, redacted_values
 from ..ledger import Journal, Ledger, Row, RunIdentity, WandbSink, next_attempt, read, write_summary
+from ..ledger.wandb_replay import missed_rows, note_missed
 
 if TYPE_CHECKING:
     from ...recipes import Recipe
@@ -28,6 +31,8 @@ log = logging.getLogger("shoestring")
 
 # a killed attempt may have worked this long after its last row, and it is charged for it
 UNSEEN_SECONDS = 0.25
+# for the ledger and W&B: a scheduler gives 30 s from its signal to its kill, and most of these are for saving
+LEAVING, FINISHING = 3.0, 20.0
 _TOTALS = ("seconds", "device_seconds", "usd", "kwh")
 
 
@@ -95,6 +100,8 @@ class Records:
         self._attempt = trainer.strategy.broadcast(next_attempt(events))
         self._journal = Journal(events, rank=trainer.global_rank, attempt=self._attempt)
         self.keeps, self._rank = trainer.is_global_zero, trainer.global_rank
+        if self.keeps and self.ledger:
+            Ledger().announce(self.run_dir)
         for kind, fields in self._before:
             self._journal.write(kind, **fields)
         self._before.clear()
@@ -139,6 +146,8 @@ class Records:
                 self.wandb["mode"], self.wandb.get("project", "shoestring"), self.identity,
                 self._config(techniques), self.run_dir,
             )  # fmt: skip
+            for row in missed_rows(self.run_dir):
+                self._sink.put(int(str(row.fields.get("step", row.seq))), row.fields)
         self.event(
             "start" if resumed_from is None else "resume",
             step=resumed_from or 0,
@@ -154,7 +163,6 @@ class Records:
                 self._write("claim", **_claim(technique))
             for estimate in self.estimates:
                 self._write("estimate", **estimate)
-        self._index()
 
     def step(self, step: int, row: Mapping[str, Any]) -> None:
         if not self.keeps:
@@ -201,32 +209,43 @@ class Records:
             except OSError as error:
                 log.warning("summary.json could not be written (%s); the journal has the same", error)
         self.event("stop", **{k: v for k, v in summary.items() if k not in ("windows", "budget")})
-        self._close(0, summary)
+        self._close(0, summary, FINISHING)
 
     def failed(self, step: int, reason: str | None, totals: Mapping[str, Any]) -> None:
         if reason is not None:
             self.event("error", step=step, reason=reason[:2000], **totals)
-        self._close(1, {})
+        self._close(1, {}, LEAVING)
 
-    def _close(self, code: int, summary: Mapping[str, Any]) -> None:
+    def _close(self, code: int, summary: Mapping[str, Any], seconds: float) -> None:
+        """Close all within `seconds`: first the journal, which has every row; what is late for that is caught up."""
+        end = monotonic() + seconds
         if self.display is not None:
             self.display.close()
+        if self._journal is not None:
+            self._journal.close()
+        indexed = self._start_index() if self.keeps and self.ledger else None
         if self._sink is not None:
             flat = {k: v for k, v in summary.items() if isinstance(v, int | float | str)}
             self._sink.summarize({**flat, **summary.get("metrics", {})})
-            self._sink.finish(exit_code=code)
-        if self._journal is not None:
-            self._journal.close()
-        self._index()
+            note_missed(self.run_dir, self._attempt, missed=not self._sink.finish(end - monotonic(), exit_code=code))
+        if indexed is not None:
+            indexed.join(max(0.1, end - monotonic()))
+            if indexed.is_alive():
+                log.warning("the ledger is busy: `shoestring runs list` adds this run later, its journal is complete")
         self.keeps = False
 
-    def _index(self) -> None:
-        """Let the ledger know: of a run that has begun, so that it is listed while it runs and if it is killed."""
-        if self.keeps and self.ledger:
+    def _start_index(self) -> Thread:
+        """In a thread, for a ledger may be locked for long; the process ends without it."""
+
+        def index() -> None:
             try:
                 Ledger().index(self.run_dir)
             except Exception as error:  # the journal has everything; the index can be built again
                 log.warning("the ledger could not be updated (%s); the run's own journal is complete", error)
+
+        thread = Thread(target=index, name="shoestring-ledger", daemon=True)
+        thread.start()
+        return thread
 
     def _write(self, kind: str, **fields: Any) -> None:
         if SECRET_NAMES in os.environ:
