@@ -26,7 +26,8 @@ class CausalLM(TaskModule):
     `val_loss` is the exact mean over all validation tokens of all ranks; `val_perplexity` is its exponential.
 
     The first batch checks, on the real model, that no token sees a later one. isolated: batches hold packed documents
-    with restarting `position_ids`; it then also checks that documents do not see each other. opening: token numbers that open a document, for generation.
+    with restarting `position_ids`; it then also checks that documents do not see each other. opening: the tokens that
+    open a document, for generation.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class CausalLM(TaskModule):
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Mean cross entropy per target token, in nats []."""
         weights = batch.get(SAMPLE_WEIGHTS)
-        out = self.model(**self._inputs(batch))
+        out = self.model(**inputs(batch, self._first_position))
         if weights is None:
             return weighted(out.loss, batch)
         labels = batch["labels"][:, 1:]
@@ -61,14 +62,7 @@ class CausalLM(TaskModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add this batch's summed cross entropy and its number of targets."""
         targets = (batch["labels"][:, 1:] != IGNORED).sum()
-        self.add(self.model(**self._inputs(batch)).loss * targets, targets)
-
-    def _inputs(self, batch: Batch) -> Batch:
-        """What the model is called with: positions count from where its own do."""
-        given = inputs(batch)
-        if self._first_position and "position_ids" in given:
-            given["position_ids"] = given["position_ids"] + self._first_position
-        return given
+        self.add(self.model(**inputs(batch, self._first_position)).loss * targets, targets)
 
     def on_validation_epoch_end(self) -> None:
         """Log `val_loss` and `val_perplexity`, equal on all ranks."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .errors import TaskError
 
+CARRIED = ("python-stdlib", "python-packages", "digits")  # sources that every machine has
 SUFFIXES = {
     "text": (".txt", ".text", ".md", ".rst", ".py", ".tex"),
     "json": (".json", ".jsonl", ".ndjson"),

@@ -205,7 +205,7 @@ def _token_facts(train: Blocks | Documents, validation: Blocks | Documents | Non
 
 def _tokens(data: Blocks | Documents) -> int:
     if isinstance(data, Documents):
-        return int(data.lengths.sum())
+        return int(data.token_counts.sum())
     return int(data.target_counts.sum()) + len(data)
 
 

@@ -173,7 +173,7 @@ def _json(text: TextIO, file: Path, columns: Columns, args: Mapping[str, Any]) -
     for number, row in rows:
         place = Place(str(file), number)
         if not isinstance(row, Mapping):
-            raise TaskError(f"data.source: {place} is {_kind(row)}; a row is an object such as {{\"text\": …}}.")
+            raise TaskError(f'data.source: {place} is {_kind(row)}; a row is an object such as {{"text": …}}.')
         if not checked:
             _check_columns(f"{place}: ", columns, row)
             checked = True

@@ -201,7 +201,7 @@ class Documents(Dataset[Sample]):
     Pair with `PadTokens` to form batches. Documents of one token predict nothing and are left out of the former.
     group_by_length: ask the sampler for batches of alike lengths (see `GlobalBatches`).
 
-    `lengths` [N] are the tokens of each sample; `cut` is how many documents were longer than `length`.
+    `token_counts` [N] are the tokens of each sample; `cut` is how many documents were longer than `length`.
     """
 
     deterministic = True  # a sample is the same each time it is read
@@ -215,7 +215,7 @@ class Documents(Dataset[Sample]):
         lengths = np.minimum(whole, length)
         self.cut = int((whole > length).sum()) + store.meta.get("cut", 0)
         self.rows = np.flatnonzero(lengths >= 2) if labels is None else np.arange(len(lengths))
-        self.lengths = lengths[self.rows]
+        self.token_counts = lengths[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -229,7 +229,7 @@ class Documents(Dataset[Sample]):
     @property
     def target_counts(self) -> np.ndarray:
         """Return how many targets each sample has [len(self)]: its tokens but the first, or its one class."""
-        return self.lengths - 1 if self.labels is None else np.ones(len(self), dtype=np.int64)
+        return self.token_counts - 1 if self.labels is None else np.ones(len(self), dtype=np.int64)
 
     def targets(self, index: int) -> np.ndarray:
         """The tokens that a sample predicts: all but its first."""
