@@ -100,6 +100,9 @@ class DataSpec(Section):
     validation: Share | Text = Field(0.05, description="the fraction held out, from 0 to below 1, or a path")
     sequence_length: Count = Field(256, description="a whole number of tokens from 1")
     pack: bool = Field(True, description="true | false")
+    group_by_length: bool = Field(
+        True, description="true | false: rows of alike length share a batch where rows are padded"
+    )
     batch_size: Count = Field(32, description="a whole number from 1: samples per optimizer step, over all ranks")
     micro_batch_size: Literal["auto"] | Count = Field(
         "auto", description="auto, or a whole number from 1: samples per rank and forward pass"

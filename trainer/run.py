@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Unpack
 
+from .. import ShoestringError
 from ..callbacks.accounting.budget import Budget
 from ..files import replace_file
 from .jobs import local_ranks
@@ -27,6 +29,12 @@ if TYPE_CHECKING:
     from .tasks.build import Task
 
 NEW_TOKENS = 64  # of a completed prompt
+
+log = logging.getLogger(__name__)
+
+
+class NoRunDirectory(ShoestringError):
+    """The run's home cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +134,13 @@ def fit(
     options: dict[str, Any] = {**lightning}
     recipe = plan.recipe
     run_dir = Path(run_dir or Path("runs") / recipe.name)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    _writable(run_dir)
     task = build_task(recipe, workdir=run_dir)
     inputs = inputs_of(recipe, task)
     changed = keep_or_compare(run_dir, inputs, task.tokenizer, accept=accept_changes, first=is_first())
     local_ranks.release()
+    if is_first():
+        _say_left_out(recipe, task.facts)
     if weights is not None:
         task.module.load_state_dict(weights)
     records = Records(
@@ -189,6 +199,29 @@ def fit(
     if trainer.monitor.afterwards is not None and trainer.monitor.afterwards.error is not None:
         raise trainer.monitor.afterwards.error
     return _report(recipe, run_dir, trainer.summary, left)
+
+
+def _writable(run_dir: Path) -> None:
+    """Make the run's home, and say so where nothing can be written there."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise NoRunDirectory(f"cannot write in {run_dir}: {error.strerror}. Choose another --run-dir.") from error
+
+
+def _say_left_out(recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """What of the data is not trained on."""
+    if empty := facts.get("rows_without_text"):
+        log.warning("data: %s without text left out", _rows(empty))
+    if cut := facts.get("rows_cut"):
+        longer = "is" if cut == 1 else "are"
+        log.warning("data: %s %s cut at sequence_length %s", _rows(cut), longer, f"{recipe.data.sequence_length:,}")
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def _import(plan: Plan) -> None:

@@ -95,10 +95,10 @@ class Account:
         self.spending.wait_for_data()
 
     # -- the step ---------------------------------------------------------------------------------------------------
-    def batch_begins(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
+    def batch_begins(self, trainer: pl.Trainer, batch: Any, batch_idx: int, lengths: Any = None) -> None:
         # the last micro-batch of an epoch ends a partial window
         self._steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        self.spending.batch_begins(batch, self._steps)
+        self.spending.batch_begins(batch, self._steps, lengths)
 
     def batch_ends(self) -> bool:
         """Count a micro-batch. True where the optimizer has stepped after it: a step has ended."""

@@ -2,7 +2,7 @@
 
 Windows add up to the wall time of the run: start-up, train (waiting for data is listed inside it), evaluation,
 checkpoint, report (what the final weights are used for), other. `tokens_per_second` is over train time only; MFU is
-counted FLOPs (no recomputation) over the peak.
+counted FLOPs (no recomputation) over the peak. Tokens are those of the data: what rows are padded with is counted apart.
 """
 
 from __future__ import annotations
@@ -85,24 +85,47 @@ def whole_batches(loaders: Sequence[float]) -> int:
     return int(sum(n for n in loaders if n != float("inf")))
 
 
-def batch_size(batch: Any) -> tuple[int, int, tuple[int, ...]]:
-    """(samples, tokens, shape) of a batch: tokens are the elements of `input_ids`, padding included, else 0.
+def batch_size(batch: Any) -> tuple[int, int, tuple[int, ...], torch.Tensor | None]:
+    """(samples, positions, shape, mask) of a batch: positions are elements of `input_ids`, padding included, else 0.
 
-    The shape is that of `input_ids` or of the first tensor found.
+    The shape is that of `input_ids` or of the first tensor found. The mask is an `attention_mask` of the same shape, 1
+    where a position is a token of the data.
     """
     if isinstance(batch, torch.Tensor):
-        return (batch.shape[0] if batch.ndim else 1), 0, tuple(batch.shape)
+        return (batch.shape[0] if batch.ndim else 1), 0, tuple(batch.shape), None
     if hasattr(batch, "get"):
         ids = batch.get("input_ids")
         if isinstance(ids, torch.Tensor):
-            return ids.shape[0], ids.numel(), tuple(ids.shape)
+            mask = batch.get("attention_mask")
+            shape = ids.shape
+            return shape[0], ids.numel(), shape, mask if mask is not None and mask.shape == shape else None
         batch = list(batch.values())
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         for part in batch:
             sizes = batch_size(part)
             if sizes[0]:
                 return sizes
-    return 0, 0, ()
+    return 0, 0, (), None
+
+
+class Later:
+    """A number that a device computes, read without waiting for what has been asked of the device since.
+
+    Args:
+        number: of one element.
+    """
+
+    def __init__(self, number: torch.Tensor) -> None:
+        self._host = number.to("cpu", non_blocking=True)
+        self._copied = None
+        if number.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> int:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return int(self._host)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -6,13 +6,14 @@ from time import perf_counter
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from ..contract import Technique
 from ..forward.training_step import wrapped_step
 from .clock import Clock, Spend
 from .energy import EnergyMeter, SteadyEnergy
 from .flops import StepFlops
-from .meter import Windows, batch_size
+from .meter import Later, Windows, batch_size
 from .tally import Tally
 
 
@@ -39,7 +40,9 @@ class Spending:
         self._before = Spend()  # of earlier attempts
         self._flops: StepFlops | None = None
         self._batch_ended = perf_counter()
-        self._batch: tuple[int, int, tuple[int, ...]] = (0, 0, ())
+        self._samples = self._positions = 0  # of the micro-batch under way
+        self._tokens: int | Later = 0
+        self._lengths: Any = None
 
     def open(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The fit has begun; nothing has been restored yet."""
@@ -64,25 +67,44 @@ class Spending:
         self.data_wait += now - self._batch_ended
         self._batch_ended = now  # a fetcher may fetch several before the first is trained on
 
-    def batch_begins(self, batch: Any, steps: bool) -> None:
-        """A micro-batch, as techniques have left it, is about to run. steps: the optimizer steps after it."""
-        samples, tokens, shape = self._batch = batch_size(batch)
-        self.mine.samples += samples
-        self.mine.tokens += tokens
+    def batch_begins(self, batch: Any, steps: bool, lengths: Any = None) -> None:
+        """A micro-batch, as techniques have left it, is about to run.
+
+        steps: the optimizer steps after it. lengths: tokens of each of its rows [B], before any cut, on the CPU; None
+        where its mask tells, or all of its positions are tokens.
+        """
+        self._lengths = lengths
+        shape = self._count(batch, lengths)
+        self.mine.samples += self._samples
         if self.count_flops and self._flops is not None:
             self._flops.begin(shape, steps)
 
-    def batch_chosen(self, batch: Any) -> None:
-        """Only `batch`, a part of the micro-batch, is trained on."""
-        before, now = self._batch, batch_size(batch)
-        self._batch = now
-        self.mine.samples += now[0] - before[0]
-        self.mine.tokens += now[1] - before[1]
+    def batch_chosen(self, batch: Any, rows: torch.Tensor) -> None:
+        """Only `batch`, the `rows` of the micro-batch, is trained on."""
+        before = self._samples
+        if self._lengths is not None:
+            self._lengths = torch.as_tensor(self._lengths).to(rows.device, non_blocking=True)[rows]
+        shape = self._count(batch, self._lengths)
+        self.mine.samples += self._samples - before
         if self.count_flops and self._flops is not None:
-            self._flops.chosen(now[2])
+            self._flops.chosen(shape)
+
+    def _count(self, batch: Any, lengths: Any) -> tuple[int, ...]:
+        """Samples, positions and tokens of a batch; its shape. Nothing here waits for the device."""
+        self._samples, self._positions, shape, mask = batch_size(batch)
+        self._tokens = self._positions
+        if lengths is not None and len(shape) > 1:
+            kept = lengths.clip(max=shape[1]).sum()
+            self._tokens = Later(kept) if isinstance(kept, torch.Tensor) else int(kept)
+        elif mask is not None:
+            self._tokens = Later(mask.sum())
+        return shape
 
     def batch_ends(self) -> None:
         """It has run, and the optimizer has stepped where it was to."""
+        tokens = self._tokens if isinstance(self._tokens, int) else self._tokens.read()
+        self.mine.tokens += tokens
+        self.mine.padding += self._positions - tokens
         if self.count_flops and self._flops is not None:
             flops = self._flops.end()
             self.mine.flops_counted += flops.counted
@@ -108,6 +130,7 @@ class Spending:
         spend, before = self.clock.spend, self._before
         spend.samples = before.samples + total.samples
         spend.tokens = before.tokens + total.tokens
+        spend.padding = before.padding + total.padding
         spend.flops_counted = before.flops_counted + total.flops_counted
         spend.flops = before.flops + total.flops_realised
         spend.kwh = before.kwh + total.joules / 3.6e6

@@ -11,6 +11,8 @@ import torch
 
 from ..accounting.clock import Duration, clock_of
 from ..contract import Card, Effect, IncompatibleTechniques, Technique, Workload, require
+from ..sampling.global_batches import GlobalBatches
+from ..sampling.samples import order_of
 
 
 def length_at(ramp: float, start: int, full: int, multiple: int) -> int:
@@ -29,6 +31,16 @@ def truncate(batch: MutableMapping[str, Any], length: int) -> None:
     for key, value in batch.items():
         if isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[1] == full:
             batch[key] = value[:, :length].contiguous()
+
+
+def longest_row(order: GlobalBatches) -> int | None:
+    """Tokens of the longest row of the data; None where all have as many, or nobody knows.
+
+    All micro-batches are then cut alike, whatever each one's own longest row is.
+    """
+    if order.lengths is not None:
+        return int(order.lengths.max())
+    return None if order.targets is None else int(order.targets.max()) + 1
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -87,14 +99,23 @@ class SequenceLengthWarmup(Technique, pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._until = Duration.parse(self.until)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._order = order_of(trainer)
+        self._full = None if self._order is None else longest_row(self._order)
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         ramp = clock_of(trainer).toward(self._until)
+        if self._order is not None:
+            self._order.kept_tokens = None
         if ramp >= 1.0:
             return
         if not isinstance(batch, MutableMapping) or "input_ids" not in batch:
             raise IncompatibleTechniques(
                 f"sequence_length_warmup needs batches with 'input_ids'; this one is a {type(batch).__name__}"
             )
-        truncate(batch, length_at(ramp, self.start, batch["input_ids"].shape[1], self.multiple))
+        length = length_at(ramp, self.start, self._full or batch["input_ids"].shape[1], self.multiple)
+        if self._order is not None:
+            self._order.kept_tokens = length
+        truncate(batch, length)

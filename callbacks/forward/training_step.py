@@ -84,7 +84,7 @@ class WrappedStep:
         plain: The module's own.
 
     Attributes:
-        chosen: Called with the batch that is trained on, where it is not the one that the loader gave.
+        chosen: Called with the batch that is trained on and its rows in the one before, where techniques choose.
     """
 
     def __init__(self, plain: Callable[..., Any]) -> None:
@@ -92,7 +92,7 @@ class WrappedStep:
         self.plain = plain
         self.choosers: list[SampleChooser] = []
         self.terms: list[AuxiliaryLoss] = []
-        self.chosen: Callable[[Any], None] = lambda batch: None
+        self.chosen: Callable[[Any, Tensor], None] = lambda batch, rows: None
 
     def __call__(self, *args: Any) -> Any:
         unread = None
@@ -100,7 +100,7 @@ class WrappedStep:
             if (chosen := chooser.choose(Step(self.plain, args))) is not None:
                 batch = unread = select(args[0], chosen)
                 args = (batch, *args[1:])
-                self.chosen(batch)
+                self.chosen(batch, chosen.rows)
         with ExitStack() as stack:
             watched = [stack.enter_context(term.capture()) for term in self.terms]
             out = self.plain(*args)

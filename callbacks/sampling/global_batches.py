@@ -4,11 +4,13 @@ The order is a pure function of (seed, epoch) and the position of the optimizer 
 of what was run before. So resuming skips in O(1), mid-epoch, with loader workers; and a run that resumes on another
 number of ranks sees the same global batches. An epoch is a whole number of global batches: the last one is filled up
 from the start of the same epoch's order (as `DistributedSampler` pads), or dropped where the loader says `drop_last`.
+
+Where rows are padded to the longest of their batch, samples of alike lengths share one: see `grouping.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch.utils.data import Sampler
 
 from ...seeds import derive_seed
+from .grouping import group_by_length, longest_first, mixed
 from .seeding import seeded
 
 # (epoch, step in the epoch, step of the run, the samples that would be taken) -> the samples to take
@@ -28,12 +31,12 @@ Sizes = Callable[[int], int]
 class Drawn:
     """One micro-batch of this rank.
 
-    samples: their keys in the data set, in the order of the batch's rows. loss_weight: what makes a mean over
-    micro-batches one over all targets of the global batch; None where all have as many.
+    samples: their keys in the data set, in the order of the batch's rows. everybodys: those of the global batch, all
+    ranks' and micro-batches'.
     """
 
     samples: tuple[Any, ...]
-    loss_weight: float | None = None
+    everybodys: Sequence[Any]
 
 
 @dataclass(slots=True)
@@ -54,7 +57,7 @@ class GlobalBatches(Sampler[list[Any]]):
     Techniques set `select`, which chooses the samples of a global batch, and `sizes`, which makes global batches
     smaller than `global_batch`: a pure function of the step, or of the clock as it was known when batches are drawn
     ahead (`Clock.toward` with `known`). All micro-batches of a step are then equally small, and epochs differ in their
-    number of steps.
+    number of steps. One that cuts rows says in `kept_tokens` how many tokens of each it keeps in the step under way.
     """
 
     def __init__(
@@ -76,6 +79,9 @@ class GlobalBatches(Sampler[list[Any]]):
         self.select: Select | None = None
         self.sizes: Sizes | None = None
         self.targets: Any = None  # how many targets each sample has, where that differs
+        self.lengths: Any = None  # how many tokens each sample has, where that differs
+        self.grouped = False  # samples of alike lengths share a batch
+        self.kept_tokens: int | None = None  # of a row; None: all
         self.remembers = False  # set it in `on_fit_start` to ask for `drawn`
         self._under_way: dict[int, Drawn] = {}  # by micro-batch of the epoch
 
@@ -129,7 +135,8 @@ class GlobalBatches(Sampler[list[Any]]):
                     sampler.generator.manual_seed(seed)
                 if hasattr(sampler, "set_epoch"):
                     sampler.set_epoch(epoch)
-            return list(self.base)
+            order = list(self.base)
+        return group_by_length(order, self.lengths, self.global_batch, seed) if self.grouped else order
 
     def batch(self, place: Place, run_step: int, order: Sequence[Any]) -> Sequence[Any]:
         """The global batch of a step: the same on every rank and for every number of ranks."""
@@ -139,14 +146,15 @@ class GlobalBatches(Sampler[list[Any]]):
             chosen = [order[(place.used + i) % count] for i in range(size)]
         if self.select is not None:
             chosen = self.select(place.epoch, place.step, run_step, chosen)
-        return chosen
+        # each micro-batch takes neighbours
+        return longest_first(chosen, self.lengths) if self.grouped else chosen
 
     def __iter__(self) -> Iterator[list[Any]]:
         self._under_way.clear()
         run_step = self.position()
         place = first = self.place(run_step)
         order = self.order(place.epoch)
-        remembers = self.remembers or self.targets is not None
+        remembers = self.remembers or self.targets is not None or self.lengths is not None
         while place.epoch == first.epoch:
             batch = self.batch(place, run_step, order)
             micro = len(batch) // (self.world * self.accumulate)
@@ -157,8 +165,7 @@ class GlobalBatches(Sampler[list[Any]]):
                 mine = batch[start : start + micro]
                 samples = _flat(mine)
                 if remembers:
-                    drawn = Drawn(tuple(samples), self._weight(mine, batch))
-                    self._under_way[place.step * self.accumulate + part] = drawn
+                    self._under_way[place.step * self.accumulate + part] = Drawn(tuple(samples), batch)
                 yield self._with_keys(place.epoch, samples) if self.keyed else samples
             place, run_step = self._next(place, run_step, len(order)), run_step + 1
 
@@ -166,13 +173,6 @@ class GlobalBatches(Sampler[list[Any]]):
         """Drop what was drawn for steps of the epoch before `step`: they are done."""
         for index in [index for index in self._under_way if index < step * self.accumulate]:
             del self._under_way[index]
-
-    def _weight(self, mine: Sequence[Any], batch: Sequence[Any]) -> float | None:
-        """The mean over k micro-batches of (n_i k / sum n) * mean_i is the mean over all targets."""
-        if self.targets is None:
-            return None
-        share = self.targets[list(mine)].sum() / self.targets[list(batch)].sum()
-        return float(share) * self.world * self.accumulate
 
     def drawn(self, batch_idx: int) -> Drawn | None:
         """The content of micro-batch `batch_idx` of an epoch, as Lightning counts them: of those of the step under way.
@@ -183,10 +183,24 @@ class GlobalBatches(Sampler[list[Any]]):
         return self._under_way.get(batch_idx)
 
     def weigh(self, batch: Any, batch_idx: int, device: torch.device) -> None:
-        """Give a batch its `loss_weight`, where samples differ in their number of targets."""
-        drawn = self.drawn(batch_idx)
-        if drawn is not None and drawn.loss_weight is not None and isinstance(batch, MutableMapping):
-            batch["loss_weight"] = torch.tensor(drawn.loss_weight, device=device)
+        """Give a batch its `loss_weight`, where samples differ in their number of targets.
+
+        The mean over k micro-batches of (n_i k / sum n) * mean_i is the mean over all targets of the global batch. In a
+        row of which only the first tokens are kept, all but the first of those are targets.
+        """
+        drawn = self._under_way.get(batch_idx)
+        if drawn is None or not isinstance(batch, MutableMapping):
+            return
+        mine, everybodys = self.targets[list(drawn.samples)], self.targets[list(drawn.everybodys)]
+        if self.kept_tokens is not None:
+            mine, everybodys = mine.clip(max=self.kept_tokens - 1), everybodys.clip(max=self.kept_tokens - 1)
+        share = float(mine.sum() / everybodys.sum())
+        batch["loss_weight"] = torch.tensor(share * self.world * self.accumulate, device=device)
+
+    def row_lengths(self, batch_idx: int) -> Any:
+        """Tokens of each row of a micro-batch [m], before any cut; None where all have as many, or nobody knows."""
+        drawn = None if self.lengths is None else self._under_way.get(batch_idx)
+        return None if drawn is None else self.lengths[list(drawn.samples)]
 
     def _with_keys(self, epoch: int, samples: Sequence[Any]) -> list[Any]:
         """Samples with what seeds their augmentation."""
@@ -203,10 +217,13 @@ class EvenBatches(Sampler[list[int]]):
     """This rank's evaluation batches: every sample once, equally many batches on every rank, no batch above `micro`.
 
     Metrics summed over ranks are then exact. Only where there are fewer samples than batches, some are read twice.
+
+    lengths: tokens of each sample, where those of alike lengths are to share a batch. The batches then come in a mixed
+    order that is always the same, so that the first few are no choice by length.
     """
 
-    def __init__(self, base: Any, *, micro: int, rank: int, world: int) -> None:
-        self.base, self.micro, self.rank, self.world = base, micro, rank, world
+    def __init__(self, base: Any, *, micro: int, rank: int, world: int, lengths: Any = None) -> None:
+        self.base, self.micro, self.rank, self.world, self.lengths = base, micro, rank, world, lengths
 
     def __len__(self) -> int:
         return -(-len(self.base) // (self.micro * self.world))
@@ -215,7 +232,10 @@ class EvenBatches(Sampler[list[int]]):
         order, parts = list(self.base), len(self) * self.world
         if len(order) < parts:
             order = (order * -(-parts // len(order)))[:parts]
-        for batch in range(len(self)):
+        batches: Iterable[int] = range(len(self))
+        if self.lengths is not None:
+            order, batches = longest_first(order, self.lengths), mixed(len(self), 0)
+        for batch in batches:
             part = batch * self.world + self.rank
             yield order[len(order) * part // parts : len(order) * (part + 1) // parts]
 

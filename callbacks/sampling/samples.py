@@ -53,10 +53,15 @@ def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer) -> A
     if isinstance(loader.batch_sampler, GlobalBatches | EvenBatches):
         return loader
     base, micro, drop_last = _base(loader)
+    lengths = getattr(loader.dataset, "token_counts", None)
+    grouped = lengths is not None and bool(getattr(loader.dataset, "group_by_length", False))
     keyed = training and not (is_deterministic(loader.dataset) and collates_alike(loader))
     own_batches = type(loader.batch_sampler) is not BatchSampler
     if not training and not own_batches:
-        even = EvenBatches(base, micro=micro, rank=trainer.global_rank, world=trainer.world_size)
+        even = EvenBatches(
+            base, micro=micro, rank=trainer.global_rank, world=trainer.world_size,
+            lengths=lengths if grouped else None,
+        )  # fmt: skip
         return _rebuilt(loader, loader.dataset, even, seed)
     batches = GlobalBatches(
         base,
@@ -72,6 +77,8 @@ def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer) -> A
     targets = getattr(loader.dataset, "target_counts", None)
     if targets is not None and len(targets) and (targets != targets[0]).any() and not own_batches:
         batches.targets = targets
+    if lengths is not None and not own_batches:
+        batches.lengths, batches.grouped = lengths, grouped and isinstance(base, RandomSampler)
     return _rebuilt(loader, SeededSamples(loader.dataset) if keyed else loader.dataset, batches, seed)
 
 
@@ -106,6 +113,12 @@ def _skipping(loader: Any, trainer: pl.Trainer) -> Any:
     return SkipConsumed(loader, lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
 
+def order_of(trainer: pl.Trainer) -> GlobalBatches | None:
+    """The training order that `install_sampler` has installed, if it has."""
+    loader = trainer.fit_loop._data_source.instance
+    return loader.batch_sampler if isinstance(getattr(loader, "batch_sampler", None), GlobalBatches) else None
+
+
 def install_sampler(trainer: pl.Trainer, seed: int) -> GlobalBatches | None:
     """Route the trainer's loaders through `reorder`; called in `on_fit_start`. Returns the training order, if any.
 
@@ -118,8 +131,7 @@ def install_sampler(trainer: pl.Trainer, seed: int) -> GlobalBatches | None:
             continue
         loaders = _reorder_all(source.dataloader(), training, seed, trainer)
         loop._data_source = _DataLoaderSource(loaders, "")
-    loader = trainer.fit_loop._data_source.instance
-    return loader.batch_sampler if isinstance(getattr(loader, "batch_sampler", None), GlobalBatches) else None
+    return order_of(trainer)
 
 
 def _reorder_all(loaders: Any, training: bool, seed: int, trainer: pl.Trainer) -> Any:

@@ -167,7 +167,7 @@ def show_report(report: Report) -> None:
         rate, unit = total["samples_per_second"], "samples/s"
     rows += [
         ("steps", f"{total['steps']:,}, stopped by {total['stopped_by']}"),
-        ("tokens / samples", f"{total['tokens']:,.0f} / {total['samples']:,.0f}"),
+        ("tokens / samples", f"{total['tokens']:,.0f} / {total['samples']:,.0f}{_padding(total)}"),
         ("throughput", f"{number(rate)} {unit}" + (f", MFU {total['mfu']:.1%}" if total["mfu"] else "")),
         ("data wait", f"{total['data_wait']:.1%} of training"),
         ("FLOPs", f"{number(total['flops_counted'])} counted, {number(total['flops_realised'])} realised"),
@@ -186,6 +186,10 @@ def show_report(report: Report) -> None:
     if report.sample is not None:
         console.print("sample:")
         console.print(report.sample, markup=False)
+
+
+def _padding(total: Mapping[str, Any]) -> str:
+    return f", and {total['padding_share']:.1%} of all positions are padding" if total.get("padding") else ""
 
 
 def _windows(windows: Mapping[str, float]) -> str:

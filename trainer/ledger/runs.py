@@ -32,10 +32,11 @@ _WORSE = ("unknown", "running", "finished", "preempted", "failed")
 
 @dataclass(frozen=True, kw_only=True)
 class RunRow:
-    """One run in the ledger; None where nothing is known. Seconds, bytes, US dollars, kWh, FLOPs; `mfu` in 0..1.
+    """One run in the ledger; None where nothing is known. Seconds, bytes, US dollars, kWh, FLOPs; shares in 0..1.
 
-    `seconds` is wall-clock time spent in all attempts, `device_seconds` that times the devices. `problems` counts
-    damaged or missing journal lines.
+    `tokens` are those of the data, `padding_share` is what rows are padded with, of all positions. `seconds` is
+    wall-clock time spent in all attempts, `device_seconds` that times the devices. `problems` counts damaged or missing
+    journal lines.
     """
 
     id: str
@@ -47,6 +48,7 @@ class RunRow:
     attempts: int = 0
     steps: int | None = None
     tokens: int | None = None
+    padding_share: float | None = None
     samples: int | None = None
     seconds: float | None = None
     device_seconds: float | None = None
@@ -76,11 +78,11 @@ def _integer(value: Any) -> int | float:
 _FIT: Mapping[str, Any] = {
     **dict.fromkeys(("steps", "tokens", "samples", "peak_bytes", "world_size"), _integer),
     **dict.fromkeys(("seconds", "device_seconds", "usd", "kwh", "flops_counted", "flops_realised"), float),
-    **dict.fromkeys(("tokens_per_second", "mfu"), float),
+    **dict.fromkeys(("tokens_per_second", "mfu", "padding_share"), float),
     **dict.fromkeys(("kwh_source", "stopped_by", "hardware", "strategy"), str),
     "techniques": lambda value: [value] if isinstance(value, str) else list(value),
 }
-_NO_METRIC = {*_FIT, "step", "epoch"}
+_NO_METRIC = {*_FIT, "step", "epoch", "padding"}
 
 
 class Summary:

@@ -117,9 +117,12 @@ class Monitor(ReshapeListener, pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.order is not None and self.order.targets is not None:
-            self.order.weigh(batch, batch_idx, pl_module.device)
-        self.account.batch_begins(trainer, batch, batch_idx)
+        order, lengths = self.order, None
+        if order is not None and order.targets is not None:
+            order.weigh(batch, batch_idx, pl_module.device)
+        if order is not None and order.lengths is not None:
+            lengths = order.row_lengths(batch_idx)
+        self.account.batch_begins(trainer, batch, batch_idx, lengths)
 
     # -- start ------------------------------------------------------------------------------------------------------
     def begin(self, startup_seconds: float = 0.0) -> None:

@@ -34,6 +34,8 @@ class Totals:
         return {
             "samples": spend.samples,
             "tokens": spend.tokens,
+            "padding": spend.padding,
+            "padding_share": spend.padding / max(1.0, spend.tokens + spend.padding),
             "seconds": spend.seconds,
             "device_seconds": spend.device_seconds,
             "usd": spend.usd,

@@ -18,11 +18,13 @@ from ...callbacks.contract import BadSetting, IncompatibleTechniques, Technique
 from ...callbacks.registry import NotATechnique, UnknownTechnique, declare, ready
 from ...cluster import Hardware
 from ...cluster.config.hardware import hardware
-from ...own_code import CannotImport
+from ...own_code import CannotImport, is_code
 from ...recipes import Recipe, RecipeError
 from ..machine.facts import Machine, run_facts
 from ..machine.facts import facts as machine_facts
+from ..tasks.errors import TaskError
 from ..tasks.optimizer_cards import OptimizerCard
+from ..tasks.paths import CARRIED, find_files, model_folder, one_format
 from .predictions import predict, state_bytes
 from .sizes import Size, size_of
 from .strategy import Choice, choose_optimizer, choose_strategy, memory_of
@@ -103,7 +105,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
 
     Args:
         recipe: What to run.
-        machine: Its facts; by default those of this one.
+        machine: Its facts; by default those of this one, on which the recipe's files must then be.
 
     Returns:
         The plan: every choice with its reason, and estimates of what the run needs.
@@ -117,6 +119,8 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         >>> print(plan(load_recipe("quickstart")).choices[0].what)
         hardware
     """
+    if machine is None:
+        _present(recipe)
     machine = machine or machine_facts()
     chosen: list[Choice] = []
     device = _device(recipe, machine, chosen)
@@ -165,6 +169,32 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
             optimizer.state_bytes,
         ),
     )
+
+
+def _present(recipe: Recipe) -> None:
+    """Refuse a recipe whose data or model is to be on this machine and is not."""
+    data, model, problems = recipe.data, recipe.model, []
+    named = {"data.source": data.source, "data.validation": data.validation}
+    for key, source in named.items():
+        carried = (
+            source in CARRIED or (isinstance(source, str) and is_code(source)) or data.format in ("builtin", "hub")
+        )
+        if not isinstance(source, str) or carried:
+            continue
+        try:
+            files = find_files(source, None if data.format == "auto" else data.format, key=key)
+            if files and data.format == "auto":
+                one_format(files, source)
+        except TaskError as error:
+            problems.append(recipe.problem(key, source, "files on this machine", str(error)))
+    for key, name in (("model.name", model.name), ("model.tokenizer", model.tokenizer)):
+        try:
+            if isinstance(name, str):
+                model_folder(name, key)
+        except TaskError as error:
+            problems.append(recipe.problem(key, name, "a folder on this machine, or a hub name", str(error)))
+    if problems:
+        raise RecipeError(problems)
 
 
 # -- choices -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from .errors import TaskError
 
 # Tests, caches and third-party packages are not the standard library's own code.
 EXCLUDED = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+BATCH = 1 << 20  # characters read at a time
 WINDOW = 12  # lines of code in one labelled chunk
 
 
@@ -54,13 +55,15 @@ class Corpus:
     """Texts before tokenization.
 
     texts: the documents, in a fixed order. labels: one per text, or None. groups: one per text, or None where each
-    text stands for itself. fingerprint: equal exactly when the content is; the caches are keyed by it.
+    text stands for itself. fingerprint: equal exactly when the content is; the caches are keyed by it. skipped: rows of
+    the source that have no text and are left out.
     """
 
     texts: Sequence[str]
     labels: Sequence[Any] | None
     groups: Sequence[str] | None
     fingerprint: str
+    skipped: int = 0
 
     def take(self, indices: Sequence[int]) -> Corpus:
         """The corpus at these indices, in this order."""
@@ -70,6 +73,17 @@ class Corpus:
             groups=None if self.groups is None else [self.groups[i] for i in indices],
             fingerprint=digest([self.fingerprint, ",".join(map(str, indices))]),
         )
+
+
+def in_batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """All texts in order, about a million characters at a time: memory does not grow with them or their number."""
+    start, rows = 0, 16
+    while start < len(texts):
+        batch = [text or "" for text in texts[start : start + rows]]
+        yield batch
+        start += len(batch)
+        mean = max(1, sum(map(len, batch)) // len(batch))
+        rows = max(1, min(2 * rows, BATCH // mean, 1000))
 
 
 def of_texts(texts: Sequence[str], labels: Sequence[Any] | None = None, groups: Sequence[str] | None = None) -> Corpus:

@@ -8,8 +8,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ...callbacks.forward.training_step import SAMPLE_WEIGHTS
-from .isolation import check_isolation
+from .isolation import check_causal, check_isolation
 from .module import Batch, TaskModule, inputs, weighted
+from .positions import first_position
 from .tokens import IGNORED
 
 
@@ -24,8 +25,9 @@ class CausalLM(TaskModule):
 
     `val_loss` is the exact mean over all validation tokens of all ranks; `val_perplexity` is its exponential.
 
-    isolated: batches hold packed documents with restarting `position_ids`; the first batch then checks, on the real
-    model, that documents do not see each other. opening: token numbers that open a document, for generation.
+    The first batch checks, on the real model, that no token sees a later one. isolated: batches hold packed documents
+    with restarting `position_ids`; it then also checks that documents do not see each other. opening: the tokens that
+    open a document, for generation.
     """
 
     def __init__(
@@ -33,18 +35,22 @@ class CausalLM(TaskModule):
     ) -> None:
         super().__init__(model, optimizer)
         self.opening = opening
-        self._unchecked = isolated
+        self._isolated, self._unchecked = isolated, True
+        self._first_position = first_position(model)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """At the first batch of a process: refuse a model that lets packed documents attend to each other."""
-        if self._unchecked:
+        """At the first batch of a process: refuse a model that sees what it is not to see."""
+        if not self._unchecked:
+            return
+        check_causal(self.model, batch["input_ids"][0])
+        if self._isolated:
             check_isolation(self.model, batch["input_ids"][0])
-            self._unchecked = False
+        self._unchecked = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Mean cross entropy per target token, in nats []."""
         weights = batch.get(SAMPLE_WEIGHTS)
-        out = self.model(**inputs(batch))
+        out = self.model(**inputs(batch, self._first_position))
         if weights is None:
             return weighted(out.loss, batch)
         labels = batch["labels"][:, 1:]
@@ -56,7 +62,7 @@ class CausalLM(TaskModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add this batch's summed cross entropy and its number of targets."""
         targets = (batch["labels"][:, 1:] != IGNORED).sum()
-        self.add(self.model(**inputs(batch)).loss * targets, targets)
+        self.add(self.model(**inputs(batch, self._first_position)).loss * targets, targets)
 
     def on_validation_epoch_end(self) -> None:
         """Log `val_loss` and `val_perplexity`, equal on all ranks."""

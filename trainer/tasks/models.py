@@ -8,7 +8,7 @@ saved in does not matter.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ import torch
 
 from .carried import resolve_name as resolve_name
 from .errors import TaskError, unknown
+from .paths import model_folder
+from .positions import first_position
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -41,13 +43,13 @@ def build_model(
     """
     labels = {} if classes is None else _label_settings(classes)
     if model.name is not None:
-        built = _pretrained(resolve_name(model.name), task, labels, dtype)
+        built = _pretrained(model_folder(resolve_name(model.name), "model.name"), task, labels, dtype)
     else:
         built = _from_config(model_config(model.config, task, tokenizer, labels), task, dtype)
     _check_sizes(built, tokenizer, sequence_length)
     built.config.use_cache = False
-    if tokenizer is not None and built.config.pad_token_id is None:
-        built.config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer is not None:
+        built.config.pad_token_id = tokenizer.pad_token_id  # what rows are padded with
     return built.train()  # a pretrained model comes in evaluation mode, its dropout off
 
 
@@ -70,9 +72,14 @@ def model_config(
         if key not in allowed:
             raise unknown(f"model.config of {kind}", key, allowed)
     try:
-        return AutoConfig.for_model(kind, **{**_vocabulary(tokenizer), **labels, **fields})
+        return AutoConfig.for_model(kind, **{**_vocabulary(tokenizer), **labels, **_direction(task, allowed), **fields})
     except Exception as error:  # transformers' strict types, ValueErrors of single models
         raise TaskError(f"model.config of {kind}: {' '.join(str(error).split())}") from error
+
+
+def _direction(task: str, keys: Iterable[str]) -> dict[str, bool]:
+    """What makes an encoder, such as BERT, causal: its tokens then see those before them alone."""
+    return {"is_decoder": True} if task == "causal-lm" and "is_decoder" in keys else {}
 
 
 def _pretrained(name: str, task: str, labels: dict[str, Any], dtype: torch.dtype | None) -> PreTrainedModel:
@@ -82,8 +89,9 @@ def _pretrained(name: str, task: str, labels: dict[str, Any], dtype: torch.dtype
         config = AutoConfig.from_pretrained(name)
         if config.model_type not in _model_types(task):
             raise TaskError(f"model.name {name!r} is a {config.model_type}, which transformers has no {task} form of.")
+        settings = {**labels, **_direction(task, vars(config))}
         with _quietly():
-            return _with_sdpa(_auto_class(task).from_pretrained, name, dtype=dtype or torch.float32, **labels)
+            return _with_sdpa(_auto_class(task).from_pretrained, name, dtype=dtype or torch.float32, **settings)
     except (OSError, ValueError) as error:
         raise TaskError(f"model.name: cannot load {name!r}: {str(error).splitlines()[0]}") from error
 
@@ -165,5 +173,11 @@ def _check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
             "Leave model.config.vocab_size out, or use the tokenizer that belongs to the model."
         )
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and sequence_length > limit:
-        raise TaskError(f"data.sequence_length {sequence_length} is above the model's max_position_embeddings {limit}.")
+    if limit is None:
+        return
+    skipped = first_position(model)
+    if sequence_length > limit - skipped:
+        less = f" less the {skipped} that its {model.config.model_type} family leaves unused" if skipped else ""
+        raise TaskError(
+            f"data.sequence_length {sequence_length} is above the model's max_position_embeddings {limit}{less}."
+        )

@@ -55,6 +55,9 @@ def weighted(loss: torch.Tensor, batch: Batch) -> torch.Tensor:
     return loss if weight is None else loss * weight
 
 
-def inputs(batch: Batch) -> Batch:
-    """The tensors that the model is called with: all but the weights."""
-    return {name: value for name, value in batch.items() if name not in (LOSS_WEIGHT, SAMPLE_WEIGHTS)}
+def inputs(batch: Batch, first_position: int = 0) -> Batch:
+    """The tensors that the model is called with: all but the weights. first_position: where its positions begin."""
+    given = {name: value for name, value in batch.items() if name not in (LOSS_WEIGHT, SAMPLE_WEIGHTS)}
+    if first_position and "position_ids" in given:
+        given["position_ids"] = given["position_ids"] + first_position
+    return given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +18,16 @@ from .corpora import Corpus, digits
 from .custom import call_code
 from .errors import TaskError
 from .images import Images
+from .rows import PIECE
 from .sources import load_corpus
 from .split import balance, split, split_indices
-from .tokenizers import encode_plain, framing, load_tokenizer, tokenizer_key
+from .tokenizers import EncodeCut, encode_plain, framing, load_tokenizer, tokenizer_key
 from .tokens import Blocks, Documents, PadTokens, stack, store_tokens
 
 if TYPE_CHECKING:
     from ...recipes import Recipe
+
+CHARACTERS = 64  # of a token, at most and on average: what lies beyond is not read for a text that is cut
 
 
 @dataclass(frozen=True)
@@ -62,21 +66,22 @@ def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     isolated = bool(args.pop("pack_isolation", True)) and data.pack
     train, held = _corpora(data, args, cache, labelled=False)
     tokenizer = load_tokenizer(recipe.model, train, cache=cache, own=own)
-    opening, closing = framing(tokenizer, packed=data.pack)
+    frame = framing(tokenizer, packed=data.pack)
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [[*opening, *row, *closing] for row in encode_plain(tokenizer, texts)]
+        return encode_plain(tokenizer, texts)
 
     def samples(corpus: Corpus, keep_tail: bool) -> Blocks | Documents:
-        key = digest([tokenizer_key(tokenizer), repr((opening, closing))])
-        store = store_tokens(corpus, encode, key=key, vocabulary=len(tokenizer), cache=cache)
+        key = digest([tokenizer_key(tokenizer), repr(frame), "special tokens as text"])
+        store = store_tokens(corpus, encode, key=key, vocabulary=len(tokenizer), cache=cache, frame=frame)
         if data.pack:
-            return Blocks(store, data.sequence_length, isolate=isolated, keep_tail=keep_tail)
-        return Documents(store, data.sequence_length)
+            pad = tokenizer.pad_token_id
+            return Blocks(store, data.sequence_length, isolate=isolated, keep_tail=keep_tail, pad=pad)
+        return Documents(store, data.sequence_length, group_by_length=data.group_by_length)
 
     sets = samples(train, keep_tail=False), None if held is None else samples(held, keep_tail=True)
     _check_not_empty(sets[0], sets[1], data.sequence_length)
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), "data_digest": _digest(train, held)}
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **_told(train, held, *sets)}
     if sets[1] is not None:
         facts["baselines"] = baselines(sets[0], sets[1], len(tokenizer), cache)
     collate = stack if data.pack else PadTokens(tokenizer.pad_token_id)
@@ -90,18 +95,20 @@ def _labelled_texts(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
         train, held = balance(train), None if held is None else balance(held)
     tokenizer = load_tokenizer(recipe.model, train, cache=cache, own=own)
     classes = _classes(train, held)
-    key = digest([tokenizer_key(tokenizer), f"classification {data.sequence_length}"])
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, truncation=True, max_length=data.sequence_length)["input_ids"]
+    key = digest([tokenizer_key(tokenizer), f"classification {data.sequence_length}, special tokens as text"])
 
     def samples(corpus: Corpus) -> Documents:
-        store = store_tokens(corpus, encode, key=key, vocabulary=len(tokenizer), cache=cache)
-        return Documents(store, data.sequence_length, [classes[label] for label in corpus.labels or ()])
+        encode = EncodeCut(tokenizer, data.sequence_length)
+        store = store_tokens(
+            corpus, encode, key=key, vocabulary=len(tokenizer), cache=cache,
+            head=max(PIECE, CHARACTERS * data.sequence_length), about=lambda: {"cut": encode.cut},
+        )  # fmt: skip
+        labels = [classes[label] for label in corpus.labels or ()]
+        return Documents(store, data.sequence_length, labels, group_by_length=data.group_by_length)
 
     sets = samples(train), None if held is None else samples(held)
     names = [str(label) for label in classes]
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), "classes": names, "data_digest": _digest(train, held)}
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), "classes": names, **_told(train, held, *sets)}
     return Prepared(*sets, PadTokens(tokenizer.pad_token_id), tokenizer, classes=names, facts=facts)
 
 
@@ -142,7 +149,8 @@ def _own_data(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
 def _corpora(data: Any, args: dict[str, Any], cache: Path, *, labelled: bool) -> tuple[Corpus, Corpus | None]:
     corpus = load_corpus(data, data.source, args, cache=cache, labelled=labelled)
     if isinstance(data.validation, str):
-        return corpus, load_corpus(data, data.validation, args, cache=cache, labelled=labelled)
+        key = "data.validation"
+        return corpus, load_corpus(data, data.validation, args, cache=cache, labelled=labelled, key=key)
     return split(corpus, data.validation) if data.validation else (corpus, None)
 
 
@@ -154,14 +162,20 @@ def _digest(train: Corpus, held: Corpus | None) -> str:
 def _classes(train: Corpus, held: Corpus | None) -> dict[Any, int]:
     """Labels in sorted order with their numbers; numbers sort as numbers, everything else as text."""
     known = set(train.labels or ())
-    numeric = all(isinstance(label, (int, float)) for label in known)
-    ordered = sorted(known, key=None if numeric else str)
+    ordered = sorted(known, key=float if all(map(_is_number, known)) else str)
     if len(ordered) < 2:
         raise TaskError(f"data.label_column: classification needs two classes or more, found {ordered}.")
     new = set((held and held.labels) or ()) - known
     if new:
         raise TaskError(f"data.validation has classes that training data lacks: {sorted(map(str, new))}.")
     return {label: number for number, label in enumerate(ordered)}
+
+
+def _is_number(label: Any) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except (TypeError, ValueError):
+        return False
 
 
 def _classes_of(train: Any) -> list[str]:
@@ -197,8 +211,18 @@ def _token_facts(train: Blocks | Documents, validation: Blocks | Documents | Non
 
 def _tokens(data: Blocks | Documents) -> int:
     if isinstance(data, Documents):
-        return int(data.lengths.sum())
+        return int(data.token_counts.sum())
     return int(data.target_counts.sum()) + len(data)
+
+
+def _told(train: Corpus, held: Corpus | None, *sets: Blocks | Documents | None) -> dict[str, Any]:
+    """What the texts are, and what of them is not trained on, if any: rows without text, cut at `sequence_length`."""
+    counts = {
+        "rows_without_text": train.skipped + (held.skipped if held else 0),
+        "rows_cut": sum(part.cut for part in sets if isinstance(part, Documents)),
+    }
+    left_out = {name: count for name, count in counts.items() if count}
+    return {"data_digest": _digest(train, held), **left_out}
 
 
 def _sizes(train: Any, validation: Any) -> dict[str, Any]:

@@ -1,69 +1,55 @@
 """Where texts come from: what the machine carries, files here, or the hub; each gives a `Corpus`.
 
-Files and hub data sets are read with Hugging Face `datasets`. Files are keyed by their bytes, not by time stamps.
+What is read is kept once as an Arrow file, checked row by row, and then only mapped into memory. Files are keyed by
+their bytes, not by time stamps.
 """
 
 from __future__ import annotations
 
-import glob
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from . import corpora
-from .cache import digest, file_digest
+from .cache import build_once, digest, file_digest
 from .corpora import Corpus
 from .errors import TaskError, unknown
+from .paths import find_files, one_format
+from .rows import Columns, Place, Row, check_arguments, label_of, read_rows, text_of
 
 TEXTS: dict[str, Callable[..., Corpus]] = {
     "python-stdlib": corpora.python_stdlib,
     "python-packages": corpora.python_packages,
 }
-SUFFIXES = {
-    "text": (".txt", ".text", ".md", ".rst", ".py", ".tex"),
-    "json": (".json", ".jsonl", ".ndjson"),
-    "csv": (".csv", ".tsv"),
-    "parquet": (".parquet",),
-}
 FEW_FILES = 20  # below this, a validation split by whole files would be coarse
-PIECE = 1 << 16  # characters
+FEW_CLASSES = 20  # so many different labels may each have one row, or be numbers with fractions
+ROWS, CHARACTERS = 1000, 1 << 20  # of one write
 
 
-def load_corpus(data: Any, source: str, args: dict[str, Any], *, cache: Path, labelled: bool) -> Corpus:
+def load_corpus(
+    data: Any, source: str, args: dict[str, Any], *, cache: Path, labelled: bool, key: str = "data.source"
+) -> Corpus:
     """The corpus that `data.source` (or a path in `data.validation`) names.
 
     data: the recipe's data section. args: its keyword arguments for the reader. labelled: also read
-    `data.label_column`. Raises `TaskError` where the source, its format or a column does not exist.
+    `data.label_column`. key: the recipe's key that names the source, for errors. Raises `TaskError` where the source,
+    its format or a column does not exist, and where a row cannot be trained on.
     """
     if data.format == "builtin" and source not in TEXTS:
-        raise unknown("data.source with format: builtin", source, TEXTS)
+        raise unknown(f"{key} with format: builtin", source, TEXTS)
     if source in TEXTS and data.format in ("auto", "builtin"):
         return _builtin(source, data.limit, args)
-    files = [] if data.format == "hub" else find_files(source)
+    columns = Columns(data.text_column, data.label_column if labelled else None)
+    wanted = None if data.format in ("auto", "hub", "builtin") else data.format
+    files = [] if data.format == "hub" else find_files(source, wanted, key=key)
     if files:
-        table, key = _read_files(files, data, args, cache)
+        rows, content = _file_rows(files, wanted or one_format(files, source), columns, args, cache)
     else:
-        table, key = _read_hub(source, data, args)
-    return _corpus(table, key, data, labelled)
-
-
-def find_files(source: str) -> list[Path]:
-    """The files that a path, a folder or a glob names, sorted; empty where it names a hub data set.
-
-    Something that looks like a path (`./x`, `/x`, `x/*.txt`, `x.csv`) and matches nothing is an error, so that a
-    typing error is not looked up on the hub.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        known = {suffix for group in SUFFIXES.values() for suffix in group}
-        files = [p for p in path.rglob("*") if p.is_file() and p.suffix in known]
-    else:
-        files = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
-    looks_local = source.startswith((".", "/", "~")) or any(c in source for c in "*?[") or _format_of(path) is not None
-    if not files and (looks_local or path.is_dir()):
-        raise TaskError(f"data.source {source!r} matches no file here (looked from {Path.cwd()}).")
-    return sorted(files)
+        rows, content = _hub_rows(source, data, columns, args)
+    used = digest([content, columns.text, columns.label or "", str(data.limit)])
+    return _kept(rows, columns, data.limit, cache / "rows" / used, used, source)
 
 
 def _builtin(source: str, limit: int | None, args: dict[str, Any]) -> Corpus:
@@ -74,45 +60,46 @@ def _builtin(source: str, limit: int | None, args: dict[str, Any]) -> Corpus:
     return TEXTS[source](limit=limit, **args)
 
 
-def _format_of(path: Path) -> str | None:
-    return next((name for name, suffixes in SUFFIXES.items() if path.suffix.lower() in suffixes), None)
+def _file_rows(
+    files: list[Path], kind: str, columns: Columns, args: dict[str, Any], cache: Path
+) -> tuple[Iterable[Row], str]:
+    check_arguments(kind, args)
+    cut = len(files) < FEW_FILES
+    content = digest(
+        [kind, str(cut), repr(sorted(args.items())), *(f"{f.suffix.lower()} {file_digest(f, cache)}" for f in files)]
+    )
+    return (row for file in files for row in read_rows(file, kind, columns, args, cut=cut)), content
 
 
-def _read_files(files: list[Path], data: Any, args: dict[str, Any], cache: Path) -> tuple[Any, str]:
-    kinds = {_format_of(f) for f in files} if data.format == "auto" else {data.format}
-    kind = kinds.pop() if len(kinds) == 1 else None
-    if kind is None:
-        raise TaskError(
-            f"data.format: auto cannot determine the format of {data.source!r}. Set it to text, json, csv or parquet."
-        )
-    settings = {"sample_by": "document", **args} if kind == "text" else args
-    key = digest([kind, repr(sorted(settings.items())), *(file_digest(file, cache) for file in files)])
-    if any(f.suffix == ".tsv" for f in files):
-        settings = {"sep": "\t", **settings}
-    table = _load(kind, data_files=[str(f) for f in files], split="train", cache_dir=str(cache / key), **settings)
-    if kind == "text" and "sample_by" not in args and len(files) < FEW_FILES:
-        table = table.map(_cut, batched=True, batch_size=1)
-    return table, key
-
-
-def _read_hub(source: str, data: Any, args: dict[str, Any]) -> tuple[Any, str]:
+def _hub_rows(source: str, data: Any, columns: Columns, args: dict[str, Any]) -> tuple[Iterable[Row], str]:
     if data.format not in ("auto", "hub"):
         raise TaskError(f"data.source {source!r} is no file here, so data.format: {data.format} cannot read it.")
     table = _load(source, split=data.split, **args)
+    for key, name in (("text", columns.text), ("label", columns.label)):
+        if name is not None and name not in table.column_names:
+            raise unknown(f"data.{key}_column", name, table.column_names)
+    names = getattr(table.features[columns.label], "names", None) if columns.label else None
+
+    def rows() -> Iterator[Row]:
+        kept = table.select_columns([name for name in (columns.text, columns.label) if name is not None])
+        for number, row in enumerate(kept, 1):
+            if names and isinstance(label := row[columns.label], int):
+                row[columns.label] = names[label]
+            yield Place(f"{source} ({data.split})", number), row
+
     # the hub's own key of (data set, configuration, revision, split)
-    return table, digest([source, data.split, table._fingerprint])
+    return rows(), digest([source, data.split, table._fingerprint])
 
 
-def _load(kind: str, **settings: Any) -> Any:
+def _load(source: str, **settings: Any) -> Any:
     import datasets
 
     quiet = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(kind, **settings)
-    except Exception as error:  # it raises its own types, ValueError, ConnectionError, pyarrow's ... each with a cause
-        what = settings.get("data_files") or kind
-        raise TaskError(f"data.source: cannot read {what}: {_cause(error)}") from error
+        return datasets.load_dataset(source, **settings)
+    except Exception as error:  # it raises its own types, ValueError, ConnectionError ... each with a cause
+        raise TaskError(f"data.source: cannot read {source}: {_cause(error)}") from error
     finally:
         if quiet:
             datasets.enable_progress_bars()
@@ -124,36 +111,85 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _cut(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    return {"text": [piece for text in batch["text"] for piece in pieces(text)]}
+# -- kept on disk ------------------------------------------------------------------------------------------------------
+def _kept(rows: Iterable[Row], columns: Columns, limit: int | None, folder: Path, key: str, source: str) -> Corpus:
+    """The corpus of these rows, written to `folder` by the first process that asks."""
+    import datasets
+
+    build_once(folder, lambda private: _write(rows, columns, limit, private, source))
+    table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
+    about = json.loads((folder / "about.json").read_text())
+    labels = None if columns.label is None else list(table["label"])
+    return Corpus(table["text"], labels, None, key, skipped=about["skipped"])
 
 
-def pieces(text: str, size: int = PIECE) -> Iterator[str]:
-    """A long text in pieces of at most `size` characters, cut after a line where there is one."""
-    start = 0
-    while len(text) - start > size:
-        cut = text.rfind("\n", start, start + size) + 1
-        end = cut if cut > start else start + size
-        yield text[start:end]
-        start = end
-    yield text[start:]
+def _write(rows: Iterable[Row], columns: Columns, limit: int | None, folder: Path, source: str) -> None:
+    import pyarrow
+
+    names = ["text", "label"][: 1 if columns.label is None else 2]
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
+    classes: dict[str, Place] = {}
+    count = skipped = 0
+    with pyarrow.OSFile(str(folder / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
+        held: list[dict[str, str]] = []
+        characters = 0
+        for place, row in rows:
+            if count == limit:
+                break
+            text = text_of(place, row, columns.text)
+            if not text.strip():
+                skipped += 1
+                continue
+            kept = {"text": _encodable(text)}
+            if columns.label is not None:
+                kept["label"] = label = label_of(place, row, columns.label)
+                classes.setdefault(label, place)
+            held.append(kept)
+            count, characters = count + 1, characters + len(text)
+            if len(held) == ROWS or characters > CHARACTERS:
+                stream.write_batch(pyarrow.RecordBatch.from_pylist(held, schema=schema))
+                held, characters = [], 0
+        stream.write_batch(pyarrow.RecordBatch.from_pylist(held, schema=schema))
+    if not count:
+        raise TaskError(f"data.source: {source} has no text" + (f": all {skipped} rows are empty." if skipped else "."))
+    if columns.label is not None:
+        _check_classes(classes, count, columns.label)
+    (folder / "about.json").write_text(json.dumps({"skipped": skipped}))
 
 
-def _corpus(table: Any, key: str, data: Any, labelled: bool) -> Corpus:
-    for name in ["text", "label"][: 1 + labelled]:
-        column = getattr(data, f"{name}_column")
-        if column not in table.column_names:
-            raise unknown(f"data.{name}_column", column, table.column_names)
-    if data.limit is not None:
-        table = table.select(range(min(data.limit, len(table))))
-    labels = _labels(table, data.label_column) if labelled else None
-    used = [data.text_column, data.label_column if labelled else "", str(data.limit)]
-    return Corpus(table[data.text_column], labels, None, digest([key, *used]))
+def _encodable(text: str) -> str:
+    """The text with each lone surrogate, which JSON can spell and UTF-8 cannot, as a replacement character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
-def _labels(table: Any, column: str) -> list[Any]:
-    names = getattr(table.features[column], "names", None)
-    labels = list(table[column])
-    if any(label is None for label in labels):
-        raise TaskError(f"data.label_column {column!r}: row {labels.index(None)} has no label.")
-    return [names[label] for label in labels] if names else labels
+def _check_classes(classes: Mapping[str, Place], count: int, column: str) -> None:
+    """Refuse a column of numbers to be predicted, or of names that hardly repeat."""
+    if len(classes) <= FEW_CLASSES:
+        return
+    fraction = next((name for name in classes if _is_fraction(name)), None)
+    if fraction is not None and all(map(_is_number, classes)):
+        raise TaskError(
+            f"data.label_column {column!r} has {len(classes)} different numbers, such as {fraction} in "
+            f"{classes[fraction]}; classification needs classes, and a regression is no task here."
+        )
+    if 2 * len(classes) > count:
+        raise TaskError(
+            f"data.label_column {column!r} has {len(classes)} different labels in {count} rows, such as "
+            f"{next(iter(classes))!r} in {next(iter(classes.values()))}; a class needs several rows."
+        )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_fraction(text: str) -> bool:
+    return _is_number(text) and not float(text).is_integer()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from .cache import digest
@@ -18,7 +19,7 @@ def split(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
     """A corpus as (training, validation); see `split_indices`. Without groups, equal texts stay together."""
     groups = corpus.groups or [digest([text or ""]) for text in corpus.texts]
     outside, inside = split_indices(groups, corpus.labels, fraction)
-    return corpus.take(outside), corpus.take(inside)
+    return replace(corpus.take(outside), skipped=corpus.skipped), corpus.take(inside)
 
 
 def split_indices(groups: Sequence[str], labels: Sequence[Any] | None, fraction: float) -> tuple[list[int], list[int]]:

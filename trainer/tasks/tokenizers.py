@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from .cache import build_once, digest
 from .carried import resolve_name
+from .corpora import in_batches
 from .errors import TaskError
+from .paths import model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,14 +92,35 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token numbers of texts, nothing added and nothing cut."""
+    """Token numbers of texts, nothing added and nothing cut. A text that spells a special token is text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     backend.no_truncation()
     backend.no_padding()
-    # twice as fast as the tokenizer's own call: it keeps no character offsets
-    return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    before, backend.encode_special_tokens = backend.encode_special_tokens, True
+    try:
+        # twice as fast as the tokenizer's own call: it keeps no character offsets
+        return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    finally:
+        backend.encode_special_tokens = before
+
+
+class EncodeCut:
+    """Token numbers of texts with what the model expects around them, at most `length`; counts the texts it has `cut`.
+
+    A text that spells a special token is text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        self.tokenizer, self.length = tokenizer, length
+        self.cut = 0
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        out = self.tokenizer(texts, truncation=True, max_length=self.length, split_special_tokens=True)
+        if out.encodings is not None:
+            self.cut += sum(bool(encoding.overflowing) for encoding in out.encodings)
+        return out["input_ids"]
 
 
 def framing(tokenizer: PreTrainedTokenizerBase, *, packed: bool) -> tuple[list[int], list[int]]:
@@ -121,12 +144,15 @@ def _setting(settings: Any, name: str) -> Any:
 def _named(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    folder = model_folder(resolve_name(name), "model.tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_name(name))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise TaskError(f"model.tokenizer: cannot load {name!r}: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise TaskError(f"model.tokenizer: {name!r} has no padding and no end-of-text token, so rows cannot be padded.")
     return tokenizer
 
 
@@ -145,10 +171,20 @@ def _train(texts: Sequence[str], vocab_size: int, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD).save_pretrained(folder)
 
 
+def _mean_length(texts: Sequence[str]) -> int:
+    """Characters of a text, from the first thousand, or from as many as make ten million characters."""
+    count = characters = 0
+    for batch in in_batches(texts):
+        for text in batch:
+            count, characters = count + 1, characters + len(text)
+            if count == 1000 or characters > 10_000_000:
+                return max(1, characters // count)
+    return max(1, characters // max(1, count))
+
+
 def _sample(texts: Sequence[str], characters: int) -> Iterator[str]:
     """Texts up to a number of characters, spread over the corpus by a fixed stride."""
-    probe = texts[: min(len(texts), 1000)]
-    mean = max(1, sum(len(text or "") for text in probe) // max(1, len(probe)))
+    mean = _mean_length(texts)
     stride, left = max(1, mean * len(texts) // characters), characters
     for i in range(0, len(texts), stride):
         if left <= 0:

@@ -12,17 +12,20 @@ target that crosses a border is the separator itself, predicted from the documen
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from .cache import build_once, digest
+from .corpora import BATCH, in_batches
+from .rows import pieces_of
 
 if TYPE_CHECKING:
     from .corpora import Corpus
@@ -41,10 +44,14 @@ class TokenStore:
     @cached_property
     def tokens(self) -> np.ndarray:
         """Token numbers [N], uint16 or uint32, memory-mapped."""
-        meta = json.loads((self.folder / "meta.json").read_text())
-        if meta["tokens"] == 0:
-            return np.empty(0, dtype=meta["dtype"])
-        return np.memmap(self.folder / "tokens.bin", dtype=meta["dtype"], mode="r")
+        if self.meta["tokens"] == 0:
+            return np.empty(0, dtype=self.meta["dtype"])
+        return np.memmap(self.folder / "tokens.bin", dtype=self.meta["dtype"], mode="r")
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """Return `dtype`, the number of `tokens`, and what `store_tokens` was told to keep."""
+        return json.loads((self.folder / "meta.json").read_text())
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -60,22 +67,73 @@ class TokenStore:
         return {"folder": self.folder}
 
 
-def store_tokens(corpus: Corpus, encode: Encode, *, key: str, vocabulary: int, cache: Path) -> TokenStore:
-    """Tokenize a corpus, or find it done: keyed by its content and by `key` (tokenizer and settings)."""
+def store_tokens(
+    corpus: Corpus,
+    encode: Encode,
+    *,
+    key: str,
+    vocabulary: int,
+    cache: Path,
+    frame: tuple[Sequence[int], Sequence[int]] = ((), ()),
+    head: int | None = None,
+    about: Callable[[], dict[str, int]] = dict,
+) -> TokenStore:
+    """Tokenize a corpus, or find it done: keyed by its content and by `key` (tokenizer and settings).
+
+    Takes about a million characters at a time; a long document is encoded in pieces that end after lines, so memory
+    depends neither on the corpus nor on its longest document. frame: the tokens that open and close a document. head:
+    characters of a document to encode at most; None: all. about: what to keep beside the tokens, once they are there.
+    """
 
     def build(folder: Path) -> None:
         dtype = np.uint16 if vocabulary <= 1 << 16 else np.uint32
-        lengths = [np.zeros(1, dtype=np.int64)]
+        offsets, written = array("q", [0]), 0
         with open(folder / "tokens.bin", "wb") as file:
-            for start in range(0, len(corpus.texts), 1000):
-                rows = encode([text or "" for text in corpus.texts[start : start + 1000]])
-                lengths.append(np.array([len(row) for row in rows], dtype=np.int64))
-                np.concatenate([np.asarray(row, dtype=dtype) for row in rows]).tofile(file)
-        offsets = np.cumsum(np.concatenate(lengths))
-        np.save(folder / "offsets.npy", offsets)
-        (folder / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "tokens": int(offsets[-1])}))
+            for group in _groups(corpus.texts, head):
+                for row, piece in zip(encode([piece.text for piece in group]), group, strict=True):
+                    whole = [*(frame[0] if piece.opens else ()), *row, *(frame[1] if piece.closes else ())]
+                    file.write(np.array(whole, dtype=dtype).tobytes())
+                    written += len(whole)
+                    if piece.closes:
+                        offsets.append(written)
+        np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
+        (folder / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "tokens": written, **about()}))
 
     return TokenStore(build_once(cache / "tokens" / digest([corpus.fingerprint, key]), build))
+
+
+class _Piece(NamedTuple):
+    """A part of a document; opens, closes: whether it is its first, its last."""
+
+    text: str
+    opens: bool
+    closes: bool
+
+
+def _groups(texts: Sequence[str], head: int | None) -> Iterator[list[_Piece]]:
+    """All documents in pieces, about a million characters at a time."""
+    group: list[_Piece] = []
+    characters = 0
+    for batch in in_batches(texts):
+        for text in batch:
+            for piece in _cut(text) if head is None else [_Piece(text[:head], True, True)]:
+                group.append(piece)
+                characters += len(piece.text)
+                if characters >= BATCH:
+                    yield group
+                    group, characters = [], 0
+    if group:
+        yield group
+
+
+def _cut(text: str) -> Iterator[_Piece]:
+    held, opens = None, True
+    for piece in pieces_of(text):
+        if held is not None:
+            yield _Piece(held, opens, False)
+            opens = False
+        held = piece
+    yield _Piece(held or "", opens, True)
 
 
 class Blocks(Dataset[Sample]):
@@ -84,10 +142,13 @@ class Blocks(Dataset[Sample]):
     A sample: `input_ids`, `labels` (equal to them; the model shifts) and, when isolated, `position_ids`, each [T].
     length: T. isolate: keep documents apart (see above). keep_tail: also serve the last, partial block, padded with
     label -100: for validation, where no token may be lost; a training set drops it, so all its blocks weigh the same.
+    pad: the token that fills it up.
     """
 
-    def __init__(self, store: TokenStore, length: int, *, isolate: bool = True, keep_tail: bool = False) -> None:
-        self.store, self.length, self.isolate = store, length, isolate
+    def __init__(
+        self, store: TokenStore, length: int, *, isolate: bool = True, keep_tail: bool = False, pad: int = 0
+    ) -> None:
+        self.store, self.length, self.isolate, self.pad = store, length, isolate, pad
         total = len(store.tokens)
         tail = keep_tail and total % length >= 2
         self.blocks = total // length + tail
@@ -102,7 +163,8 @@ class Blocks(Dataset[Sample]):
         missing = (0, self.length - len(ids))
         # two arrays, never one shared: an edit of the inputs must not reach the labels
         labels = np.pad(ids, missing, constant_values=IGNORED)
-        sample = {"input_ids": torch.from_numpy(np.pad(ids, missing)), "labels": torch.from_numpy(labels)}
+        padded = np.pad(ids, missing, constant_values=self.pad)
+        sample = {"input_ids": torch.from_numpy(padded), "labels": torch.from_numpy(labels)}
         if self.isolate:
             sample["position_ids"] = torch.from_numpy(self._position_ids(index))
         return sample
@@ -137,14 +199,23 @@ class Documents(Dataset[Sample]):
 
     A sample: `input_ids` [t] and `labels`, either equal to them [t] or, with `labels` given, the class [] as int64.
     Pair with `PadTokens` to form batches. Documents of one token predict nothing and are left out of the former.
+    group_by_length: ask the sampler for batches of alike lengths (see `GlobalBatches`).
+
+    `token_counts` [N] are the tokens of each sample; `cut` is how many documents were longer than `length`.
     """
 
-    def __init__(self, store: TokenStore, length: int, labels: Sequence[int] | None = None) -> None:
-        self.store, self.length = store, length
+    deterministic = True  # a sample is the same each time it is read
+
+    def __init__(
+        self, store: TokenStore, length: int, labels: Sequence[int] | None = None, *, group_by_length: bool = True
+    ) -> None:
+        self.store, self.length, self.group_by_length = store, length, group_by_length
         self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
-        lengths = np.minimum(np.diff(store.offsets), length)
+        whole = np.diff(store.offsets)
+        lengths = np.minimum(whole, length)
+        self.cut = int((whole > length).sum()) + store.meta.get("cut", 0)
         self.rows = np.flatnonzero(lengths >= 2) if labels is None else np.arange(len(lengths))
-        self.lengths = lengths[self.rows]
+        self.token_counts = lengths[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -158,7 +229,7 @@ class Documents(Dataset[Sample]):
     @property
     def target_counts(self) -> np.ndarray:
         """Return how many targets each sample has [len(self)]: its tokens but the first, or its one class."""
-        return self.lengths - 1 if self.labels is None else np.ones(len(self), dtype=np.int64)
+        return self.token_counts - 1 if self.labels is None else np.ones(len(self), dtype=np.int64)
 
     def targets(self, index: int) -> np.ndarray:
         """The tokens that a sample predicts: all but its first."""

@@ -50,8 +50,14 @@ IDS = torch.zeros(3, 7, dtype=torch.int64)
     ],
     ids=str,
 )
-def test_samples_and_tokens_of_a_batch(batch, sizes):
-    assert batch_size(batch) == sizes
+def test_samples_and_positions_of_a_batch(batch, sizes):
+    assert batch_size(batch) == (*sizes, None)
+
+
+def test_the_mask_of_a_batch_is_one_of_its_positions():
+    mask = torch.ones_like(IDS)
+    assert batch_size([{"input_ids": IDS, "attention_mask": mask}])[3] is mask
+    assert batch_size({"input_ids": IDS, "attention_mask": torch.ones(3, 1, 7, 7)})[3] is None
 
 
 def test_an_evaluation_that_ran_in_part_says_what_a_whole_one_takes():

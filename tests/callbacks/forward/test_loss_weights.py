@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shoestring.callbacks import SequenceLengthWarmup
 from shoestring.recipes import recipe_from
 from shoestring.trainer import Budget, Trainer
 from shoestring.trainer.tasks import build_task
@@ -36,8 +37,11 @@ WORDS = [
 ]
 
 
-def weights_after_three_steps(home: Path, micro: int, blind: bool = False) -> torch.Tensor:
-    """Final weights of the same recipe with 8 samples a step in micro-batches of `micro`; `blind` drops the weights."""
+def weights_after_three_steps(home: Path, micro: int, blind: bool = False, warmup: bool = False) -> torch.Tensor:
+    """Final weights of the same recipe with 8 samples a step in micro-batches of `micro`; `blind` drops the weights.
+
+    warmup: rows are cut to 4 tokens.
+    """
     recipe = recipe_from(
         {
             "model": {
@@ -58,7 +62,11 @@ def weights_after_three_steps(home: Path, micro: int, blind: bool = False) -> to
     )  # fmt: skip
     task = build_task(recipe, workdir=home)
     trainer = Trainer(
-        Budget(steps=3), run_dir=home / f"run-{micro}-{blind}", accelerator="cpu", accumulate_grad_batches=8 // micro
+        Budget(steps=3),
+        [SequenceLengthWarmup(start=4, until="1000 steps", multiple=4)] if warmup else [],
+        run_dir=home / f"run-{micro}-{blind}-{warmup}",
+        accelerator="cpu",
+        accumulate_grad_batches=8 // micro,
     )
     if blind:
         trainer.monitor.on_train_batch_start = lambda *args: None  # type: ignore[method-assign]
@@ -74,3 +82,7 @@ def test_accumulation_does_not_change_the_step(tmp_path: Path, monkeypatch: pyte
     assert torch.allclose(whole, quarters, atol=1e-6)
     # without the weights the short samples of a micro-batch count for too much
     assert not torch.allclose(whole, weights_after_three_steps(tmp_path, 2, blind=True), atol=1e-4)
+    # a row that is cut has fewer targets, in every micro-batch alike
+    short = weights_after_three_steps(tmp_path, 8, warmup=True)
+    assert torch.allclose(short, weights_after_three_steps(tmp_path, 2, warmup=True), atol=1e-6)
+    assert not torch.allclose(short, whole, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from shoestring.trainer.tasks.baselines import target_counts, unigram
 from shoestring.trainer.tasks.cache import build_once
 from shoestring.trainer.tasks.corpora import of_texts, python_packages, python_stdlib
-from shoestring.trainer.tasks.sources import pieces
+from shoestring.trainer.tasks.rows import pieces
 from shoestring.trainer.tasks.split import balance, split
 from shoestring.trainer.tasks.tokens import Blocks
 
@@ -145,6 +146,6 @@ def test_equal_texts_stay_on_one_side() -> None:
 
 def test_long_texts_are_cut_after_lines() -> None:
     text = "".join(f"line {i}\n" for i in range(1000)) + "x" * 300
-    parts = list(pieces(text, 100))
+    parts = list(pieces(io.StringIO(text), 100))
     assert "".join(parts) == text and max(map(len, parts)) <= 100
     assert all(part.endswith("\n") for part in parts[:80])

@@ -16,7 +16,7 @@ import torch
 from shoestring.trainer.tasks import Task, build_task
 from shoestring.trainer.tasks.errors import TaskError
 from shoestring.trainer.tasks.generate import complete
-from shoestring.trainer.tasks.isolation import TOLERANCE, check_isolation, leak
+from shoestring.trainer.tasks.isolation import TOLERANCE, check_isolation, leak, lookahead
 from shoestring.trainer.tasks.tokens import Blocks, PadTokens, stack
 
 
@@ -192,3 +192,62 @@ def test_padding_is_masked() -> None:
     ]
     classes = PadTokens(9)([{"input_ids": row, "labels": torch.tensor(2)} for row in rows])
     assert classes["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]] and classes["labels"].tolist() == [2, 2]
+
+
+def test_special_tokens_in_a_document_are_text(tiny: Any, tmp_path: Path) -> None:
+    text = "a text ends with <|endoftext|> and rows with <|pad|>"
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "another"}))
+    data = {"source": str(tmp_path / "d.jsonl"), "limit": None, "validation": 0, "sequence_length": 256, "pack": False}
+    task = tiny.task(data=data)
+    ids, end = task.train[0]["input_ids"].tolist(), task.tokenizer.eos_token_id
+    assert ids.count(end) == 1 and ids[-1] == end and task.tokenizer.pad_token_id not in ids
+    assert task.tokenizer.decode(ids[:-1]) == text
+    assert task.tokenizer(text)["input_ids"].count(end) == 1, "asked directly, as by a prompt, it is the token still"
+    model = {"task": "sequence-classification", "config": {**tiny.llama, "model_type": "bert"}}
+    lines = [json.dumps({"text": text, "label": label}) for label in "xy"]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    assert end not in tiny.task(model=model, data=data).train[0]["input_ids"].tolist()
+
+
+BERT = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "max_position_embeddings": 66}  # fmt: skip
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_an_encoder_as_a_causal_model_is_made_causal_or_refused(tiny: Any, pack: bool) -> None:
+    data = {"pack": pack}
+    model = tiny.task(model={"config": BERT}, data=data).module.model
+    ids = torch.arange(40) % 30
+    assert model.config.is_decoder and lookahead(model, ids) < TOLERANCE
+    encoder = tiny.task(model={"config": {**BERT, "is_decoder": False}}, data=data)
+    assert lookahead(encoder.module.model, ids) > 10 * TOLERANCE
+    with pytest.raises(TaskError, match=r"in this bert model they see later ones"):
+        tiny.fit(encoder, 1)
+
+
+def test_positions_that_begin_after_the_paddings_are_known(tiny: Any) -> None:
+    """RoBERTa's tokenizers pad with 1; ours have 0 as end and 1 as padding, too. OPT's offset is not in its limit."""
+    roberta = {**BERT, "model_type": "roberta"}
+    task = tiny.task(model={"config": roberta})  # 66 position numbers, 64 tokens
+    assert task.tokenizer.pad_token_id == 1 and task.module._first_position == 2
+    block = stack([task.train[i] for i in range(2)])
+    with torch.no_grad():
+        loss = task.module.eval().training_step({**block, "position_ids": torch.arange(64).expand(2, -1)}, 0)
+        own = task.module.model(input_ids=block["input_ids"], labels=block["labels"]).loss
+    assert loss == pytest.approx(own.item(), abs=1e-6), "a packed row is numbered as the model numbers one"
+    tiny.fit(task, 1)
+    with pytest.raises(
+        TaskError, match=r"64 is above the model's max_position_embeddings 65 less the 2 that .*roberta"
+    ):
+        tiny.task(model={"config": {**roberta, "max_position_embeddings": 65}})
+    opt = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+           "word_embed_proj_dim": 32, "max_position_embeddings": 64}  # fmt: skip
+    tiny.fit(tiny.task(model={"config": opt}, data={"pack": False}), 1)
+
+
+def test_rows_are_filled_up_with_the_tokenizers_own_padding(tiny: Any) -> None:
+    task = tiny.task()
+    tail = task.validation[len(task.validation) - 1]
+    filled = tail["input_ids"][tail["labels"] == -100]
+    assert len(filled) and (filled == task.tokenizer.pad_token_id).all() and task.tokenizer.pad_token_id != 0
+    assert task.module.model.config.pad_token_id == task.tokenizer.pad_token_id
