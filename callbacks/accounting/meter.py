@@ -2,7 +2,7 @@
 
 Windows add up to the wall time of the run: start-up, train (waiting for data is listed inside it), evaluation,
 checkpoint, report (what the final weights are used for), other. `tokens_per_second` is over train time only; MFU is
-counted FLOPs (no recomputation) over the peak. Tokens are those of the data: what rows are padded with is counted apart.
+counted FLOPs (no recomputation) over the peak. Tokens are those of the data: what pads rows is counted apart.
 """
 
 from __future__ import annotations
