@@ -100,6 +100,7 @@ def fit(
     began = time.monotonic() - startup_seconds
     _import(plan)
     local_ranks.wait()
+    from ..callbacks.optimization.lr_schedule import LRSchedule
     from .monitor.records import Records
     from .tasks.build import TaskData, build_task
     from .trainer import Trainer
@@ -130,9 +131,13 @@ def fit(
 
         # RANK and its like are set; Lightning would look at Slurm's own and ask them to agree with its arguments
         options.setdefault("plugins", []).append(LightningEnvironment())
+    techniques = plan.techniques
+    for technique in techniques:  # a schedule that nobody has chosen leaves the rate to a task's own schedulers
+        if isinstance(technique, LRSchedule):
+            technique.gives_way = _has_default_schedule(recipe)
     trainer = Trainer(
         plan.budget or Budget(),
-        plan.techniques,
+        techniques,
         strategy=plan.strategy,
         devices=plan.devices,
         num_nodes=plan.nodes,
@@ -173,6 +178,11 @@ def _import(plan: Plan) -> None:
             from .machine.extensions import prepare_environment
 
             prepare_environment(plan.strategy, plan.offload, plan.accelerator)
+
+
+def _has_default_schedule(recipe: Any) -> bool:
+    chosen = recipe.optimizer.model_fields_set & {"schedule", "warmup"}
+    return not chosen and all(technique.name != "lr_schedule" for technique in recipe.techniques)
 
 
 def quiet() -> None:

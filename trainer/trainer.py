@@ -20,6 +20,7 @@ The loop, with the hooks in it (`A` micro-batches make one optimizer step):
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +29,7 @@ from typing import Any, Literal, Unpack
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar
 from pytorch_lightning.loops.fit_loop import _FitLoop
 from pytorch_lightning.strategies import Strategy
 
@@ -48,6 +50,11 @@ from .monitor.monitor import Monitor
 from .monitor.records import Records
 from .monitor.signals import launched_here, will_launch
 from .monitor.stragglers import Stragglers
+
+# what a run of ours has of its own, and Lightning's where it is asked for
+_SHOWN_OR_KEPT = {
+    "enable_checkpointing": Checkpoint, "enable_progress_bar": ProgressBar, "enable_model_summary": ModelSummary,
+}  # fmt: skip
 
 
 class Trainer(pl.Trainer):
@@ -117,7 +124,7 @@ class Trainer(pl.Trainer):
             devices = 1
         name = _strategy_name(strategy, devices, num_nodes)
         own_schedule = budget and not any(t.card.name == "lr_schedule" for t in techniques)
-        chosen = [*techniques, LRSchedule()] if own_schedule else list(techniques)
+        chosen = [*techniques, _default_schedule()] if own_schedule else list(techniques)
         composition = compose(chosen, run_facts(name, accelerator, offload))
         settings = _fold(composition.techniques, options)
         made = strategy
@@ -126,7 +133,7 @@ class Trainer(pl.Trainer):
         if launched_here():
             die_with_parent()
         if budget and not options.keys() & {"max_epochs", "max_steps"}:
-            options["max_epochs"] = -1
+            options["max_epochs"] = math.ceil(budget.epochs or -1)
         self.seed = seed
         self.batches_planned = False  # micro-batches and accumulation have been chosen for this number of ranks
         self.records = records or Records(run_dir, ledger=ledger, wandb=wandb)
@@ -143,11 +150,11 @@ class Trainer(pl.Trainer):
             watts_per_device=watts_per_device,
             log_every=log_every,
         )
-        self._guess = next((t for t in composition.techniques if own_schedule and t.card.name == "lr_schedule"), None)
         given = options.pop("callbacks", None) or []
         given = [given] if isinstance(given, pl.Callback) else list(given)
-        for quiet in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"):
-            options.setdefault(quiet, False)
+        options.setdefault("logger", False)
+        for quiet, asked in _SHOWN_OR_KEPT.items():
+            options.setdefault(quiet, any(isinstance(callback, asked) for callback in given))
         super().__init__(
             strategy=made,
             devices=devices,
@@ -158,6 +165,8 @@ class Trainer(pl.Trainer):
             **options,
         )
         self.fit_loop.__class__ = _EndedLoop
+        # last, so that it sees what all others have done to a step; only Lightning's own checkpoints come after it
+        self.callbacks.sort(key=lambda c: 2 * isinstance(c, Checkpoint) + (c is self.monitor))  # type: ignore[attr-defined]
         if self.num_devices * self.num_nodes > 1:
             self.callbacks.append(Stragglers(self.monitor))  # type: ignore[attr-defined]
 
@@ -240,6 +249,13 @@ class _EndedLoop(_FitLoop):
     def skip(self) -> bool:
         resumed = self.trainer.monitor.resumed_from is not None  # type: ignore[attr-defined]
         return super().skip if not resumed or self.trainer.limit_train_batches == 0 else self.max_batches == 0
+
+
+def _default_schedule() -> LRSchedule:
+    """The schedule of a budget where nobody has chosen one."""
+    schedule = LRSchedule()
+    schedule.gives_way = True
+    return schedule
 
 
 def _price() -> float:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
 from ... import ShoestringError
 from ...callbacks.contract import SampleTable, Technique
@@ -225,7 +226,11 @@ def _restore_callbacks(trainer: pl.Trainer, common: Mapping[str, Any], pieces: P
 
 def _restore_loops(trainer: pl.Trainer, module: pl.LightningModule, common: Mapping[str, Any]) -> None:
     trainer.fit_loop.load_state_dict(common["loops"])
-    if common["accumulate"] != trainer.accumulate_grad_batches:
+    epochs = trainer.fit_loop.epoch_progress.current
+    if epochs.ready == epochs.completed:  # saved between epochs: the next one starts as any other
+        trainer.fit_loop.epoch_loop.restarting = False
+    changing = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    if common["accumulate"] != trainer.accumulate_grad_batches and not changing:
         _rescale(trainer, trainer.accumulate_grad_batches / common["accumulate"])
     for optimizer, groups in zip(trainer.optimizers, common["param_groups"], strict=True):
         for group, saved in zip(optimizer.param_groups, groups, strict=True):

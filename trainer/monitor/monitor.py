@@ -19,19 +19,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.trainer.connectors.data_connector import _parse_num_batches
 from pytorch_lightning.trainer.states import RunningStage
 
 from ...callbacks.accounting.account import Account, Upcoming
 from ...callbacks.accounting.budget import Budget
-from ...callbacks.accounting.meter import Windows, peak_bytes
+from ...callbacks.accounting.meter import peak_bytes
 from ...callbacks.contract import ReshapeListener, silence
 from ...callbacks.parameters.accessor import shards_of
+from ...callbacks.sampling.global_batches import GlobalBatches
 from ...callbacks.sampling.samples import install_sampler
 from ..checkpoint import format as checkpoint
 from ..checkpoint import state
 from ..checkpoint.saver import CannotResume, CannotSave, same_samples, save_final_weights
 from ..ledger import read_summary
+from ..lightning.cut_window import CutWindow
 from .checkpoints import Checkpoints
 from .evaluations import Evaluations, goal_reached
 from .records import Records
@@ -69,7 +72,11 @@ class Monitor(ReshapeListener, pl.Callback):
         self.summary: dict[str, Any] = {}
         self.each_step: Callable[[], None] | None = None  # called on every rank when a step has ended
         self.resumed_from: int | None = None
+        self.order: GlobalBatches | None = None
+        self._cut_window: CutWindow | None = None
+        self._save_between_epochs = False
         self._rng: Mapping[str, Any] | None = None
+        self._epoch_since: tuple[int, int] | None = None  # of the order, in the checkpoint
         self._begun = False
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -78,7 +85,11 @@ class Monitor(ReshapeListener, pl.Callback):
     ) -> None:
         account = self.account
         self.rows.add_loss(outputs, first=batch_idx % trainer.accumulate_grad_batches == 0)
-        if not account.batch_ends():
+        if self._cut_window is not None:
+            self.rows.scale_loss(self._cut_window.scale)
+            self._cut_window.end()
+            self._cut_window = None
+        if not account.batch_ends(trainer):
             return  # amid an accumulation window
         account.spending.mine.stop = float(self.request.received is not None)
         account.agree()
@@ -91,9 +102,12 @@ class Monitor(ReshapeListener, pl.Callback):
         if self.evaluations.every is not None:
             self.evaluations.plan(trainer, account.clock)
         if self.checkpoints.due(trainer, account):
-            self._save(trainer, pl_module)
-        if account.stop_requested and not trainer.should_stop:
-            raise self._preempted()
+            # what an epoch ends with, such as its evaluation and its schedulers, belongs to its last step
+            self._save_between_epochs = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+            if not self._save_between_epochs:
+                self._save(trainer, pl_module)
+                if account.stop_requested and not trainer.should_stop:
+                    raise self._preempted()
         account.spending.wait_for_data()
 
     def on_train_batch_start(
@@ -102,12 +116,33 @@ class Monitor(ReshapeListener, pl.Callback):
         if self.order is not None and self.order.targets is not None:
             self.order.weigh(batch, batch_idx, pl_module.device)
         self.account.batch_begins(trainer, batch, batch_idx)
+        if self.account.cut_window:
+            self._cut_window = CutWindow(trainer, pl_module, self.account.cut_window)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.order is not None:
+            self.order.begin_epoch(trainer.current_epoch)
+        self.account.horizon.begin_epoch(trainer)
+        if not self._save_between_epochs:
+            return
+        self._save_between_epochs, progress = False, trainer.fit_loop.epoch_progress
+        for counts in (progress.total, progress.current):
+            counts.ready -= 1  # a resumed run begins this epoch with all its hooks
+        self._save(trainer, pl_module)
+        for counts in (progress.total, progress.current):
+            counts.ready += 1
+        if self.account.stop_requested and not trainer.should_stop:
+            raise self._preempted()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # of a resumed epoch too: what was measured in it is there, so schedulers that wait for it may step
+        trainer.fit_loop._restarting = False
 
     # -- start ------------------------------------------------------------------------------------------------------
     def begin(self, startup_seconds: float = 0.0) -> None:
         """`fit` has been entered: the clock starts."""
-        self.account.spending.windows = Windows()
-        self.account.spending.windows.seconds["startup"] = startup_seconds
+        self.account.begin(startup_seconds)
+        self._begun, self.resumed_from, self._rng, self._epoch_since = False, None, None, None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account = self.account
@@ -123,6 +158,8 @@ class Monitor(ReshapeListener, pl.Callback):
         if self.order is not None:  # loader workers draw batches before training starts, and these ask the clock
             whole = _parse_num_batches(RunningStage.TRAINING, len(self.order), trainer.limit_train_batches)
             account.horizon.set_limits(trainer, whole)
+            if self._epoch_since is not None:
+                self.order.since = self._epoch_since
         account.spending.start()
         self._begun = True
 
@@ -142,10 +179,13 @@ class Monitor(ReshapeListener, pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account, clock = self.account, self.account.clock
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):  # a resumed run may be amid an epoch
+                callback.on_train_epoch_start(trainer)
         account.start(trainer)
         if clock.horizon is not None and clock.step >= clock.horizon:
             end = clock.first_limit()
-            account.stopped_by, trainer.should_stop = end.binding if end else "steps", True
+            account.stopped_by, trainer.should_stop = account.horizon.name(end.binding if end else "steps"), True
         self.request.listen()
         # Lightning asks all ranks about signals with a blocking broadcast before every batch; ours ride along
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
@@ -287,7 +327,10 @@ class Monitor(ReshapeListener, pl.Callback):
 
     # -- state ------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        return self.account.state_dict()
+        since = {} if self.order is None else {"epoch_since": list(self.order.since)}
+        return {**self.account.state_dict(), **since}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.account.load_state_dict(state_dict)
+        since = state_dict.get("epoch_since")
+        self._epoch_since = (int(since[0]), int(since[1])) if since else None

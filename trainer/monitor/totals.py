@@ -93,6 +93,10 @@ class StepRows:
         if loss is not None:
             self._loss = loss if first else self._loss + loss
 
+    def scale_loss(self, factor: float) -> None:
+        """The step had fewer micro-batches than Lightning has divided by."""
+        self._loss = self._loss if self._loss is None else self._loss * factor
+
     def due(self) -> bool:
         return self.totals.account.clock.step % self.log_every == 0 or perf_counter() - self._written > 0.25
 
