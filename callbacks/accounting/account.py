@@ -153,9 +153,9 @@ class Account:
             self.agreement.start(mine.as_list())
 
     def stop_at_horizon(self, trainer: pl.Trainer) -> None:
-        """Ask the trainer to stop where the run has reached its end."""
+        """Ask the trainer to stop where the run has reached its end; Lightning ends by itself what has its own end."""
         if not trainer.should_stop and (binding := self.horizon.reached()):
-            self.stopped_by, trainer.should_stop = binding, True
+            self.stopped_by, trainer.should_stop = binding, binding not in ("max_steps", "max_epochs")
 
     def receive(self, sums: list[float] | None) -> None:
         """Return the result of an exchange; None where none was under way."""

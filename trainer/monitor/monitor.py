@@ -97,7 +97,7 @@ class Monitor(ReshapeListener, pl.Callback):
         account.stop_at_horizon(trainer)
         if self.each_step is not None:
             self.each_step()
-        if self.records.keeps and (self.rows.due() or trainer.should_stop):
+        if self.records.keeps and (self.rows.due() or trainer.should_stop or account.stopped_by):
             self.records.step(account.clock.step, self.rows.row(trainer))
         if self.evaluations.every is not None:
             self.evaluations.plan(trainer, account.clock)

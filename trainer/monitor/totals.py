@@ -9,6 +9,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EarlyStopping, Timer
+from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from ...callbacks.accounting.account import Account
 from ...callbacks.accounting.meter import communication_bytes, peak_bytes
@@ -58,7 +60,7 @@ class Totals:
             "data_wait": account.spending.data_wait / seconds,
             "comm_bytes": sent * work.steps,
             "windows": dict(account.spending.windows.seconds),
-            "stopped_by": account.stopped_by or ("max_epochs" if not trainer.should_stop else "callback"),
+            "stopped_by": account.stopped_by or _stopper(trainer, account),
             "budget": dict(account.budget.given()),
             "strategy": strategy,
             "world_size": trainer.world_size,
@@ -73,6 +75,18 @@ class Totals:
             return None
         counted = self.account.spending.this_attempt().flops_counted
         return counted / (self.train_seconds() * self.peak_flops * self.account.spending.world)
+
+
+def _stopper(trainer: pl.Trainer, account: Account) -> str:
+    """What has ended a run that its budget has not."""
+    if not trainer.should_stop:
+        return "epochs" if account.budget.epochs is not None else "max_epochs"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
+            return type(callback).__name__
+        if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:
+            return type(callback).__name__
+    return "callback"
 
 
 class StepRows:

@@ -1,4 +1,4 @@
-"""The last accumulation window of an epoch counts its micro-batches in full, and nothing of it reaches the next epoch."""
+"""The last accumulation window of an epoch counts its micro-batches in full; nothing of it reaches the next epoch."""
 
 import pytest
 import pytorch_lightning as pl
