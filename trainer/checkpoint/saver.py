@@ -49,6 +49,7 @@ class Saver:
     def __init__(self, root: Path, keep: int, agreement: Agreement, report: Callable[..., None]) -> None:
         self.root, self.keep, self.agreement, self.report = root, keep, agreement, report
         self.seconds = 0.0  # the dearest checkpoint so far, without reading it back
+        self._first: list[str] = []  # what trained when the fit began
         self._proven = False  # one checkpoint of this attempt has been read back
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule, step: int, about: dict[str, Any]) -> bool:
@@ -84,7 +85,7 @@ class Saver:
 
     def _write(self, trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> dict[str, Any]:
         rank = trainer.global_rank
-        common = state.common_state(trainer, module)
+        common = state.common_state(trainer, module, self._first)
         files = checkpoint.write_common(folder, common) if rank == 0 else {}
         mine = checkpoint.write_rank(folder, rank, state.rank_state(trainer, module), state.tensors(trainer, module))
         return {**files, **mine}
@@ -113,6 +114,7 @@ class Saver:
 
     def restore(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[dict[str, Any], Any] | None:
         """Resume from the newest intact checkpoint: (its manifest, random states or None). None if there is none."""
+        self._first = state.trainable(module)
         choice: Any = None
         if trainer.global_rank == 0:
             try:
@@ -152,9 +154,9 @@ def save_final_weights(trainer: pl.Trainer, module: pl.LightningModule, path: Pa
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from ...callbacks.parameters.accessor import shards_of
+    from ...callbacks.parameters.accessor import shards_anew
 
-    shards = shards_of(trainer, module)
+    shards = shards_anew(trainer, module)
     whole: dict[str, torch.Tensor] = {}
     first = trainer.global_rank == 0
     for name in shards.slices:

@@ -50,9 +50,11 @@ class Totals:
         """Totals of all attempts, rates of this one, and how it ended; peak: bytes of the rank that held the most."""
         account, seconds, work = self.account, self.train_seconds(), self.account.spending.this_attempt()
         size = 2 if "16" in str(trainer.precision) else 4
+        per_epoch = account.clock.steps_per_epoch
         sent = communication_bytes(strategy, self.trainable, size, trainer.world_size, trainer.accumulate_grad_batches)
         return {
             "steps": account.clock.step,
+            "epochs": account.clock.step / per_epoch if per_epoch else None,
             **self.so_far(),
             "peak_bytes": peak,
             "tokens_per_second": work.tokens / seconds,
