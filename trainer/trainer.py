@@ -82,6 +82,7 @@ class Trainer(pl.Trainer):
         usd_per_device_hour: What a device costs; None takes the catalogue's price of this machine's, if it has one.
         watts_per_device: What a device draws under load, for energy where no counter can be read.
         log_every: Steps between rows in the journal.
+        accept_changes: Resume with other techniques or another optimizer than the run was begun with, too.
         records: Where the run is written down, if not as `run_dir`, `ledger` and `wandb` say.
         **lightning: All other arguments of `pl.Trainer`.
 
@@ -114,6 +115,7 @@ class Trainer(pl.Trainer):
         usd_per_device_hour: float | None = None,
         watts_per_device: float | None = None,
         log_every: int = 10,
+        accept_changes: bool = False,
         records: Records | None = None,
         **lightning: Unpack[LightningOptions],
     ) -> None:
@@ -149,6 +151,7 @@ class Trainer(pl.Trainer):
             usd_per_device_hour=_price() if usd_per_device_hour is None else usd_per_device_hour,
             watts_per_device=watts_per_device,
             log_every=log_every,
+            accept_changes=accept_changes,
         )
         given = options.pop("callbacks", None) or []
         given = [given] if isinstance(given, pl.Callback) else list(given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -120,6 +120,12 @@ class LRSchedule(Technique, pl.Callback):
         for optimizer, peaks in zip(trainer.optimizers, self._peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * scale * group.get("warmup_factor", 1.0)
+
+    def scale_peaks(self, trainer: pl.Trainer, ratios: Mapping[int, float]) -> None:
+        """Resumed with other rates than the run began with. ratios: new to old, by `id` of a parameter group."""
+        for optimizer, peaks in zip(trainer.optimizers, self._peaks, strict=False):
+            for i, group in enumerate(optimizer.param_groups):
+                peaks[i] *= ratios.get(id(group), 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"peaks": getattr(self, "_peaks", [])}

@@ -14,8 +14,8 @@ import torch
 
 from ... import ShoestringError, __version__
 from ...callbacks.accounting.agreement import Agreement
+from . import changes, state
 from . import format as checkpoint
-from . import state
 
 log = logging.getLogger("shoestring")
 
@@ -50,6 +50,7 @@ class Saver:
         self.root, self.keep, self.agreement, self.report = root, keep, agreement, report
         self.seconds = 0.0  # the dearest checkpoint so far, without reading it back
         self._first: list[str] = []  # what trained when the fit began
+        self._settings: dict[str, Any] = {}  # what it was made of
         self._proven = False  # one checkpoint of this attempt has been read back
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule, step: int, about: dict[str, Any]) -> bool:
@@ -85,7 +86,7 @@ class Saver:
 
     def _write(self, trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> dict[str, Any]:
         rank = trainer.global_rank
-        common = state.common_state(trainer, module, self._first)
+        common = state.common_state(trainer, module, self._first, self._settings)
         files = checkpoint.write_common(folder, common) if rank == 0 else {}
         mine = checkpoint.write_rank(folder, rank, state.rank_state(trainer, module), state.tensors(trainer, module))
         return {**files, **mine}
@@ -112,9 +113,11 @@ class Saver:
                 "(numbers, strings, lists, dicts)."
             )
 
-    def restore(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[dict[str, Any], Any] | None:
+    def restore(
+        self, trainer: pl.Trainer, module: pl.LightningModule, accept_changes: bool = False
+    ) -> tuple[dict[str, Any], Any] | None:
         """Resume from the newest intact checkpoint: (its manifest, random states or None). None if there is none."""
-        self._first = state.trainable(module)
+        self._first, self._settings = state.trainable(module), changes.settings_of(trainer, module)
         choice: Any = None
         if trainer.global_rank == 0:
             try:
@@ -132,7 +135,12 @@ class Saver:
         if name is None:
             return None
         folder = self.root / name
+        before = checkpoint.read_state(folder / "state.pt")["settings"]
+        changed = changes.check(before, self._settings, accept_changes)
         rng = state.restore(trainer, module, folder)
+        changes.apply(trainer, before, self._settings)
+        if changed and trainer.is_global_zero:
+            log.warning("resumed with changes, which act from here on: %s", "; ".join(changed))
         return checkpoint.read_manifest(folder), rng
 
     def _attempt(self, action: Callable[[], Any]) -> Any:

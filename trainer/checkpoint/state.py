@@ -40,10 +40,12 @@ def trainable(module: pl.LightningModule) -> list[str]:
     return [name for name, p in module.named_parameters() if p.requires_grad]
 
 
-def common_state(trainer: pl.Trainer, module: pl.LightningModule, first: list[str]) -> dict[str, Any]:
+def common_state(
+    trainer: pl.Trainer, module: pl.LightningModule, first: list[str], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """Rank 0's part: loops, callbacks, schedulers, parameter groups and what the module itself wants saved.
 
-    first: what was `trainable` when the fit began.
+    first, settings: what was `trainable` when the fit began, and what `changes.settings_of` said.
     """
     module_state: dict[str, Any] = {"state_dict": {}}
     module.on_save_checkpoint(module_state)
@@ -57,6 +59,7 @@ def common_state(trainer: pl.Trainer, module: pl.LightningModule, first: list[st
         "precision": trainer.precision_plugin.state_dict(),
         "datamodule": datamodule.state_dict() if datamodule is not None else {},
         "module": module_state,
+        "settings": dict(settings),
         "trainable": {"first": first, "now": trainable(module)},
         "accumulate": trainer.accumulate_grad_batches,
     }

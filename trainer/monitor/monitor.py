@@ -5,6 +5,7 @@ Its `on_train_batch_end` is the loop of a run; what it does there is done by col
     account       what is spent, what the ranks agree on, the horizon        callbacks/accounting/account.py
     records       journal, ledger, W&B, display                              records.py
     rows, totals  what is written there of a step and of the run             totals.py
+    epochs        the order of samples, and what waits for an epoch's end    epochs.py
     evaluations   when to evaluate, and the goal                             evaluations.py
     checkpoints   when to save                                               checkpoints.py
     request       signals                                                    signals.py
@@ -19,23 +20,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import GradientAccumulationScheduler
-from pytorch_lightning.trainer.connectors.data_connector import _parse_num_batches
-from pytorch_lightning.trainer.states import RunningStage
 
 from ...callbacks.accounting.account import Account, Upcoming
 from ...callbacks.accounting.budget import Budget
 from ...callbacks.accounting.meter import peak_bytes
 from ...callbacks.contract import ReshapeListener, silence
 from ...callbacks.parameters.accessor import shards_of
-from ...callbacks.sampling.global_batches import GlobalBatches
-from ...callbacks.sampling.samples import install_sampler
 from ..checkpoint import format as checkpoint
 from ..checkpoint import state
 from ..checkpoint.saver import CannotResume, CannotSave, same_samples, save_final_weights
 from ..ledger import read_summary
 from ..lightning.cut_window import CutWindow
 from .checkpoints import Checkpoints
+from .epochs import Epochs
 from .evaluations import Evaluations, goal_reached
 from .records import Records
 from .signals import Preempted, StopRequest, preempted
@@ -61,22 +58,21 @@ class Monitor(ReshapeListener, pl.Callback):
         usd_per_device_hour: float,
         watts_per_device: float | None,
         log_every: int = 10,
+        accept_changes: bool = False,
     ) -> None:
         self.account = Account(budget, usd_per_device_hour=usd_per_device_hour, watts_per_device=watts_per_device)
         self.account.moved, self.account.upcoming = self._moved, self._upcoming
         self.records, self.request = records, StopRequest()
-        self.evaluations, self.checkpoints = Evaluations(), Checkpoints(checkpoint_every, keep)
+        self.epochs, self.evaluations = Epochs(), Evaluations()
+        self.checkpoints = Checkpoints(checkpoint_every, keep)
         self.totals = Totals(self.account)
         self.rows = StepRows(self.totals, log_every)
-        self.seed, self.resume, self.strategy = seed, resume, strategy
+        self.seed, self.resume, self.strategy, self.accept_changes = seed, resume, strategy, accept_changes
         self.summary: dict[str, Any] = {}
         self.each_step: Callable[[], None] | None = None  # called on every rank when a step has ended
         self.resumed_from: int | None = None
-        self.order: GlobalBatches | None = None
         self._cut_window: CutWindow | None = None
-        self._save_between_epochs = False
         self._rng: Mapping[str, Any] | None = None
-        self._epoch_since: tuple[int, int] | None = None  # of the order, in the checkpoint
         self._begun = False
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -102,9 +98,8 @@ class Monitor(ReshapeListener, pl.Callback):
         if self.evaluations.every is not None:
             self.evaluations.plan(trainer, account.clock)
         if self.checkpoints.due(trainer, account):
-            # what an epoch ends with, such as its evaluation and its schedulers, belongs to its last step
-            self._save_between_epochs = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
-            if not self._save_between_epochs:
+            self.epochs.save_waits = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+            if not self.epochs.save_waits:
                 self._save(trainer, pl_module)
                 if account.stop_requested and not trainer.should_stop:
                     raise self._preempted()
@@ -113,41 +108,35 @@ class Monitor(ReshapeListener, pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.order is not None and self.order.targets is not None:
-            self.order.weigh(batch, batch_idx, pl_module.device)
+        order = self.epochs.order
+        if order is not None and order.targets is not None:
+            order.weigh(batch, batch_idx, pl_module.device)
         self.account.batch_begins(trainer, batch, batch_idx)
         if self.account.cut_window:
             self._cut_window = CutWindow(trainer, pl_module, self.account.cut_window)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.order is not None:
-            self.order.begin_epoch(trainer.current_epoch)
-        self.account.horizon.begin_epoch(trainer)
-        if not self._save_between_epochs:
+        self.epochs.begin(trainer, self.account.horizon)
+        if not self.epochs.save_waits:
             return
-        self._save_between_epochs, progress = False, trainer.fit_loop.epoch_progress
-        for counts in (progress.total, progress.current):
-            counts.ready -= 1  # a resumed run begins this epoch with all its hooks
-        self._save(trainer, pl_module)
-        for counts in (progress.total, progress.current):
-            counts.ready += 1
+        with self.epochs.between(trainer):
+            self._save(trainer, pl_module)
         if self.account.stop_requested and not trainer.should_stop:
             raise self._preempted()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # of a resumed epoch too: what was measured in it is there, so schedulers that wait for it may step
-        trainer.fit_loop._restarting = False
+        self.epochs.end(trainer)
 
     # -- start ------------------------------------------------------------------------------------------------------
     def begin(self, startup_seconds: float = 0.0) -> None:
         """`fit` has been entered: the clock starts."""
         self.account.begin(startup_seconds)
-        self._begun, self.resumed_from, self._rng, self._epoch_since = False, None, None, None
+        self._begun, self.resumed_from, self._rng = False, None, None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account = self.account
         account.open(trainer, pl_module)
-        self.order = install_sampler(trainer, self.seed)
+        self.epochs.open(trainer, self.seed)
         self.request.listen()
         self.records.open(trainer)
         self.checkpoints.open(trainer, account, self.records.run_dir / "checkpoints", self.records.event)
@@ -155,33 +144,26 @@ class Monitor(ReshapeListener, pl.Callback):
         if not self.resume and account.agreement.gather(checkpoint.steps(root))[0]:
             raise CannotResume(f"{self.records.run_dir} holds a run: resume it, or choose another run directory")
         self._resume(trainer, pl_module)
-        if self.order is not None:  # loader workers draw batches before training starts, and these ask the clock
-            whole = _parse_num_batches(RunningStage.TRAINING, len(self.order), trainer.limit_train_batches)
-            account.horizon.set_limits(trainer, whole)
-            if self._epoch_since is not None:
-                self.order.since = self._epoch_since
+        self.epochs.restored(trainer, account.horizon)
         account.spending.start()
         self._begun = True
 
     def _resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        restored = self.checkpoints.saver.restore(trainer, pl_module)
+        # of a recipe's run the records have compared more than could be seen here
+        accept = self.accept_changes or self.records.recipe is not None
+        restored = self.checkpoints.saver.restore(trainer, pl_module, accept)
         if restored is None:
             if self.resume == "must":
                 raise CannotResume(f"{self.records.run_dir} has no checkpoint to resume from")
             return
         manifest, self._rng = restored
-        same_samples(manifest, self.seed, self._global_batch(), self.records.run_dir)
+        same_samples(manifest, self.seed, self.epochs.global_batch, self.records.run_dir)
         self.resumed_from = manifest["step"]
         self.account.clock.spend = self.records.spent(self.account.clock.spend)
 
-    def _global_batch(self) -> int | None:
-        return None if self.order is None else self.order.global_batch
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account, clock = self.account, self.account.clock
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler):  # a resumed run may be amid an epoch
-                callback.on_train_epoch_start(trainer)
+        self.epochs.start(trainer)
         account.start(trainer)
         if clock.horizon is not None and clock.step >= clock.horizon:
             end = clock.first_limit()
@@ -222,7 +204,7 @@ class Monitor(ReshapeListener, pl.Callback):
         windows.enter("checkpoint")
         self.records.sync()
         accumulate = trainer.accumulate_grad_batches
-        about = {"seed": self.seed, "global_batch": self._global_batch(), "accumulate": accumulate}
+        about = {"seed": self.seed, "global_batch": self.epochs.global_batch, "accumulate": accumulate}
         self.checkpoints.save(trainer, module, self.account, about)
         windows.enter("train")
         self.account.pause_ends(trainer)
@@ -327,10 +309,8 @@ class Monitor(ReshapeListener, pl.Callback):
 
     # -- state ------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        since = {} if self.order is None else {"epoch_since": list(self.order.since)}
-        return {**self.account.state_dict(), **since}
+        return {**self.account.state_dict(), "epochs": self.epochs.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.account.load_state_dict(state_dict)
-        since = state_dict.get("epoch_since")
-        self._epoch_since = (int(since[0]), int(since[1])) if since else None
+        self.epochs.load_state_dict(state_dict["epochs"])
