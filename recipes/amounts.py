@@ -23,6 +23,7 @@ EXAMPLE = {
     "kWh": "500 Wh",
     "$": "$5",
     "steps": "200 steps",
+    "epochs": "3 epochs",
     "tokens": "1.5e9 tokens",
     "samples": "1000 samples",
     "flops": "1e18 flops",

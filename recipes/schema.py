@@ -123,7 +123,8 @@ class Goal(Section):
 class BudgetSpec(Section):
     """Limits of what the run may spend; the first limit that is reached ends it. None: not limited.
 
-    Units: US dollars, hours of the clock, hours times devices, tokens, samples, optimizer steps, FLOPs, kWh.
+    Units: US dollars, hours of the clock, hours times devices, tokens, samples, optimizer steps, passes over the
+    training data (parts of one too), FLOPs, kWh.
     """
 
     usd: Annotated[float | None, _amount("$")] = None
@@ -132,6 +133,7 @@ class BudgetSpec(Section):
     tokens: Annotated[float | None, _amount("tokens", whole=True)] = None
     samples: Annotated[float | None, _amount("samples", whole=True)] = None
     steps: Annotated[float | None, _amount("steps", whole=True)] = None
+    epochs: Annotated[float | None, _amount("epochs")] = None
     flops: Annotated[float | None, _amount("flops")] = None
     kwh: Annotated[float | None, _amount("kWh")] = None
 

@@ -124,6 +124,7 @@ def fit(
         warnings.simplefilter("ignore")
     _import(plan)
     local_ranks.wait()
+    from ..callbacks.optimization.lr_schedule import LRSchedule
     from .monitor.afterwards import Afterwards
     from .monitor.inputs import inputs_of, keep_or_compare
     from .monitor.records import Records
@@ -163,9 +164,13 @@ def fit(
 
         # RANK and its like are set; Lightning would look at Slurm's own and ask them to agree with its arguments
         options.setdefault("plugins", []).append(LightningEnvironment())
+    techniques = plan.techniques
+    for technique in techniques:  # a schedule that nobody has chosen leaves the rate to a task's own schedulers
+        if isinstance(technique, LRSchedule):
+            technique.gives_way = _has_default_schedule(recipe)
     trainer = Trainer(
         plan.budget or Budget(),
-        plan.techniques,
+        techniques,
         strategy=plan.strategy,
         devices=plan.devices,
         num_nodes=plan.nodes,
@@ -236,6 +241,11 @@ def _import(plan: Plan) -> None:
             from .machine.extensions import prepare_environment
 
             prepare_environment(plan.strategy, plan.offload, plan.accelerator)
+
+
+def _has_default_schedule(recipe: Any) -> bool:
+    chosen = recipe.optimizer.model_fields_set & {"schedule", "warmup"}
+    return not chosen and all(technique.name != "lr_schedule" for technique in recipe.techniques)
 
 
 def quiet() -> None:

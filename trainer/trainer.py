@@ -21,6 +21,7 @@ The loop, with the hooks in it (`A` micro-batches make one optimizer step):
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +30,7 @@ from typing import Any, Literal, Unpack
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar
 from pytorch_lightning.loops.fit_loop import _FitLoop
 from pytorch_lightning.strategies import Strategy
 
@@ -53,6 +55,10 @@ from .monitor.signals import preempted, will_launch
 from .monitor.stragglers import Stragglers
 
 log = logging.getLogger("shoestring")
+# what a run of ours has of its own, and Lightning's where it is asked for
+_SHOWN_OR_KEPT = {
+    "enable_checkpointing": Checkpoint, "enable_progress_bar": ProgressBar, "enable_model_summary": ModelSummary,
+}  # fmt: skip
 
 
 class Trainer(pl.Trainer):
@@ -83,6 +89,7 @@ class Trainer(pl.Trainer):
         hang_after: End the run where it has not moved for so long ("10 min", or "off"), and say which rank stands
             where. "auto" is 20 times the slowest batch of the last hundred, at least two minutes.
         nonfinite_steps: A step whose gradients are not finite is skipped; so many, or as many losses, end the run.
+        accept_changes: Resume with other techniques or another optimizer than the run was begun with, too.
         records: Where the run is written down, if not as `run_dir`, `ledger` and `wandb` say.
         **lightning: All other arguments of `pl.Trainer`.
 
@@ -117,6 +124,7 @@ class Trainer(pl.Trainer):
         log_every: int = 10,
         hang_after: str = "auto",
         nonfinite_steps: int = 10,
+        accept_changes: bool = False,
         records: Records | None = None,
         **lightning: Unpack[LightningOptions],
     ) -> None:
@@ -127,14 +135,14 @@ class Trainer(pl.Trainer):
             devices = 1
         name = _strategy_name(strategy, devices, num_nodes)
         own_schedule = budget and not any(t.card.name == "lr_schedule" for t in techniques)
-        chosen = [*techniques, LRSchedule()] if own_schedule else list(techniques)
+        chosen = [*techniques, _default_schedule()] if own_schedule else list(techniques)
         composition = compose(chosen, run_facts(name, accelerator, offload))
         settings = _fold(composition.techniques, options)
         made = strategy
         if isinstance(name, str) and name in OFFLOADS:
             made = make_strategy(name, accelerator=accelerator, offload=offload, options=settings.strategy_options)
         if budget and not options.keys() & {"max_epochs", "max_steps"}:
-            options["max_epochs"] = -1
+            options["max_epochs"] = math.ceil(budget.epochs or -1)
         self.seed = seed
         self.batches_planned = False  # micro-batches and accumulation have been chosen for this number of ranks
         self.records = records or Records(run_dir, ledger=ledger, wandb=wandb)
@@ -152,12 +160,13 @@ class Trainer(pl.Trainer):
             log_every=log_every,
             hang_after=hang_after,
             nonfinite_steps=nonfinite_steps,
+            accept_changes=accept_changes,
         )
-        self._guess = next((t for t in composition.techniques if own_schedule and t.card.name == "lr_schedule"), None)
         given = options.pop("callbacks", None) or []
         given = [given] if isinstance(given, pl.Callback) else list(given)
-        for quiet in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"):
-            options.setdefault(quiet, False)
+        options.setdefault("logger", False)
+        for quiet, asked in _SHOWN_OR_KEPT.items():
+            options.setdefault(quiet, any(isinstance(callback, asked) for callback in given))
         super().__init__(
             strategy=made,
             devices=devices,
@@ -171,6 +180,8 @@ class Trainer(pl.Trainer):
         # Lightning's handlers communicate where a signal happens to come, and end an unfinished run with 0
         self._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         local_ranks.leash()
+        # last, so that it sees what all others have done to a step; only Lightning's own checkpoints come after it
+        self.callbacks.sort(key=lambda c: 2 * isinstance(c, Checkpoint) + (c is self.monitor))  # type: ignore[attr-defined]
         if self.num_devices * self.num_nodes > 1:
             self.callbacks.append(Stragglers(self.monitor))  # type: ignore[attr-defined]
 
@@ -262,6 +273,13 @@ class _EndedLoop(_FitLoop):
     def skip(self) -> bool:
         resumed = self.trainer.monitor.resumed_from is not None  # type: ignore[attr-defined]
         return super().skip if not resumed or self.trainer.limit_train_batches == 0 else self.max_batches == 0
+
+
+def _default_schedule() -> LRSchedule:
+    """The schedule of a budget where nobody has chosen one."""
+    schedule = LRSchedule()
+    schedule.gives_way = True
+    return schedule
 
 
 def _price() -> float:

@@ -70,21 +70,33 @@ class Account:
         self.closing_seconds = 0.0  # of what comes after the final evaluation
         self.nonfinite_steps = 0  # of this attempt, on any rank
         self._first = True  # no step of this attempt has ended
+        self.cut_window = 0  # micro-batches of the accumulation window that the epoch cuts short with this one
         self._steps = False  # the optimizer steps after the micro-batch under way
+        self._manual = False  # the module steps its optimizers itself, once in a batch or not
+        self._steps_before = 0  # of the trainer that are none of this clock
 
     # -- start ------------------------------------------------------------------------------------------------------
+    def begin(self, startup_seconds: float = 0.0) -> None:
+        """An attempt begins: what is spent from here on is its own."""
+        self.spending.begin(startup_seconds)
+        self.stopped_by = None
+        self.stop_requested = self.save_requested = self.evaluation_cut = False
+        self._first = True
+
     def open(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The fit has begun, and its process group stands."""
         trainer._shoestring_clock = self.clock  # type: ignore[attr-defined]
         self.agreement = Agreement(len(FIELDS))
         self.horizon.lag = self.agreement.lag
         self.spending.open(trainer, module)
+        self._manual = not module.automatic_optimization
         self._hear_of_batches(trainer)
 
     def start(self, trainer: pl.Trainer) -> None:
         """Training begins, from wherever it was restored to."""
         self.spending.start()
         self.spending.listen(trainer.lightning_module)
+        self._steps_before = trainer.global_step - self.clock.step
         self.horizon.set_limits(trainer, trainer.num_training_batches)
         self.spending.refresh()
         if not self.clock.step:
@@ -96,17 +108,21 @@ class Account:
 
     # -- the step ---------------------------------------------------------------------------------------------------
     def batch_begins(self, trainer: pl.Trainer, batch: Any, batch_idx: int, lengths: Any = None) -> None:
-        # the last micro-batch of an epoch ends a partial window
-        self._steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        done = (batch_idx + 1) % trainer.accumulate_grad_batches
+        self._steps = done == 0 or trainer.is_last_batch or self._manual  # the last of an epoch ends a partial window
+        self.cut_window = done if self._steps and not self._manual else 0
         self.spending.batch_begins(batch, self._steps, lengths)
 
-    def batch_ends(self) -> bool:
+    def batch_ends(self, trainer: pl.Trainer) -> bool:
         """Count a micro-batch. True where the optimizer has stepped after it: a step has ended."""
         self.spending.batch_ends()
-        if not self._steps:
+        step = self.clock.step + self._steps if not self._manual else trainer.global_step - self._steps_before
+        if step == self.clock.step:
             self.spending.wait_for_data()
             return False
-        self.clock.step += 1
+        self.clock.step = step
+        if self._manual:
+            self.horizon.learn_steps_per_batch(trainer)
         self.spending.refresh()
         return True
 
@@ -146,9 +162,9 @@ class Account:
             self.agreement.start(mine.as_list())
 
     def stop_at_horizon(self, trainer: pl.Trainer) -> None:
-        """Ask the trainer to stop where the run has reached its end."""
+        """Ask the trainer to stop where the run has reached its end; Lightning ends by itself what has its own end."""
         if not trainer.should_stop and (binding := self.horizon.reached()):
-            self.stopped_by, trainer.should_stop = binding, True
+            self.stopped_by, trainer.should_stop = binding, binding not in ("max_steps", "max_epochs")
 
     def receive(self, sums: list[float] | None) -> None:
         """Return the result of an exchange; None where none was under way."""

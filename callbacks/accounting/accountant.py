@@ -42,6 +42,7 @@ class Accountant(ReshapeListener, pl.Callback):
         count_flops: bool = True,
         startup_seconds: float = 0.0,
     ) -> None:
+        self._fits = 0
         self.account = Account(
             budget, usd_per_device_hour=usd_per_device_hour, watts_per_device=watts_per_device,
             count_flops=count_flops, startup_seconds=startup_seconds,
@@ -58,6 +59,9 @@ class Accountant(ReshapeListener, pl.Callback):
         return self.account.stopped_by
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._fits += 1
+        if self._fits > 1:  # the first one began when this object was made
+            self.account.begin()
         self.account.open(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -72,7 +76,7 @@ class Accountant(ReshapeListener, pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         account = self.account
-        if not account.batch_ends():
+        if not account.batch_ends(trainer):
             return
         account.agree()
         account.replan(trainer)

@@ -39,6 +39,7 @@ class Budget:
         tokens: Trained on by all ranks together.
         samples: Trained on by all ranks together.
         steps: Optimizer steps.
+        epochs: Passes over the training data; parts of one too, rounded down to a step.
         flops: Executed matrix FLOPs of all ranks together.
         kwh: Energy of all attempts.
 
@@ -56,6 +57,7 @@ class Budget:
     tokens: float | None = None
     samples: float | None = None
     steps: float | None = None
+    epochs: float | None = None
     flops: float | None = None
     kwh: float | None = None
 

@@ -262,17 +262,30 @@ def clock_of(trainer: pl.Trainer) -> Clock:
     return clock
 
 
+def steps_in_epochs(trainer: pl.Trainer, batches: float, epochs: float) -> int:
+    """The optimizer steps of the first `epochs`, of so many micro-batches each, also where accumulation changes."""
+    from pytorch_lightning.callbacks import GradientAccumulationScheduler
+
+    changing = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    whole = int(epochs)
+    if not changing:
+        each = -(-int(batches) // trainer.accumulate_grad_batches)
+        return whole * each + int((epochs - whole) * each)
+    each_of = [-(-int(batches) // changing[0].get_accumulate_grad_batches(epoch)) for epoch in range(whole + 1)]
+    return sum(each_of[:whole]) + int((epochs - whole) * each_of[whole])
+
+
 def _follow(trainer: pl.Trainer, clock: Clock) -> None:
     """Keep the clock of a trainer that is not ours up to date: its step, and the end it was given."""
     clock.step = trainer.global_step
     clock.spend.steps = clock.step
     if clock.horizons:
         return
-    batches = trainer.num_training_batches
-    per_epoch = -(-batches // trainer.accumulate_grad_batches) if batches not in (0, float("inf")) else 0
-    clock.steps_per_epoch = per_epoch or None
+    batches, epochs = trainer.num_training_batches, max(0, trainer.max_epochs or 0)
     ends = [trainer.max_steps] if trainer.max_steps and trainer.max_steps > 0 else []
-    if per_epoch and trainer.max_epochs and trainer.max_epochs > 0:
-        ends.append(int(per_epoch * trainer.max_epochs))
+    if batches not in (0, float("inf")):
+        clock.steps_per_epoch = steps_in_epochs(trainer, batches, max(1, epochs)) / max(1, epochs)
+        if epochs:
+            ends.append(steps_in_epochs(trainer, batches, epochs))
     if ends:
         clock.horizons = [(0, 0.0, min(ends))]

@@ -44,6 +44,11 @@ class Spending:
         self._tokens: int | Later = 0
         self._lengths: Any = None
 
+    def begin(self, startup_seconds: float = 0.0) -> None:
+        """An attempt begins, which has spent nothing but what starting has taken."""
+        self.windows, self.mine, self.data_wait = Windows(), Tally(), 0.0
+        self.windows.seconds["startup"] = startup_seconds
+
     def open(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The fit has begun; nothing has been restored yet."""
         self.world = trainer.world_size

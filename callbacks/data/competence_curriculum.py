@@ -14,7 +14,7 @@ import torch
 
 from ..accounting.clock import Duration, clock_of
 from ..contract import Card, IncompatibleTechniques, Technique, derive_seed, require
-from ..sampling.samples import install_sampler
+from ..sampling.samples import install_sampler, training_loader
 from ..sampling.seeding import seeded
 
 Difficulty = str | Sequence[float] | Callable[[Any], float]
@@ -112,7 +112,7 @@ class CompetenceCurriculum(Technique, pl.Callback):
         batches = install_sampler(trainer, self._seed)
         if batches is None:
             raise IncompatibleTechniques("competence_curriculum needs one map-style DataLoader to choose samples from")
-        loader = trainer.fit_loop._data_source.instance
+        loader = training_loader(trainer)
         self._until = until = Duration.parse(self.until)
         if until.counts == "samples":
             self._until = Duration(until.amount / batches.global_batch, "steps")

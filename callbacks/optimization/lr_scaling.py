@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -100,21 +101,8 @@ class LRScaling(Technique, pl.Callback):
                 for noted in _NOTED & group.keys():
                     group[noted] *= self._ratios[key]
         if not self._applied:
-            self._scale_schedulers(trainer)
+            scale_schedulers(trainer, {id(group): self._ratios[key] for key, group in _groups(trainer)})
         self._applied = True
-
-    def _scale_schedulers(self, trainer: pl.Trainer) -> None:
-        """The module's own schedulers have noted the unscaled rates, and would put them back."""
-        ratios = {id(group): self._ratios[key] for key, group in _groups(trainer)}
-        waiting = [config.scheduler for config in trainer.lr_scheduler_configs]
-        while waiting:
-            scheduler = waiting.pop()
-            waiting += getattr(scheduler, "_schedulers", [])
-            if hasattr(scheduler, "base_lrs"):
-                groups = scheduler.optimizer.param_groups
-                scheduler.base_lrs = [
-                    lr * ratios[id(group)] for lr, group in zip(scheduler.base_lrs, groups, strict=True)
-                ]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -152,6 +140,19 @@ class LRScaling(Technique, pl.Callback):
             if getattr(loader, "batch_size", None):
                 return loader.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         raise IncompatibleTechniques("lr_scaling cannot determine the batch size of this loader")
+
+
+def scale_schedulers(trainer: pl.Trainer, ratios: Mapping[int, float]) -> None:
+    """Schedulers of the module have noted the unscaled rates, and would put them back. ratios: by `id` of a group."""
+    waiting = [config.scheduler for config in trainer.lr_scheduler_configs]
+    while waiting:
+        scheduler = waiting.pop()
+        waiting += getattr(scheduler, "_schedulers", [])
+        if hasattr(scheduler, "base_lrs"):
+            groups = scheduler.optimizer.param_groups
+            scheduler.base_lrs = [
+                lr * ratios.get(id(group), 1.0) for lr, group in zip(scheduler.base_lrs, groups, strict=True)
+            ]
 
 
 def _groups(trainer: pl.Trainer) -> list[tuple[str, dict[str, Any]]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,6 +12,8 @@ import pytorch_lightning as pl
 
 from ..accounting.clock import Duration, clock_of
 from ..contract import Card, Technique, require
+
+log = logging.getLogger("shoestring")
 
 # progress in [0, 1] -> factor in [0, 1]; every schedule but `constant` ends at 0
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -36,7 +39,8 @@ def within_cycle(progress: float, cycles: int) -> float:
 class LRSchedule(Technique, pl.Callback):
     """Multiply every parameter group's learning rate by a function of the run's progress.
 
-    A step takes the rate of its middle; when the run has ended the rate is at its floor.
+    A step takes the rate of its middle; when the run has ended the rate is at its floor. Schedulers of the module then
+    have no effect on the rate; the schedule that a budget brings by itself leaves it to them instead.
 
     Source: arXiv 1905.04753.
 
@@ -66,6 +70,7 @@ class LRSchedule(Technique, pl.Callback):
     warmup: str = "0%"
     floor: float = 0.0
     cycles: int = 1
+    gives_way = False  # to schedulers of the module: where nobody has asked for this one
 
     def check(self) -> None:
         require(self.shape in SHAPES, self, "shape", " | ".join(SHAPES))
@@ -79,11 +84,21 @@ class LRSchedule(Technique, pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._peaks: list[list[float]] = []
+        self._idle = False
         self._warmup = Duration.parse(self.warmup)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        own = ", ".join(dict.fromkeys(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs))
+        still = self.shape == "constant" and not self._warmup.amount
+        self._idle = still or (bool(own) and self.gives_way)
+        if own and not still and trainer.is_global_zero:
+            log.warning(
+                "the module's own %s sets the learning rate, so the budget does not anneal it; give "
+                "techniques=[LRSchedule()] to have it end at its floor" if self.gives_way else
+                "lr_schedule sets the learning rate; the module's own %s has no effect on it", own,
+            )  # fmt: skip
         if not self._peaks:  # a resumed run has them in its state: the optimizer's rates may be decayed already
-            self._peaks = [[group["lr"] for group in o.param_groups] for o in trainer.optimizers]
+            self._peaks = [[_peak(group, bool(own)) for group in o.param_groups] for o in trainer.optimizers]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -96,18 +111,30 @@ class LRSchedule(Technique, pl.Callback):
 
     def _set(self, trainer: pl.Trainer, ahead: float) -> None:
         """The rates of the step at which the clock will be `ahead` steps from now."""
+        if self._idle:
+            return
         clock = clock_of(trainer)
         step = clock.step + ahead
         warmed = clock.toward(self._warmup, step) if self._warmup.amount else 1.0
         scale = factor(self.shape, within_cycle(clock.progress_at(step), self.cycles), warmed, self.floor)
-        if self.shape == "constant" and not self._warmup.amount:
-            return
         for optimizer, peaks in zip(trainer.optimizers, self._peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * scale * group.get("warmup_factor", 1.0)
+
+    def scale_peaks(self, trainer: pl.Trainer, ratios: Mapping[int, float]) -> None:
+        """Resumed with other rates than the run began with. ratios: new to old, by `id` of a parameter group."""
+        for optimizer, peaks in zip(trainer.optimizers, self._peaks, strict=False):
+            for i, group in enumerate(optimizer.param_groups):
+                peaks[i] *= ratios.get(id(group), 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"peaks": getattr(self, "_peaks", [])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._peaks = state_dict["peaks"]
+
+
+def _peak(group: dict[str, Any], scheduled: bool) -> float:
+    """The rate a group was meant to have: a scheduler may have lowered it already for its first step."""
+    noted: float = group.get("max_lr", group.get("initial_lr", group["lr"])) if scheduled else group["lr"]
+    return noted

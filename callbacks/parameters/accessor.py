@@ -40,6 +40,25 @@ def shards_of(trainer: pl.Trainer, module: pl.LightningModule) -> Shards:
     return cached[1]
 
 
+def shards_anew(trainer: pl.Trainer, module: pl.LightningModule) -> Shards:
+    """`shards_of`, with parameters that have become trainable since: for what has to hold all of the run's state.
+
+    Raises:
+        NoShard: The strategy has made its optimizer without them, and they would never be trained.
+    """
+    shards = shards_of(trainer, module)
+    new = [name for name, p in module.named_parameters() if p.requires_grad and name not in shards.slices]
+    if not new:
+        return shards
+    if not shards.replicated:
+        raise NoShard(
+            f"{new[0]} has become trainable, and {type(trainer.strategy).__name__} shares out only what is trainable "
+            "when the run starts: it would never be trained. Use ddp, or leave it trainable from the start."
+        )
+    trainer._shoestring_shards = None  # type: ignore[attr-defined]
+    return shards_of(trainer, module)
+
+
 def cut(trainer: pl.Trainer, module: pl.LightningModule, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This rank's slices of whole tensors, by parameter name. Also before the strategy has set up its model."""
     if getattr(trainer.strategy, "zero_stage_3", None) is None:  # not DeepSpeed: every rank holds everything

@@ -55,8 +55,11 @@ class Shards:
     replicated = True  # every rank holds all elements
 
     def __init__(self, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+        # what an optimizer has stepped is trained, also while it is frozen for a time
+        stepped = {p for o in optimizers for p in o.state if isinstance(p, nn.Parameter)}
+        trained = {name for name, p in module.named_parameters() if p.requires_grad or p in stepped}
+        self.parameters = {name: p for name, p in module.named_parameters() if name in trained}
+        self._frozen = {name: p for name, p in module.named_parameters() if name not in trained}
         self.optimizers = optimizers
         self.slices = {name: self._slice(p) for name, p in self.parameters.items()}
 

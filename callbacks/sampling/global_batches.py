@@ -82,31 +82,51 @@ class GlobalBatches(Sampler[list[Any]]):
         self.lengths: Any = None  # how many tokens each sample has, where that differs
         self.grouped = False  # samples of alike lengths share a batch
         self.kept_tokens: int | None = None  # of a row; None: all
+        self.most_steps: int | None = None  # of an epoch, where it ends before its data does
+        self.since = 0, 0  # a step of the run, and the epoch that began there
         self.remembers = False  # set it in `on_fit_start` to ask for `drawn`
         self._under_way: dict[int, Drawn] = {}  # by micro-batch of the epoch
 
     @property
     def steps_per_epoch(self) -> int:
         """The steps of the epoch that the run is in, where they differ."""
+        whole = self._whole_steps()
+        return whole if self.most_steps is None else min(whole, self.most_steps)
+
+    def _whole_steps(self) -> int:
+        """The steps of an epoch that ends with its data."""
+        samples = len(self.base)
         if self.sizes is not None:
             run_step = self.position()
             place = self.place(run_step)
-            samples = len(self.base)
-            while (following := self._next(place, run_step, samples)).epoch == place.epoch:
-                place, run_step = following, run_step + 1
+            while not self._is_last(place, run_step, samples):
+                place, run_step = self._next(place, run_step, samples), run_step + 1
             return place.step + 1
-        whole, rest = divmod(len(self.base), self.global_batch)
+        whole, rest = divmod(samples, self.global_batch)
         return whole if self.drop_last and whole else whole + bool(rest)
 
     def place(self, position: int) -> Place:
         """Return where optimizer step `position` of the run begins."""
+        begun, epoch = self.since if position >= self.since[0] else (0, 0)
         if self.sizes is None:
-            epoch, step = divmod(position, self.steps_per_epoch)
-            return Place(epoch, step, step * self.global_batch)
-        place, samples = Place(), len(self.base)
-        for step in range(position):
+            more, step = divmod(position - begun, self.steps_per_epoch)
+            return Place(epoch + more, step, step * self.global_batch)
+        place, samples = Place(epoch), len(self.base)
+        for step in range(begun, position):
             place = self._next(place, step, samples)
         return place
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Epoch `epoch` begins at this step of the run, whether the one before it was read to its end or not."""
+        position = self.position()
+        if position != self.since[0]:
+            self.since = position, epoch
+
+    def with_data_of(self, other: GlobalBatches) -> GlobalBatches:
+        """This order, over the data that `other` has been made for."""
+        for name in ("base", "micro", "accumulate", "global_batch", "drop_last", "keyed", "targets", "most_steps"):
+            setattr(self, name, getattr(other, name))
+        return self
 
     def _size(self, run_step: int) -> int:
         """Samples of the global batch at a step of the run: as many for each rank and micro-batch."""
@@ -115,22 +135,25 @@ class GlobalBatches(Sampler[list[Any]]):
         parts = self.world * self.accumulate
         return parts * max(1, min(self.micro, self.sizes(run_step) // parts))
 
+    def _is_last(self, place: Place, run_step: int, samples: int) -> bool:
+        """Whether the data of an epoch end with the step at `place`."""
+        left = samples - place.used - self._size(run_step)
+        return left <= 0 or (self.drop_last and left < self._size(run_step + 1))
+
     def _next(self, place: Place, run_step: int, samples: int) -> Place:
         """Where the step after `run_step` begins, in an order of so many samples."""
-        used = place.used + self._size(run_step)
-        left = samples - used
-        if left <= 0 or (self.drop_last and left < self._size(run_step + 1)):
+        if self._is_last(place, run_step, samples) or place.step + 1 == self.most_steps:
             return Place(place.epoch + 1)
-        return Place(place.epoch, place.step + 1, used)
+        return Place(place.epoch, place.step + 1, place.used + self._size(run_step))
 
     def __len__(self) -> int:
-        return self.steps_per_epoch * self.accumulate
+        return self._whole_steps() * self.accumulate
 
     def order(self, epoch: int) -> list[Any]:
         """All samples in the order of `epoch`."""
         seed = derive_seed(self.seed, "order", epoch)
         with seeded(seed):
-            for sampler in _nested(self.base):
+            for sampler in nested(self.base):
                 if getattr(sampler, "generator", None) is not None:
                     sampler.generator.manual_seed(seed)
                 if hasattr(sampler, "set_epoch"):
@@ -240,7 +263,7 @@ class EvenBatches(Sampler[list[int]]):
             yield order[len(order) * part // parts : len(order) * (part + 1) // parts]
 
 
-def _nested(sampler: Any) -> Iterator[Any]:
+def nested(sampler: Any) -> Iterator[Any]:
     """A sampler and those it draws from: a batch sampler holds the one that shuffles."""
     while sampler is not None:
         yield sampler

@@ -1,13 +1,30 @@
-"""Loaders whose batches come in the order of `GlobalBatches`: installed once, by whoever asks first."""
+"""Loaders whose batches come in the order of `GlobalBatches`: installed once a fit, by whoever asks first.
+
+Taken over is what torch itself puts together: a `DataLoader` over a sampler that knows nothing of ranks. What has an
+order or a loop of its own stays as it is, as in a plain `pl.Trainer`, and one line says so: a subclass of `DataLoader`,
+a sampler that shares out among ranks by itself, and everything where the trainer has `use_distributed_sampler=False`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.trainer.connectors.data_connector import _DataLoaderSource
+from lightning_fabric.utilities.data import _set_sampler_epoch
+from lightning_fabric.utilities.types import _Stateful
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
+from pytorch_lightning.trainer.connectors.data_connector import (
+    _DataLoaderSource,
+    _parse_num_batches,
+    _request_dataloader,
+    _resolve_overfit_batches,
+)
+from pytorch_lightning.trainer.states import RunningStage
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch.utils.data import (
     BatchSampler,
@@ -21,37 +38,60 @@ from torch.utils.data import (
 
 from ...seeds import derive_seed
 from ..accounting.clock import clock_of
-from .global_batches import EvenBatches, GlobalBatches
-from .seeding import SeededCollate, SeededSamples, collates_alike, is_deterministic
+from .global_batches import EvenBatches, GlobalBatches, nested
+from .seeding import SeededCollate, SeededSamples, collates_alike, is_deterministic, seeded
 from .workers import shield
+
+log = logging.getLogger("shoestring")
 
 
 class SkipConsumed:
-    """An iterable loader read again from its start, minus the batches already trained on: it cannot jump."""
+    """A loader that stays as it is, read again from its epoch's start, minus the batches already trained on.
 
-    def __init__(self, loader: Any, consumed: Callable[[], int]) -> None:
-        self.loader, self.consumed = loader, consumed
+    It cannot jump. What it draws at random when an epoch begins, such as an order, depends on the seed and the epoch.
+    """
+
+    def __init__(self, loader: Any, trainer: pl.Trainer, seed: int) -> None:
+        self.loader, self._trainer, self._seed = loader, trainer, seed
 
     def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.loader)
-        for _ in range(self.consumed()):
-            next(batches, None)
-        return batches
+        loop = self._trainer.fit_loop
+        epoch = loop.epoch_progress.current.processed
+        consumed = loop.epoch_loop.batch_progress.current.ready if loop.epoch_loop.restarting else 0
+        _set_sampler_epoch(self.loader, epoch)
+        with seeded(derive_seed(self._seed, "order", epoch)):
+            batches = iter(self.loader)
+            first = list(islice(batches, 1))
+        yield from first[consumed:]
+        yield from islice(batches, max(0, consumed - 1), None)
 
     def __len__(self) -> int:
         return len(self.loader)  # TypeError where nobody knows, as for the loader itself
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
-def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer) -> Any:
-    """`loader` with its batches taken from `GlobalBatches`; iterable loaders only learn to skip what is consumed."""
+
+def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer, order: GlobalBatches | None = None) -> Any:
+    """`loader` with its batches taken from `GlobalBatches`; one that stays as it is only learns to skip what is done.
+
+    order: what techniques know as the order, where loaders are reloaded: it goes on with the new data.
+    """
+    if isinstance(getattr(loader, "batch_sampler", None), GlobalBatches | EvenBatches):
+        return loader
     if isinstance(loader, DataLoader):
         shield(loader)
-    if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
-        return _skipping(loader, trainer) if training else loader
-    if isinstance(loader.dataset, IterableDataset):
-        return _skipping(loader, trainer) if training else loader
-    if isinstance(loader.batch_sampler, GlobalBatches | EvenBatches):
-        return loader
+    why = _stays(loader, trainer)
+    if why is not None:
+        if why and trainer.is_global_zero:
+            log.warning("the %s loader keeps its own order: %s", "training" if training else "validation", why)
+        if not training or isinstance(loader, _Stateful):
+            return loader
+        return SkipConsumed(
+            trainer._data_connector._prepare_dataloader(loader, True, RunningStage.TRAINING), trainer, seed
+        )
     base, micro, drop_last = _base(loader)
     lengths = getattr(loader.dataset, "token_counts", None)
     grouped = lengths is not None and bool(getattr(loader.dataset, "group_by_length", False))
@@ -63,23 +103,74 @@ def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer) -> A
             lengths=lengths if grouped else None,
         )  # fmt: skip
         return _rebuilt(loader, loader.dataset, even, seed)
+    in_steps = training and not counts_batches(trainer)
+    progress = trainer.fit_loop.epoch_loop.batch_progress.total
+    position = (lambda: clock_of(trainer).step) if in_steps else lambda: progress.processed if training else 0
     batches = GlobalBatches(
         base,
         micro=micro,
-        accumulate=trainer.accumulate_grad_batches if training else 1,
+        accumulate=trainer.accumulate_grad_batches if in_steps else 1,
         rank=trainer.global_rank,
         world=trainer.world_size,
         seed=seed,
-        position=(lambda: clock_of(trainer).step) if training else (lambda: 0),
+        position=position,
         drop_last=drop_last and training,
         keyed=keyed,
     )
+    if training and len(batches):
+        most = _parse_num_batches(RunningStage.TRAINING, len(batches), trainer.limit_train_batches)
+        batches.most_steps = -(-int(most) // batches.accumulate)
     targets = getattr(loader.dataset, "target_counts", None)
     if targets is not None and len(targets) and (targets != targets[0]).any() and not own_batches:
         batches.targets = targets
     if lengths is not None and not own_batches:
         batches.lengths, batches.grouped = lengths, grouped and isinstance(base, RandomSampler)
+    if order is not None:
+        batches = order.with_data_of(batches)
     return _rebuilt(loader, SeededSamples(loader.dataset) if keyed else loader.dataset, batches, seed)
+
+
+def counts_batches(trainer: pl.Trainer) -> bool:
+    """Whether optimizer steps and micro-batches have no fixed ratio: then the order is in micro-batches."""
+    changes = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return changes or not trainer.lightning_module.automatic_optimization
+
+
+def _stays(loader: Any, trainer: pl.Trainer) -> str | None:
+    """Why a loader stays as it is, empty where there is no order to speak of; None where it is taken over."""
+    if (
+        not isinstance(loader, DataLoader)
+        or loader.batch_sampler is None
+        or isinstance(loader.dataset, IterableDataset)
+    ):
+        return ""
+    if type(loader) is not DataLoader:
+        return f"{type(loader).__name__} is a loader class of its own"
+    if not trainer._accelerator_connector.use_distributed_sampler:
+        return "the trainer has use_distributed_sampler=False"
+    for sampler in nested(loader.batch_sampler):
+        if _knows_ranks(sampler) and not _is_plain(sampler, trainer):
+            return f"{type(sampler).__name__} shares it out among ranks by itself"
+        if not hasattr(sampler, "__len__"):
+            return f"{type(sampler).__name__} has no length"
+    return None
+
+
+def _knows_ranks(sampler: Any) -> bool:
+    names = ("num_replicas", "world_size", "rank")
+    return isinstance(sampler, DistributedSampler) or any(hasattr(sampler, name) for name in names)
+
+
+def _is_plain(sampler: Any, trainer: pl.Trainer) -> bool:
+    """Whether it is torch's own sampler, for the ranks that there are."""
+    ranks = (trainer.world_size, trainer.global_rank)
+    return type(sampler) is DistributedSampler and (sampler.num_replicas, sampler.rank) == ranks
+
+
+def _requires_sampler(ask: Any, loader: DataLoader[Any]) -> bool:
+    """Lightning's question whether it is to share a loader out among ranks: not where that is done already."""
+    own = (loader.batch_sampler, *nested(loader.batch_sampler))
+    return not any(isinstance(s, GlobalBatches | EvenBatches) or _knows_ranks(s) for s in own) and ask(loader)
 
 
 def _rebuilt(loader: DataLoader[Any], dataset: Any, batches: Sampler[Any], seed: int) -> DataLoader[Any]:
@@ -109,14 +200,56 @@ def _base(loader: DataLoader[Any]) -> tuple[Any, int, bool]:
     return sampler, loader.batch_sampler.batch_size, loader.batch_sampler.drop_last
 
 
-def _skipping(loader: Any, trainer: pl.Trainer) -> Any:
-    return SkipConsumed(loader, lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+class _Reordered(_DataLoaderSource):
+    """Where a loop takes its loaders from, in our order: when it begins, and whenever Lightning reloads them."""
+
+    def __init__(self, source: _DataLoaderSource, seed: int, trainer: pl.Trainer, training: bool) -> None:
+        self.seed, self.trainer, self.training = seed, trainer, training
+        super().__init__(source.instance, source.name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "instance":  # Lightning sets it where a fit begins
+            self.loaders: Any = None
+            self.order: GlobalBatches | None = None
+            self._ahead = False
+
+    def ask_ahead(self) -> None:
+        """Have the loaders before Lightning asks for them: techniques want to know the order when the fit begins."""
+        self.loaders = _request_dataloader(self)
+        self._ahead = True
+
+    def dataloader(self) -> Any:
+        ahead, self._ahead = self._ahead, False
+        if ahead and not (self.trainer.reload_dataloaders_every_n_epochs and self.trainer.current_epoch):
+            return self.loaders
+        mode = RunningStage.TRAINING if self.training else RunningStage.VALIDATING
+        self.loaders = self._reordered(super().dataloader(), mode)
+        return self.loaders
+
+    def _reordered(self, loaders: Any, mode: RunningStage) -> Any:
+        single = isinstance(loaders, DataLoader) or not isinstance(loaders, dict | list | tuple | CombinedLoader)
+        if self.training and not single:
+            return loaders
+        combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "sequential")
+        if self.trainer.overfit_batches > 0:
+            _resolve_overfit_batches(combined, mode)
+        combined.flattened = [
+            reorder(one, training=self.training, seed=self.seed, trainer=self.trainer, order=self.order)
+            for one in combined.flattened
+        ]
+        if not single:
+            return combined
+        batches = getattr(combined.flattened[0], "batch_sampler", None)
+        if self.training and isinstance(batches, GlobalBatches):
+            self.order = batches
+        return combined.flattened[0]
 
 
 def order_of(trainer: pl.Trainer) -> GlobalBatches | None:
     """The training order that `install_sampler` has installed, if it has."""
-    loader = trainer.fit_loop._data_source.instance
-    return loader.batch_sampler if isinstance(getattr(loader, "batch_sampler", None), GlobalBatches) else None
+    source = trainer.fit_loop._data_source
+    return source.order if isinstance(source, _Reordered) else None
 
 
 def install_sampler(trainer: pl.Trainer, seed: int) -> GlobalBatches | None:
@@ -124,21 +257,25 @@ def install_sampler(trainer: pl.Trainer, seed: int) -> GlobalBatches | None:
 
     Asked twice is asked once. Several training loaders at a time keep Lightning's own order.
     """
-    trainer._accelerator_connector.use_distributed_sampler = False
-    for loop, training in ((trainer.fit_loop, True), (trainer.fit_loop.epoch_loop.val_loop, False)):
-        source = loop._data_source
-        if not source.is_defined():
-            continue
-        loaders = _reorder_all(source.dataloader(), training, seed, trainer)
-        loop._data_source = _DataLoaderSource(loaders, "")
-    return order_of(trainer)
+    connector: Any = trainer._data_connector
+    if "_requires_distributed_sampler" not in vars(connector):
+        connector._requires_distributed_sampler = partial(_requires_sampler, connector._requires_distributed_sampler)
+    fit, validation = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
+    for loop in (fit, validation):
+        if not isinstance(loop._data_source, _Reordered):
+            loop._data_source = _Reordered(loop._data_source, seed, trainer, training=loop is fit)
+    source: Any = fit._data_source
+    if source.loaders is None and source.is_defined() and trainer.limit_train_batches != 0:
+        source.ask_ahead()
+    return source.order
 
 
-def _reorder_all(loaders: Any, training: bool, seed: int, trainer: pl.Trainer) -> Any:
-    if isinstance(loaders, DataLoader) or not isinstance(loaders, dict | list | tuple | CombinedLoader):
-        return reorder(loaders, training=training, seed=seed, trainer=trainer)
-    if training:
-        return loaders
-    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "sequential")
-    combined.flattened = [reorder(one, training=False, seed=seed, trainer=trainer) for one in combined.flattened]
-    return combined
+def given_loaders(trainer: pl.Trainer) -> Any:
+    """The training loaders as the user has made them."""
+    source = trainer.fit_loop._data_source
+    return _DataLoaderSource(source.instance, source.name).dataloader()
+
+
+def training_loader(trainer: pl.Trainer) -> DataLoader[Any]:
+    """The loader whose order `install_sampler` has returned."""
+    return trainer.fit_loop._data_source.loaders  # type: ignore[attr-defined, no-any-return]

@@ -21,6 +21,7 @@ from ..forward.isolated_step import isolated_training_step
 from ..parameters.accessor import shards_of
 from ..parameters.selection import keep_largest
 from ..parameters.shards import Shards
+from ..sampling.samples import given_loaders
 from ..sampling.seeding import seeded
 from . import distributions
 from .masks import Masking, must_find, require_distribution
@@ -82,7 +83,7 @@ class PruneAtInit(Masking):
 
     def _batches(self, trainer: pl.Trainer, seed: int) -> list[Any]:
         """Micro-batches of the first samples of an order of our own; no loader's generator is touched."""
-        loader = trainer.fit_loop._data_source.dataloader()
+        loader = given_loaders(trainer)
         if not isinstance(loader, DataLoader):
             raise IncompatibleTechniques(
                 f"{self.card.name} needs one DataLoader to draw samples from, not {type(loader).__name__}"

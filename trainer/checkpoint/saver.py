@@ -17,8 +17,8 @@ from ... import ShoestringError, __version__
 from ...callbacks.accounting.agreement import Agreement
 from ...exits import FAILURE
 from ...files import replace_file
+from . import changes, state
 from . import format as checkpoint
-from . import state
 
 log = logging.getLogger("shoestring")
 
@@ -67,6 +67,8 @@ class Saver:
         self.root, self.keep, self.agreement, self.report = root, keep, agreement, report
         self.seconds = 0.0  # the dearest checkpoint so far, without reading it back
         self.not_finite: str | None = None  # what the newest state has that is not finite, so that it was not saved
+        self._first: list[str] = []  # what trained when the fit began
+        self._settings: dict[str, Any] = {}  # what it was made of
         self._proven = False  # one checkpoint of this attempt has been read back
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule, step: int, about: dict[str, Any]) -> str | None:
@@ -123,7 +125,7 @@ class Saver:
         self, trainer: pl.Trainer, module: pl.LightningModule, folder: Path, pieces: Mapping[str, Any]
     ) -> dict[str, Any]:
         rank = trainer.global_rank
-        common = state.common_state(trainer, module)
+        common = state.common_state(trainer, module, self._first, self._settings)
         files = checkpoint.write_common(folder, common) if rank == 0 else {}
         mine = checkpoint.write_rank(folder, rank, state.rank_state(trainer, module), pieces)
         return {**files, **mine}
@@ -147,8 +149,11 @@ class Saver:
                 "(numbers, strings, lists, dicts)."
             )
 
-    def restore(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[dict[str, Any], Any] | None:
+    def restore(
+        self, trainer: pl.Trainer, module: pl.LightningModule, accept_changes: bool = False
+    ) -> tuple[dict[str, Any], Any] | None:
         """Resume from the newest intact checkpoint: (its manifest, random states or None). None if there is none."""
+        self._first, self._settings = state.trainable(module), changes.settings_of(trainer, module)
         unusable: dict[int, str] = {}
         while True:
             choice: Any = None
@@ -165,6 +170,8 @@ class Saver:
             if name is None:
                 return None
             folder = self.root / name
+            before = checkpoint.read_state(folder / "state.pt")["settings"]
+            changed = changes.check(before, self._settings, accept_changes)
             found = None
             try:
                 rng = state.restore(trainer, module, folder)
@@ -178,6 +185,9 @@ class Saver:
             self.report("checkpoint_damaged", reason=problem)
             say = log.warning if trainer.global_rank == 0 else log.debug
             say("%s; the one before it is used", problem)
+        changes.apply(trainer, before, self._settings)
+        if changed and trainer.is_global_zero:
+            log.warning("resumed with changes, which act from here on: %s", "; ".join(changed))
         return checkpoint.read_manifest(folder), rng
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
@@ -210,9 +220,9 @@ def save_final_weights(trainer: pl.Trainer, module: pl.LightningModule, path: Pa
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from ...callbacks.parameters.accessor import shards_of
+    from ...callbacks.parameters.accessor import shards_anew
 
-    shards = shards_of(trainer, module)
+    shards = shards_anew(trainer, module)
     whole: dict[str, torch.Tensor] = {}
     first = trainer.global_rank == 0
     for name in shards.slices:

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
 from ... import ShoestringError
 from ...callbacks.contract import SampleTable, Technique
-from ...callbacks.parameters.accessor import shards_of
+from ...callbacks.parameters.accessor import shards_anew
 from ...callbacks.parameters.shards import Shards, Slice
 from ...callbacks.sampling.seeding import reseed
 from ...seeds import derive_seed
@@ -34,14 +35,25 @@ class OtherData(ShoestringError):
 
 
 _COMMON = frozenset({
-    "loops", "callbacks", "schedulers", "param_groups", "precision", "datamodule", "module", "accumulate",
+    "loops", "callbacks", "schedulers", "param_groups", "precision", "datamodule", "module", "accumulate", "trainable",
+    "settings",
 })  # fmt: skip
 _OF_A_RANK = frozenset({"rng", "scalars", "loss_scaler"})
 
 
 # -- taking --------------------------------------------------------------------------------------------------------
-def common_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
-    """Rank 0's part: loops, callbacks, schedulers, parameter groups and what the module itself wants saved."""
+def trainable(module: pl.LightningModule) -> list[str]:
+    """The names of parameters that train now."""
+    return [name for name, p in module.named_parameters() if p.requires_grad]
+
+
+def common_state(
+    trainer: pl.Trainer, module: pl.LightningModule, first: list[str], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Rank 0's part: loops, callbacks, schedulers, parameter groups and what the module itself wants saved.
+
+    first, settings: what was `trainable` when the fit began, and what `changes.settings_of` said.
+    """
     module_state: dict[str, Any] = {"state_dict": {}}
     module.on_save_checkpoint(module_state)
     module_state.pop("state_dict", None)
@@ -54,13 +66,15 @@ def common_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, A
         "precision": trainer.precision_plugin.state_dict(),
         "datamodule": datamodule.state_dict() if datamodule is not None else {},
         "module": module_state,
+        "settings": dict(settings),
+        "trainable": {"first": first, "now": trainable(module)},
         "accumulate": trainer.accumulate_grad_batches,
     }
 
 
 def rank_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
     """Each rank's part: random states, and the optimizer's states that are not shaped like parameters."""
-    shards = shards_of(trainer, module)
+    shards = shards_anew(trainer, module)
     scalars = {name: shards.scalars(name) for name in shards.slices}
     scaler = getattr(getattr(trainer.strategy.model, "optimizer", None), "loss_scaler", None)
     return {
@@ -73,7 +87,7 @@ def rank_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
 def tensors(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, tuple[Piece, torch.Tensor]]:
     """This rank's slices: master/, optimizer/<state>/, technique/<name>/<state>/, table/<technique>/, frozen/, and rank
     0's buffer/. Collective where a technique has tables."""
-    shards = shards_of(trainer, module)
+    shards = shards_anew(trainer, module)
     pieces: dict[str, tuple[Piece, torch.Tensor]] = {}
     first = trainer.global_rank == 0
     if first or not shards.replicated:
@@ -134,11 +148,19 @@ def restore(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> di
     manifest = checkpoint.read_manifest(folder)
     mine = folder / f"rank-{trainer.global_rank:05d}.pt"
     rank = checkpoint.read_state(mine if mine.exists() else folder / "rank-00000.pt")
-    shards = shards_of(trainer, module)
     pieces = Pieces(folder, manifest["files"])
+    first = trainable(module)
+    if common["trainable"]["first"] == first:  # then what has become trainable since, or frozen, is so again
+        with_moments = {key.removeprefix("master/") for key in pieces if key.startswith("master/")}
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in with_moments or parameter.requires_grad)
+    shards = shards_anew(trainer, module)
     _fits(shards, pieces)
     _restore_parameters(shards, pieces, _scalars(folder, manifest["world_size"], shards, rank))
     _restore_rest(module, shards, pieces)
+    if common["trainable"]["first"] == first:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in common["trainable"]["now"])
     _restore_callbacks(trainer, common, pieces, shards)
     _restore_loops(trainer, module, common)
     scaler = getattr(getattr(trainer.strategy.model, "optimizer", None), "loss_scaler", None)
@@ -172,6 +194,9 @@ def _fits(shards: Shards, pieces: Pieces) -> None:
             raise AnotherModel(f"the checkpoint has no {name}. It is of another model, or has other trainable parts.")
         if pieces.shape(key) != tuple(where.shape):
             raise AnotherModel(f"{name} has shape {tuple(where.shape)}, but in the checkpoint {pieces.shape(key)}.")
+    for name in shards.frozen():
+        if f"master/{name}" in pieces:
+            raise AnotherModel(f"{name} is frozen, but in the checkpoint it is trained.")
 
 
 def _restore_parameters(shards: Shards, pieces: Pieces, scalars: Mapping[str, Mapping[str, Any]]) -> None:
@@ -243,7 +268,11 @@ def _restore_callbacks(trainer: pl.Trainer, common: Mapping[str, Any], pieces: P
 
 def _restore_loops(trainer: pl.Trainer, module: pl.LightningModule, common: Mapping[str, Any]) -> None:
     trainer.fit_loop.load_state_dict(common["loops"])
-    if common["accumulate"] != trainer.accumulate_grad_batches:
+    epochs = trainer.fit_loop.epoch_progress.current
+    if epochs.ready == epochs.completed:  # saved between epochs: the next one starts as any other
+        trainer.fit_loop.epoch_loop.restarting = False
+    changing = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    if common["accumulate"] != trainer.accumulate_grad_batches and not changing:
         _rescale(trainer, trainer.accumulate_grad_batches / common["accumulate"])
     for optimizer, groups in zip(trainer.optimizers, common["param_groups"], strict=True):
         for group, saved in zip(optimizer.param_groups, groups, strict=True):

@@ -83,6 +83,12 @@ def _zero_class() -> type[Strategy]:
     class ZeroStrategy(DeepSpeedStrategy):
         """DeepSpeedStrategy that also runs on CPUs over gloo."""
 
+        cuts_window = False  # an epoch ends amid an accumulation window, and the engine is to step; see `cut_window`
+
+        @property
+        def handles_gradient_accumulation(self) -> bool:
+            return not self.cuts_window
+
         def setup_environment(self) -> None:
             super(DeepSpeedStrategy, self).setup_environment()  # its own adds nothing but the CUDA guard
 

@@ -51,7 +51,8 @@ class Checkpoints:
         """After a step, alike on all ranks; an interval of a measured amount passes when rank 0 says so."""
         # the last step in these shapes
         last = self._techniques and any(technique.reshapes_next(trainer) for technique in self._techniques)
-        if self.tried_step < 0 or trainer.should_stop or account.stop_requested or last:
+        ends = trainer.should_stop or account.stopped_by is not None
+        if self.tried_step < 0 or ends or account.stop_requested or last:
             return True
         if self.every is None:
             return False

@@ -5,6 +5,7 @@ Its `on_train_batch_end` is the loop of a run; what it does there is done by col
     account       what is spent, what the ranks agree on, the horizon        callbacks/accounting/account.py
     records       journal, ledger, W&B, display                              records.py
     rows, totals  what is written there of a step and of the run             totals.py
+    epochs        the order of samples, and what waits for an epoch's end    epochs.py
     evaluations   when to evaluate, and the goal                             evaluations.py
     checkpoints   when to save                                               checkpoints.py
     nonfinite     steps without finite losses and gradients                  nonfinite.py
@@ -21,22 +22,21 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-from pytorch_lightning.trainer.connectors.data_connector import _parse_num_batches
-from pytorch_lightning.trainer.states import RunningStage
 
 from ...callbacks.accounting.account import Account, Upcoming
 from ...callbacks.accounting.budget import Budget
-from ...callbacks.accounting.meter import Windows, peak_bytes
+from ...callbacks.accounting.meter import peak_bytes
 from ...callbacks.contract import ReshapeListener, silence
 from ...callbacks.parameters.accessor import shards_of
-from ...callbacks.sampling.samples import install_sampler
 from ...exits import FAILURE
 from ..checkpoint import format as checkpoint
 from ..checkpoint import state
 from ..checkpoint.saver import CannotResume, final_problem, no_room, same_samples, save_final_weights
 from ..ledger import read_summary
+from ..lightning.cut_window import CutWindow
 from .afterwards import Afterwards
 from .checkpoints import Checkpoints
+from .epochs import Epochs
 from .evaluations import Evaluations, goal_reached
 from .failures import first_to_fail, forget, is_lost_rank
 from .hang import HangWatch
@@ -68,20 +68,23 @@ class Monitor(ReshapeListener, pl.Callback):
         log_every: int = 10,
         hang_after: str = "auto",
         nonfinite_steps: int = 10,
+        accept_changes: bool = False,
     ) -> None:
         self.account = Account(budget, usd_per_device_hour=usd_per_device_hour, watts_per_device=watts_per_device)
         self.account.moved, self.account.upcoming = self._moved, self._upcoming
         self.records, self.request = records, StopRequest()
-        self.evaluations, self.checkpoints = Evaluations(), Checkpoints(checkpoint_every, keep)
+        self.epochs, self.evaluations = Epochs(), Evaluations()
+        self.checkpoints = Checkpoints(checkpoint_every, keep)
         self.totals = Totals(self.account)
         self.rows = StepRows(self.totals, log_every)
         self.hang = HangWatch(self.account, records, hang_after)
         self.nonfinite = NonFiniteSteps(nonfinite_steps, self.records.nonfinite)
-        self.seed, self.resume, self.strategy = seed, resume, strategy
+        self.seed, self.resume, self.strategy, self.accept_changes = seed, resume, strategy, accept_changes
         self.summary: dict[str, Any] = {}
         self.each_step: Callable[[], None] | None = None  # called on every rank when a step has ended
         self.afterwards: Afterwards | None = None  # what the final weights are used for, as part of the run
         self.resumed_from: int | None = None
+        self._cut_window: CutWindow | None = None
         self._rng: Mapping[str, Any] | None = None
         self._begun = False
         self.failed_first: int | None = None  # the rank whose failure has ended the fit
@@ -92,7 +95,11 @@ class Monitor(ReshapeListener, pl.Callback):
     ) -> None:
         account = self.account
         self.rows.add_loss(outputs, first=batch_idx % trainer.accumulate_grad_batches == 0)
-        if not account.batch_ends():
+        if self._cut_window is not None:
+            self.rows.scale_loss(self._cut_window.scale)
+            self._cut_window.end()
+            self._cut_window = None
+        if not account.batch_ends(trainer):
             return  # amid an accumulation window
         mine = account.spending.mine
         mine.stop = float(self.request.received is not None)
@@ -104,47 +111,61 @@ class Monitor(ReshapeListener, pl.Callback):
         account.stop_at_horizon(trainer)
         if self.each_step is not None:
             self.each_step()
-        if self.records.keeps and (self.rows.due() or trainer.should_stop):
+        if self.records.keeps and (self.rows.due() or trainer.should_stop or account.stopped_by):
             self.records.step(account.clock.step, self.rows.row(trainer))
         if self.evaluations.every is not None:
             self.evaluations.plan(trainer, account.clock)
         if self.checkpoints.due(trainer, account):
-            self._save(trainer, pl_module)
-        if account.stop_requested and not trainer.should_stop:
+            self.epochs.save_waits = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+            if not self.epochs.save_waits:
+                self._save(trainer, pl_module)
+        if account.stop_requested and not trainer.should_stop and not self.epochs.save_waits:
             raise self._preempted(trainer)
         account.spending.wait_for_data()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        order, lengths = self.order, None
+        order, lengths = self.epochs.order, None
         if order is not None and order.targets is not None:
             order.weigh(batch, batch_idx, pl_module.device)
         if order is not None and order.lengths is not None:
             lengths = order.row_lengths(batch_idx)
         self.account.batch_begins(trainer, batch, batch_idx, lengths)
+        if self.account.cut_window:
+            self._cut_window = CutWindow(trainer, pl_module, self.account.cut_window)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.epochs.begin(trainer, self.account.horizon)
+        if not self.epochs.save_waits:
+            return
+        with self.epochs.between(trainer):
+            self._save(trainer, pl_module)
+        if self.account.stop_requested and not trainer.should_stop:
+            raise self._preempted(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.epochs.end(trainer)
 
     # -- start ------------------------------------------------------------------------------------------------------
     def begin(self, startup_seconds: float = 0.0) -> None:
         """`fit` has been entered: the clock starts."""
-        self.account.spending.windows = Windows()
-        self.account.spending.windows.seconds["startup"] = startup_seconds
+        self.account.begin(startup_seconds)
+        self._begun, self.resumed_from, self._rng = False, None, None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account = self.account
         account.open(trainer, pl_module)
+        self.epochs.open(trainer, self.seed)
         self.request.listen()  # all ranks are connected by now
         forget()
-        self.order = install_sampler(trainer, self.seed)
         self.records.open(trainer)
         self.checkpoints.open(trainer, account, self.records.run_dir / "checkpoints", self.records.event)
         root = self.checkpoints.saver.root
         if not self.resume and account.agreement.gather(checkpoint.steps(root))[0]:
             raise CannotResume(f"{self.records.run_dir} holds a run: resume it, or choose another run directory")
         self._resume(trainer, pl_module)
-        if self.order is not None:  # loader workers draw batches before training starts, and these ask the clock
-            whole = _parse_num_batches(RunningStage.TRAINING, len(self.order), trainer.limit_train_batches)
-            account.horizon.set_limits(trainer, whole)
+        self.epochs.restored(trainer, account.horizon)
         self.nonfinite.open(trainer)
         account.spending.start()
         self._begun = True
@@ -162,26 +183,26 @@ class Monitor(ReshapeListener, pl.Callback):
         return self.request.received is not None and not self.account.begun
 
     def _resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        restored = self.checkpoints.saver.restore(trainer, pl_module)
+        # of a recipe's run the records have compared more than could be seen here
+        accept = self.accept_changes or self.records.recipe is not None
+        restored = self.checkpoints.saver.restore(trainer, pl_module, accept)
         if restored is None:
             if self.resume == "must":
                 raise CannotResume(f"{self.records.run_dir} has no checkpoint to resume from")
             return
         manifest, self._rng = restored
-        same_samples(manifest, self.seed, self._global_batch(), self.records.run_dir)
+        same_samples(manifest, self.seed, self.epochs.global_batch, self.records.run_dir)
         self.resumed_from = manifest["step"]
         self.account.clock.spend = self.records.spent(self.account.clock.spend)
-
-    def _global_batch(self) -> int | None:
-        return None if self.order is None else self.order.global_batch
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account, clock = self.account, self.account.clock
         self._stop_before_training(trainer)
+        self.epochs.start(trainer)
         account.start(trainer)
         if clock.horizon is not None and clock.step >= clock.horizon:
             end = clock.first_limit()
-            account.stopped_by, trainer.should_stop = end.binding if end else "steps", True
+            account.stopped_by, trainer.should_stop = account.horizon.name(end.binding if end else "steps"), True
         # Lightning asks all ranks about signals with a blocking broadcast before every batch; ours ride along
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         self.totals.trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
@@ -218,7 +239,7 @@ class Monitor(ReshapeListener, pl.Callback):
             return
         windows.enter("checkpoint")
         self.records.sync()
-        about = {"seed": self.seed, "global_batch": self._global_batch(), "run": self.records.identity.as_dict()}
+        about = {"seed": self.seed, "global_batch": self.epochs.global_batch, "run": self.records.identity.as_dict()}
         about["accumulate"] = trainer.accumulate_grad_batches
         self.checkpoints.save(trainer, module, self.account, about)
         windows.enter("train")
@@ -333,7 +354,8 @@ class Monitor(ReshapeListener, pl.Callback):
 
     # -- state ------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        return self.account.state_dict()
+        return {**self.account.state_dict(), "epochs": self.epochs.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.account.load_state_dict(state_dict)
+        self.epochs.load_state_dict(state_dict["epochs"])

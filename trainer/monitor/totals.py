@@ -9,6 +9,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EarlyStopping, Timer
+from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from ...callbacks.accounting.account import Account
 from ...callbacks.accounting.meter import communication_bytes, peak_bytes
@@ -50,9 +52,11 @@ class Totals:
         """Totals of all attempts, rates of this one, and how it ended; peak: bytes of the rank that held the most."""
         account, seconds, work = self.account, self.train_seconds(), self.account.spending.this_attempt()
         size = 2 if "16" in str(trainer.precision) else 4
+        per_epoch = account.clock.steps_per_epoch
         sent = communication_bytes(strategy, self.trainable, size, trainer.world_size, trainer.accumulate_grad_batches)
         return {
             "steps": account.clock.step,
+            "epochs": account.clock.step / per_epoch if per_epoch else None,
             **self.so_far(),
             "peak_bytes": peak,
             "tokens_per_second": work.tokens / seconds,
@@ -61,7 +65,7 @@ class Totals:
             "comm_bytes": sent * work.steps,
             "windows": account.spending.windows.so_far(),
             "nonfinite_steps": account.nonfinite_steps,
-            "stopped_by": account.stopped_by or ("max_epochs" if not trainer.should_stop else "callback"),
+            "stopped_by": account.stopped_by or _stopper(trainer, account),
             "budget": dict(account.budget.given()),
             "strategy": strategy,
             "world_size": trainer.world_size,
@@ -76,6 +80,18 @@ class Totals:
             return None
         counted = self.account.spending.this_attempt().flops_counted
         return counted / (self.train_seconds() * self.peak_flops * self.account.spending.world)
+
+
+def _stopper(trainer: pl.Trainer, account: Account) -> str:
+    """What has ended a run that its budget has not."""
+    if not trainer.should_stop:
+        return "epochs" if account.budget.epochs is not None else "max_epochs"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
+            return type(callback).__name__
+        if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:
+            return type(callback).__name__
+    return "callback"
 
 
 class StepRows:
@@ -95,6 +111,10 @@ class StepRows:
         loss = outputs.get("loss") if isinstance(outputs, (dict, Mapping)) else outputs
         if loss is not None:
             self.loss = loss if first else self.loss + loss
+
+    def scale_loss(self, factor: float) -> None:
+        """The step had fewer micro-batches than Lightning has divided by."""
+        self.loss = self.loss if self.loss is None else self.loss * factor
 
     def due(self) -> bool:
         return self.totals.account.clock.step % self.log_every == 0 or perf_counter() - self._written > 0.25

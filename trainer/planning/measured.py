@@ -48,6 +48,7 @@ def _scaled(plan: Plan, summary: Any) -> dict[str, Any]:
         "steps": 1.0,
         "samples": summary["samples"] / STEPS,
         "tokens": summary["tokens"] / STEPS,
+        "epochs": (summary["epochs"] or 0.0) / STEPS,
         "flops": summary["flops_realised"] / STEPS,
         **costs(summary["windows"]["train"] / STEPS, plan.world_size, plan.usd_per_device_hour, plan.watts_per_device),
     }

@@ -131,6 +131,8 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     micro, accumulate = _batch(recipe, device, machine, size, world, strategy, optimizer, chosen)
     budget = Budget(**recipe.budget.model_dump())
     _possible(recipe, budget, size)
+    if budget.epochs is not None:
+        chosen.append(Choice("epochs", f"{budget.epochs:g}", "their steps are known when the data is read: --measure"))
     usd, watts = _price(recipe, device, chosen)
     composition = compose(
         _techniques(recipe, machine, chosen),

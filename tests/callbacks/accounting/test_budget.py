@@ -411,3 +411,39 @@ def test_two_ranks_stop_at_the_same_step_within_the_budget_of_both(tmp_path):
     for name, limit in (("seconds", 1.2), ("dollars", 1.2)):  # two devices at a dollar a second
         assert limit / 2 < one[name]["seconds"] < limit + 0.3, "not even roughly"
         assert one[name]["usd"] == pytest.approx(2 * one[name]["seconds"])
+
+
+# -- epochs ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("limits", "steps", "binding"),
+    [
+        ({"epochs": 2}, 10, "epochs"),
+        ({"epochs": 0.5}, 2, "epochs"),
+        ({"epochs": 1.3}, 6, "epochs"),
+        ({"epochs": 2, "steps": 7}, 7, "steps"),
+        ({"epochs": 1, "samples": 100}, 5, "epochs"),
+        ({"epochs": 9, "samples": 16}, 4, "samples"),
+    ],
+    ids=str,
+)
+def test_a_budget_in_epochs_ends_the_run_annealed(tmp_path, limits, steps, binding):
+    """Five steps an epoch."""
+    trainer = train(tmp_path, Budget(**limits), data=loader(20))
+    assert (trainer.summary["steps"], trainer.summary["stopped_by"]) == (steps, binding)
+    assert trainer.summary["epochs"] == steps / 5 and rate(trainer) == 0.0
+    assert trainer.monitor.account.clock.horizon == steps
+
+
+def test_more_epochs_stretch_the_run(tmp_path):
+    train(tmp_path, Budget(epochs=1), data=loader(20))
+    trainer = train(tmp_path, Budget(epochs=1.6), data=loader(20))
+    assert (trainer.summary["resumed_from"], trainer.summary["steps"], rate(trainer)) == (5, 8, 0.0)
+
+
+def test_epochs_need_data_with_a_length(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(torch.randn(20, 8))
+
+    with pytest.raises(ImpossibleBudget, match=r"budget epochs=2: this loader has no length\. Use a budget of steps"):
+        train(tmp_path, Budget(epochs=2), data=torch.utils.data.DataLoader(Stream(), 4))
