@@ -199,27 +199,6 @@ def _flat(units: Sequence[Any]) -> list[Any]:
     return [i for unit in units for i in unit] if units and isinstance(units[0], list | tuple) else list(units)
 
 
-class EvenBatches(Sampler[list[int]]):
-    """This rank's evaluation batches: every sample once, equally many batches on every rank, no batch above `micro`.
-
-    Metrics summed over ranks are then exact. Only where there are fewer samples than batches, some are read twice.
-    """
-
-    def __init__(self, base: Any, *, micro: int, rank: int, world: int) -> None:
-        self.base, self.micro, self.rank, self.world = base, micro, rank, world
-
-    def __len__(self) -> int:
-        return -(-len(self.base) // (self.micro * self.world))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order, parts = list(self.base), len(self) * self.world
-        if len(order) < parts:
-            order = (order * -(-parts // len(order)))[:parts]
-        for batch in range(len(self)):
-            part = batch * self.world + self.rank
-            yield order[len(order) * part // parts : len(order) * (part + 1) // parts]
-
-
 def _nested(sampler: Any) -> Iterator[Any]:
     """A sampler and those it draws from: a batch sampler holds the one that shuffles."""
     while sampler is not None:

@@ -20,8 +20,10 @@ from torch.utils.data import (
 )
 
 from ...seeds import derive_seed
+from ..accounting.agreement import Agreement
 from ..accounting.clock import clock_of
-from .global_batches import EvenBatches, GlobalBatches
+from .evaluation import EvenBatches, EvenEvaluation, EvenStream
+from .global_batches import GlobalBatches
 from .seeding import SeededCollate, SeededSamples, collates_alike, is_deterministic
 from .workers import shield
 
@@ -47,26 +49,26 @@ def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer) -> A
     if isinstance(loader, DataLoader):
         shield(loader)
     if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
-        return _skipping(loader, trainer) if training else loader
+        return _skipping(loader, trainer) if training else _even_stream(loader, trainer)
     if isinstance(loader.dataset, IterableDataset):
-        return _skipping(loader, trainer) if training else loader
+        return _skipping(loader, trainer) if training else _even_stream(loader, trainer)
     if isinstance(loader.batch_sampler, GlobalBatches | EvenBatches):
         return loader
     base, micro, drop_last = _base(loader)
-    keyed = training and not (is_deterministic(loader.dataset) and collates_alike(loader))
-    own_batches = type(loader.batch_sampler) is not BatchSampler
-    if not training and not own_batches:
-        even = EvenBatches(base, micro=micro, rank=trainer.global_rank, world=trainer.world_size)
+    if not training:
+        even = EvenBatches(base, micro=micro, rank=trainer.global_rank, world=trainer.world_size, seed=seed)
         return _rebuilt(loader, loader.dataset, even, seed)
+    keyed = not (is_deterministic(loader.dataset) and collates_alike(loader))
+    own_batches = type(loader.batch_sampler) is not BatchSampler
     batches = GlobalBatches(
         base,
         micro=micro,
-        accumulate=trainer.accumulate_grad_batches if training else 1,
+        accumulate=trainer.accumulate_grad_batches,
         rank=trainer.global_rank,
         world=trainer.world_size,
         seed=seed,
-        position=(lambda: clock_of(trainer).step) if training else (lambda: 0),
-        drop_last=drop_last and training,
+        position=lambda: clock_of(trainer).step,
+        drop_last=drop_last,
         keyed=keyed,
     )
     targets = getattr(loader.dataset, "target_counts", None)
@@ -106,6 +108,12 @@ def _skipping(loader: Any, trainer: pl.Trainer) -> Any:
     return SkipConsumed(loader, lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
 
+def _even_stream(loader: Any, trainer: pl.Trainer) -> Any:
+    if trainer.world_size == 1 or isinstance(loader, EvenStream):
+        return loader
+    return EvenStream(loader, Agreement(2))
+
+
 def install_sampler(trainer: pl.Trainer, seed: int) -> GlobalBatches | None:
     """Route the trainer's loaders through `reorder`; called in `on_fit_start`. Returns the training order, if any.
 
@@ -118,6 +126,7 @@ def install_sampler(trainer: pl.Trainer, seed: int) -> GlobalBatches | None:
             continue
         loaders = _reorder_all(source.dataloader(), training, seed, trainer)
         loop._data_source = _DataLoaderSource(loaders, "")
+    trainer.fit_loop.epoch_loop.val_loop.__class__ = EvenEvaluation
     loader = trainer.fit_loop._data_source.instance
     return loader.batch_sampler if isinstance(getattr(loader, "batch_sampler", None), GlobalBatches) else None
 
@@ -128,5 +137,7 @@ def _reorder_all(loaders: Any, training: bool, seed: int, trainer: pl.Trainer) -
     if training:
         return loaders
     combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "sequential")
+    if combined._mode != "sequential":  # its loaders are read side by side, and each batch is of several
+        return combined
     combined.flattened = [reorder(one, training=False, seed=seed, trainer=trainer) for one in combined.flattened]
     return combined

@@ -205,7 +205,8 @@ class StructuredPruning(Technique, pl.Callback):
             if not shards.slices[name].length:
                 self._saliency[name] = shards.master(name)  # nothing, but named: ranks gather the same names
             elif gradient is not None:
-                change = (shards.master(name) * gradient.to(shards.master(name).device)).square()
+                master = shards.master(name)
+                change = (master.float() * gradient.to(master.device, torch.float32)).square()
                 if name in self._saliency:
                     self._saliency[name].lerp_(change, 1 - MEMORY)
                 else:
