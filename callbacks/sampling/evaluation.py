@@ -1,8 +1,8 @@
 """Evaluation on several ranks: every sample counts once, and every rank calls the model equally often.
 
 Ranks that call a model wait for each other: under ZeRO-3 for its weights, under DDP for its buffers, and wherever a
-step reduces something. So a rank that has run out of samples before the others repeats one; what its step adds to sums and
-metrics is taken back (undone.py), and no callback hears of it.
+step reduces something. So a rank that has run out of samples before the others repeats one; what its step adds to sums
+and metrics is taken back (undone.py), and no callback hears of it.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class EvenStream:
             if able < world:
                 raise NoSamples(
                     f"validation: the stream has no batch on {world - int(able)} of {world} ranks, which could then "
-                    "take no part in the evaluation. Give every rank a batch, or a map-style data set, which is shared out."
+                    "take no part in the evaluation. Give every rank a batch, or a map-style data set, which is "
+                    "shared out."
                 )
             yield batch if mine else latest
 

@@ -19,7 +19,8 @@ from ..parameters.cut import rebuild_model, update_configurations
 from ..parameters.layers import check_skip
 from ..parameters.reshape import reshape
 from ..parameters.shards import Shards
-from .structured_groups import CannotTrace, choose, torch_pruning
+from .structured_check import CannotTrace
+from .structured_groups import choose, torch_pruning
 
 IMPORTANCES = ("magnitude", "taylor", "lasso")
 MEMORY = 0.9  # share of the Taylor saliency that a step keeps of the ones before it
