@@ -102,6 +102,7 @@ def fit(
     local_ranks.wait()
     from .monitor.records import Records
     from .tasks.build import TaskData, build_task
+    from .tasks.own_code_checks import CheckBatch, check_own_module
     from .trainer import Trainer
 
     quiet()
@@ -111,6 +112,7 @@ def fit(
     run_dir.mkdir(parents=True, exist_ok=True)
     task = build_task(recipe, workdir=run_dir)
     local_ranks.release()
+    check_own_module(recipe, task.module)
     if weights is not None:
         task.module.load_state_dict(weights)
     records = Records(
@@ -154,6 +156,8 @@ def fit(
     trainer.monitor.evaluations.plan_every(recipe.evaluation.every, at_end=recipe.evaluation.at_end)
     trainer.monitor.evaluations.goal = recipe.goal
     trainer.batches_planned = task.train is not None
+    if task.train is None:
+        trainer.callbacks.insert(0, CheckBatch(recipe))  # type: ignore[attr-defined]
     data = task.datamodule if task.train is None else TaskData(task, plan.micro_batch, recipe.data.workers)
     trainer.fit(task.module, datamodule=data, startup_seconds=time.monotonic() - began)
     if not trainer.is_global_zero:
