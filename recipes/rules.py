@@ -22,6 +22,11 @@ BUILTIN_DATA = {  # source -> the tasks it has what it takes for
     "digits": ("image-classification",),
 }
 IMAGE_KINDS = ("mlp", "cnn")
+LOGGED = {  # task -> the metrics of its validation
+    "causal-lm": ("val_loss", "val_perplexity"),
+    "sequence-classification": ("val_loss", "val_accuracy"),
+    "image-classification": ("val_loss", "val_accuracy"),
+}
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,25 @@ def strategy_fits(recipe: Recipe) -> Iterator[Broken]:
 def generate_fits(recipe: Recipe) -> Iterator[Broken]:
     if recipe.evaluation.generate is not None and recipe.model.task != "causal-lm":
         yield Broken("evaluation.generate", f"null for {recipe.model.task}", "only a causal-lm completes a prompt")
+
+
+@depends_on("model.task", "export")
+def export_fits(recipe: Recipe) -> Iterator[Broken]:
+    task = recipe.model.task
+    if recipe.export is not None and not is_code(task) and task not in TEXT_TASKS:
+        hint = "leave export out; `shoestring export` writes torch and onnx from the finished run"
+        yield Broken("export.to", f"hf for {' and '.join(TEXT_TASKS)}, not for {task}", hint, recipe.export.to)
+
+
+@depends_on("model.task", "goal", "techniques")
+def goal_is_logged(recipe: Recipe) -> Iterator[Broken]:
+    """What a task or a technique of the user's own logs is not known here."""
+    logged = LOGGED.get(recipe.model.task)
+    if recipe.goal is None or logged is None or any(is_code(technique.name) for technique in recipe.techniques):
+        return
+    if recipe.goal.metric not in logged:
+        hint = did_you_mean(recipe.goal.metric, logged)
+        yield Broken("goal.metric", f"what {recipe.model.task} logs: {' | '.join(logged)}", hint)
 
 
 @depends_on("techniques")

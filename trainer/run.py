@@ -129,6 +129,7 @@ def fit(
     from .monitor.inputs import inputs_of, keep_or_compare
     from .monitor.records import Records
     from .tasks.build import TaskData, build_task
+    from .tasks.own_code_checks import CheckBatch, check_own_module
     from .trainer import Trainer
 
     quiet()
@@ -140,6 +141,7 @@ def fit(
     inputs = inputs_of(recipe, task)
     changed = keep_or_compare(run_dir, inputs, task.tokenizer, accept=accept_changes, first=is_first())
     local_ranks.release()
+    check_own_module(recipe, task.module)
     if is_first():
         _say_left_out(recipe, task.facts)
     if weights is not None:
@@ -197,6 +199,8 @@ def fit(
     left = _Left(recipe, run_dir, task)
     if left.wanted:
         trainer.monitor.afterwards = Afterwards(left.make, left.seconds)
+    if task.train is None:
+        trainer.callbacks.insert(0, CheckBatch(recipe))  # type: ignore[attr-defined]
     data = task.datamodule if task.train is None else TaskData(task, plan.micro_batch, recipe.data.workers)
     trainer.fit(task.module, datamodule=data, startup_seconds=time.monotonic() - began)
     if not trainer.is_global_zero:

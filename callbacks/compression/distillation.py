@@ -19,7 +19,7 @@ from ..forward.training_step import Step, add_auxiliary_loss, remove_from_step
 from . import distillation_losses as losses
 from .logit_cache import LogitCache
 from .target_positions import TargetPositions, cache_keys, target_positions
-from .teachers import DTYPES, NoTeacher, Teacher, fingerprint, frozen_copy, load
+from .teachers import DTYPES, NoTeacher, Teacher, check_outputs, fingerprint, frozen_copy, load
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -134,6 +134,8 @@ class Distillation(Technique, pl.Callback):
     def _prepare(self, pl_module: pl.LightningModule) -> None:
         self._of = model_name(pl_module, self.of, self.card.name)
         self._teacher = Teacher(self._frozen(pl_module.get_submodule(self._of)), self._dtype)
+        if self.weight:
+            check_outputs(pl_module.get_submodule(self._of), self._teacher.module)
         kept = self.teacher == "initial" or self.cache is not None
         self._teacher_is = fingerprint(self._teacher.module, self.temperature, self.top_k) if kept else None
         self._cache = None if self.cache is None else LogitCache(Path(self.cache) / str(self._teacher_is))

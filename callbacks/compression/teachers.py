@@ -91,6 +91,24 @@ def load(name: str, dtype: torch.dtype) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
+def check_outputs(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise `NoTeacher` where two Hugging Face models have outputs of different sizes: their classes are not the same.
+
+    Nothing is known of other models before they run.
+    """
+    for ending, key in (("ForCausalLM", "vocab_size"), ("LMHeadModel", "vocab_size"), ("Classification", "num_labels")):
+        mine, its = getattr(student, "config", None), getattr(teacher, "config", None)
+        if mine is None or its is None or not type(student).__name__.endswith(ending):
+            continue
+        wanted, found = getattr(mine, key, None), getattr(its, key, None)
+        if isinstance(wanted, int) and isinstance(found, int) and wanted != found:
+            raise NoTeacher(
+                f"distillation: the teacher has {key} {found} and the student {wanted}: their outputs are not of the "
+                "same tokens or classes. Take a teacher with the student's vocabulary, or distil hidden states only: "
+                "weight: 0 with hidden above 0."
+            )
+
+
 def fingerprint(module: nn.Module, *settings: object) -> str:
     """The same for the same weights, buffers and `settings`, in every process. Whole weights only."""
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)

@@ -10,7 +10,8 @@ needs it, so combine with `gradient_checkpointing` where memory counts: backward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,19 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return gradient, None
+
+
+_plain: list[bool] = []  # inside `as_they_are`
+
+
+@contextmanager
+def as_they_are() -> Iterator[None]:
+    """Inside, all layers compute with their own weights."""
+    _plain.append(True)
+    try:
+        yield
+    finally:
+        _plain.pop()
 
 
 class ForwardWeights:
@@ -65,6 +79,8 @@ class ForwardWeights:
     def _install(self, layer: nn.Module, name: str) -> None:
         def show(layer: nn.Module, inputs: Any) -> None:
             self._unused.discard(name)
+            if _plain:
+                return
             # an instance's own attribute is found before its parameters
             layer.__dict__["weight"] = self._function(name, layer.weight)  # type: ignore[arg-type]
 

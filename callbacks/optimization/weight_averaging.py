@@ -8,25 +8,38 @@ from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..accounting.clock import Duration, clock_of
-from ..contract import Card, Effect, Technique, Workload, require
+from ..contract import Card, Effect, IncompatibleTechniques, Technique, Workload, require
 from ..parameters.accessor import shards_of
 from ..parameters.shards import Shards
 
 
 def ema_(average: Tensor, weights: Tensor, decay: float) -> None:
-    """average = decay * average + (1 - decay) * weights, in place."""
-    average.lerp_(weights, 1.0 - decay)
+    """average = decay * average + (1 - decay) * weights, in place, in the precision of `average`."""
+    average.lerp_(weights.to(average.dtype), 1.0 - decay)
+
+
+def kept(master: Tensor) -> Tensor:
+    """A copy to average, in float32 at least: bfloat16 cannot add a thousandth."""
+    return master.detach().to(torch.promote_types(master.dtype, torch.float32), copy=True)
+
+
+def normalized_by_batch(module: nn.Module) -> str | None:
+    """The first layer of a model that normalises by running statistics of its batches; None where none does."""
+    kinds = nn.modules.batchnorm._NormBase
+    running = (n for n, m in module.named_modules() if isinstance(m, kinds) and m.running_mean is not None)
+    return next(running, None)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class WeightAveraging(Technique, pl.Callback):
     """Keep an average of the master weights; validate with it and leave it as the final model.
 
-    Averages are kept on this rank's slices: there is no communication but one refresh of the copies per evaluation. A
-    weight that is exactly 0 is 0 in the average too, so masks survive.
+    Averages are kept on this rank's slices, in float32 whatever the weights are in: there is no communication but one
+    refresh of the copies per evaluation. A weight that is exactly 0 is 0 in the average too, so masks survive. Models
+    with batch norms are refused: their running statistics are not those of the averaged weights.
 
     Source: arXiv 2209.14981.
 
@@ -83,6 +96,14 @@ class WeightAveraging(Technique, pl.Callback):
         self._seen = -1
         self._start = Duration.parse(self.start)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.decay and (layer := normalized_by_batch(pl_module)) is not None:
+            raise IncompatibleTechniques(
+                f"weight_averaging: {layer!r} normalises by running statistics of its batches, which belong to the "
+                "weights as they were, not to their average. Use layer, group or instance norms, set "
+                "track_running_stats=False, or leave weight_averaging out."
+            )
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen = trainer.global_step
 
@@ -105,17 +126,17 @@ class WeightAveraging(Technique, pl.Callback):
     def _ema(self, shards: Shards) -> None:
         averages = self._averages.get("ema")
         if averages is None:
-            self._averages["ema"] = {name: shards.master(name).clone() for name in shards.slices}
+            self._averages["ema"] = {name: kept(shards.master(name)) for name in shards.slices}
             return
         for name, average in averages.items():
             ema_(average, shards.master(name), self.decay)
 
     def _take(self, shards: Shards, step: int) -> None:
         slot = f"lawa{step // self.every % self.keep}"
-        self._averages[slot] = {name: shards.master(name).clone() for name in shards.slices}
+        self._averages[slot] = {name: kept(shards.master(name)) for name in shards.slices}
 
     def _average(self, name: str) -> Tensor:
-        parts = [kept[name] for _, kept in sorted(self._averages.items())]
+        parts = [weights[name] for _, weights in sorted(self._averages.items())]
         return parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
 
     # -- using them -------------------------------------------------------------------------------------------------
@@ -152,4 +173,4 @@ class WeightAveraging(Technique, pl.Callback):
         return getattr(self, "_averages", {})
 
     def load_fragments(self, fragments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._averages = {state: dict(kept) for state, kept in fragments.items()}
+        self._averages = {state: dict(weights) for state, weights in fragments.items()}

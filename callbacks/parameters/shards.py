@@ -46,6 +46,29 @@ class Slice:
         return whole.reshape(-1)[self.offset : self.offset + self.length]
 
 
+def lay_out_plainly(module: nn.Module) -> None:
+    """Give every parameter torch's plain, contiguous layout, in place; channels_last weights and the like lose theirs.
+
+    Slices are views of flattened parameters, which no other layout has. Values, and what layers compute, stay.
+
+    Raises:
+        NoShard: Such a parameter shares memory with another one: apart, they would no longer be the same weights.
+    """
+    strange = {name: p for name, p in module.named_parameters() if not p.data.is_contiguous()}
+    for name, p in strange.items():
+        memory = p.data.untyped_storage().data_ptr()
+        for other, q in module.named_parameters():
+            if q is not p and memory and q.data.untyped_storage().data_ptr() == memory:
+                raise NoShard(
+                    f"parameter {name} is a view of {other} with strides {tuple(p.stride())}; register one parameter "
+                    "and transpose it in forward"
+                )
+    for p in strange.values():
+        p.data = p.data.contiguous()
+        if p.grad is not None:
+            p.grad = p.grad.contiguous()
+
+
 class Shards:
     """One device and DDP: every rank holds everything, and the parameter is its own master.
 
@@ -55,6 +78,7 @@ class Shards:
     replicated = True  # every rank holds all elements
 
     def __init__(self, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        lay_out_plainly(module)
         # what an optimizer has stepped is trained, also while it is frozen for a time
         stepped = {p for o in optimizers for p in o.state if isinstance(p, nn.Parameter)}
         trained = {name for name, p in module.named_parameters() if p.requires_grad or p in stepped}
@@ -76,7 +100,11 @@ class Shards:
     def state(self, name: str) -> dict[str, Tensor]:
         """Optimizer states that go element by element with the parameter (exp_avg, …), each [length]."""
         p = self.parameters[name]
-        return {k: v.view(-1) for k, v in self._entries(p).items() if torch.is_tensor(v) and v.shape == p.shape}
+        entries = self._entries(p)
+        whole = [k for k, v in entries.items() if torch.is_tensor(v) and v.shape == p.shape]
+        for key in whole:
+            entries[key] = entries[key].contiguous()  # made or read before the weights were
+        return {key: entries[key].view(-1) for key in whole}
 
     def scalars(self, name: str) -> dict[str, Any]:
         """The optimizer's other states of this parameter: step counts, factored moments."""

@@ -10,7 +10,7 @@ Where rows are padded to the longest of their batch, samples of alike lengths sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Sampler
 
 from ...seeds import derive_seed
-from .grouping import group_by_length, longest_first, mixed
+from .grouping import group_by_length, longest_first
 from .seeding import seeded
 
 # (epoch, step in the epoch, step of the run, the samples that would be taken) -> the samples to take
@@ -234,33 +234,6 @@ class GlobalBatches(Sampler[list[Any]]):
 def _flat(units: Sequence[Any]) -> list[Any]:
     """Keys of samples; a unit is one, or a batch of them where the loader makes its own batches."""
     return [i for unit in units for i in unit] if units and isinstance(units[0], list | tuple) else list(units)
-
-
-class EvenBatches(Sampler[list[int]]):
-    """This rank's evaluation batches: every sample once, equally many batches on every rank, no batch above `micro`.
-
-    Metrics summed over ranks are then exact. Only where there are fewer samples than batches, some are read twice.
-
-    lengths: tokens of each sample, where those of alike lengths are to share a batch. The batches then come in a mixed
-    order that is always the same, so that the first few are no choice by length.
-    """
-
-    def __init__(self, base: Any, *, micro: int, rank: int, world: int, lengths: Any = None) -> None:
-        self.base, self.micro, self.rank, self.world, self.lengths = base, micro, rank, world, lengths
-
-    def __len__(self) -> int:
-        return -(-len(self.base) // (self.micro * self.world))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order, parts = list(self.base), len(self) * self.world
-        if len(order) < parts:
-            order = (order * -(-parts // len(order)))[:parts]
-        batches: Iterable[int] = range(len(self))
-        if self.lengths is not None:
-            order, batches = longest_first(order, self.lengths), mixed(len(self), 0)
-        for batch in batches:
-            part = batch * self.world + self.rank
-            yield order[len(order) * part // parts : len(order) * (part + 1) // parts]
 
 
 def nested(sampler: Any) -> Iterator[Any]:

@@ -37,8 +37,10 @@ from torch.utils.data import (
 )
 
 from ...seeds import derive_seed
+from ..accounting.agreement import Agreement
 from ..accounting.clock import clock_of
-from .global_batches import EvenBatches, GlobalBatches, nested
+from .evaluation import EvenBatches, EvenEvaluation, EvenStream
+from .global_batches import GlobalBatches, nested
 from .seeding import SeededCollate, SeededSamples, collates_alike, is_deterministic, seeded
 from .workers import shield
 
@@ -79,7 +81,9 @@ def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer, orde
 
     order: what techniques know as the order, where loaders are reloaded: it goes on with the new data.
     """
-    if isinstance(getattr(loader, "batch_sampler", None), GlobalBatches | EvenBatches):
+    if isinstance(getattr(loader, "batch_sampler", None), GlobalBatches | EvenBatches) or isinstance(
+        loader, EvenStream
+    ):
         return loader
     if isinstance(loader, DataLoader):
         shield(loader)
@@ -87,25 +91,26 @@ def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer, orde
     if why is not None:
         if why and trainer.is_global_zero:
             log.warning("the %s loader keeps its own order: %s", "training" if training else "validation", why)
-        if not training or isinstance(loader, _Stateful):
+        if not training:
+            return loader if why else _even_stream(loader, trainer)
+        if isinstance(loader, _Stateful):
             return loader
         return SkipConsumed(
             trainer._data_connector._prepare_dataloader(loader, True, RunningStage.TRAINING), trainer, seed
         )
     base, micro, drop_last = _base(loader)
-    lengths = getattr(loader.dataset, "token_counts", None)
-    grouped = lengths is not None and bool(getattr(loader.dataset, "group_by_length", False))
-    keyed = training and not (is_deterministic(loader.dataset) and collates_alike(loader))
     own_batches = type(loader.batch_sampler) is not BatchSampler
-    if not training and not own_batches:
+    lengths = None if own_batches else getattr(loader.dataset, "token_counts", None)
+    grouped = lengths is not None and bool(getattr(loader.dataset, "group_by_length", False))
+    if not training:
         even = EvenBatches(
-            base, micro=micro, rank=trainer.global_rank, world=trainer.world_size,
+            base, micro=micro, rank=trainer.global_rank, world=trainer.world_size, seed=seed,
             lengths=lengths if grouped else None,
         )  # fmt: skip
         return _rebuilt(loader, loader.dataset, even, seed)
-    in_steps = training and not counts_batches(trainer)
+    keyed = not (is_deterministic(loader.dataset) and collates_alike(loader))
+    in_steps = not counts_batches(trainer)
     progress = trainer.fit_loop.epoch_loop.batch_progress.total
-    position = (lambda: clock_of(trainer).step) if in_steps else lambda: progress.processed if training else 0
     batches = GlobalBatches(
         base,
         micro=micro,
@@ -113,17 +118,17 @@ def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer, orde
         rank=trainer.global_rank,
         world=trainer.world_size,
         seed=seed,
-        position=position,
-        drop_last=drop_last and training,
+        position=(lambda: clock_of(trainer).step) if in_steps else lambda: progress.processed,
+        drop_last=drop_last,
         keyed=keyed,
     )
-    if training and len(batches):
+    if len(batches):
         most = _parse_num_batches(RunningStage.TRAINING, len(batches), trainer.limit_train_batches)
         batches.most_steps = -(-int(most) // batches.accumulate)
     targets = getattr(loader.dataset, "target_counts", None)
     if targets is not None and len(targets) and (targets != targets[0]).any() and not own_batches:
         batches.targets = targets
-    if lengths is not None and not own_batches:
+    if lengths is not None:
         batches.lengths, batches.grouped = lengths, grouped and isinstance(base, RandomSampler)
     if order is not None:
         batches = order.with_data_of(batches)
@@ -234,6 +239,8 @@ class _Reordered(_DataLoaderSource):
         combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "sequential")
         if self.trainer.overfit_batches > 0:
             _resolve_overfit_batches(combined, mode)
+        if combined._mode != "sequential":  # its loaders are read side by side, and each batch is of several
+            return combined
         combined.flattened = [
             reorder(one, training=self.training, seed=self.seed, trainer=self.trainer, order=self.order)
             for one in combined.flattened
@@ -252,6 +259,12 @@ def order_of(trainer: pl.Trainer) -> GlobalBatches | None:
     return source.order if isinstance(source, _Reordered) else None
 
 
+def _even_stream(loader: Any, trainer: pl.Trainer) -> Any:
+    if trainer.world_size == 1 or isinstance(loader, EvenStream):
+        return loader
+    return EvenStream(loader, Agreement(2))
+
+
 def install_sampler(trainer: pl.Trainer, seed: int) -> GlobalBatches | None:
     """Route the trainer's loaders through `reorder`; called in `on_fit_start`. Returns the training order, if any.
 
@@ -261,6 +274,7 @@ def install_sampler(trainer: pl.Trainer, seed: int) -> GlobalBatches | None:
     if "_requires_distributed_sampler" not in vars(connector):
         connector._requires_distributed_sampler = partial(_requires_sampler, connector._requires_distributed_sampler)
     fit, validation = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
+    validation.__class__ = EvenEvaluation
     for loop in (fit, validation):
         if not isinstance(loop._data_source, _Reordered):
             loop._data_source = _Reordered(loop._data_source, seed, trainer, training=loop is fit)

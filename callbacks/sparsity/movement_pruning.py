@@ -87,9 +87,10 @@ class MovementPruning(SoftMasking):
         scores = self._local.setdefault("score", {})
         for name in self._names:
             weight, gradient = shards.master(name), shards.gradient(name)
-            before = scores[name].to(weight.dtype) if name in scores else torch.zeros_like(weight)
+            precise = torch.promote_types(weight.dtype, torch.float32)  # a long sum of small numbers
+            before = scores[name].to(precise) if name in scores else torch.zeros_like(weight, dtype=precise)
             if gradient is not None:
-                before = saliency.movement(before, weight, gradient.to(weight.device, weight.dtype))
+                before = saliency.movement(before, weight.to(precise), gradient.to(weight.device, precise))
             scores[name] = before
 
     def mask_dense_gradients(self, trainer: pl.Trainer, shards: Shards) -> None:

@@ -44,7 +44,9 @@ class SNIP(PruneAtInit):
     )
 
     def scores(self, module: pl.LightningModule, weights: Weights, batches: Sequence[Any]) -> dict[str, Tensor]:
-        sums = {name: torch.zeros_like(p) for name, p in weights.items()}
+        sums = {
+            name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in weights.items()
+        }
         for batch in batches:
             gradients = gradients_of(loss_of(module, batch), list(weights.values()))
             for name, gradient in zip(weights, gradients, strict=True):

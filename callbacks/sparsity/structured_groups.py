@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ... import ShoestringError
 from ..parameters.cut import Cut
+from .structured_check import CannotTrace, bounded_groups, check_cut, restored
 
 INSTALL = "pip install 'shoestring[compress]'"
 # the names under which attention layers keep their projections, and what they keep about heads
@@ -28,10 +29,6 @@ MIXES = ("softmax", "bmm", "scaleddotproduct", "attention")  # operations in whi
 
 class NothingToCut(ShoestringError):
     """No group of channels, neurons or heads that could be cut."""
-
-
-class CannotTrace(ShoestringError):
-    """The model's forward cannot be followed, or does not run with fewer channels."""
 
 
 def torch_pruning() -> Any:
@@ -115,8 +112,8 @@ def groups(module: nn.Module, forward: Callable[[], Any], skip: Sequence[str] = 
         graph = package.DependencyGraph().build_dependency(
             module, example_inputs=None, forward_fn=lambda *_: forward(), verbose=False
         )
-        heads, kinds = _heads(module), (nn.Linear, nn.modules.conv._ConvNd)
-        candidates = [_group(package, graph, g, heads, skip) for g in graph.get_all_groups(root_module_types=kinds)]
+        heads = _heads(module)
+        candidates = [_group(package, graph, items, heads, skip) for items in bounded_groups(graph, module)]
     except Exception as error:
         raise CannotTrace(
             f"structured_pruning cannot follow this model's forward: {type(error).__name__}: {error}"
@@ -156,8 +153,8 @@ def _group(package: Any, graph: Any, items: Any, heads: Mapping[nn.Module, tuple
         mixes = mixes or (target.type == kinds.ELEMENTWISE and any(word in operation.lower() for word in MIXES))
         if not isinstance(part, nn.Module) or part not in names:
             continue
-        if getattr(part, "groups", 1) > 1 and target.type == kinds.CONV:
-            return None  # channels of grouped convolutions stay in their groups
+        if target.type == kinds.GN or (getattr(part, "groups", 1) > 1 and target.type == kinds.CONV):
+            return None  # channels stay in their groups
         inwards = graph.is_in_channel_pruning_fn(handler) and not graph.is_out_channel_pruning_fn(handler)
         consumed = consumed or inwards
         normed = normed or target.type == kinds.LN
@@ -195,11 +192,26 @@ def choose(
 ) -> Cut:
     """Cut the `ratio` of least important channels, neurons and heads of every group. Leaves `module` as it is.
 
-    `scores`: parameter name -> a score for every element. Raises `NothingToCut` where nothing can go.
+    `scores`: parameter name -> a score for every element. Raises `NothingToCut` where nothing can go, and `CannotTrace`
+    where the cut model would compute something else than the whole one with those channels set to zero.
     """
     graph, prunable = groups(module, forward, skip)
     if not prunable:
         raise NothingToCut(f"structured_pruning finds no channels, neurons or heads to cut with skip={list(skip)}")
+    try:
+        cut = _cut(module, graph, prunable, scores, ratio, round_to)
+    except (IndexError, RuntimeError) as error:
+        raise CannotTrace(
+            f"structured_pruning cannot follow which channels go together: {type(error).__name__}: {error}. A layer "
+            "splits, pools or reorders channels: name the parameters around it in `skip`."
+        ) from error
+    check_cut(module, forward, cut)
+    return cut
+
+
+def _cut(
+    module: nn.Module, graph: Any, prunable: Sequence[Group], scores: Mapping[str, Tensor], ratio: float, round_to: int
+) -> Cut:
     gone: list[tuple[Group, list[int]]] = []
     counts: dict[str, dict[str, int]] = {}
     parts = dict(module.named_modules())
@@ -230,26 +242,14 @@ def _numbered(module: nn.Module) -> Iterator[dict[str, torch.Size]]:
 
     On the way out the module has its tensors, attributes and sizes back. Yields the full shapes by name.
     """
-    parameters = [(p, p.data) for p in module.parameters()]
-    attributes = [(part, dict(vars(part)), dict(part._parameters), dict(part._buffers)) for part in module.modules()]
     buffers = {id(b): _numbers(b) for b in module.buffers()}
     shapes = {name: t.shape for name, t in (*module.named_parameters(), *module.named_buffers())}
-    try:
-        for p, data in parameters:
-            p.data = _numbers(data)
-        for part, *_ in attributes:
+    with restored(module):
+        for p in module.parameters():
+            p.data = _numbers(p.data)
+        for part in module.modules():
             part._buffers.update({key: buffers[id(b)] for key, b in part._buffers.items() if b is not None})
         yield shapes
-    finally:
-        for p, data in parameters:
-            p.data = data
-        for part, values, own, held in attributes:
-            vars(part).clear()
-            vars(part).update(values)
-            part._parameters.clear()
-            part._parameters.update(own)
-            part._buffers.clear()
-            part._buffers.update(held)
 
 
 def _numbers(tensor: Tensor) -> Tensor:

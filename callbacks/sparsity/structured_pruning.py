@@ -19,7 +19,8 @@ from ..parameters.cut import rebuild_model, update_configurations
 from ..parameters.layers import check_skip
 from ..parameters.reshape import reshape
 from ..parameters.shards import Shards
-from .structured_groups import CannotTrace, choose, torch_pruning
+from .structured_check import CannotTrace
+from .structured_groups import choose, torch_pruning
 
 IMPORTANCES = ("magnitude", "taylor", "lasso")
 MEMORY = 0.9  # share of the Taylor saliency that a step keeps of the ones before it
@@ -205,7 +206,8 @@ class StructuredPruning(Technique, pl.Callback):
             if not shards.slices[name].length:
                 self._saliency[name] = shards.master(name)  # nothing, but named: ranks gather the same names
             elif gradient is not None:
-                change = (shards.master(name) * gradient.to(shards.master(name).device)).square()
+                master = shards.master(name)
+                change = (master.float() * gradient.to(master.device, torch.float32)).square()
                 if name in self._saliency:
                     self._saliency[name].lerp_(change, 1 - MEMORY)
                 else:

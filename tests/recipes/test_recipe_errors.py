@@ -135,6 +135,7 @@ def test_every_problem_is_reported_at_once():
         ("r.yaml:11", "precision"),
         ("r.yaml:12", "strategy.devices"),
         ("r.yaml:13", "goal"),
+        ("r.yaml:13", "goal.metric"),
         ("r.yaml:14", "optimizer.lr"),
         ("r.yaml:14", "optimizer.betas[0]"),
         ('override "evaluation.every=never"', "evaluation.every"),

@@ -43,15 +43,18 @@ class Trained:
     @cached_property
     def model(self) -> nn.Module:
         """The model to export, in evaluation mode: that inside our modules, adapters merged, or the user's module."""
-        merged: Any = self._inner
+        merged: Any = self.as_run
         if hasattr(merged, "merge_and_unload"):
+            from ..tasks.lora import merge_adapter
+
             if self.rounding is not None and self.rounding.apart:
                 merged = copy.deepcopy(merged)  # `as_trained` needs them apart
-            merged = merged.merge_and_unload()
+            merged = merge_adapter(merged)
         return merged.eval()
 
     @property
-    def _inner(self) -> nn.Module:
+    def as_run(self) -> nn.Module:
+        """What the run has trained and evaluated, adapters apart; once `model` has been asked for, they are merged."""
         from ..tasks.module import TaskModule
 
         module: Any = self.task.module
@@ -82,7 +85,7 @@ class Trained:
         if not self.rounding.apart:
             return self
         other = replace(self)
-        other.__dict__["model"] = self._inner.eval()
+        other.__dict__["model"] = self.as_run.eval()
         return other
 
     @property

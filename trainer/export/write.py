@@ -12,7 +12,8 @@ rounding error, and is for CPUs with VNNI, or Arm: others compute something else
 packs their bits; hf has floats of the same values, for those who evaluate; onnx, after training for 8-bit activations,
 int8 products of them, for the CPUs that `quantization_aware` was told. Everything else stays in floats.
 
-The relative error is |found - wanted| / |wanted| over the outputs of up to four held-out samples.
+The relative error is |found - wanted| / |wanted| over the outputs of up to four held-out samples. What is not quantized
+is compared with the model that the run has evaluated, too, adapters apart: by its loss on these samples.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...callbacks.compression.fake_quantization import PRODUCT_BITS
 from . import hf, onnx_file, torch_file
 from .encodings import Codebook, Grid
+from .quality import quality
 from .runtimes import LogitsFunction, eager, relative_error, sample
 from .trained import AS_TRAINED, MANIFEST, CannotExport, Trained, manifest_of
 
@@ -89,13 +93,15 @@ def export(
     if quantize == AS_TRAINED:
         trained = trained.as_trained()
         _check_trained(trained, to)
+    before = _loss(eager(trained.as_run.eval()), trained)  # which may merge its adapters from here on
     form = _format(trained, to, quantize, sparse, traced)
     with whole(out) as folder:
         notes = form.write(folder)
         if quantize is None and trained.rounding is not None:
             notes.append(f"the weights in full; --quantize {AS_TRAINED} stores the bits that they were trained for")
         batch = sample(trained)
-        logits = form.reload(folder)(batch)
+        reloaded = form.reload(folder)
+        logits = reloaded(batch)
         wanted, original = form.expected()(batch), eager(trained.model)(batch)
         error = relative_error(logits, wanted, batch)
         if error > form.tolerance:
@@ -103,6 +109,8 @@ def export(
                 f"{to}: the written file computes different numbers: relative error {error:.2g}, "
                 f"allowed {form.tolerance:g}. The export was removed."
             )
+        if before is not None and quantize is None and to != "onnx":  # graphs take no positions of packed documents
+            _same_loss(to, before, _loss(reloaded, trained), next(trained.model.parameters()).dtype)
         manifest = {
             "version": 1, "to": to, "quantize": quantize, "sparse": sparse, "run": trained.run_id,
             "run_dir": str(trained.run_dir.resolve()), "recipe": trained.recipe.hash, "task": trained.kind,
@@ -113,6 +121,21 @@ def export(
         path=str(out), to=to, quantize=quantize, sparse=sparse, bytes=sum(files.values()), files=files, error=error,
         tolerance=form.tolerance, from_original=relative_error(logits, original, batch), notes=tuple(notes),
     )  # fmt: skip
+
+
+def _loss(logits_of: LogitsFunction, trained: Trained) -> float | None:
+    """On up to four held-out samples; None where there are none, or the task is the user's own."""
+    return quality(logits_of, trained, at_most=4).get("loss")
+
+
+def _same_loss(to: str, before: float, found: float | None, dtype: torch.dtype) -> None:
+    """Raise `CannotExport` where a written model's loss is not that of the trained one."""
+    rounding = 1e-3 if dtype == torch.float32 and to != "gguf-ready-safetensors" else 2e-2
+    if found is None or not abs(found - before) <= rounding * max(1.0, abs(before)):
+        raise CannotExport(
+            f"{to}: the trained model has a loss of {before:.4g} on held-out samples, and what was written "
+            f"{found:.4g}. The export was removed."
+        )
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

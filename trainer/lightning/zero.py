@@ -14,6 +14,20 @@ from ...strategies import OFFLOADS
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
+    from torch.nn import Module
+
+
+class CannotShard(ShoestringError):
+    """DeepSpeed cannot take a parameter apart."""
+
+
+def check_dimensions(module: Module) -> None:
+    """Raise `CannotShard` where a parameter has no dimension: DeepSpeed fails on it while it sends the model around."""
+    if scalars := [name for name, p in module.named_parameters() if p.ndim == 0]:
+        raise CannotShard(
+            f"parameter {scalars[0]} is a number without dimensions, which ZeRO cannot shard. Give it the shape [1] "
+            "(torch.ones(1)), or use ddp."
+        )
 
 
 class UnknownStrategy(ShoestringError):
@@ -75,7 +89,6 @@ def _zero_class() -> type[Strategy]:
     from pytorch_lightning.accelerators import CUDAAccelerator
     from pytorch_lightning.strategies import DeepSpeedStrategy
     from torch import Tensor
-    from torch.nn import Module
     from torch.optim import Optimizer
 
     from ..machine.imports import import_deepspeeds_muon
@@ -107,6 +120,7 @@ def _zero_class() -> type[Strategy]:
         def _setup_model_and_optimizer(
             self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
         ) -> tuple[Any, Any]:
+            check_dimensions(model)
             if "muon" not in type(optimizer).__name__.lower():
                 import_deepspeeds_muon()
             if isinstance(self.accelerator, CUDAAccelerator):

@@ -28,6 +28,8 @@ from ...callbacks.accounting.budget import Budget
 from ...callbacks.accounting.meter import peak_bytes
 from ...callbacks.contract import ReshapeListener, silence
 from ...callbacks.parameters.accessor import shards_of
+from ...callbacks.parameters.buffers import agree_buffers
+from ...callbacks.parameters.shards import lay_out_plainly
 from ...exits import FAILURE
 from ..checkpoint import format as checkpoint
 from ..checkpoint import state
@@ -153,10 +155,14 @@ class Monitor(ReshapeListener, pl.Callback):
         self.account.begin(startup_seconds)
         self._begun, self.resumed_from, self._rng = False, None, None
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        lay_out_plainly(pl_module)  # before DDP or an engine takes the layout for its own
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account = self.account
         account.open(trainer, pl_module)
         self.epochs.open(trainer, self.seed)
+        trainer.fit_loop.epoch_loop.val_loop.after_repeated = lambda: self._evaluated(trainer)  # type: ignore[attr-defined]
         self.request.listen()  # all ranks are connected by now
         forget()
         self.records.open(trainer)
@@ -238,6 +244,7 @@ class Monitor(ReshapeListener, pl.Callback):
         if self.checkpoints.tried_step == step:
             return
         windows.enter("checkpoint")
+        agree_buffers(module)
         self.records.sync()
         about = {"seed": self.seed, "global_batch": self.epochs.global_batch, "run": self.records.identity.as_dict()}
         about["accumulate"] = trainer.accumulate_grad_batches
@@ -262,11 +269,15 @@ class Monitor(ReshapeListener, pl.Callback):
     # -- evaluation; `trainer.validate` is no part of the run -------------------------------------------------------
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":
+            agree_buffers(pl_module)
             self.account.evaluation_begins()
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if trainer.state.fn != "fit":
-            return
+        if trainer.state.fn == "fit":
+            self._evaluated(trainer)
+
+    def _evaluated(self, trainer: pl.Trainer) -> None:
+        """One batch, on every rank."""
         self.account.spending.mine.stop = float(self.request.received is not None)
         self.account.evaluation_batch_ends(trainer)
         stop = self.account.stop_requested and not trainer.sanity_checking and not trainer.should_stop
@@ -331,6 +342,7 @@ class Monitor(ReshapeListener, pl.Callback):
             self._save(trainer, module)
             account.spending.windows.enter("other")
         self.checkpoints.saver.require_finite(step)
+        agree_buffers(module)
         return account.agreement.gather(save_final_weights(trainer, module, final))[0]
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -21,6 +21,7 @@ from .images import build_image_model
 from .language import CausalLM
 from .lora import add_adapter
 from .models import build_model
+from .own_code_checks import give_optimizer, makes_optimizer
 from .prepare import Prepared, prepare
 from .tokenizers import framing, kept_tokenizer
 
@@ -148,6 +149,8 @@ def _own(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[pl.
     module = call_code(recipe.model.task, recipe.model.args, "model.task")
     if not isinstance(module, pl.LightningModule):
         raise TaskError(f"model.task: {recipe.model.task} returned a {type(module).__name__}, not a LightningModule.")
+    if not makes_optimizer(module):
+        give_optimizer(module, recipe.optimizer)
     return module, {"model_type": type(module).__name__}
 
 

@@ -62,7 +62,8 @@ class CausalLM(TaskModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add this batch's summed cross entropy and its number of targets."""
         targets = (batch["labels"][:, 1:] != IGNORED).sum()
-        self.add(self.model(**inputs(batch, self._first_position)).loss * targets, targets)
+        loss = self.model(**inputs(batch, self._first_position)).loss
+        self.add(torch.where(targets > 0, loss * targets, 0.0), targets)  # the mean of no targets is no number
 
     def on_validation_epoch_end(self) -> None:
         """Log `val_loss` and `val_perplexity`, equal on all ranks."""

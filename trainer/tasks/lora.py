@@ -39,6 +39,31 @@ def add_adapter(model: PreTrainedModel, adapter: AdapterSpec, task: str) -> Peft
         return get_peft_model(model, config, autocast_adapter_dtype=adapter.dtype == "float32")
 
 
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
+    """The model with its adapters added to its weights, in place, computing what it computed with them apart.
+
+    A weight that an adapted layer shares with others (an output layer tied to embeddings) becomes its own first: the
+    adapter was trained for that layer alone.
+    """
+    users: dict[int, int] = {}
+    for part in model.modules():
+        for p in part._parameters.values():
+            users[id(p)] = users.get(id(p), 0) + 1
+    for part in model.modules():
+        base = getattr(part, "base_layer", None) if getattr(part, "lora_A", None) or _embeds(part) else None
+        weight = None if base is None else base._parameters.get("weight")
+        if base is not None and weight is not None and users[id(weight)] > 1:
+            base.weight = torch.nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*no longer tied after merging.*")
+        return model.merge_and_unload()  # type: ignore[no-any-return, operator]
+
+
+def _embeds(part: torch.nn.Module) -> bool:
+    """Whether it is an embedding with an adapter."""
+    return bool(getattr(part, "lora_embedding_A", None))
+
+
 def _check_targets(model: torch.nn.Module, targets: str | Sequence[str]) -> None:
     """Every named target must match a module: PEFT only complains when none does."""
     if isinstance(targets, str):  # all-linear

@@ -227,3 +227,16 @@ def test_resuming_with_another_teacher_is_refused():
 
     with pytest.raises(NoTeacher, match=r"began with teacher [0-9a-f]{32} and now has"):
         fit(module, Restore(), again)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_before_the_first_step(tmp_path):
+    from fits import Language
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)).save_pretrained(tmp_path)
+    student = Language(LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)))
+    trainer = pl.Trainer(accelerator="cpu", max_steps=1, logger=False, callbacks=[Distillation(teacher=str(tmp_path))])
+    with pytest.raises(NoTeacher, match=r"the teacher has vocab_size 40 and the student 32"):
+        trainer.fit(student, [{"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}])
+    assert trainer.global_step == 0

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import RandomSampler, SequentialSampler
 
-from shoestring.callbacks.sampling.global_batches import EvenBatches, GlobalBatches
+from shoestring.callbacks.sampling.evaluation import EvenBatches
+from shoestring.callbacks.sampling.global_batches import GlobalBatches
 from shoestring.callbacks.sampling.grouping import group_by_length
 
 SIZES = st.integers(0, 300)

@@ -19,12 +19,11 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
-    SequentialSampler,
     Subset,
     WeightedRandomSampler,
 )
 
-from shoestring.callbacks.sampling.global_batches import EvenBatches, GlobalBatches
+from shoestring.callbacks.sampling.global_batches import GlobalBatches
 from shoestring.callbacks.sampling.seeding import SeededSamples, is_deterministic, seeded
 from shoestring.trainer import Budget
 
@@ -142,16 +141,6 @@ def test_seeding_is_for_the_block_alone():
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
     with seeded(5):
         assert inside == (torch.rand(1), random.random(), np.random.rand())
-
-
-@given(size=st.integers(0, 60), micro=st.integers(1, 7), world=st.integers(1, 5))
-def test_evaluation_reads_every_sample_once_and_equally_often_on_every_rank(size, micro, world):
-    ranks = [list(EvenBatches(SequentialSampler(range(size)), micro=micro, rank=r, world=world)) for r in range(world)]
-    assert {len(rank) for rank in ranks} == {len(EvenBatches(range(size), micro=micro, rank=0, world=world))}
-    assert all(1 <= len(batch) <= micro for rank in ranks for batch in rank)
-    counts = Counter(i for rank in ranks for batch in rank for i in batch)
-    assert set(counts) == set(range(size))
-    assert counts.total() == max(size, len(ranks[0]) * world)  # fewer samples than batches: some twice
 
 
 class Augmented(Dataset):
