@@ -29,6 +29,7 @@ from typing import Any, Literal, Unpack
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from pytorch_lightning.loops.fit_loop import _FitLoop
 from pytorch_lightning.strategies import Strategy
 
@@ -150,6 +151,8 @@ class Trainer(pl.Trainer):
         given = [given] if isinstance(given, pl.Callback) else list(given)
         for quiet in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"):
             options.setdefault(quiet, False)
+        if num_nodes == 1 and local_ranks.by_hand_in_slurm():
+            options["plugins"] = _started_by_hand(options.get("plugins"))
         super().__init__(
             strategy=made,
             devices=devices,
@@ -200,6 +203,8 @@ class Trainer(pl.Trainer):
         self._same_global_batch()
         if self.monitor.totals.peak_flops is None and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             self.monitor.totals.peak_flops = peak(_dtype(str(self.precision)), machine_facts().hardware)[0]
+        if self.num_nodes == 1:
+            local_ranks.leave_taken_port()
         will_launch()
         try:
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)  # type: ignore[arg-type]
@@ -254,6 +259,13 @@ class _EndedLoop(_FitLoop):
     def skip(self) -> bool:
         resumed = self.trainer.monitor.resumed_from is not None  # type: ignore[attr-defined]
         return super().skip if not resumed or self.trainer.limit_train_batches == 0 else self.max_batches == 0
+
+
+def _started_by_hand(plugins: Any) -> list[Any]:
+    """The plugins with Lightning's own way to start ranks, unless the user has chosen one."""
+    given = plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
+    chosen = any(isinstance(plugin, ClusterEnvironment) for plugin in given)
+    return given if chosen else [*given, LightningEnvironment()]
 
 
 def _price() -> float:

@@ -48,6 +48,11 @@ def will_launch() -> None:
         os.environ[_LAUNCHER] = str(os.getpid())
 
 
+def started_here() -> bool:
+    """Whether rank 0 starts, or has started, the other ranks: true on all of them."""
+    return _LAUNCHER in os.environ
+
+
 def launched_here() -> bool:
     """Whether rank 0 of this run has started this process; else torchrun, Slurm or the user has."""
     return os.environ.get(_LAUNCHER) == str(os.getppid())
