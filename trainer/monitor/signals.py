@@ -25,7 +25,7 @@ from ...exits import AGAIN, FINISHED
 
 # a scheduler's warning, its end, and Ctrl-C (a second Ctrl-C interrupts at once)
 ASKS_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-EXITING = 1.0  # seconds that Python has for its own end when all is closed
+EXITING = 0.5  # seconds that Python has for its own end when all is closed
 _LAUNCHER = "SHOESTRING_LAUNCHER"  # process id of the rank that launches the others
 
 
