@@ -30,6 +30,7 @@ from typing import Any, Literal, Unpack
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar
 from pytorch_lightning.loops.fit_loop import _FitLoop
 from pytorch_lightning.strategies import Strategy
@@ -167,6 +168,8 @@ class Trainer(pl.Trainer):
         options.setdefault("logger", False)
         for quiet, asked in _SHOWN_OR_KEPT.items():
             options.setdefault(quiet, any(isinstance(callback, asked) for callback in given))
+        if num_nodes == 1 and local_ranks.by_hand_in_slurm():
+            options["plugins"] = _started_by_hand(options.get("plugins"))
         super().__init__(
             strategy=made,
             devices=devices,
@@ -219,6 +222,8 @@ class Trainer(pl.Trainer):
         self._same_global_batch()
         if self.monitor.totals.peak_flops is None and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             self.monitor.totals.peak_flops = peak(_dtype(str(self.precision)), machine_facts().hardware)[0]
+        if self.num_nodes == 1:
+            local_ranks.leave_taken_port()
         will_launch()
         try:
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)  # type: ignore[arg-type]
@@ -280,6 +285,13 @@ def _default_schedule() -> LRSchedule:
     schedule = LRSchedule()
     schedule.gives_way = True
     return schedule
+
+
+def _started_by_hand(plugins: Any) -> list[Any]:
+    """The plugins with Lightning's own way to start ranks, unless the user has chosen one."""
+    given = plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
+    chosen = any(isinstance(plugin, ClusterEnvironment) for plugin in given)
+    return given if chosen else [*given, LightningEnvironment()]
 
 
 def _price() -> float:

@@ -63,6 +63,12 @@ def helpers(pid: int) -> list[int]:
     return found
 
 
+def alive(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     lines = [line for path in run_dir.glob("events/*-r0*.jsonl") for line in path.read_text().splitlines()]
     return [json.loads(line.rsplit("\t", 1)[0]) if "\t" in line else json.loads(line) for line in lines]
@@ -107,7 +113,7 @@ def stop(hindrance: str, folder: Path) -> dict[str, Any]:
         ended = time.time()
         saves = [row["t"] for row in rows(run_dir) if row.get("event") in ("checkpoint", "preempted")]
         saved = max([t for t in saves if t >= began], default=began)  # on a full disk nothing says when
-        left = [pid for pid in stopped if Path(f"/proc/{pid}").exists()]
+        left = [pid for pid in stopped if alive(pid)]
         return {
             "hindrance": hindrance, "code": code, "seconds": round(ended - saved, 2),
             "in all": round(ended - began, 2), "helpers left": len(left),

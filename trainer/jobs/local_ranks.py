@@ -10,6 +10,7 @@ found wrong it has said, once, and what it prepared (tokens, a tokenizer) they f
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -22,13 +23,15 @@ from time import sleep
 from typing import Any
 
 from ...exits import FINISHED, with_parent
-from ..monitor.signals import ASKS_TO_STOP, launched_here, will_launch
+from ..monitor.signals import ASKS_TO_STOP, launched_here, started_here, will_launch
 
 # whoever sets these starts the ranks itself, or Lightning asks it how
 LAUNCHERS = (
-    "LOCAL_RANK", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SHOESTRING_JOB_DIR", "SLURM_NTASKS", "LSB_JOBID",
+    "LOCAL_RANK", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SHOESTRING_JOB_DIR", "LSB_JOBID",
     "OMPI_COMM_WORLD_RANK", "PMI_RANK", "KUBERNETES_SERVICE_HOST",
 )  # fmt: skip
+log = logging.getLogger("shoestring")
+
 _WAITS = "SHOESTRING_WAITS_FOR_RANK_0"
 LEAVING = 10.0  # seconds that rank 0 has for ending by itself when another rank has failed
 _started: list[subprocess.Popen[bytes]] = []
@@ -36,7 +39,7 @@ _started: list[subprocess.Popen[bytes]] = []
 
 def start(devices: int, nodes: int) -> None:
     """Run this process's command again for ranks 1 to `devices` - 1; nothing where somebody else starts ranks."""
-    if devices < 2 or nodes > 1 or any(name in os.environ for name in LAUNCHERS):
+    if devices < 2 or nodes > 1 or _tasks_of_srun() > 1 or any(name in os.environ for name in LAUNCHERS):
         return
     will_launch()
     os.environ |= {
@@ -99,6 +102,35 @@ def leash() -> None:
 
     lightnings._basic_subprocess_cmd = lambda: with_parent(basic())
     lightnings._hydra_subprocess_cmd = of_hydra
+
+
+def by_hand_in_slurm() -> bool:
+    """Whether this process was started by hand inside a job of Slurm, by a notebook or a script say.
+
+    Slurm's variables speak of the job's tasks then, and Lightning would wait for tasks that nobody has started.
+    """
+    others = not started_here() and any(name in os.environ for name in LAUNCHERS)
+    return "SLURM_NTASKS" in os.environ and _tasks_of_srun() < 2 and not others
+
+
+def _tasks_of_srun() -> int:
+    """How many tasks the `srun` has that started this process; 0 if none did."""
+    given = os.environ.get("SLURM_STEP_NUM_TASKS", "")
+    return int(given) if given.isdigit() else 0
+
+
+def leave_taken_port() -> None:
+    """Where this process is to start the ranks and somebody listens at $MASTER_PORT, have Lightning choose another."""
+    port = os.environ.get("MASTER_PORT", "")
+    if not port.isdigit() or any(name in os.environ for name in LAUNCHERS):
+        return
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", int(port)))
+    except OSError as error:
+        log.warning("port %s (MASTER_PORT) cannot be used (%s); another one is taken", port, error.strerror)
+        del os.environ["MASTER_PORT"]
 
 
 def _command() -> list[str]:

@@ -32,7 +32,7 @@ log = logging.getLogger("shoestring")
 # a killed attempt may have worked this long after its last row, and it is charged for it
 UNSEEN_SECONDS = 0.25
 # for the ledger and W&B: a scheduler gives 30 s from its signal to its kill, and most of these are for saving
-LEAVING, FINISHING = 3.0, 20.0
+LEAVING, FINISHING = 2.5, 20.0
 _TOTALS = ("seconds", "device_seconds", "usd", "kwh")
 
 

@@ -25,7 +25,7 @@ from ...exits import AGAIN, FINISHED
 
 # a scheduler's warning, its end, and Ctrl-C (a second Ctrl-C interrupts at once)
 ASKS_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-EXITING = 1.0  # seconds that Python has for its own end when all is closed
+EXITING = 0.5  # seconds that Python has for its own end when all is closed
 _LAUNCHER = "SHOESTRING_LAUNCHER"  # process id of the rank that launches the others
 
 
@@ -46,6 +46,11 @@ def will_launch() -> None:
     """Mark this process as the one that launches the other ranks, unless it has been launched itself."""
     if "LOCAL_RANK" not in os.environ:
         os.environ[_LAUNCHER] = str(os.getpid())
+
+
+def started_here() -> bool:
+    """Whether rank 0 starts, or has started, the other ranks: true on all of them."""
+    return _LAUNCHER in os.environ
 
 
 def launched_here() -> bool:

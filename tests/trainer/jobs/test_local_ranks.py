@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
+from shoestring.trainer import Budget, Trainer
 from shoestring.trainer.jobs import local_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -54,3 +57,45 @@ def test_one_device_and_several_nodes_need_no_ranks_here() -> None:
     local_ranks.start(devices=1, nodes=1)
     local_ranks.start(devices=2, nodes=2)
     assert not local_ranks._started and "LOCAL_RANK" not in os.environ
+
+
+SLURM = {
+    "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "my-notebook", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_NODELIST": "localhost", "SLURM_JOB_NODELIST": "localhost",
+}  # fmt: skip
+
+
+def test_a_process_started_by_hand_inside_a_job_of_slurm_starts_its_ranks(tmp_path: Path) -> None:
+    done = train(tmp_path, "strategy={name: ddp, devices: 2}", **SLURM)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/summary.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.parametrize(("step", "by_hand"), [(None, True), ("1", True), ("2", False)])
+def test_tasks_of_srun_are_not_started_by_hand(
+    step: str | None, by_hand: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    if step:
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", step)
+    assert local_ranks.by_hand_in_slurm() == by_hand
+    trainer = Trainer(Budget(steps=1), accelerator="cpu", devices=1 if by_hand else 2, ledger=False)
+    environment = trainer._accelerator_connector.cluster_environment
+    assert isinstance(environment, LightningEnvironment if by_hand else SLURMEnvironment)
+
+
+def test_a_port_that_is_taken_is_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        local_ranks.leave_taken_port()
+        assert "MASTER_PORT" not in os.environ and "cannot be used (Address already in use)" in caplog.text
+
+
+def test_a_port_that_is_free_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", str(local_ranks._free_port()))
+    local_ranks.leave_taken_port()
+    assert "MASTER_PORT" in os.environ
