@@ -131,9 +131,10 @@ class Horizon:
 
     # -- state ------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        return {**self.guard.state_dict(), "since": list(self.since)}
+        return {**self.guard.state_dict(), "since": list(self.since), "steps_per_batch": self.steps_per_batch}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         self._guard_state = dict(state) if state else None
         if state:
             self.since = int(state["since"][0]), int(state["since"][1])
+            self.steps_per_batch = float(state["steps_per_batch"])

@@ -162,6 +162,15 @@ class Manual(Small):
             self.optimizers().zero_grad()
 
 
+class Crash(pl.Callback):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            raise RuntimeError("crashed")
+
+
 @pytest.mark.parametrize(("times", "every", "steps"), [(2, 1, 20), (1, 2, 4), (1, 1, 10)])
 def test_manual_optimization_is_counted_in_steps(tmp_path, times, every, steps):
     """Two epochs of five batches; where they step every second batch, the fifth is left over."""
@@ -170,6 +179,14 @@ def test_manual_optimization_is_counted_in_steps(tmp_path, times, every, steps):
     clock = trainer.monitor.account.clock
     assert len(module.seen) == 10
     assert trainer.global_step == clock.step == trainer.summary["steps"] == steps
+    resumed = Manual(times, every)
+    options = {"data": DataLoader(samples(20), 4), "max_epochs": 2, "checkpoint_every": "1 step"}
+    with pytest.raises(RuntimeError, match="crashed"):
+        train(tmp_path / "run", module=Manual(times, every), callbacks=[Crash(8)], **options)
+    train(tmp_path / "run", module=resumed, **options)
+    assert module.seen[-len(resumed.seen) :] == resumed.seen and len(resumed.seen) in (2, 3)
+    if every == 1:  # gradients that wait for a step are not in a checkpoint
+        assert torch.equal(module.net.weight, resumed.net.weight)
     module = Manual(times, every)
     trainer = train(tmp_path / "steps", Budget(steps=4), module=module, data=DataLoader(samples(20), 4))
     assert trainer.summary["steps"] == 4 and len(module.seen) == {2: 2, 1: 4}[times] * every + (every == 2)
