@@ -110,6 +110,9 @@ def fit(
         3
     """
     began = time.monotonic() - startup_seconds
+    quiet()
+    if plan.accelerator == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for others, and say what it lacks
     _import(plan)
     local_ranks.wait()
     from .machine.facts import is_first
@@ -119,7 +122,7 @@ def fit(
     from .tasks.build import TaskData, build_task
     from .trainer import Trainer
 
-    quiet()
+    quiet()  # importing torch has set its loggers anew
     options: dict[str, Any] = {**lightning}
     recipe = plan.recipe
     run_dir = Path(run_dir or Path("runs") / recipe.name)
@@ -202,7 +205,8 @@ def _import(plan: Plan) -> None:
 
 
 def quiet() -> None:
-    """Lightning's and DeepSpeed's remarks on what the plan has already said."""
+    """Lightning's and DeepSpeed's remarks on what the plan has already said, and bars for work of a second."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for name in ("pytorch_lightning", "lightning_fabric", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("torchao", "torch.utils._pytree"):  # kernels for other GPUs, deprecations of other packages
