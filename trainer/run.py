@@ -209,7 +209,8 @@ def quiet() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for name in ("pytorch_lightning", "lightning_fabric", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("torchao", "torch.utils._pytree"):  # kernels for other GPUs, deprecations of other packages
+    # kernels for other GPUs, deprecations of other packages, a loss that is not used
+    for name in ("torchao", "torch.utils._pytree", "transformers.modeling_utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("pytorch_lightning", "lightning_", "torch.distributed", "deepspeed"):
         warnings.filterwarnings("ignore", module=module)
