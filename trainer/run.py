@@ -122,6 +122,9 @@ def fit(
     if not is_first():  # what is worth saying is said once
         logging.getLogger("shoestring").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
+    quiet()
+    if plan.accelerator == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for others, and say what it lacks
     _import(plan)
     local_ranks.wait()
     from ..callbacks.optimization.lr_schedule import LRSchedule
@@ -132,7 +135,7 @@ def fit(
     from .tasks.own_code_checks import CheckBatch, check_own_module
     from .trainer import Trainer
 
-    quiet()
+    quiet()  # importing torch has set its loggers anew
     options: dict[str, Any] = {**lightning}
     recipe = plan.recipe
     run_dir = Path(run_dir or Path("runs") / recipe.name)
@@ -253,10 +256,12 @@ def _has_default_schedule(recipe: Any) -> bool:
 
 
 def quiet() -> None:
-    """Lightning's and DeepSpeed's remarks on what the plan has already said."""
+    """Lightning's and DeepSpeed's remarks on what the plan has already said, and bars for work of a second."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for name in ("pytorch_lightning", "lightning_fabric", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("torchao", "torch.utils._pytree"):  # kernels for other GPUs, deprecations of other packages
+    # kernels for other GPUs, deprecations of other packages, a loss that is not used
+    for name in ("torchao", "torch.utils._pytree", "transformers.modeling_utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("pytorch_lightning", "lightning_", "torch.distributed", "deepspeed"):
         warnings.filterwarnings("ignore", module=module)

@@ -77,7 +77,8 @@ class Trainer(pl.Trainer):
         num_nodes: How many nodes take part.
         seed: Of the order of samples and of everything random in techniques.
         run_dir: The run's home (checkpoints/, events/, summary.json, final.safetensors); the same command with the same
-            run_dir resumes. None makes a new one under runs/.
+            run_dir resumes, and the run is called as it is. None makes a new one under runs/, called as the module's
+            class.
         resume: "auto", "must" (fail if there is nothing to resume) or False (start over only where nothing is).
         ledger: Index the run in the user's ledger.
         wandb: "offline", "online", a mapping with mode and project, or None.

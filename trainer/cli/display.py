@@ -104,19 +104,21 @@ class Bar:
         self._limits = dict(limits)
         self._last: dict[str, Any] = {}
         self._printed = 0.0
+        self._first: tuple[float, float] | None = None  # progress and seconds of the first row
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.percentage:>5.1f} %"), BarColumn(), TextColumn("{task.description}"),
+                TextColumn("{task.fields[share]:>7}"), BarColumn(), TextColumn("{task.description}"),
                 TimeElapsedColumn(), console=console, refresh_per_second=4,
             )  # fmt: skip
-            self._task = self._bar.add_task("", total=1.0)
+            self._task = self._bar.add_task("preparing", total=None, share="")  # moves to and fro
             self._bar.start()
 
     def step(self, row: Mapping[str, Any]) -> None:
         self._last.update(row)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._last.get("progress", 0.0), description=self._text())
+            done = self._last.get("progress", 0.0)
+            self._bar.update(self._task, total=1.0, completed=done, share=f"{done:.1%}", description=self._text())
         elif time.monotonic() - self._printed > self.EVERY:
             self._printed = time.monotonic()
             console.print(f"{self._last.get('progress', 0.0):6.1%}  {self._text()}")
@@ -130,7 +132,19 @@ class Bar:
             parts.append(f"loss {row['loss']:.3f}")
         parts += [f"{key} {row[key]:.3f}" for key in ("val_loss", "val_accuracy") if key in row]
         parts += [f"{number(rate)} {unit}", f"spent {dollars(row.get('usd'))}"]
-        return "  ".join([*parts, *self._left()])
+        return "  ".join([*parts, *self._left(), *self._to_go()])
+
+    def _to_go(self) -> list[str]:
+        """The time to the last step, as the steps since the first row have gone; a budget of time says it itself."""
+        now = (self._last.get("progress", 0.0), self._last.get("seconds", 0.0))
+        if self._first is None:
+            self._first = now
+        done, taken = now[0] - self._first[0], now[1] - self._first[1]
+        return (
+            [f"about {seconds(taken / done * (1.0 - now[0]))} to go"]
+            if min(done, taken) > 0 and "hours" not in self._limits
+            else []
+        )
 
     def _left(self) -> list[str]:
         ways = {
@@ -203,13 +217,14 @@ def _used(total: Mapping[str, Any]) -> str:
 def show_runs(runs: Sequence[RunRow]) -> None:
     """One line a run, newest first."""
     table = Table(box=None, pad_edge=False)
-    figures = ["steps", "loss", "tokens", "tokens/s", "memory", "kWh", "cost", "time"]
+    figures = ["steps", "val loss", "train loss", "tokens", "tokens/s", "memory", "kWh", "cost", "time"]
     for column in ("id", "name", "status", *figures, "stopped by"):
         table.add_column(column, overflow="fold", no_wrap=column != "name")
     for run in runs:
-        loss = run.metrics.get("val_loss", run.metrics.get("loss"))
+        losses = [run.metrics.get(name) for name in ("val_loss", "loss")]
+        shown = ["-" if loss is None else f"{loss:.3f}" for loss in losses]
         table.add_row(
-            run.id, run.name, run.status, f"{run.steps or 0:,}", "-" if loss is None else f"{loss:.3f}",
+            run.id, run.name, run.status, f"{run.steps or 0:,}", *shown,
             number(run.tokens), number(run.tokens_per_second), size(run.peak_bytes),
             "-" if run.kwh is None else f"{run.kwh:.5f}", dollars(run.usd), seconds(run.seconds), run.stopped_by or "",
         )  # fmt: skip

@@ -124,6 +124,7 @@ def rebuilt(recipe: Recipe, run_dir: Path, run_id: str = "", task: Task | None =
 
     task: of the same recipe; its data and tokenizer are taken, its module is left alone.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from ...callbacks.compression.factors import merged_state, ranks_in
@@ -131,19 +132,26 @@ def rebuilt(recipe: Recipe, run_dir: Path, run_id: str = "", task: Task | None =
     from ..tasks import build_task
     from .trained_rounding import trained_rounding
 
-    if problem := final_problem(run_dir / WEIGHTS):
-        raise CannotExport(
-            f"the weights in {run_dir} are damaged: {problem}. Train the same recipe into this folder again: it writes "
-            "them anew from the newest checkpoint."
-        )
     task = build_task(recipe, workdir=run_dir, prepared=task.prepared if task is not None else None)
     _reshape(task.module, recipe, run_dir)
-    saved = load_file(run_dir / WEIGHTS)
+    try:
+        saved = load_file(run_dir / WEIGHTS)
+    except SafetensorError as error:
+        raise _damaged(run_dir, str(error)) from None
     factored = bool(ranks_in(task.module, saved))
     weights = merged_state(task.module, saved)  # others read plain layers
     _load(task.module, weights, run_dir / WEIGHTS)
+    if problem := final_problem(run_dir / WEIGHTS):
+        raise _damaged(run_dir, problem)
     # what was rounded are the factors, and their product is on no grid
     return Trained(run_dir, run_id, recipe, task, None if factored else trained_rounding(task.module, recipe))
+
+
+def _damaged(run_dir: Path, problem: str) -> CannotExport:
+    return CannotExport(
+        f"the weights in {run_dir} are damaged: {problem}. Train the same recipe into this folder again: it writes "
+        "them anew from the newest checkpoint."
+    )
 
 
 def _reshape(module: nn.Module, recipe: Recipe, run_dir: Path) -> None:

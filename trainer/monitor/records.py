@@ -61,7 +61,7 @@ class Records:
         self,
         run_dir: str | os.PathLike[str] | None,
         *,
-        name: str = "run",
+        name: str | None = None,
         recipe: Recipe | None = None,
         ledger: bool = True,
         wandb: Mapping[str, Any] | str | bool | None = None,
@@ -86,6 +86,9 @@ class Records:
 
     def open(self, trainer: pl.Trainer) -> None:
         """All ranks: agree on the run's home, take its identity, and start this attempt's journal."""
+        if self.name is None:
+            named = self.given.resolve().name if self.given is not None else ""
+            self.name = named or type(trainer.lightning_module).__name__
         fresh = Path("runs") / f"{self.name}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
         self.given = Path(trainer.strategy.broadcast(str(self.given or fresh)))
         recipe = self.recipe

@@ -223,6 +223,15 @@ def test_weights_of_another_model_are_refused(runs: Path, tmp_path: Path) -> Non
         open_run(other)
 
 
+@pytest.mark.parametrize("harm", [lambda data: data[:-9], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+def test_damaged_weights_are_refused(runs: Path, tmp_path: Path, harm: Any) -> None:
+    shutil.copytree(finished("digits", runs), tmp_path / "run")
+    final = tmp_path / "run" / "final.safetensors"
+    final.write_bytes(harm(final.read_bytes()))
+    with pytest.raises(CannotExport, match=r"are damaged: .*Train the same recipe into this folder again"):
+        open_run(tmp_path / "run")
+
+
 def test_adapters_are_merged(runs: Path, tmp_path: Path) -> None:
     from shoestring.recipes import recipe_from
     from shoestring.trainer import fit, plan
