@@ -230,7 +230,6 @@ def test_resuming_with_another_teacher_is_refused():
 
 
 def test_a_teacher_of_another_vocabulary_is_refused_before_the_first_step(tmp_path):
-    from fits import Language
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
