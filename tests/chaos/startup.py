@@ -131,7 +131,7 @@ def one(folder: Path, draw: random.Random, seconds: float = 10.0) -> dict[str, A
     if result["left"]:
         wrong.append("orphans")
     # before its first line Python ends by the signal itself
-    if launcher == "command" and code not in (None, 0, 85) and (moment > 1 or code != -getattr(signal, name)):
+    if launcher == "command" and code not in (None, 0, 85) and (moment > 3 or code != -getattr(signal, name)):
         wrong.append("another code")
     if "Traceback" in words and launcher == "command":
         wrong.append("traceback")
