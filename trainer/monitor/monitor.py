@@ -118,7 +118,8 @@ class Monitor(ReshapeListener, pl.Callback):
         if self.evaluations.every is not None:
             self.evaluations.plan(trainer, account.clock)
         if self.checkpoints.due(trainer, account):
-            self.epochs.save_waits = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+            ends = trainer.should_stop or account.stopped_by is not None
+            self.epochs.save_waits = not ends and trainer.fit_loop.epoch_loop._num_ready_batches_reached()
             if not self.epochs.save_waits:
                 self._save(trainer, pl_module)
         if account.stop_requested and not trainer.should_stop and not self.epochs.save_waits:
