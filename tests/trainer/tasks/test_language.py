@@ -197,7 +197,7 @@ def test_padding_is_masked() -> None:
 def test_special_tokens_in_a_document_are_text(tiny: Any, tmp_path: Path) -> None:
     text = "a text ends with <|endoftext|> and rows with <|pad|>"
     (tmp_path / "d.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "another"}))
-    data = {"source": str(tmp_path / "d.jsonl"), "limit": None, "validation": 0, "sequence_length": 256, "pack": False}
+    data = {"source": str(tmp_path / "d.jsonl"), "limit": None, "validation": 0, "sequence_length": 128, "pack": False}
     task = tiny.task(data=data)
     ids, end = task.train[0]["input_ids"].tolist(), task.tokenizer.eos_token_id
     assert ids.count(end) == 1 and ids[-1] == end and task.tokenizer.pad_token_id not in ids
