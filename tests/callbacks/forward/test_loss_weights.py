@@ -70,7 +70,9 @@ def weights_after_three_steps(home: Path, micro: int, blind: bool = False, warmu
     )
     if blind:
         step = task.module.training_step
-        task.module.training_step = lambda batch, i: step({**batch, "loss_weight": torch.tensor(1.0)}, i)  # type: ignore[method-assign]
+        task.module.training_step = lambda batch, batch_idx: step(
+            {**batch, "loss_weight": torch.tensor(1.0)}, batch_idx
+        )
     trainer.fit(task.module, datamodule=TaskData(task, micro))
     return torch.cat([p.detach().flatten() for p in task.module.parameters()])
 
