@@ -137,7 +137,7 @@ def test_a_second_fit_goes_on_with_the_same_trainer(tmp_path):
         (None, {"max_epochs": 9, "callbacks": [EarlyStopping("val_loss", patience=0, mode="max")]}, "EarlyStopping"),
         (Budget(steps=1e6), {"callbacks": [Timer(timedelta(seconds=0.1))]}, "Timer"),
     ],
-    ids=str,
+    ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_the_summary_names_what_ended_the_run(tmp_path, budget, options, says):
     trainer = train(tmp_path, budget, data=DataLoader(samples(20), 4), validation=DataLoader(samples(8), 4), **options)
