@@ -39,6 +39,7 @@ class Trained:
     recipe: Recipe
     task: Task
     rounding: TrainedRounding | None = None
+    changed: bool = False  # another model stands in the place of what was trained
 
     @cached_property
     def model(self) -> nn.Module:
@@ -68,7 +69,7 @@ class Trained:
 
     def with_model(self, model: nn.Module) -> Trained:
         """The same run with another model in the place of its own, which nothing was trained for."""
-        other = replace(self, rounding=None)
+        other = replace(self, rounding=None, changed=True)
         other.__dict__["model"] = model
         return other
 

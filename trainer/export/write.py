@@ -93,7 +93,8 @@ def export(
     if quantize == AS_TRAINED:
         trained = trained.as_trained()
         _check_trained(trained, to)
-    before = _loss(eager(trained.as_run.eval()), trained)  # which may merge its adapters from here on
+    # which may merge its adapters from here on
+    before = None if trained.changed else _loss(eager(trained.as_run.eval()), trained)
     form = _format(trained, to, quantize, sparse, traced)
     with whole(out) as folder:
         notes = form.write(folder)

@@ -33,7 +33,7 @@ def problems(summary: Mapping[str, Any]) -> list[str]:
         for name, value in metrics.items()
         if not isfinite(value)
     ]
-    if "goal" in summary and summary["goal_reached"] is None:
+    if "goal" in summary and summary["goal_reached"] is None and metrics:  # else evaluation was off
         goal, legal = summary["goal"]["metric"], ", ".join(sorted(metrics)) or "none"
         hint = did_you_mean(goal, metrics)
         found.append(f"goal.metric {goal} was never measured; the metrics are {legal}" + (f" ({hint})" if hint else ""))

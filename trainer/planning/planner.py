@@ -191,7 +191,7 @@ def _present(recipe: Recipe) -> None:
             problems.append(recipe.problem(key, source, "files on this machine", str(error)))
     for key, name in (("model.name", model.name), ("model.tokenizer", model.tokenizer)):
         try:
-            if isinstance(name, str):
+            if isinstance(name, str) and not name.startswith("runs/"):  # which another run is yet to leave there
                 model_folder(name, key)
         except TaskError as error:
             problems.append(recipe.problem(key, name, "a folder on this machine, or a hub name", str(error)))

@@ -48,7 +48,7 @@ class CheckBatch(pl.Callback):
         self.recipe = recipe
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        order, wanted = trainer.monitor.order, self.recipe.data.batch_size  # type: ignore[attr-defined]
+        order, wanted = trainer.monitor.epochs.order, self.recipe.data.batch_size  # type: ignore[attr-defined]
         # of a stream, and of a batch sampler of the user's own, nobody knows
         if order is None or not isinstance(order.base, RandomSampler | SequentialSampler):
             return

@@ -33,7 +33,7 @@ def test_two_ranks_train(tmp_path: Path) -> None:
 
 
 def test_what_rank_0_finds_wrong_is_said_once_and_nothing_stays(tmp_path: Path) -> None:
-    done = train(tmp_path, "data.source=missing/*.txt", "model={task: causal-lm, name: minilm}")
+    done = train(tmp_path, "data.source=missing/*.txt", "model={task: causal-lm, name: minilm}", "goal=null")
     assert done.returncode == 2
     assert done.stderr.count("error:") == 1, done.stderr
     assert "matches no file" in done.stderr and "Traceback" not in done.stderr
