@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from .ledger import Ledger as Ledger
     from .planning.planner import Plan as Plan
     from .planning.planner import plan as plan
-    from .run import Report as Report
+    from .report import Report as Report
     from .run import fit as fit
     from .trainer import Trainer as Trainer
 
 _HOMES = {
     "Trainer": ".trainer", "Budget": "..callbacks.accounting.budget", "Ledger": ".ledger", "plan": ".planning.planner",
-    "fit": ".run", "Plan": ".planning.planner", "Report": ".run",
+    "fit": ".run", "Plan": ".planning.planner", "Report": ".report",
 }  # fmt: skip
 
 __all__ = sorted(_HOMES)

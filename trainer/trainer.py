@@ -29,15 +29,13 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import pytorch_lightning as pl
-import torch
-from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar
 from pytorch_lightning.loops.fit_loop import _FitLoop
 from pytorch_lightning.strategies import Strategy
 
 from ..callbacks.accounting.budget import Budget
 from ..callbacks.compose import compose
-from ..callbacks.contract import IncompatibleTechniques, Settings, Technique
+from ..callbacks.contract import Technique
 from ..callbacks.optimization.lr_schedule import LRSchedule
 from ..cluster.config.hardware import hardware
 from ..strategies import OFFLOADS
@@ -45,6 +43,7 @@ from .checkpoint import format as checkpoint
 from .checkpoint.saver import CannotResume
 from .checkpoint.state import check
 from .jobs import local_ranks
+from .lightning.arguments import accelerator, dtype, fold, started_by_hand, strategy_name
 from .lightning.options import LightningOptions
 from .lightning.zero import make_strategy
 from .machine.facts import facts as machine_facts
@@ -132,17 +131,17 @@ class Trainer(pl.Trainer):
     ) -> None:
         options: dict[str, Any] = {**lightning}
         budget = budget or Budget()
-        accelerator = _accelerator(options.get("accelerator", "auto"))
-        if devices == "auto" and accelerator == "cpu":
+        kind = accelerator(options.get("accelerator", "auto"))
+        if devices == "auto" and kind == "cpu":
             devices = 1
-        name = _strategy_name(strategy, devices, num_nodes)
+        name = strategy_name(strategy, devices, num_nodes)
         own_schedule = budget and not any(t.card.name == "lr_schedule" for t in techniques)
         chosen = [*techniques, _default_schedule()] if own_schedule else list(techniques)
-        composition = compose(chosen, run_facts(name, accelerator, offload))
-        settings = _fold(composition.techniques, options)
+        composition = compose(chosen, run_facts(name, kind, offload))
+        settings = fold(composition.techniques, options)
         made = strategy
         if isinstance(name, str) and name in OFFLOADS:
-            made = make_strategy(name, accelerator=accelerator, offload=offload, options=settings.strategy_options)
+            made = make_strategy(name, accelerator=kind, offload=offload, options=settings.strategy_options)
         if budget and not options.keys() & {"max_epochs", "max_steps"}:
             options["max_epochs"] = math.ceil(budget.epochs or -1)
         self.seed = seed
@@ -170,7 +169,7 @@ class Trainer(pl.Trainer):
         for quiet, asked in _SHOWN_OR_KEPT.items():
             options.setdefault(quiet, any(isinstance(callback, asked) for callback in given))
         if num_nodes == 1 and local_ranks.by_hand_in_slurm():
-            options["plugins"] = _started_by_hand(options.get("plugins"))
+            options["plugins"] = started_by_hand(options.get("plugins"))
         super().__init__(
             strategy=made,
             devices=devices,
@@ -222,14 +221,14 @@ class Trainer(pl.Trainer):
         self.monitor.begin(startup_seconds)
         self._same_global_batch()
         if self.monitor.totals.peak_flops is None and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            self.monitor.totals.peak_flops = peak(_dtype(str(self.precision)), machine_facts().hardware)[0]
+            self.monitor.totals.peak_flops = peak(dtype(str(self.precision)), machine_facts().hardware)[0]
         if self.num_nodes == 1:
             local_ranks.leave_taken_port()
         will_launch()
         try:
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)  # type: ignore[arg-type]
         except Exception as error:
-            if self.monitor.asked_before_training():  # another rank has ended by the same request
+            if self.monitor.stopping.asked_before_training():  # another rank has ended by the same request
                 raise preempted() from None
             if self.num_devices * self.num_nodes > 1 and is_lost_rank(error):
                 if self.monitor.failed_first == self.global_rank:  # nobody else has said anything
@@ -288,47 +287,6 @@ def _default_schedule() -> LRSchedule:
     return schedule
 
 
-def _started_by_hand(plugins: Any) -> list[Any]:
-    """The plugins with Lightning's own way to start ranks, unless the user has chosen one."""
-    given = plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
-    chosen = any(isinstance(plugin, ClusterEnvironment) for plugin in given)
-    return given if chosen else [*given, LightningEnvironment()]
-
-
 def _price() -> float:
     name = machine_facts().hardware
     return hardware(name).usd_per_hour or 0.0 if name else 0.0
-
-
-def _strategy_name(strategy: Any, devices: Any, nodes: int) -> Any:
-    """The name of one of our strategies, or what was given, for Lightning to understand."""
-    if strategy != "auto":
-        return strategy
-    count = len(devices) if isinstance(devices, list | tuple) else devices
-    if count in ("auto", -1, "-1"):
-        count = max(1, torch.cuda.device_count())
-    return "single" if int(count) * nodes == 1 else "ddp"
-
-
-def _accelerator(given: Any) -> str:
-    if given in ("auto", "gpu", "cuda"):
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return given if isinstance(given, str) else type(given).__name__
-
-
-def _fold(techniques: Sequence[Technique], lightning: dict[str, Any]) -> Settings:
-    """The settings techniques ask for; the user's own keyword arguments come first and may not contradict them."""
-    precision = str(lightning.pop("precision", None) or "32-true")
-    accumulate = lightning.pop("accumulate_grad_batches", 1)
-    settings = Settings(precision=precision, accumulate_grad_batches=accumulate)
-    for technique in techniques:
-        settings = technique.edit(settings)
-    if precision not in ("32-true", "32", settings.precision):
-        raise IncompatibleTechniques(
-            f"precision={precision!r} and a technique that sets {settings.precision!r} disagree. Keep one."
-        )
-    return settings
-
-
-def _dtype(precision: str) -> str:
-    return "bf16" if "bf16" in precision else "fp16" if "16" in precision else "fp32"

@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 import random
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-
-
-def script(name: str) -> ModuleType:
-    spec = spec_from_file_location(f"chaos_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-startup = script("startup")
+import startup
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -44,6 +44,17 @@ class Small(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
 
+class Crash(pl.Callback):
+    """Ends a run where its `batch`-th micro-batch begins, counted from 0 over all epochs."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            raise RuntimeError("crashed")
+
+
 def samples(size: int = SAMPLES) -> TensorDataset:
     """(features [8], index) pairs."""
     draw = torch.Generator().manual_seed(5)

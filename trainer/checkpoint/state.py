@@ -6,12 +6,10 @@ serves one device, DDP and ZeRO-1/2/3, and any change between them.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
@@ -20,10 +18,9 @@ from ... import ShoestringError
 from ...callbacks.contract import SampleTable, Technique
 from ...callbacks.parameters.accessor import shards_anew
 from ...callbacks.parameters.shards import Shards, Slice
-from ...callbacks.sampling.seeding import reseed
-from ...seeds import derive_seed
 from . import format as checkpoint
 from .format import Piece, Pieces
+from .random_states import rng_state
 
 
 class AnotherModel(ShoestringError):
@@ -117,18 +114,6 @@ def tensors(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, tuple[
     return pieces
 
 
-def rng_state() -> dict[str, Any]:
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "python": random.getstate(),
-        "numpy": (str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
 def check(folder: Path) -> None:
     """`DamagedCheckpoint` where a checkpoint is not as it was written, or lacks a part that `restore` puts back."""
     manifest = checkpoint.verify(folder)
@@ -167,24 +152,6 @@ def restore(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> di
     for key, value in rank["loss_scaler"].items() if scaler is not None else ():
         setattr(scaler, key, value)
     return rank["rng"] if manifest["world_size"] == trainer.world_size else None
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def seed_rank(seed: int, rank: int, step: int) -> None:
-    """Fresh random states for a rank that has none to resume from."""
-    mixed = derive_seed(seed, "rank", rank, step)
-    reseed(mixed)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed(mixed)
 
 
 def _fits(shards: Shards, pieces: Pieces) -> None:

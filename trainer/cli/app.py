@@ -226,7 +226,7 @@ def _hearing_signals() -> AbstractContextManager[None]:
 def _already_finished(home: Path, recipe: Any, report_file: Path | None) -> bool:
     """A run that has reached its end is shown again, not run again."""
     from ..machine.facts import is_first
-    from ..run import finished_report
+    from ..report import finished_report
 
     report = finished_report(home, recipe)
     if report is None:

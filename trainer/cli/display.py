@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..ledger import RunRow
     from ..machine.doctor import Finding
     from ..planning.planner import Plan
-    from ..run import Report
+    from ..report import Report
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
 

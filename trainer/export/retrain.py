@@ -34,7 +34,8 @@ def retrained(
     """
     from ..machine.facts import is_first
     from ..planning.planner import plan
-    from ..run import finished_report, fit
+    from ..report import finished_report
+    from ..run import fit
 
     mark = _hash(trained.run_dir / WEIGHTS)
     start = _start(trained, mark, say)

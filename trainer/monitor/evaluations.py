@@ -69,6 +69,13 @@ class Evaluations:
         self.metrics.update(metrics)
         return bool(goal_reached(self.goal, metrics))
 
+    def goal_facts(self, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """The goal, and whether these metrics reach it, for the run's summary; nothing where there is none."""
+        if (goal := self.goal) is None:
+            return {}
+        facts = {"metric": goal.metric, "above": goal.above, "below": goal.below}
+        return {"goal": facts, "goal_reached": goal_reached(goal, metrics)}
+
 
 def goal_reached(goal: Any, metrics: Mapping[str, float]) -> bool | None:
     """Whether `goal` (metric, above, below) is met; None if there is none or its metric was never logged."""

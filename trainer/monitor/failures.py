@@ -41,6 +41,21 @@ def first_to_fail(rank: int) -> int | None:
     return None
 
 
+def blame(error: BaseException, rank: int) -> tuple[int | None, str]:
+    """The rank whose failure has ended the fit, where that can be told, and what this `rank` writes of its `error`.
+
+    Sets `error.told_here`: whether this rank is the one to tell the user.
+    """
+    said = f"{type(error).__name__}: {error}"
+    if not isinstance(error, Exception):
+        return None, said
+    first = first_to_fail(rank)
+    error.told_here = first == rank  # type: ignore[attr-defined]
+    if is_lost_rank(error) and first != rank:
+        said = f"rank {first} has failed" if first is not None else "rank 0 is gone"
+    return first, said
+
+
 def forget() -> None:
     """A new fit in the same process group begins."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

@@ -9,7 +9,7 @@ Its `on_train_batch_end` is the loop of a run; what it does there is done by col
     evaluations   when to evaluate, and the goal                             evaluations.py
     checkpoints   when to save                                               checkpoints.py
     nonfinite     steps without finite losses and gradients                  nonfinite.py
-    request       signals                                                    signals.py
+    stopping      signals, and how they end it                               stopping.py
     hang          a run that no longer moves                                 hang.py
 
 It is one callback because every callback costs a dozen calls a step whether it acts or not.
@@ -30,21 +30,21 @@ from ...callbacks.contract import ReshapeListener, silence
 from ...callbacks.parameters.accessor import shards_of
 from ...callbacks.parameters.buffers import agree_buffers
 from ...callbacks.parameters.shards import lay_out_plainly
-from ...exits import FAILURE
 from ..checkpoint import format as checkpoint
-from ..checkpoint import state
+from ..checkpoint import random_states
 from ..checkpoint.saver import CannotResume, final_problem, no_room, same_samples, save_final_weights
 from ..ledger import read_summary
 from ..lightning.cut_window import CutWindow
 from .afterwards import Afterwards
 from .checkpoints import Checkpoints
 from .epochs import Epochs
-from .evaluations import Evaluations, goal_reached
-from .failures import first_to_fail, forget, is_lost_rank
+from .evaluations import Evaluations
+from .failures import blame, forget
 from .hang import HangWatch
 from .nonfinite import NonFiniteSteps
 from .records import Records
-from .signals import Preempted, StopRequest, preempted
+from .signals import Preempted
+from .stopping import Stopping
 from .totals import StepRows, Totals, numbers, of_finished
 from .verdict import problems
 
@@ -74,11 +74,12 @@ class Monitor(ReshapeListener, pl.Callback):
     ) -> None:
         self.account = Account(budget, usd_per_device_hour=usd_per_device_hour, watts_per_device=watts_per_device)
         self.account.moved, self.account.upcoming = self._moved, self._upcoming
-        self.records, self.request = records, StopRequest()
+        self.records = records
         self.epochs, self.evaluations = Epochs(), Evaluations()
         self.checkpoints = Checkpoints(checkpoint_every, keep)
         self.totals = Totals(self.account)
         self.rows = StepRows(self.totals, log_every)
+        self.stopping = Stopping(self.account, self.checkpoints, records, self.totals)
         self.hang = HangWatch(self.account, records, hang_after)
         self.nonfinite = NonFiniteSteps(nonfinite_steps, self.records.nonfinite)
         self.seed, self.resume, self.strategy, self.accept_changes = seed, resume, strategy, accept_changes
@@ -104,7 +105,7 @@ class Monitor(ReshapeListener, pl.Callback):
         if not account.batch_ends(trainer):
             return  # amid an accumulation window
         mine = account.spending.mine
-        mine.stop = float(self.request.received is not None)
+        mine.stop = self.stopping.wanted
         mine.nonfinite = float(self.nonfinite.step_ends(self.rows.loss, account.clock.step, batch_idx))
         account.agree()
         account.replan(trainer)
@@ -123,7 +124,7 @@ class Monitor(ReshapeListener, pl.Callback):
             if not self.epochs.save_waits:
                 self._save(trainer, pl_module)
         if account.stop_requested and not trainer.should_stop and not self.epochs.save_waits:
-            raise self._preempted(trainer)
+            raise self.stopping.end(trainer, self.resumed_from)
         account.spending.wait_for_data()
 
     def on_train_batch_start(
@@ -145,7 +146,7 @@ class Monitor(ReshapeListener, pl.Callback):
         with self.epochs.between(trainer):
             self._save(trainer, pl_module)
         if self.account.stop_requested and not trainer.should_stop:
-            raise self._preempted(trainer)
+            raise self.stopping.end(trainer, self.resumed_from)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.epochs.end(trainer)
@@ -164,7 +165,7 @@ class Monitor(ReshapeListener, pl.Callback):
         account.open(trainer, pl_module)
         self.epochs.open(trainer, self.seed)
         trainer.fit_loop.epoch_loop.val_loop.after_repeated = lambda: self._evaluated(trainer)  # type: ignore[attr-defined]
-        self.request.listen()  # all ranks are connected by now
+        self.stopping.request.listen()  # all ranks are connected by now
         forget()
         self.records.open(trainer)
         self.checkpoints.open(trainer, account, self.records.run_dir / "checkpoints", self.records.event)
@@ -176,18 +177,10 @@ class Monitor(ReshapeListener, pl.Callback):
         self.nonfinite.open(trainer)
         account.spending.start()
         self._begun = True
-        self._stop_before_training(trainer)
+        self.stopping.before_training(trainer, self.resumed_from)
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_before_training(trainer)
-
-    def _stop_before_training(self, trainer: pl.Trainer) -> None:
-        if any(self.account.agreement.gather(self.request.received)):
-            raise self._preempted(trainer)
-
-    def asked_before_training(self) -> bool:
-        """Whether this rank was asked to stop before the first step of this attempt had ended."""
-        return self.request.received is not None and not self.account.begun
+        self.stopping.before_training(trainer, self.resumed_from)
 
     def _resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # of a recipe's run the records have compared more than could be seen here
@@ -204,7 +197,7 @@ class Monitor(ReshapeListener, pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account, clock = self.account, self.account.clock
-        self._stop_before_training(trainer)
+        self.stopping.before_training(trainer, self.resumed_from)
         self.epochs.start(trainer)
         account.start(trainer)
         if clock.horizon is not None and clock.step >= clock.horizon:
@@ -218,9 +211,9 @@ class Monitor(ReshapeListener, pl.Callback):
         self.checkpoints.start(clock)
         self.evaluations.start(clock)
         if self._rng is not None:
-            state.set_rng_state(self._rng)
+            random_states.set_rng_state(self._rng)
         else:
-            state.seed_rank(self.seed, trainer.global_rank, clock.step)
+            random_states.seed_rank(self.seed, trainer.global_rank, clock.step)
         self.hang.start(trainer.global_rank, trainer.world_size)
 
     # -- what comes besides steps -----------------------------------------------------------------------------------
@@ -253,20 +246,6 @@ class Monitor(ReshapeListener, pl.Callback):
         windows.enter("train")
         self.account.pause_ends(trainer)
 
-    def _preempted(self, trainer: pl.Trainer) -> BaseException:
-        """What ends this rank: with 85, or with 1 where the disk has kept nothing of this attempt."""
-        step, signal = self.account.clock.step, self.request.received or "on another rank"
-        outcome = self.checkpoints.outcome(step, self.resumed_from)
-        if outcome.kept:
-            self.records.event("preempted", step=step, signal=signal, **self.totals.so_far())
-            say = log.warning if trainer.is_global_zero else log.debug
-            say("stopped on request: %s; the same command continues from there", outcome.said)
-            return preempted()
-        self.records.event("error", step=step, signal=signal, reason=outcome.said, **self.totals.so_far())
-        say = log.error if trainer.is_global_zero else log.debug
-        say("stopped on request, and %s. Make room in %s first.", outcome.said, self.checkpoints.saver.root)
-        return preempted(FAILURE)
-
     # -- evaluation; `trainer.validate` is no part of the run -------------------------------------------------------
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -279,7 +258,7 @@ class Monitor(ReshapeListener, pl.Callback):
 
     def _evaluated(self, trainer: pl.Trainer) -> None:
         """One batch, on every rank."""
-        self.account.spending.mine.stop = float(self.request.received is not None)
+        self.account.spending.mine.stop = self.stopping.wanted
         self.account.evaluation_batch_ends(trainer)
         stop = self.account.stop_requested and not trainer.sanity_checking and not trainer.should_stop
         if self.account.evaluation_cut or stop:
@@ -295,7 +274,7 @@ class Monitor(ReshapeListener, pl.Callback):
             return
         if account.stop_requested and not trainer.should_stop:
             self._save(trainer, pl_module)
-            raise self._preempted(trainer)
+            raise self.stopping.end(trainer, self.resumed_from)
         if account.evaluation_cut:
             self.records.evaluation_cut(account.clock.step, account.evaluation.batches)
         metrics = numbers(trainer.callback_metrics)
@@ -317,7 +296,7 @@ class Monitor(ReshapeListener, pl.Callback):
         if lost:
             raise no_room(account.clock.step, lost, self.records.run_dir)
         self.records.finished(self.summary, account.spending.windows.so_far())
-        self.request.release()
+        self.stopping.request.release()
 
     def _summary(self, trainer: pl.Trainer, peak: int) -> dict[str, Any]:
         metrics = {**self.evaluations.metrics, **numbers(trainer.callback_metrics)}
@@ -325,9 +304,7 @@ class Monitor(ReshapeListener, pl.Callback):
             **self.totals.summary(trainer, self.strategy, peak), "resumed_from": self.resumed_from,
             "metrics": metrics, "run_dir": str(self.records.run_dir),
         }  # fmt: skip
-        if (goal := self.evaluations.goal) is not None:
-            summary["goal"] = {"metric": goal.metric, "above": goal.above, "below": goal.below}
-            summary["goal_reached"] = goal_reached(goal, metrics)
+        summary |= self.evaluations.goal_facts(metrics)
         summary["problems"] = problems(summary)
         done = self.resumed_from == self.account.clock.step  # nothing was left to do
         return of_finished(summary, read_summary(self.records.run_dir)) if done else summary
@@ -349,14 +326,11 @@ class Monitor(ReshapeListener, pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.hang.stop()
         self.account.abort(trainer)
-        reason = None if isinstance(exception, Preempted) else f"{type(exception).__name__}: {exception}"
-        if isinstance(exception, Exception):
-            self.failed_first = first_to_fail(trainer.global_rank)
-            exception.told_here = self.failed_first == trainer.global_rank  # type: ignore[attr-defined]
-            if is_lost_rank(exception) and self.failed_first != trainer.global_rank:
-                reason = f"rank {self.failed_first} has failed" if self.failed_first is not None else "rank 0 is gone"
+        reason = None
+        if not isinstance(exception, Preempted):
+            self.failed_first, reason = blame(exception, trainer.global_rank)
         self.records.failed(self.account.clock.step, reason, self._spent_so_far())
-        self.request.release()
+        self.stopping.request.release()
 
     def _spent_so_far(self) -> dict[str, Any]:
         """Totals at a failure; nothing if it came before training began."""

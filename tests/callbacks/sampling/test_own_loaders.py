@@ -9,7 +9,7 @@ import torch
 from own_loaders import fit_all
 from processes import run as run_ranks
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
-from small import QUIET, Small, samples, train
+from small import QUIET, Crash, Small, samples, train
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler, SequentialSampler
 
 from shoestring.trainer import Budget
@@ -17,15 +17,6 @@ from shoestring.trainer import Budget
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET] + [
     pytest.mark.filterwarnings("ignore:You requested to overfit")
 ]
-
-
-class Crash(pl.Callback):
-    def __init__(self, batch):
-        self.batch = batch
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.fit_loop.total_batch_idx == self.batch:
-            raise RuntimeError("crashed")
 
 
 def plainly(data, **options):

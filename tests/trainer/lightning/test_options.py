@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from pytorch_lightning.callbacks.progress import TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment
-from small import Small, samples, train
+from small import Crash, Small, samples, train
 from torch.utils.data import DataLoader
 
 from shoestring.trainer import Budget, Trainer
@@ -160,15 +160,6 @@ class Manual(Small):
             for _ in range(self.times):
                 self.optimizers().step()
             self.optimizers().zero_grad()
-
-
-class Crash(pl.Callback):
-    def __init__(self, batch):
-        self.batch = batch
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.fit_loop.total_batch_idx == self.batch:
-            raise RuntimeError("crashed")
 
 
 @pytest.mark.parametrize(("times", "every", "steps"), [(2, 1, 20), (1, 2, 4), (1, 1, 10)])

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -115,13 +116,6 @@ def weights(folder: Path) -> str:
     return fingerprint(load_file(folder / "run" / "final.safetensors"))
 
 
-def events(folder: Path, kind: str) -> list[dict]:
-    from shoestring.trainer.ledger import read
-
-    rows = read(folder / "run" / "events", rank=0)
-    return [dict(row.fields) for row in rows if row.kind == "event" and row.fields["event"] == kind]
-
-
 def endure(given: Schedule, folder: Path, references: References) -> int:
     """Run a schedule; the number of attempts. Raises NotGood with what is not as it has to be."""
     disk, world = folder / "disk", WORLDS[given.strategy]
@@ -155,13 +149,13 @@ def endure(given: Schedule, folder: Path, references: References) -> int:
 
 
 def _as_told(fault: Fault, codes: list[int], disk: Path, logs: Path) -> None:
-    asked = fault.what in ("SIGTERM", "SIGUSR1", "SIGINT") and (disk / TRAINS).exists()
-    if asked and not set(codes) <= {0, 85}:  # before its first step it may end as any process does
+    asked = fault.what in ("SIGTERM", "SIGUSR1", "SIGINT") and (disk / TRAINS).exists() and fault.place != "after fit"
+    if asked and not set(codes) <= {0, 85}:  # before its first step, and after its fit, it may end as any process does
         raise NotGood(f"asked to stop it ends with {codes}\n{last_words(logs)}")
     if fault.what == "pause":
         raise NotGood(f"paused for a second it ends with {codes}\n{last_words(logs)}")
-    if "is saved" in last_words(logs):
-        step = events(disk, "preempted")[-1]["step"]
+    if said := re.search(r"stopped on request: step (\d+) is saved", last_words(logs)):
+        step = int(said[1])
         if not (disk / "run" / "checkpoints" / f"{step:09d}" / "manifest.json").exists():
             raise NotGood(f"step {step} is not saved\n{last_words(logs)}")
 
