@@ -30,7 +30,7 @@ test: $(READY)
 
 # trainings that are killed, stopped, paused, left without a disk and damaged, as drawn from a seed (root, for full disks)
 chaos: $(READY)
-	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/chaos/chaos.py $(CHAOS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/support/chaos.py $(CHAOS)
 
 # as CPUs without AVX-512, and without AVX2, compute; and ONNX Runtime on an emulated Haswell, where QEMU can be installed
 test-cpus: $(READY)

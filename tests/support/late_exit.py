@@ -1,6 +1,6 @@
 """How late after its save a stopped run leaves: ledger locked, helper of W&B standing still, disk full.
 
-    python tests/chaos/late_exit.py --times 10
+    python tests/support/late_exit.py --times 10
 
 Prints one JSON line a stop, and exits with 1 if one took more than 5 s from the save to the end of the process. Needs
 root, for a small file system of its own.

@@ -1,6 +1,6 @@
 """Signals at random moments of a start: no false exit with 0, no hang, no process left behind.
 
-    python tests/chaos/startup.py --signals 60 --seed 0
+    python tests/support/startup.py --signals 60 --seed 0
 
 Each start is ended by one signal: to the process that was started, to one rank, or to all ranks; alone or with two
 ranks; started by our command or by torchrun; new, or resumed. Prints one JSON line a signal and a summary, and exits

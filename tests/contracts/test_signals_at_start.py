@@ -1,4 +1,4 @@
-"""A few of the mishaps that the scripts beside this file make by the dozen."""
+"""A few of the mishaps that the scripts in tests/support make by the dozen."""
 
 from __future__ import annotations
 
