@@ -54,8 +54,12 @@ def started_here() -> bool:
 
 
 def launched_here() -> bool:
-    """Whether rank 0 of this run has started this process; else torchrun, Slurm or the user has."""
-    return os.environ.get(_LAUNCHER) == str(os.getppid())
+    """Whether rank 0 of this run has started this process; else torchrun, Slurm or the user has.
+
+    A process that has trained may start another run, which inherits its mark: only ranks that were launched have a
+    LOCAL_RANK other than 0.
+    """
+    return os.environ.get(_LAUNCHER) == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def leave_at_once(name: str, code: int = AGAIN) -> None:

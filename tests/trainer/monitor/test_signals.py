@@ -18,6 +18,7 @@ from small import QUIET, Small, loader
 
 from shoestring.exits import AGAIN, FAILURE, with_parent
 from shoestring.trainer import Budget, Trainer
+from shoestring.trainer.monitor import signals
 from shoestring.trainer.monitor.signals import Preempted
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
@@ -186,3 +187,15 @@ def test_a_stop_says_what_is_saved_and_what_is_not(how: str, reason: str, disk: 
     rows = [json.loads(line) for path in (home / "events").glob("*.jsonl") for line in path.read_text().splitlines()]
     (error,) = [row for row in rows if row.get("event") == "error"]
     assert reason in error["reason"]
+
+
+@pytest.mark.parametrize(("local_rank", "launched"), [(None, False), ("0", False), ("1", True)])
+def test_a_run_that_a_trained_process_starts_is_no_rank_of_its(local_rank, launched, monkeypatch) -> None:
+    """It would end with 0 where it is asked to stop."""
+    monkeypatch.setenv("SHOESTRING_LAUNCHER", str(os.getppid()))
+    if local_rank is None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert signals.launched_here() is launched
+    assert signals.preempted().code == (0 if launched else 85)
