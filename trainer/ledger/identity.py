@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -57,17 +58,21 @@ class RunIdentity:
 
         Any number of ranks may call this at once and all get the same one: the file appears whole, and the first wins.
         An existing identity is returned as it is, so compare its `recipe_hash` with yours before you resume. A damaged
-        one is written anew from the newest checkpoint, which repeats it.
+        one is written anew: from the newest checkpoint, which repeats it; as a new one where nothing was saved yet.
         """
         path = Path(run_dir) / "run.json"
-        if path.exists():
-            _repair(path)
-        else:
+
+        def new(id: str, created: float) -> str:
             made = cls(
-                id=uuid.uuid4().hex[:12], name=name, recipe_hash=recipe_hash, recipe=recipe or {}, created=time.time(),
+                id=id, name=name, recipe_hash=recipe_hash, recipe=recipe or {}, created=created,
                 git_commit=_git_commit(), versions=package_versions(), hostname=socket.gethostname(),
             )  # fmt: skip
-            _publish(path, json.dumps(made.as_dict(), indent=1))
+            return json.dumps(made.as_dict(), indent=1)
+
+        if path.exists():
+            _repair(path, new)
+        else:
+            _publish(path, new(uuid.uuid4().hex[:12], time.time()))
         return cls.load(run_dir)
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,21 +111,29 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return summary if isinstance(summary, dict) else {}
 
 
-def _repair(path: Path) -> None:
-    """Write `run.json` anew from a checkpoint if it is damaged and there is one; else `IdentityError`."""
+def _repair(path: Path, new: Callable[[str, float], str]) -> None:
+    """Write a damaged `run.json` anew; `IdentityError` if there are checkpoints and none of them can be read."""
     from ..checkpoint import format as checkpoint
 
+    with path.open("rb") as file:
+        damaged, written = file.read(), os.fstat(file.fileno()).st_mtime_ns
     try:
         RunIdentity.load(path.parent)
         return
     except IdentityError as error:
         root = path.parent / "checkpoints"
-        for step in reversed(checkpoint.steps(root)):
+        steps = checkpoint.steps(root)
+        for step in reversed(steps):
             with suppress(checkpoint.DamagedCheckpoint, KeyError):
                 replace_file(path, json.dumps(checkpoint.read_manifest(root / f"{step:09d}")["run"], indent=1))
                 log.warning("%s It has been written anew from the checkpoint of step %d.", error, step)
                 return
-        raise
+        if steps:
+            raise
+        # of what lies there, not of chance: ranks that find it damaged at once make the same id
+        digest = hashlib.sha256(damaged + written.to_bytes(8, "little")).hexdigest()
+        replace_file(path, new(digest[:12], written / 1e9))
+        log.warning("%s Nothing was saved under it, so it has been written anew.", error)
 
 
 def _publish(path: Path, text: str) -> None:

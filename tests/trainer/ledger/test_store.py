@@ -304,8 +304,12 @@ print(RunIdentity.create_or_load(Path(sys.argv[1]), name="x", recipe_hash="h", r
 """
 
 
-def test_all_ranks_get_one_identity(tmp_path):
+@pytest.mark.parametrize("found", [None, "", '{"id": '])
+def test_all_ranks_get_one_identity_new_or_instead_of_a_damaged_one(tmp_path, found):
     folder = tmp_path / "run"
+    if found is not None:
+        folder.mkdir()
+        (folder / "run.json").write_text(found)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     ranks = [subprocess.Popen([sys.executable, "-c", CREATOR, str(folder)], **pipes) for _ in range(4)]
     for rank in ranks:
@@ -316,6 +320,12 @@ def test_all_ranks_get_one_identity(tmp_path):
     assert ids == {identity.id} and len(identity.id) == 12
     assert identity.recipe == {"a": [1, 2.5]} and "torch" in identity.versions and identity.created > 1e9
     assert [path.name for path in folder.iterdir()] == ["run.json"]
-    (folder / "run.json").write_text('{"id": ')
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
+    (tmp_path / "run.json").write_text('{"id": ')
+    (tmp_path / "checkpoints" / "000000003").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "000000003" / "manifest.json").write_text("{")
     with pytest.raises(IdentityError, match=r"run\.json cannot be read"):
-        RunIdentity.create_or_load(folder, name="x")
+        RunIdentity.create_or_load(tmp_path, name="x")
+    assert (tmp_path / "run.json").read_text() == '{"id": '
