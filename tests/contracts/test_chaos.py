@@ -32,12 +32,13 @@ def train_forgetful(*given: object) -> None:
 @pytest.mark.parametrize(("train", "good"), [(chaos.train, True), (train_forgetful, False)])
 def test_a_killed_run_is_good_only_where_nothing_is_forgotten(train, good, tmp_path):
     given = chaos.Schedule(0, "single", (), (KILLED,), (None,))
-    references = chaos.References(tmp_path, train)
+    references, struck = chaos.References(tmp_path, train), []
     if good:
-        assert chaos.endure(given, tmp_path / "0", references) == 2
+        assert chaos.endure(given, tmp_path / "0", references, struck) == 2
     else:
         with pytest.raises(chaos.NotGood, match="others than those of the undisturbed run"):
-            chaos.endure(given, tmp_path / "0", references)
+            chaos.endure(given, tmp_path / "0", references, struck)
+    assert struck == ["SIGKILL", "at backward"]
 
 
 def test_a_schedule_is_drawn_from_its_seed_and_number():

@@ -10,7 +10,8 @@ training is given again until it ends with 0; then
     no attempt said 0 before the end, none hung, none of its processes is left;
     after a signal the next attempt went on from the very step that the last one said was saved.
 
-Prints fault -> tried, good; ends with 1 where one was not good. It ends at its limit of minutes however many are done.
+Prints fault -> tried, good, of those that struck (a training may end before one would); ends with 1 where one was not
+good. It ends at its limit of minutes however many are done.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from pathlib import Path
 from threading import Lock
 from time import monotonic
 
-from faults import DAMAGES, FILLER, TRAINS, Fault, Places, draw_fault
+from faults import DAMAGES, FILLER, STRUCK, TRAINS, Fault, Places, draw_fault
 from processes import RanksFailed, last_words, run
 from toy import ACCUMULATE, GLOBAL_BATCH, STEPS, Toy, fingerprint, held_out, loader, toy
 
@@ -47,11 +48,6 @@ class Schedule:
     techniques: tuple[str, ...]
     faults: tuple[Fault, ...]
     damages: tuple[str | None, ...]  # after each attempt
-
-    @property
-    def kinds(self) -> set[str]:
-        struck = {f"{f.what}, {f.also}" if f.also else f.what for f in self.faults}
-        return struck | {damage for damage in self.damages if damage}
 
 
 def schedule(seed: int, number: int) -> Schedule:
@@ -116,8 +112,11 @@ def weights(folder: Path) -> str:
     return fingerprint(load_file(folder / "run" / "final.safetensors"))
 
 
-def endure(given: Schedule, folder: Path, references: References) -> int:
-    """Run a schedule; the number of attempts. Raises NotGood with what is not as it has to be."""
+def endure(given: Schedule, folder: Path, references: References, struck: list[str]) -> int:
+    """Run a schedule; the number of attempts.
+
+    What struck is added to `struck`, and where. Raises NotGood with what is not as it has to be.
+    """
     disk, world = folder / "disk", WORLDS[given.strategy]
     whole = references[given.strategy, given.techniques]
     disk.mkdir(parents=True)
@@ -133,15 +132,23 @@ def endure(given: Schedule, folder: Path, references: References) -> int:
                 references.train, disk, given.strategy, given.techniques, fault, world=world, folder=logs,
                 timeout=LONGEST,
             )  # fmt: skip
-            (disk / FILLER).unlink(missing_ok=True)
-            if not any(codes):
+            hit = (disk / STRUCK).exists()
+            if hit:
+                struck += [f"{fault.what}, {fault.also}" if fault.also else fault.what, f"at {fault.place}"]
+            for name in (FILLER, STRUCK):
+                (disk / name).unlink(missing_ok=True)
+            # a disk that is full once the weights are written keeps no summary: the next attempt writes it
+            told = not (hit and fault.what == "full disk") or (disk / "run" / "summary.json").exists()
+            if not any(codes) and told:
                 _finished(disk, whole, given)
                 return attempt + 1
-            if fault is None:
+            if fault is None or (any(codes) and not hit):
                 raise NotGood(f"an attempt that nothing happened to ends with {codes}\n{last_words(logs)}")
-            _as_told(fault, codes, disk, logs)
-            if damage := given.damages[attempt]:
-                DAMAGES[damage](disk / "run", random.Random(f"{given.number} {attempt}"))
+            if any(codes):
+                _as_told(fault, codes, disk, logs)
+            damage = given.damages[attempt]
+            if damage and DAMAGES[damage](disk / "run", random.Random(f"{given.number} {attempt}")):
+                struck.append(damage)
         raise NotGood("it does not come to its end")
     finally:
         if full:
@@ -183,25 +190,24 @@ def main() -> None:
     tried: dict[str, int] = defaultdict(int)
     good: dict[str, int] = defaultdict(int)
     bad: list[str] = []
-    attempts = 0
+    attempts: list[int] = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         os.environ["SHOESTRING_HOME"] = f"{name}/home"
         references = References(Path(name), train)
 
         def one(number: int) -> None:
-            nonlocal attempts
             if monotonic() > end:
                 return
-            drawn = schedule(given.seed, number)
+            drawn, struck = schedule(given.seed, number), []
             folder = Path(name) / str(number)
             try:
-                attempts += endure(drawn, folder, references)
+                attempts.append(endure(drawn, folder, references, struck))
                 problem = None
             except (NotGood, RanksFailed) as error:
                 problem = f"{error}"
             except Exception:
                 problem = traceback.format_exc()
-            for key in (*drawn.kinds, *{f"at {fault.place}" for fault in drawn.faults}, drawn.strategy):
+            for key in {*struck, drawn.strategy}:
                 tried[key] += 1
                 good[key] += problem is None
             if problem is not None:
@@ -218,7 +224,7 @@ def main() -> None:
     for key in sorted(tried):
         print(f"{key:{width}}  {tried[key]:5}  {good[key]:4}")
     done = sum(tried[strategy] for strategy in WORLDS)
-    print(f"{done} schedules, {attempts} attempts, {len(bad)} not good")
+    print(f"{done} schedules, {sum(attempts)} attempts, {len(bad)} not good")
     sys.exit(1 if bad or not done else 0)
 
 

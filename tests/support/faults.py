@@ -33,7 +33,8 @@ PLACES = {
     "file": 160,
     "after fit": 1,
 }
-FILLER, TRAINS = "filler", "trains"  # files beside the run: what fills the disk, and that a step has begun
+# files beside the run: what fills the disk; that a step has begun; that a fault has struck
+FILLER, TRAINS, STRUCK = "filler", "trains", "struck"
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Places(pl.Callback):
 
     def _strike(self, fault: Fault) -> None:
         print(f"-- {fault}", flush=True)
+        (self.folder / STRUCK).touch()
         if fault.what == "pause":
             subprocess.Popen(["sh", "-c", f"sleep 1; kill -CONT {os.getpid()}"])
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -160,41 +162,48 @@ def _file_of_newest(run: Path, draw: random.Random) -> Path | None:
     return draw.choice(sorted(newest.iterdir())) if newest else None
 
 
-def _flip(run: Path, draw: random.Random) -> None:
+def _flip(run: Path, draw: random.Random) -> bool:
     if path := _file_of_newest(run, draw):
         content = bytearray(path.read_bytes())
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         path.write_bytes(content)
+    return path is not None
 
 
-def _cut(run: Path, draw: random.Random) -> None:
+def _cut(run: Path, draw: random.Random) -> bool:
     if path := _file_of_newest(run, draw):
         os.truncate(path, draw.randrange(path.stat().st_size))
+    return path is not None
 
 
-def _lose(run: Path, draw: random.Random) -> None:
+def _lose(run: Path, draw: random.Random) -> bool:
     if path := _file_of_newest(run, draw):
         path.unlink()
+    return path is not None
 
 
-def _stray(run: Path, draw: random.Random) -> None:
+def _stray(run: Path, draw: random.Random) -> bool:
     if newest := _newest(run):
-        (
-            newest / draw.choice(["tensors-00007.safetensors", "rank-00007.pt", ".nfs0001", "copy of state.pt"])
-        ).write_bytes(draw.randbytes(64))
+        name = draw.choice(["tensors-00007.safetensors", "rank-00007.pt", ".nfs0001", "copy of state.pt"])
+        (newest / name).write_bytes(draw.randbytes(64))
+    return newest is not None
 
 
-def _tear_journal(run: Path, draw: random.Random) -> None:
-    for path in sorted((run / "events").glob("*.jsonl"))[-1:]:
+def _tear_journal(run: Path, draw: random.Random) -> bool:
+    newest = sorted((run / "events").glob("*.jsonl"))[-1:]
+    for path in newest:
         os.truncate(path, max(0, path.stat().st_size - draw.randrange(1, 60)))
+    return bool(newest)
 
 
-def _break_description(run: Path, draw: random.Random) -> None:
-    if (path := run / "run.json").exists():
+def _break_description(run: Path, draw: random.Random) -> bool:
+    if there := (path := run / "run.json").exists():
         os.truncate(path, draw.randrange(max(1, path.stat().st_size)))
+    return there
 
 
-DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
+# each says whether there was something to damage
+DAMAGES: dict[str, Callable[[Path, random.Random], bool]] = {
     "flipped bit": _flip,
     "cut file": _cut,
     "lost file": _lose,
