@@ -95,8 +95,9 @@ def fit(
     changed = keep_or_compare(run_dir, inputs, task.tokenizer, accept=accept_changes, first=is_first())
     local_ranks.release()
     check_own_module(recipe, task.module)
+    left_out = {key: task.facts[key] for key in ("rows_without_text", "rows_cut") if task.facts.get(key)}
     if is_first():
-        _say_left_out(recipe, task.facts)
+        _say_left_out(recipe, left_out)
     if weights is not None:
         task.module.load_state_dict(weights)
     records = Records(
@@ -112,6 +113,8 @@ def fit(
     records.display = display
     if changed:
         records.event("accepted", changed=changed)
+    if left_out:
+        records.event("left_out", **left_out)
     for row in measurements:
         records.measurement(**row)
     if "SHOESTRING_JOB_DIR" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -173,11 +176,11 @@ def _writable(run_dir: Path) -> None:
         raise NoRunDirectory(f"cannot write in {run_dir}: {error.strerror}. Choose another --run-dir.") from error
 
 
-def _say_left_out(recipe: Recipe, facts: Mapping[str, Any]) -> None:
+def _say_left_out(recipe: Recipe, left_out: Mapping[str, int]) -> None:
     """What of the data is not trained on."""
-    if empty := facts.get("rows_without_text"):
+    if empty := left_out.get("rows_without_text"):
         log.warning("data: %s without text left out", _rows(empty))
-    if cut := facts.get("rows_cut"):
+    if cut := left_out.get("rows_cut"):
         longer = "is" if cut == 1 else "are"
         log.warning("data: %s %s cut at sequence_length %s", _rows(cut), longer, f"{recipe.data.sequence_length:,}")
 

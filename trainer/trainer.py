@@ -37,6 +37,7 @@ from ..callbacks.accounting.budget import Budget
 from ..callbacks.compose import compose
 from ..callbacks.contract import Technique
 from ..callbacks.optimization.lr_schedule import LRSchedule
+from ..callbacks.sampling.samples import evaluate_evenly
 from ..cluster.config.hardware import hardware
 from ..strategies import OFFLOADS
 from .checkpoint import format as checkpoint
@@ -180,6 +181,8 @@ class Trainer(pl.Trainer):
             **options,
         )
         self.fit_loop.__class__ = _EndedLoop
+        for loop in (self.validate_loop, self.test_loop):
+            evaluate_evenly(self, loop, seed)
         # Lightning's handlers communicate where a signal happens to come, and end an unfinished run with 0
         self._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         local_ranks.leash()

@@ -130,7 +130,7 @@ def _length(loader: Any) -> int | None:
 
 
 class EvenEvaluation(_EvaluationLoop):
-    """Lightning's loop over validation batches, but for repeated ones, of which nothing stays."""
+    """Lightning's loop over evaluation batches, but for repeated ones, of which nothing stays."""
 
     after_repeated: Callable[[], None] | None = None  # what ranks say to each other after every batch
 
@@ -166,8 +166,8 @@ class EvenEvaluation(_EvaluationLoop):
         given = self._build_kwargs(batch, batch_idx, loader)
         with undone(module, self._results):
             trainer._logger_connector.on_batch_start(batch, loader)
-            step = self._build_step_args_from_hook_kwargs(given, "validation_step")
-            call._call_strategy_hook(trainer, "validation_step", *step)
+            hook = "test_step" if trainer.testing else "validation_step"
+            call._call_strategy_hook(trainer, hook, *self._build_step_args_from_hook_kwargs(given, hook))
             trainer._logger_connector.on_batch_end()
         self.batch_progress.increment_ready()
         self.batch_progress.increment_started()

@@ -270,18 +270,30 @@ def install_sampler(trainer: pl.Trainer, seed: int) -> GlobalBatches | None:
 
     Asked twice is asked once. Several training loaders at a time keep Lightning's own order.
     """
-    connector: Any = trainer._data_connector
-    if "_requires_distributed_sampler" not in vars(connector):
-        connector._requires_distributed_sampler = partial(_requires_sampler, connector._requires_distributed_sampler)
-    fit, validation = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
-    validation.__class__ = EvenEvaluation
-    for loop in (fit, validation):
-        if not isinstance(loop._data_source, _Reordered):
-            loop._data_source = _Reordered(loop._data_source, seed, trainer, training=loop is fit)
+    fit = trainer.fit_loop
+    if not isinstance(fit._data_source, _Reordered):
+        _share_out_once(trainer)
+        fit._data_source = _Reordered(fit._data_source, seed, trainer, training=True)
+    evaluate_evenly(trainer, fit.epoch_loop.val_loop, seed)
     source: Any = fit._data_source
     if source.loaders is None and source.is_defined() and trainer.limit_train_batches != 0:
         source.ask_ahead()
     return source.order
+
+
+def evaluate_evenly(trainer: pl.Trainer, loop: Any, seed: int) -> None:
+    """Have an evaluation loop of the trainer count every sample once, on any number of ranks."""
+    if not isinstance(loop._data_source, _Reordered):
+        _share_out_once(trainer)
+        loop.__class__ = EvenEvaluation
+        loop._data_source = _Reordered(loop._data_source, seed, trainer, training=False)
+
+
+def _share_out_once(trainer: pl.Trainer) -> None:
+    """What is shared out among ranks by us or by itself Lightning does not share out again."""
+    connector: Any = trainer._data_connector
+    if "_requires_distributed_sampler" not in vars(connector):
+        connector._requires_distributed_sampler = partial(_requires_sampler, connector._requires_distributed_sampler)
 
 
 def given_loaders(trainer: pl.Trainer) -> Any:

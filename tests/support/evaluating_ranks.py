@@ -98,6 +98,12 @@ class Counting(pl.LightningModule):
         torch.distributed.all_gather_object(everyone, self.meter.values)
         self.values = [sorted(value for rank in everyone for value in rank[i]) for i in range(len(VALIDATIONS))]
 
+    on_test_epoch_start, test_step, on_test_epoch_end = (
+        on_validation_epoch_start,
+        validation_step,
+        on_validation_epoch_end,
+    )
+
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
@@ -141,6 +147,13 @@ def main(strategy: str, folder: Path, validates: bool) -> None:
         return
     module, data = Counting(), DataLoader(numbers(12), batch_size=2, shuffle=True)
     final = train(strategy, folder / "run", module, data, [make() for make in VALIDATIONS.values()])
+    told, values, mean = module.told, module.values, module.trainer.callback_metrics["mean/dataloader_idx_0"]
+    if strategy == "ddp":
+        for evaluate in (module.trainer.validate, module.trainer.test):
+            module.told = module.values = None
+            evaluate(module, [make() for make in VALIDATIONS.values()], verbose=False)
+            assert module.values == values and [s[::2] for s in module.told] == [s[::2] for s in told]
+            assert module.trainer.callback_metrics["mean/dataloader_idx_0"] == mean
     if os.environ["RANK"] != "0":
         return
     kept, seen = Counting(), {}

@@ -26,7 +26,7 @@ from typing import Any
 MARK = "CHAOS_START"
 LIMIT = 30.0  # seconds from the signal to the end
 TRAIN = [
-    "train", "digits", "techniques=[]", "budget={steps: 1000000}", "tracking={ledger: false}",
+    "train", "digits", "techniques=[]", "goal=null", "budget={steps: 10000000}", "tracking={ledger: false}",
     "checkpoint.every=1 s", "evaluation={every: 20 steps}", "--run-dir",
 ]  # fmt: skip
 

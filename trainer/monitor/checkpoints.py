@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
 from ...callbacks.accounting.account import Account, Upcoming
-from ...callbacks.accounting.clock import MEASURED, Clock
+from ...callbacks.accounting.clock import MEASURED
 from ...callbacks.contract import Technique
-from ..checkpoint.saver import Saver
+from ...callbacks.parameters.buffers import agree_buffers
+from ..checkpoint.saver import Saver, final_problem, save_final_weights
 from .intervals import interval, passed, steps_in
+from .records import Records
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,16 @@ class Outcome:
 
 
 class Checkpoints:
-    """Decides when the `Saver` saves.
+    """Decides when the `Saver` saves, and keeps the whole weights at the end.
 
     Args:
-        every: a duration such as "10 min"; None: at the first and the last step only.
-        keep: how many stay on disk.
+        account: Of this attempt.
+        every: A duration such as "10 min"; None: at the first and the last step only.
+        keep: How many stay on disk.
     """
 
-    def __init__(self, every: str | None, keep: int) -> None:
+    def __init__(self, account: Account, every: str | None, keep: int) -> None:
+        self.account = account
         self.every = interval(every) if every else None
         self.keep = keep
         self.saved_step = self.tried_step = -1  # the newest of this attempt that is on the disk, and that should be
@@ -40,15 +43,18 @@ class Checkpoints:
         self._next = 0.0
         self._techniques: list[Technique] = []
 
-    def open(self, trainer: pl.Trainer, account: Account, root: Path, report: Callable[..., None]) -> None:
-        self.saver = Saver(root, self.keep, account.agreement, report)
+    def open(self, trainer: pl.Trainer, records: Records, about: Callable[[pl.Trainer], dict[str, Any]]) -> None:
+        """The run's home is known. about: facts for the manifest."""
+        self.saver = Saver(records.run_dir / "checkpoints", self.keep, self.account.agreement, records.event)
+        self._records, self._about = records, about
         self._techniques = [c for c in trainer.callbacks if _may_reshape(c)]
 
-    def start(self, clock: Clock) -> None:
-        self._next = passed(clock, self.every) if self.every else 0
+    def start(self) -> None:
+        self._next = passed(self.account.clock, self.every) if self.every else 0
 
-    def due(self, trainer: pl.Trainer, account: Account) -> bool:
+    def due(self, trainer: pl.Trainer) -> bool:
         """After a step, alike on all ranks; an interval of a measured amount passes when rank 0 says so."""
+        account = self.account
         # the last step in these shapes
         last = self._techniques and any(technique.reshapes_next(trainer) for technique in self._techniques)
         ends = trainer.should_stop or account.stopped_by is not None
@@ -62,14 +68,35 @@ class Checkpoints:
         account.spending.mine.save = float(trainer.is_global_zero and over)
         return account.save_requested
 
-    def save(self, trainer: pl.Trainer, module: pl.LightningModule, account: Account, about: dict[str, Any]) -> None:
-        """Save this step. Collective. about: facts for the manifest."""
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Save this step, unless that has been tried. Collective."""
+        account, step = self.account, self.account.clock.step
+        if self.tried_step == step:
+            return
+        account.spending.windows.enter("checkpoint")
+        agree_buffers(module)
+        self._records.sync()
         account.receive(account.agreement.settle())  # the sums of this very step belong to it
-        self.tried_step, account.save_requested, account.spending.mine.save = account.clock.step, False, 0.0
-        self.refusal = self.saver.save(trainer, module, account.clock.step, about) or ""
+        self.tried_step, account.save_requested, account.spending.mine.save = step, False, 0.0
+        self.refusal = self.saver.save(trainer, module, step, self._about(trainer)) or ""
         if not self.refusal:
-            self.saved_step = self.tried_step
-        self.start(account.clock)
+            self.saved_step = step
+        self.start()
+        account.spending.windows.enter("train")
+        account.pause_ends(trainer)
+
+    def keep_weights(self, trainer: pl.Trainer, module: pl.LightningModule, resumed_from: int | None) -> str | None:
+        """Save the last step, and the whole weights in one file; what the disk said against the latter. Collective."""
+        account, step, final = self.account, self.account.clock.step, self._records.run_dir / "final.safetensors"
+        done = resumed_from == step and account.agreement.gather(final_problem(final))[0] is None
+        if done or not step:
+            return None
+        if resumed_from != step:
+            self.save(trainer, module)
+            account.spending.windows.enter("other")
+        self.saver.require_finite(step)
+        agree_buffers(module)
+        return account.agreement.gather(save_final_weights(trainer, module, final))[0]
 
     def outcome(self, step: int, resumed_from: int | None) -> Outcome:
         """For an attempt that began at `resumed_from` and stops after `step`."""
@@ -80,9 +107,9 @@ class Checkpoints:
         said += f"step {newest} is the newest that is saved" if newest else "no step is saved"
         return Outcome(self.saved_step > (resumed_from or 0), said)
 
-    def add_to(self, upcoming: Upcoming, account: Account) -> Upcoming:
+    def add_to(self, upcoming: Upcoming) -> Upcoming:
         """Return the costs to come, with checkpoints."""
-        seconds = self.saver.seconds
+        account, seconds = self.account, self.saver.seconds
         # the final weights take no longer than a checkpoint; the same again for a machine that is slow just then
         account.closing_seconds = 2 * seconds
         upcoming.after_seconds += seconds + account.closing_seconds

@@ -32,7 +32,7 @@ from ...callbacks.parameters.buffers import agree_buffers
 from ...callbacks.parameters.shards import lay_out_plainly
 from ..checkpoint import format as checkpoint
 from ..checkpoint import random_states
-from ..checkpoint.saver import CannotResume, final_problem, no_room, same_samples, save_final_weights
+from ..checkpoint.saver import CannotResume, no_room, same_samples
 from ..ledger import read_summary
 from ..lightning.cut_window import CutWindow
 from .afterwards import Afterwards
@@ -76,7 +76,7 @@ class Monitor(ReshapeListener, pl.Callback):
         self.account.moved, self.account.upcoming = self._moved, self._upcoming
         self.records = records
         self.epochs, self.evaluations = Epochs(), Evaluations()
-        self.checkpoints = Checkpoints(checkpoint_every, keep)
+        self.checkpoints = Checkpoints(self.account, checkpoint_every, keep)
         self.totals = Totals(self.account)
         self.rows = StepRows(self.totals, log_every)
         self.stopping = Stopping(self.account, self.checkpoints, records, self.totals)
@@ -118,11 +118,11 @@ class Monitor(ReshapeListener, pl.Callback):
             self.records.step(account.clock.step, self.rows.row(trainer))
         if self.evaluations.every is not None:
             self.evaluations.plan(trainer, account.clock)
-        if self.checkpoints.due(trainer, account):
+        if self.checkpoints.due(trainer):
             ends = trainer.should_stop or account.stopped_by is not None
             self.epochs.save_waits = not ends and trainer.fit_loop.epoch_loop._num_ready_batches_reached()
             if not self.epochs.save_waits:
-                self._save(trainer, pl_module)
+                self.checkpoints.save(trainer, pl_module)
         if account.stop_requested and not trainer.should_stop and not self.epochs.save_waits:
             raise self.stopping.end(trainer, self.resumed_from)
         account.spending.wait_for_data()
@@ -144,7 +144,7 @@ class Monitor(ReshapeListener, pl.Callback):
         if not self.epochs.save_waits:
             return
         with self.epochs.between(trainer):
-            self._save(trainer, pl_module)
+            self.checkpoints.save(trainer, pl_module)
         if self.account.stop_requested and not trainer.should_stop:
             raise self.stopping.end(trainer, self.resumed_from)
 
@@ -168,7 +168,7 @@ class Monitor(ReshapeListener, pl.Callback):
         self.stopping.request.listen()  # all ranks are connected by now
         forget()
         self.records.open(trainer)
-        self.checkpoints.open(trainer, account, self.records.run_dir / "checkpoints", self.records.event)
+        self.checkpoints.open(trainer, self.records, self._about)
         root = self.checkpoints.saver.root
         if not self.resume and account.agreement.gather(checkpoint.steps(root))[0]:
             raise CannotResume(f"{self.records.run_dir} holds a run: resume it, or choose another run directory")
@@ -208,7 +208,7 @@ class Monitor(ReshapeListener, pl.Callback):
         self.totals.trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         self.records.started(trainer, self.resumed_from, self.strategy, self.totals.so_far())
         self.rows.start()
-        self.checkpoints.start(clock)
+        self.checkpoints.start()
         self.evaluations.start(clock)
         if self._rng is not None:
             random_states.set_rng_state(self._rng)
@@ -225,7 +225,7 @@ class Monitor(ReshapeListener, pl.Callback):
         upcoming = self.account.evaluations_to_come(trainer, every)
         if not self.evaluations.at_end:
             upcoming.after_seconds = 0.0
-        self.checkpoints.add_to(upcoming, self.account)
+        self.checkpoints.add_to(upcoming)
         return self.afterwards.add_to(upcoming, self.account) if self.afterwards is not None else upcoming
 
     def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -233,18 +233,12 @@ class Monitor(ReshapeListener, pl.Callback):
         self.totals.trainable = sum(where.numel for where in shards_of(trainer, pl_module).slices.values())
         self.records.event("reshape", step=self.account.clock.step, trainable=self.totals.trainable)
 
-    def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        windows, step = self.account.spending.windows, self.account.clock.step
-        if self.checkpoints.tried_step == step:
-            return
-        windows.enter("checkpoint")
-        agree_buffers(module)
-        self.records.sync()
-        about = {"seed": self.seed, "global_batch": self.epochs.global_batch, "run": self.records.identity.as_dict()}
-        about["accumulate"] = trainer.accumulate_grad_batches
-        self.checkpoints.save(trainer, module, self.account, about)
-        windows.enter("train")
-        self.account.pause_ends(trainer)
+    def _about(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Of the run, for the manifest of a checkpoint."""
+        return {
+            "seed": self.seed, "global_batch": self.epochs.global_batch, "run": self.records.identity.as_dict(),
+            "accumulate": trainer.accumulate_grad_batches,
+        }  # fmt: skip
 
     # -- evaluation; `trainer.validate` is no part of the run -------------------------------------------------------
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -273,7 +267,7 @@ class Monitor(ReshapeListener, pl.Callback):
             self.evaluations.check_goal(trainer.callback_metrics)
             return
         if account.stop_requested and not trainer.should_stop:
-            self._save(trainer, pl_module)
+            self.checkpoints.save(trainer, pl_module)
             raise self.stopping.end(trainer, self.resumed_from)
         if account.evaluation_cut:
             self.records.evaluation_cut(account.clock.step, account.evaluation.batches)
@@ -285,7 +279,7 @@ class Monitor(ReshapeListener, pl.Callback):
     # -- end --------------------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         (account := self.account).close(trainer)
-        lost = self._keep_weights(trainer, pl_module)
+        lost = self.checkpoints.keep_weights(trainer, pl_module, self.resumed_from)
         if self.afterwards is not None and not lost:
             self.afterwards.act(account, trainer.is_global_zero)
         account.spending.refresh()
@@ -308,20 +302,6 @@ class Monitor(ReshapeListener, pl.Callback):
         summary["problems"] = problems(summary)
         done = self.resumed_from == self.account.clock.step  # nothing was left to do
         return of_finished(summary, read_summary(self.records.run_dir)) if done else summary
-
-    def _keep_weights(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
-        """A checkpoint of the last step, and the whole weights in one file; what the disk said against the latter."""
-        account, step = self.account, self.account.clock.step
-        final = self.records.run_dir / "final.safetensors"
-        done = self.resumed_from == step and account.agreement.gather(final_problem(final))[0] is None
-        if done or not step:
-            return None
-        if self.checkpoints.tried_step != step and self.resumed_from != step:
-            self._save(trainer, module)
-            account.spending.windows.enter("other")
-        self.checkpoints.saver.require_finite(step)
-        agree_buffers(module)
-        return account.agreement.gather(save_final_weights(trainer, module, final))[0]
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.hang.stop()
