@@ -28,7 +28,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_process_group_left():
-    """A training of one rank in this process that fails leaves its group, and the next test would be one of many ranks."""
+    """A failed training in this process leaves its group; the next test would be one of many ranks."""
     yield
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
