@@ -100,6 +100,7 @@ def fit(
         _say_left_out(recipe, left_out)
     if weights is not None:
         task.module.load_state_dict(weights)
+        task.module.frozen_base = None  # type: ignore[assignment]  # these are not the recipe's own
     records = Records(
         run_dir,
         name=recipe.name,

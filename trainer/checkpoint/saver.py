@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,8 +15,7 @@ import torch
 from ... import ShoestringError, __version__
 from ...callbacks.accounting.agreement import Agreement
 from ...exits import FAILURE
-from ...files import replace_file
-from . import changes, state
+from . import base, changes, state
 from . import format as checkpoint
 
 log = logging.getLogger("shoestring")
@@ -69,13 +67,15 @@ class Saver:
         self.not_finite: str | None = None  # what the newest state has that is not finite, so that it was not saved
         self._first: list[str] = []  # what trained when the fit began
         self._settings: dict[str, Any] = {}  # what it was made of
+        self.base: base.FrozenBase | None = None  # what checkpoints of this run leave out
+        self.base_identity: dict[str, Any] | None = None
         self._proven = False  # one checkpoint of this attempt has been read back
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule, step: int, about: dict[str, Any]) -> str | None:
         """Write a checkpoint of `step` on all ranks. Returns why there is none, which is also reported: what the disk
         said against it, or weights that are not finite, which would displace some that are."""
         began = perf_counter()
-        pieces = state.tensors(trainer, module)
+        pieces = state.tensors(trainer, module, self.left_out)
         found = self.agreement.gather(next((name for name, (_, piece) in pieces.items() if _spoilt(name, piece)), None))
         self.not_finite = next((name for name in found if name is not None), None)
         if self.not_finite is not None:
@@ -92,6 +92,8 @@ class Saver:
         if not failed and first:
             files = {name: entry for report in reports for name, entry in report.items()}
             about = {**about, "world_size": trainer.world_size, "version": __version__, "created": time()}
+            if self.base is not None:
+                about["base"] = self.base_identity
             failed = [
                 r for r in [self._attempt(lambda: checkpoint.publish(self.root, step, files, about))] if type(r) is str
             ]
@@ -106,6 +108,11 @@ class Saver:
             checkpoint.prune(self.root, self.keep, step)
         self.report("checkpoint", step=step, seconds_taken=perf_counter() - began)
         return None
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """The frozen weights that are not saved."""
+        return self.base.weights if self.base is not None else frozenset()
 
     def require_finite(self, step: int) -> None:
         """`NotFinite` where the run has come to its end at `step` with weights that could not be saved."""
@@ -154,6 +161,8 @@ class Saver:
     ) -> tuple[dict[str, Any], Any] | None:
         """Resume from the newest intact checkpoint: (its manifest, random states or None). None if there is none."""
         self._first, self._settings = state.trainable(module), changes.settings_of(trainer, module)
+        self.base = base.left_out(trainer, module)
+        self.base_identity = base.agreed_identity(base.of_module(module), trainer, self.agreement)
         unusable: dict[int, str] = {}
         while True:
             choice: Any = None
@@ -170,6 +179,10 @@ class Saver:
             if name is None:
                 return None
             folder = self.root / name
+            manifest = checkpoint.read_manifest(folder)
+            base.require(manifest.get("base"), self.base_identity, folder)
+            if "base" not in manifest:
+                self.base = None  # it holds weights of its own, which may be others
             before = checkpoint.read_state(folder / "state.pt")["settings"]
             changed = changes.check(before, self._settings, accept_changes)
             found = None
@@ -188,7 +201,7 @@ class Saver:
         changes.apply(trainer, before, self._settings)
         if changed and trainer.is_global_zero:
             log.warning("resumed with changes, which act from here on: %s", "; ".join(changed))
-        return checkpoint.read_manifest(folder), rng
+        return manifest, rng
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
         """The result of `action`, or what the disk said against it."""
@@ -210,51 +223,3 @@ def _spoilt(name: str, tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or kind not in ("master", "optimizer", "buffer"):
         return False
     return bool((tensor.isnan() if kind == "buffer" else ~tensor.isfinite()).any())
-
-
-def save_final_weights(trainer: pl.Trainer, module: pl.LightningModule, path: Path) -> str | None:
-    """Write the whole model, every weight in its own shape, to one safetensors file. Collective; rank 0 writes.
-
-    Beside it a `.json` keeps its size and sha256. Returns what the disk said against it, on rank 0.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    from ...callbacks.parameters.accessor import shards_anew
-
-    shards = shards_anew(trainer, module)
-    whole: dict[str, torch.Tensor] = {}
-    first = trainer.global_rank == 0
-    for name in shards.slices:
-        tensor = shards.whole(name)
-        if first:
-            whole[name] = tensor.detach().to("cpu").contiguous().clone()
-    if not getattr(module, "reloads_frozen_weights", False):
-        for name, (where, view) in shards.frozen().items():
-            tensor = view.view(where.shape) if where.length == where.numel else shards.gather_slice(where, view)
-            if first:
-                whole[name] = tensor.detach().to("cpu").contiguous().clone()
-    if first:
-        for name, buffer in module.named_buffers():
-            whole[name] = buffer.detach().to("cpu").contiguous().clone()
-        partial = path.with_suffix(".writing")
-        try:
-            save_file(whole, partial)
-            entry = checkpoint.entry_of(partial)
-            partial.rename(path)
-            replace_file(path.with_suffix(".json"), json.dumps(entry))
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            return str(error)
-    return None
-
-
-def final_problem(path: Path) -> str | None:
-    """What is wrong with final weights, going by the `.json` beside them; None where they are as they were written."""
-    try:
-        entry = json.loads(path.with_suffix(".json").read_bytes())
-        return checkpoint.changed(path, {"bytes": entry["bytes"], "sha256": entry["sha256"]})
-    except FileNotFoundError:  # put there by somebody else
-        return None if path.is_file() else f"{path.name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{path.with_suffix('.json').name} cannot be read ({error!r})"

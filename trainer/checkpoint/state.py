@@ -81,9 +81,11 @@ def rank_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
     }
 
 
-def tensors(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, tuple[Piece, torch.Tensor]]:
+def tensors(
+    trainer: pl.Trainer, module: pl.LightningModule, left_out: frozenset[str] = frozenset()
+) -> dict[str, tuple[Piece, torch.Tensor]]:
     """This rank's slices: master/, optimizer/<state>/, technique/<name>/<state>/, table/<technique>/, frozen/, and rank
-    0's buffer/. Collective where a technique has tables."""
+    0's buffer/. Collective where a technique has tables. left_out: frozen weights that are not to be held."""
     shards = shards_anew(trainer, module)
     pieces: dict[str, tuple[Piece, torch.Tensor]] = {}
     first = trainer.global_rank == 0
@@ -103,10 +105,9 @@ def tensors(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, tuple[
     for technique, name, table in _tables(trainer):
         if len(piece := table.share()):
             pieces[f"table/{technique}/{name}"] = Piece(table.offset, len(piece), (table.count,)), piece
-    if not getattr(module, "reloads_frozen_weights", False):
-        for name, (where, view) in shards.frozen().items():
-            if (first or where.length != where.numel) and where.length:
-                pieces[f"frozen/{name}"] = _piece(where, view)
+    for name, (where, view) in shards.frozen().items():
+        if name not in left_out and (first or where.length != where.numel) and where.length:
+            pieces[f"frozen/{name}"] = _piece(where, view)
     if first:
         for name, buffer in module.named_buffers():
             whole = Slice(0, buffer.numel(), buffer.shape)

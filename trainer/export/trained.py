@@ -129,19 +129,24 @@ def rebuilt(recipe: Recipe, run_dir: Path, run_id: str = "", task: Task | None =
     from safetensors.torch import load_file
 
     from ...callbacks.compression.factors import merged_state, ranks_in
-    from ..checkpoint.saver import final_problem
+    from ..checkpoint import base
+    from ..checkpoint.final_weights import base_of_final, final_problem
     from ..tasks import build_task
     from .trained_rounding import trained_rounding
 
     task = build_task(recipe, workdir=run_dir, prepared=task.prepared if task is not None else None)
     _reshape(task.module, recipe, run_dir)
+    outside = base_of_final(run_dir / WEIGHTS)
+    again = base.of_module(task.module)
+    base.require(outside, again.identity if again is not None else None, run_dir / WEIGHTS)
     try:
         saved = load_file(run_dir / WEIGHTS)
     except SafetensorError as error:
         raise _damaged(run_dir, str(error)) from None
     factored = bool(ranks_in(task.module, saved))
     weights = merged_state(task.module, saved)  # others read plain layers
-    _load(task.module, weights, run_dir / WEIGHTS)
+    left_out = again.weights if outside is not None and again is not None else frozenset()
+    _load(task.module, weights, run_dir / WEIGHTS, left_out)
     if problem := final_problem(run_dir / WEIGHTS):
         raise _damaged(run_dir, problem)
     # what was rounded are the factors, and their product is on no grid
@@ -177,24 +182,24 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def _load(module: nn.Module, weights: dict[str, Any], path: Path) -> None:
+def _load(module: nn.Module, weights: dict[str, Any], path: Path, left_out: frozenset[str]) -> None:
     try:
         mismatch = module.load_state_dict(weights, strict=False)  # tied weights are stored once
     except RuntimeError as error:
         raise CannotExport(f"{path} does not fit the model of the recipe: {_second_line(str(error))}") from None
     buffers = {name for name, _ in module.named_buffers()}  # also those that a state dict leaves out
     strange = set(mismatch.unexpected_keys) - buffers
-    absent = [] if getattr(module, "reloads_frozen_weights", False) else _absent(module, mismatch.missing_keys, weights)
+    absent = _absent(module, set(mismatch.missing_keys) - left_out, weights, left_out)
     if strange or absent:
         raise CannotExport(
             f"{path} does not fit the model of the recipe: {_some('lacks', absent)}{_some('has', sorted(strange))}."
         )
 
 
-def _absent(module: nn.Module, missing: Iterable[str], weights: dict[str, Any]) -> list[str]:
+def _absent(module: nn.Module, missing: Iterable[str], weights: dict[str, Any], left_out: frozenset[str]) -> list[str]:
     """Missing names but for those that are another name of a weight that is there."""
     aliases = dict(module.named_parameters(remove_duplicate=False))
-    loaded = {id(parameter) for name, parameter in aliases.items() if name in weights}
+    loaded = {id(parameter) for name, parameter in aliases.items() if name in weights or name in left_out}
     return [name for name in missing if id(aliases.get(name)) not in loaded]
 
 

@@ -12,7 +12,8 @@ from ...callbacks.accounting.account import Account, Upcoming
 from ...callbacks.accounting.clock import MEASURED
 from ...callbacks.contract import Technique
 from ...callbacks.parameters.buffers import agree_buffers
-from ..checkpoint.saver import Saver, final_problem, save_final_weights
+from ..checkpoint.final_weights import final_problem, save_final_weights
+from ..checkpoint.saver import Saver
 from .intervals import interval, passed, steps_in
 from .records import Records
 
@@ -96,7 +97,9 @@ class Checkpoints:
             account.spending.windows.enter("other")
         self.saver.require_finite(step)
         agree_buffers(module)
-        return account.agreement.gather(save_final_weights(trainer, module, final))[0]
+        saver = self.saver
+        refusal = save_final_weights(trainer, module, final, saver.left_out, saver.base_identity)
+        return account.agreement.gather(refusal)[0]
 
     def outcome(self, step: int, resumed_from: int | None) -> Outcome:
         """For an attempt that began at `resumed_from` and stops after `step`."""

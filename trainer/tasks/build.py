@@ -17,6 +17,7 @@ from .cache import cache_root
 from .classify import Classifier
 from .custom import call_code
 from .errors import TaskError, unknown
+from .frozen import frozen_base, places
 from .images import build_image_model
 from .language import CausalLM
 from .lora import add_adapter
@@ -27,6 +28,7 @@ from .tokenizers import framing, kept_tokenizer
 
 if TYPE_CHECKING:
     from ...recipes import Recipe
+    from ..checkpoint.base import FrozenBase
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,18 @@ def _build(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> Task:
 
 
 def _language(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[pl.LightningModule, dict[str, Any]]:
-    model = _hub_model(recipe, data, dtype)
+    model, base = _hub_model(recipe, data, dtype)
     opening = [] if data.tokenizer is None else framing(data.tokenizer, packed=recipe.data.pack)[0]
     module = CausalLM(model, recipe.optimizer, isolated=data.isolated, opening=tuple(opening))
+    module.frozen_base = base
     return module, {"model_type": model.config.model_type}
 
 
 def _sequences(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[pl.LightningModule, dict[str, Any]]:
-    classes, model = _classes(data), _hub_model(recipe, data, dtype)
-    return Classifier(model, recipe.optimizer, classes), {"model_type": model.config.model_type}
+    classes, (model, base) = _classes(data), _hub_model(recipe, data, dtype)
+    module = Classifier(model, recipe.optimizer, classes)
+    module.frozen_base = base
+    return module, {"model_type": model.config.model_type}
 
 
 def _images(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[pl.LightningModule, dict[str, Any]]:
@@ -167,8 +172,8 @@ def _classes(data: Prepared) -> Sequence[str]:
     return data.classes
 
 
-def _hub_model(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> Any:
-    """The Hugging Face model of a text task, with its adapter."""
+def _hub_model(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[Any, FrozenBase | None]:
+    """The Hugging Face model of a text task, with its adapter, and what need not be saved of it."""
     model: Any = build_model(
         recipe.model,
         recipe.model.task,
@@ -177,4 +182,8 @@ def _hub_model(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> Any
         classes=data.classes,
         dtype=dtype,
     )
-    return add_adapter(model, recipe.model.adapter, recipe.model.task) if recipe.model.adapter else model
+    if recipe.model.adapter is None:
+        return model, None
+    before = places(model)
+    adapted = add_adapter(model, recipe.model.adapter, recipe.model.task)
+    return adapted, frozen_base(recipe, adapted, before)

@@ -91,7 +91,10 @@ def _pretrained(name: str, task: str, labels: dict[str, Any], dtype: torch.dtype
             raise TaskError(f"model.name {name!r} is a {config.model_type}, which transformers has no {task} form of.")
         settings = {**labels, **_direction(task, vars(config))}
         with _quietly():
-            return _with_sdpa(_auto_class(task).from_pretrained, name, dtype=dtype or torch.float32, **settings)
+            load, settings = _auto_class(task).from_pretrained, {**settings, "output_loading_info": True}
+            model, found = _with_sdpa(load, name, dtype=dtype or torch.float32, **settings)
+        model.drawn_weights = frozenset(found["missing_keys"])  # a new head: no file gives it again
+        return model  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
         raise TaskError(f"model.name: cannot load {name!r}: {str(error).splitlines()[0]}") from error
 

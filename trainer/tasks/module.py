@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
 
 from ...callbacks.forward.training_step import LOSS_WEIGHT, SAMPLE_WEIGHTS
 from .optimizers import build_optimizer
+
+if TYPE_CHECKING:
+    from ..checkpoint.base import FrozenBase
 
 Batch = dict[str, torch.Tensor]
 
@@ -18,7 +21,11 @@ class TaskModule(pl.LightningModule):
 
     model: called with a batch's tensors by name. optimizer: the recipe's optimizer section. `configure_optimizers`
     returns the optimizer alone: the learning rate is driven from outside, by the budget's clock.
+
+    frozen_base: weights that checkpoints need not hold.
     """
+
+    frozen_base: FrozenBase | None = None
 
     def __init__(self, model: torch.nn.Module, optimizer: Any) -> None:
         super().__init__()

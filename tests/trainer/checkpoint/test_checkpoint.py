@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from shoestring.trainer import Budget, Trainer
 from shoestring.trainer.checkpoint import format as checkpoint
+from shoestring.trainer.checkpoint.final_weights import final_problem
 from shoestring.trainer.checkpoint.format import DamagedCheckpoint, Piece
-from shoestring.trainer.checkpoint.saver import CannotSave, final_problem
+from shoestring.trainer.checkpoint.saver import CannotSave
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

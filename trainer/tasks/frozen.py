@@ -1,0 +1,61 @@
+"""Which weights of an adapted model need not be saved: those that its files, or its seed, give again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..checkpoint.base import FrozenBase, digest_of_files, digest_of_tensors
+from .carried import resolve_name
+from .paths import model_folder
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...recipes import Recipe
+
+_FORMATS = ("*.safetensors", "*.bin")  # transformers takes the first that is there
+
+
+def places(model: nn.Module) -> dict[int, int]:
+    """Where the weights of a model that has just been built are: parameter -> memory.
+
+    Those that the files of a pretrained model do not have were drawn anew and are left out.
+    """
+    drawn: frozenset[str] = getattr(model, "drawn_weights", frozenset())
+    return {id(p): p.data_ptr() for name, p in model.named_parameters() if name not in drawn}
+
+
+def frozen_base(recipe: Recipe, adapted: nn.Module, before: Mapping[int, int]) -> FrozenBase | None:
+    """The base of a model with an adapter, in a LightningModule that calls it `model`; None where it cannot be had.
+
+    before: the model's `places` when it had no adapter. A weight that the adapter has since replaced, as starts that
+    take it apart do, is none of the base.
+    """
+    kept = {
+        f"model.{name}": p
+        for name, p in adapted.named_parameters()
+        if not p.requires_grad and before.get(id(p)) == p.data_ptr()
+    }
+    size = sum(p.nbytes for p in kept.values())
+    if recipe.model.name is None:
+        digest = digest_of_tensors(kept)
+        return FrozenBase(f"model.config with seed {recipe.seed}", frozenset(kept), size, lambda: digest)
+    files = weight_files(model_folder(resolve_name(recipe.model.name), "model.name"))
+    if not files:
+        return None
+    return FrozenBase(recipe.model.name, frozenset(kept), size, lambda: digest_of_files(files))
+
+
+def weight_files(name: str) -> list[Path]:
+    """The files with the weights of a model folder, or of a hub id that has been downloaded."""
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except (OSError, ValueError):  # of another kind of cache
+            return []
+    return next((files for pattern in _FORMATS if (files := sorted(folder.glob(pattern)))), [])
