@@ -247,7 +247,9 @@ class Trainer(pl.Trainer):
         state = None
         if self.is_global_zero and self.monitor.resume and self.records.given is not None:
             with suppress(checkpoint.DamagedCheckpoint):  # the monitor reports it, on all ranks
-                folder, _ = checkpoint.newest_intact(Path(self.records.given) / "checkpoints", check)
+                root = Path(self.records.given) / "checkpoints"
+                checkpoint.complete_interrupted(root)  # or it would be resumed in shapes that are not its own
+                folder, _ = checkpoint.newest_intact(root, check)
                 state = checkpoint.read_state(folder / "state.pt")["callbacks"].get(key) if folder else None
         return self.strategy.broadcast(state)
 

@@ -66,6 +66,7 @@ class Account:
         self.stopped_by: str | None = None
         self.stop_requested = False  # some rank has been asked to stop, and all ranks know it
         self.save_requested = False  # rank 0 wants a checkpoint, and all ranks know it
+        self.all_written = False  # every rank has written its part of the checkpoint under way
         self.evaluation_cut = False  # the budget has ended the evaluation
         self.closing_seconds = 0.0  # of what comes after the final evaluation
         self.nonfinite_steps = 0  # of this attempt, on any rank
@@ -80,7 +81,7 @@ class Account:
         """An attempt begins: what is spent from here on is its own."""
         self.spending.begin(startup_seconds)
         self.stopped_by = None
-        self.stop_requested = self.save_requested = self.evaluation_cut = False
+        self.stop_requested = self.save_requested = self.evaluation_cut = self.all_written = False
         self._first = True
 
     def open(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -179,6 +180,7 @@ class Account:
             self.horizon.follow(total.horizon)
         self.stop_requested = self.stop_requested or total.stop > 0
         self.save_requested = self.save_requested or total.save > 0
+        self.all_written = total.written >= self.agreement.world_size
         self.nonfinite_steps += total.nonfinite > 0
 
     # -- pauses -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ class Tally:
         save: 1 from rank 0 where a checkpoint is due by a measured amount, such as time.
         horizon: from rank 0, a new last step of the run; 0 leaves it.
         exhausted: 1 from rank 0 where the budget is, in the middle of an evaluation.
+        written: 1 where this rank has written its part of the checkpoint under way.
         nonfinite: 1 where this rank's loss, or the gradients, of the step were not finite.
     """
 
@@ -33,13 +34,14 @@ class Tally:
     horizon: float = 0.0
     exhausted: float = 0.0
     nonfinite: float = 0.0
+    written: float = 0.0
 
     def as_list(self) -> list[float]:
         return [getattr(self, name) for name in FIELDS]
 
     def clear_requests(self) -> None:
         """Leave the totals; nothing is asked for any more."""
-        self.stop = self.save = self.horizon = self.exhausted = self.nonfinite = 0.0
+        self.stop = self.save = self.horizon = self.exhausted = self.nonfinite = self.written = 0.0
 
 
 FIELDS = tuple(field.name for field in fields(Tally))

@@ -80,7 +80,8 @@ def test_killed_and_given_again_ends_bit_for_bit(strategy, world, group, tmp_pat
     succeed(*command, world=world, folder=tmp_path)
     (resume,) = events(tmp_path / "broken", "resume")
     said = f"{mishap}\n{last_words(tmp_path)}"
-    assert resume["step"] == max(1, mishap["step"] // train_script.EVERY * train_script.EVERY), said
+    newest = max(1, mishap["step"] // train_script.EVERY * train_script.EVERY)
+    assert resume["step"] in (newest, max(1, newest - train_script.EVERY)), said  # the newest may not be whole yet
     assert fingerprint(final(tmp_path / "broken")) == fingerprint(final(tmp_path / "whole")), said
 
 

@@ -12,6 +12,7 @@ import torch
 
 from ...files import replace_file
 from . import format as checkpoint
+from .hashed_files import safetensors_parts, write_hashed
 
 
 def save_final_weights(
@@ -26,9 +27,6 @@ def save_final_weights(
     Beside it a `.json` keeps its size and sha256. base: frozen weights that are not to be held, for they are loaded
     again; base_identity: what they are, for the `.json`. Returns what the disk said against it, on rank 0.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     from ...callbacks.parameters.accessor import shards_anew
 
     shards = shards_anew(trainer, module)
@@ -49,12 +47,11 @@ def save_final_weights(
             whole[name] = buffer.detach().to("cpu").contiguous().clone()
         partial = path.with_suffix(".writing")
         try:
-            save_file(whole, partial)
-            entry = checkpoint.entry_of(partial)
+            entry = write_hashed(partial, safetensors_parts(whole))
             about = {"base": base_identity} if base else {}
             partial.rename(path)
             replace_file(path.with_suffix(".json"), json.dumps({**entry, **about}))
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             partial.unlink(missing_ok=True)
             return str(error)
     return None

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,12 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 from ... import ShoestringError
 from ...files import replace_file, sync_directory
+from .hashed_files import safetensors_parts, write_hashed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+_NOTE = "written-"
 _SEAL = ',\n "sha256": "'  # before the digest of all that precedes it in the manifest
 
 
@@ -55,27 +56,67 @@ def working_directory(root: Path, step: int) -> Path:
 
 def write_rank(folder: Path, rank: int, state: Mapping[str, Any], tensors: Mapping[str, tuple[Piece, Tensor]]) -> dict:
     """Write one rank's files into the working directory; returns {file: {"bytes", "sha256"}}."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    written = [folder / f"rank-{rank:05d}.pt"]
-    _save(state, written[0])
-    if tensors:
-        written.append(folder / f"tensors-{rank:05d}.safetensors")
-        pieces = {key: [p.offset, p.length, list(p.shape)] for key, (p, _) in tensors.items()}
-        flat = {key: t.detach().to("cpu").contiguous().clone() for key, (_, t) in tensors.items()}
-        try:
-            save_file(flat, written[1], metadata={"pieces": json.dumps(pieces)})
-        except SafetensorError as error:  # how it wraps what the disk says
-            raise OSError(str(error)) from None
-    return {path.name: entry_of(path) for path in written}
+    return {**write_states(folder, {rank_file(rank): packed(state)}), **write_tensors(folder, rank, tensors)}
 
 
 def write_common(folder: Path, state: Mapping[str, Any]) -> dict:
     """Write rank 0's `state.pt`; returns its manifest entry."""
-    path = folder / "state.pt"
-    _save(state, path)
-    return {path.name: entry_of(path)}
+    return write_states(folder, {"state.pt": packed(state)})
+
+
+def write_states(folder: Path, states: Mapping[str, bytes]) -> dict[str, Any]:
+    """Write small files; returns their manifest entries."""
+    return {name: write_hashed(folder / name, [content]) for name, content in states.items()}
+
+
+def write_tensors(folder: Path, rank: int, tensors: Mapping[str, tuple[Piece, Tensor]]) -> dict[str, Any]:
+    """Write what a rank holds of tensors, on the host; returns the manifest entry, empty where it has none."""
+    if not tensors:
+        return {}
+    name = f"tensors-{rank:05d}.safetensors"
+    pieces = {key: [p.offset, p.length, list(p.shape)] for key, (p, _) in tensors.items()}
+    parts = safetensors_parts({key: t for key, (_, t) in tensors.items()}, {"pieces": json.dumps(pieces)})
+    return {name: write_hashed(folder / name, parts)}
+
+
+def packed(state: Mapping[str, Any]) -> bytes:
+    """A state as the content of a `.pt` file."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getvalue()
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.pt"
+
+
+def write_note(folder: Path, rank: int, files: Mapping[str, Any], about: Mapping[str, Any] | None) -> None:
+    """Say in the working directory that a rank has written its `files`; rank 0 adds what the manifest says `about`."""
+    replace_file(folder / f"{_NOTE}{rank:05d}.json", json.dumps({"files": dict(files), "about": about}))
+
+
+def complete_interrupted(root: Path) -> int | None:
+    """Publish what all ranks had written when they were killed or failed; the step, or None where there is nothing.
+
+    It is verified like any other before it is used.
+    """
+    folder = max(root.glob(".writing-*"), default=None)
+    try:
+        if folder is None:
+            return None
+        step = int(folder.name.rpartition("-")[2])
+        about = json.loads((folder / f"{_NOTE}{0:05d}.json").read_bytes())["about"]
+        files: dict[str, Any] = {}
+        for rank in range(about["world_size"]):
+            files |= json.loads((folder / f"{_NOTE}{rank:05d}.json").read_bytes())["files"]
+        if not (published := steps(root)) or step <= published[-1]:
+            return None
+        publish(root, step, files, about)
+        return step
+    except (OSError, ValueError, KeyError, TypeError):  # some rank had not come to its end
+        return None
 
 
 def publish(root: Path, step: int, files: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
@@ -88,6 +129,8 @@ def publish(root: Path, step: int, files: Mapping[str, Any], about: Mapping[str,
     folder.rename(final)
     sync_directory(root)
     replace_file(root / "latest", final.name)
+    for note in final.glob(f"{_NOTE}*"):
+        note.unlink()
     return final
 
 
@@ -137,22 +180,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{folder}: manifest.json cannot be read ({error!r})") from None
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of an intact checkpoint; raises `DamagedCheckpoint` naming the first file that is not as written."""
+def verify(folder: Path, hashes: bool = True) -> dict[str, Any]:
+    """The manifest of an intact checkpoint; raises `DamagedCheckpoint` naming the first file that is not as written.
+
+    hashes: read the files; else only their sizes are compared.
+    """
     manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
-        if problem := changed(folder / name, entry):
+        if problem := changed(folder / name, entry, hashes):
             raise DamagedCheckpoint(f"{folder}: {problem}")
     return manifest
 
 
-def changed(path: Path, entry: Mapping[str, Any]) -> str | None:
+def changed(path: Path, entry: Mapping[str, Any], hashes: bool = True) -> str | None:
     """What is wrong with a file that was written with these "bytes" and "sha256"; None where it is as it was."""
     if not path.is_file():
         return f"{path.name} is missing"
     if path.stat().st_size != entry["bytes"]:
         return f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-    if _sha256(path) != entry["sha256"]:
+    if hashes and _sha256(path) != entry["sha256"]:
         return f"the content of {path.name} has changed since it was written"
     return None
 
@@ -242,19 +288,8 @@ class Pieces:
 
 
 # -- small steps ---------------------------------------------------------------------------------------------------
-def _save(state: Mapping[str, Any], path: Path) -> None:
-    """By way of memory: torch's own writer hides what the disk says, and these files are small."""
-    import torch
-
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    path.write_bytes(buffer.getbuffer())
-
-
 def entry_of(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file, which is on the disk by then."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    """What a manifest says of a file that is there."""
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 

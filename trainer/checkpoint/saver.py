@@ -10,13 +10,13 @@ from time import perf_counter, time
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 
 from ... import ShoestringError, __version__
 from ...callbacks.accounting.agreement import Agreement
 from ...exits import FAILURE
 from . import base, changes, state
 from . import format as checkpoint
+from .snapshot import Snapshot, Writing
 
 log = logging.getLogger("shoestring")
 
@@ -69,45 +69,84 @@ class Saver:
         self._settings: dict[str, Any] = {}  # what it was made of
         self.base: base.FrozenBase | None = None  # what checkpoints of this run leave out
         self.base_identity: dict[str, Any] | None = None
+        self._snapshot = Snapshot()
+        self._writing: Writing | None = None  # the checkpoint that has begun
+        self._step = -1  # whose it is
         self._proven = False  # one checkpoint of this attempt has been read back
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing more to write of the checkpoint that `begin` has begun."""
+        return self._writing is not None and not self._writing.is_alive()
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule, step: int, about: dict[str, Any]) -> str | None:
         """Write a checkpoint of `step` on all ranks. Returns why there is none, which is also reported: what the disk
         said against it, or weights that are not finite, which would displace some that are."""
         began = perf_counter()
-        pieces = state.tensors(trainer, module, self.left_out)
-        found = self.agreement.gather(next((name for name, (_, piece) in pieces.items() if _spoilt(name, piece)), None))
-        self.not_finite = next((name for name in found if name is not None), None)
-        if self.not_finite is not None:
-            return self._refused(step, f"{self.not_finite} is not finite", trainer.global_rank == 0)
+        refused = self.begin(trainer, module, step, about)
+        if refused is None:
+            refused = self.complete(trainer)
+        if refused is None:
+            self.seconds = max(self.seconds, perf_counter() - began)
+        return refused
+
+    def begin(self, trainer: pl.Trainer, module: pl.LightningModule, step: int, about: dict[str, Any]) -> str | None:
+        """Copy the state of `step` on all ranks; a thread of each writes it. `complete` must follow before the next.
+
+        Returns what the disk said against it, which is also reported.
+        """
+        rank = trainer.global_rank
         folder = checkpoint.working_directory(self.root, step)
-        first = trainer.global_rank == 0
-        if first:
-            checkpoint.clear_leftovers(self.root)
-        refused = self._agree(self._attempt(lambda: folder.mkdir(parents=True) if first else None))[0]
-        reports = (
-            [refused] if refused else self._agree(self._attempt(lambda: self._write(trainer, module, folder, pieces)))
-        )
-        failed = [r for r in reports if isinstance(r, str)]
-        if not failed and first:
-            files = {name: entry for report in reports for name, entry in report.items()}
-            about = {**about, "world_size": trainer.world_size, "version": __version__, "created": time()}
-            if self.base is not None:
-                about["base"] = self.base_identity
-            failed = [
-                r for r in [self._attempt(lambda: checkpoint.publish(self.root, step, files, about))] if type(r) is str
-            ]
-        failed = self.agreement.gather(failed)[0]
-        if failed:
+        refused = self._agree(self._attempt(lambda: self._make_room(folder) if rank == 0 else None))[0]
+        if refused:
+            return self._refused(step, refused, rank == 0)
+        about = {**about, "world_size": trainer.world_size, "version": __version__, "created": time()}
+        if self.base is not None:
+            about["base"] = self.base_identity
+        states = {checkpoint.rank_file(rank): checkpoint.packed(state.rank_state(trainer, module))}
+        common = state.common_state(trainer, module, self._first, self._settings)
+        if rank == 0:
+            states["state.pt"] = checkpoint.packed(common)
+        pieces = self._snapshot.take(state.tensors(trainer, module, self.left_out))
+        self._writing, self._step = Writing(folder, rank, states, pieces, about if rank == 0 else None), step
+        return None
+
+    def complete(self, trainer: pl.Trainer) -> str | None:
+        """Wait for what every rank writes, and make it one checkpoint. Collective. Returns as `save` does."""
+        writing, step, first = self._writing, self._step, trainer.global_rank == 0
+        assert writing is not None
+        reports = self._agree(writing.finish())
+        self._writing = None
+        self.not_finite = next((r["not_finite"] for r in reports if r["not_finite"]), None)
+        reason = f"{self.not_finite} is not finite" if self.not_finite else None
+        reason = reason or next((r["refusal"] for r in reports if r["refusal"]), None)
+        if reason is None:
+            reason = self._agree(self._attempt(lambda: self._publish(writing, reports)) if first else None)[0]
+        if reason is not None:
             if first:
-                shutil.rmtree(folder, ignore_errors=True)
-            return self._refused(step, failed[0], first)
-        self.seconds = max(self.seconds, perf_counter() - began)
+                shutil.rmtree(writing.folder, ignore_errors=True)
+            return self._refused(step, reason, first)
         self._prove(step, first)
         if first:
             checkpoint.prune(self.root, self.keep, step)
-        self.report("checkpoint", step=step, seconds_taken=perf_counter() - began)
+        self.report("checkpoint", step=step, seconds_taken=perf_counter() - writing.began)
         return None
+
+    def abandon(self) -> None:
+        """The fit fails while a checkpoint is being written: wait for this rank's part, and publish what is whole."""
+        if self._writing is not None:
+            self._writing.join()
+            if self._writing.rank == 0:
+                checkpoint.complete_interrupted(self.root)
+            self._writing = None
+
+    def _make_room(self, folder: Path) -> None:
+        checkpoint.clear_leftovers(self.root)
+        folder.mkdir(parents=True)
+
+    def _publish(self, writing: Writing, reports: list[dict[str, Any]]) -> None:
+        files = {name: entry for report in reports for name, entry in report["files"].items()}
+        checkpoint.publish(self.root, self._step, files, writing.about or {})
 
     @property
     def left_out(self) -> frozenset[str]:
@@ -128,15 +167,6 @@ class Saver:
         say("no checkpoint of step %d in %s: %s. Earlier ones are kept.", step, self.root, reason)
         return reason
 
-    def _write(
-        self, trainer: pl.Trainer, module: pl.LightningModule, folder: Path, pieces: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        rank = trainer.global_rank
-        common = state.common_state(trainer, module, self._first, self._settings)
-        files = checkpoint.write_common(folder, common) if rank == 0 else {}
-        mine = checkpoint.write_rank(folder, rank, state.rank_state(trainer, module), pieces)
-        return {**files, **mine}
-
     def _prove(self, step: int, first: bool) -> None:
         """Read the first checkpoint of an attempt back: what cannot be loaded must fail now, not after the money."""
         if self._proven:
@@ -146,7 +176,7 @@ class Saver:
         if first:
             folder = self.root / f"{step:09d}"
             try:
-                state.check(folder)
+                state.check(folder, hashes=False)  # each rank has hashed what it wrote
             except Exception as error:
                 problem = f"the checkpoint of step {step} cannot be read back: {error}"
                 shutil.rmtree(folder)  # or the next attempt would stumble over it
@@ -168,6 +198,7 @@ class Saver:
             choice: Any = None
             if trainer.global_rank == 0:
                 try:
+                    checkpoint.complete_interrupted(self.root)
                     folder, problems = checkpoint.newest_intact(self.root, state.check, unusable)
                     choice = (folder and folder.name, problems)
                 except checkpoint.DamagedCheckpoint as error:
@@ -212,14 +243,3 @@ class Saver:
 
     def _agree(self, outcome: Any) -> list[Any]:
         return self.agreement.gather(outcome)
-
-
-def _spoilt(name: str, tensor: torch.Tensor) -> bool:
-    """Whether a piece of a checkpoint is a weight or a moment that is not finite, or a buffer with a NaN.
-
-    Buffers hold infinities on purpose, as attention masks do; what techniques keep is theirs to judge.
-    """
-    kind = name.partition("/")[0]
-    if not tensor.is_floating_point() or kind not in ("master", "optimizer", "buffer"):
-        return False
-    return bool((tensor.isnan() if kind == "buffer" else ~tensor.isfinite()).any())

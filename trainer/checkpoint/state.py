@@ -115,9 +115,9 @@ def tensors(
     return pieces
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, hashes: bool = True) -> None:
     """`DamagedCheckpoint` where a checkpoint is not as it was written, or lacks a part that `restore` puts back."""
-    manifest = checkpoint.verify(folder)
+    manifest = checkpoint.verify(folder, hashes)
     for name in ("state.pt", *(f"rank-{rank:05d}.pt" for rank in range(manifest["world_size"]))):
         if name not in manifest["files"]:
             raise checkpoint.DamagedCheckpoint(f"{folder}: {name} is not in the manifest")

@@ -41,6 +41,8 @@ class Checkpoints:
         self.keep = keep
         self.saved_step = self.tried_step = -1  # the newest of this attempt that is on the disk, and that should be
         self.refusal = ""  # what the disk said against the newest
+        self.under_way = False  # the newest is being written while training goes on
+        self._stall = 0.0  # the longest that one has held training up
         self._next = 0.0
         self._techniques: list[Technique] = []
 
@@ -56,10 +58,7 @@ class Checkpoints:
     def due(self, trainer: pl.Trainer) -> bool:
         """After a step, alike on all ranks; an interval of a measured amount passes when rank 0 says so."""
         account = self.account
-        # the last step in these shapes
-        last = self._techniques and any(technique.reshapes_next(trainer) for technique in self._techniques)
-        ends = trainer.should_stop or account.stopped_by is not None
-        if self.tried_step < 0 or ends or account.stop_requested or last:
+        if self._waits(trainer):
             return True
         if self.every is None:
             return False
@@ -69,22 +68,72 @@ class Checkpoints:
         account.spending.mine.save = float(trainer.is_global_zero and over)
         return account.save_requested
 
-    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Save this step, unless that has been tried. Collective."""
+    def _waits(self, trainer: pl.Trainer) -> bool:
+        """Whether what is saved after this step must be on the disk before anything else happens: the first of an
+        attempt, which proves that it can be saved; the last; and what is saved on request."""
+        ends = trainer.should_stop or self.account.stopped_by is not None
+        # the last step in these shapes
+        last = bool(self._techniques) and any(technique.reshapes_next(trainer) for technique in self._techniques)
+        return self.tried_step < 0 or ends or self.account.stop_requested or last
+
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule, wait: bool = False) -> None:
+        """Save this step, unless that has been tried. Collective.
+
+        wait: until it is published, which is also done where it must be; else it is written while training goes on.
+        """
         account, step = self.account, self.account.clock.step
+        wait = wait or self._waits(trainer)
         if self.tried_step == step:
+            if wait and self.under_way:
+                self.complete(trainer)
             return
-        account.spending.windows.enter("checkpoint")
+        began = account.spending.windows.enter("checkpoint")
+        self._complete(trainer)
         agree_buffers(module)
         self._records.sync()
         account.receive(account.agreement.settle())  # the sums of this very step belong to it
         self.tried_step, account.save_requested, account.spending.mine.save = step, False, 0.0
-        self.refusal = self.saver.save(trainer, module, step, self._about(trainer)) or ""
-        if not self.refusal:
+        write = self.saver.save if wait else self.saver.begin
+        self.refusal = write(trainer, module, step, self._about(trainer)) or ""
+        self.under_way = not wait and not self.refusal
+        if wait and not self.refusal:
             self.saved_step = step
         self.start()
-        account.spending.windows.enter("train")
-        account.pause_ends(trainer)
+        account.all_written, account.spending.mine.written = False, 0.0
+        self._pause_ends(trainer, began, wait)
+
+    def advance(self, trainer: pl.Trainer) -> None:
+        """After a step, while a checkpoint is being written: publish it once all ranks know that all have written."""
+        account, written = self.account, self.saver.written
+        account.spending.mine.written = float(written)
+        if account.all_written or (written and account.agreement.world_size == 1):
+            self.complete(trainer)
+
+    def complete(self, trainer: pl.Trainer) -> None:
+        """Wait for the checkpoint under way, and publish it. Collective."""
+        began = self.account.spending.windows.enter("checkpoint")
+        self._complete(trainer)
+        self._pause_ends(trainer, began)
+
+    def abandon(self) -> None:
+        """The fit has failed: this rank ends what it is writing, alone."""
+        if self.under_way:
+            self.under_way = False
+            self.saver.abandon()
+
+    def _complete(self, trainer: pl.Trainer) -> None:
+        if not self.under_way:
+            return
+        self.under_way = False
+        self.refusal = self.saver.complete(trainer) or ""
+        if not self.refusal:
+            self.saved_step = self.tried_step
+
+    def _pause_ends(self, trainer: pl.Trainer, began: float, waited: bool = False) -> None:
+        ended = self.account.spending.windows.enter("train")
+        if not waited:
+            self._stall = max(self._stall, ended - began)
+        self.account.pause_ends(trainer)
 
     def keep_weights(self, trainer: pl.Trainer, module: pl.LightningModule, resumed_from: int | None) -> str | None:
         """Save the last step, and the whole weights in one file; what the disk said against the latter. Collective."""
@@ -93,7 +142,7 @@ class Checkpoints:
         if done or not step:
             return None
         if resumed_from != step:
-            self.save(trainer, module)
+            self.save(trainer, module, wait=True)
             account.spending.windows.enter("other")
         self.saver.require_finite(step)
         agree_buffers(module)
@@ -113,11 +162,13 @@ class Checkpoints:
     def add_to(self, upcoming: Upcoming) -> Upcoming:
         """Return the costs to come, with checkpoints."""
         account, seconds = self.account, self.saver.seconds
+        stall = self._stall or seconds
         # the final weights take no longer than a checkpoint; the same again for a machine that is slow just then
         account.closing_seconds = 2 * seconds
         upcoming.after_seconds += seconds + account.closing_seconds
         if self.every is not None:
-            upcoming.pauses["checkpoint"] = (steps_in(account.clock, self.every), seconds)
+            upcoming.after_seconds += seconds  # one may still be being written
+            upcoming.pauses["checkpoint"] = (steps_in(account.clock, self.every), stall)
         return upcoming
 
 

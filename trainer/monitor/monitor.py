@@ -118,6 +118,8 @@ class Monitor(ReshapeListener, pl.Callback):
             self.records.step(account.clock.step, self.rows.row(trainer))
         if self.evaluations.every is not None:
             self.evaluations.plan(trainer, account.clock)
+        if self.checkpoints.under_way:
+            self.checkpoints.advance(trainer)
         if self.checkpoints.due(trainer):
             ends = trainer.should_stop or account.stopped_by is not None
             self.epochs.save_waits = not ends and trainer.fit_loop.epoch_loop._num_ready_batches_reached()
@@ -310,6 +312,7 @@ class Monitor(ReshapeListener, pl.Callback):
         if not isinstance(exception, Preempted):
             self.failed_first, reason = blame(exception, trainer.global_rank)
         self.records.failed(self.account.clock.step, reason, self._spent_so_far())
+        self.checkpoints.abandon()
         self.stopping.request.release()
 
     def _spent_so_far(self) -> dict[str, Any]:

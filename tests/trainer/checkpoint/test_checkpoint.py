@@ -264,6 +264,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run(
     class Fill(Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             if trainer.global_step == 5:
+                trainer.monitor.checkpoints.complete(trainer)
                 with (small_disk / "filler").open("wb") as file, pytest.raises(OSError, match="No space"):
                     file.write(b"x" * (8 << 20))
 
@@ -288,6 +289,7 @@ def test_a_run_whose_end_finds_no_room_says_so_and_goes_on_once_there_is(
     class Fill(Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             if trainer.global_step == 5:
+                trainer.monitor.checkpoints.complete(trainer)
                 with (small_disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
                     while True:
                         file.write(b"x" * 4096)

@@ -156,6 +156,8 @@ class Refuse(pl.Callback):
         self.disk, self.how, self.step = disk, how, step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.monitor.checkpoints.complete(trainer)  # what is being written is whole before
         if trainer.global_step == self.step and self.how == "read-only":
             subprocess.run(["mount", "-o", "remount,ro", self.disk], check=True)
         elif trainer.global_step == self.step:
