@@ -84,6 +84,13 @@ class ModelSpec(Section):
         None, description="null (the model's own), a name or path, or {train: bpe, vocab_size: 4096}"
     )
     adapter: AdapterSpec | None = Field(None, description="null or a mapping like {kind: lora, rank: 8}")
+    attention: Literal["auto", "sdpa", "flash", "flex", "eager"] = Field(
+        "auto", description="auto | sdpa | flash | flex | eager: who computes the attention of a language model"
+    )
+    chunked_loss: bool | Literal["auto"] = Field(
+        "auto",
+        description="auto | true | false: logits of all positions never exist at once; auto where they are large",
+    )
     args: dict[str, Any] = Field(default={}, description="a mapping of keyword arguments")
 
 

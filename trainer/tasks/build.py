@@ -129,7 +129,9 @@ def _build(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> Task:
 def _language(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[pl.LightningModule, dict[str, Any]]:
     model = _hub_model(recipe, data, dtype)
     opening = [] if data.tokenizer is None else framing(data.tokenizer, packed=recipe.data.pack)[0]
-    module = CausalLM(model, recipe.optimizer, isolated=data.isolated, opening=tuple(opening))
+    module = CausalLM(
+        model, recipe.optimizer, isolated=data.isolated, opening=tuple(opening), chunked_loss=recipe.model.chunked_loss
+    )
     return module, {"model_type": model.config.model_type}
 
 

@@ -1,8 +1,8 @@
 """Hugging Face models for a recipe: pretrained by name or path, or new from a config.
 
-Attention is `sdpa` wherever the model has it, and `use_cache` is off: with a cache, packed documents see each other
-(transformers 5), and training has no use for one. Weights are float32 unless a dtype is given; what a checkpoint was
-saved in does not matter.
+Attention is `sdpa` wherever the model has it, unless the recipe names another, and `use_cache` is off: with a cache,
+packed documents see each other (transformers 5), and training has no use for one. Weights are float32 unless a dtype is
+given; what a checkpoint was saved in does not matter.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Spellings that configs accept beside their fields (transformers translates them).
+# `model.attention` -> transformers' name
+ATTENTIONS = {"sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention", "eager": "eager"}
 ALSO_ACCEPTED = frozenset({"rope_theta", "rope_scaling", "attn_implementation"})
 
 
@@ -42,10 +44,12 @@ def build_model(
     task, or is too small for the vocabulary or the length.
     """
     labels = {} if classes is None else _label_settings(classes)
+    if model.attention in ("flash", "flex") and not torch.cuda.is_available():
+        raise TaskError(f"model.attention: {model.attention} needs a CUDA device; on a CPU there are sdpa and eager.")
     if model.name is not None:
-        built = _pretrained(model_folder(resolve_name(model.name), "model.name"), task, labels, dtype)
+        built = _pretrained(model_folder(resolve_name(model.name), "model.name"), task, labels, dtype, model.attention)
     else:
-        built = _from_config(model_config(model.config, task, tokenizer, labels), task, dtype)
+        built = _from_config(model_config(model.config, task, tokenizer, labels), task, dtype, model.attention)
     _check_sizes(built, tokenizer, sequence_length)
     built.config.use_cache = False
     if tokenizer is not None:
@@ -82,7 +86,9 @@ def _direction(task: str, keys: Iterable[str]) -> dict[str, bool]:
     return {"is_decoder": True} if task == "causal-lm" and "is_decoder" in keys else {}
 
 
-def _pretrained(name: str, task: str, labels: dict[str, Any], dtype: torch.dtype | None) -> PreTrainedModel:
+def _pretrained(
+    name: str, task: str, labels: dict[str, Any], dtype: torch.dtype | None, attention: str
+) -> PreTrainedModel:
     from transformers import AutoConfig
 
     try:
@@ -91,14 +97,18 @@ def _pretrained(name: str, task: str, labels: dict[str, Any], dtype: torch.dtype
             raise TaskError(f"model.name {name!r} is a {config.model_type}, which transformers has no {task} form of.")
         settings = {**labels, **_direction(task, vars(config))}
         with _quietly():
-            return _with_sdpa(_auto_class(task).from_pretrained, name, dtype=dtype or torch.float32, **settings)
+            return _with_attention(
+                attention, _auto_class(task).from_pretrained, name, dtype=dtype or torch.float32, **settings
+            )
+    except TaskError:
+        raise
     except (OSError, ValueError) as error:
         raise TaskError(f"model.name: cannot load {name!r}: {str(error).splitlines()[0]}") from error
 
 
-def _from_config(config: PreTrainedConfig, task: str, dtype: torch.dtype | None) -> PreTrainedModel:
+def _from_config(config: PreTrainedConfig, task: str, dtype: torch.dtype | None, attention: str) -> PreTrainedModel:
     try:
-        return _with_sdpa(_auto_class(task).from_config, config, dtype=dtype or torch.float32)
+        return _with_attention(attention, _auto_class(task).from_config, config, dtype=dtype or torch.float32)
     except (ValueError, TypeError, AssertionError) as error:  # sizes that do not divide, and the like
         raise TaskError(f"model.config of {config.model_type}: {error}") from error
 
@@ -119,11 +129,13 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _with_sdpa(load: Any, *args: Any, **settings: Any) -> Any:
+def _with_attention(attention: str, load: Any, *args: Any, **settings: Any) -> Any:
     try:
-        return load(*args, attn_implementation="sdpa", **settings)
-    except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
+        return load(*args, attn_implementation=ATTENTIONS.get(attention, "sdpa"), **settings)
+    except (ValueError, ImportError) as error:
+        if attention != "auto" and any(word in str(error) for word in ("attention", "attn")):
+            raise TaskError(f"model.attention: {attention} is not to be had: {str(error).splitlines()[0]}") from error
+        if attention != "auto" or "scaled_dot_product_attention" not in str(error):
             raise
         return load(*args, attn_implementation="eager", **settings)
 
