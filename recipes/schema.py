@@ -208,6 +208,9 @@ class ClusterSpec(Section):
     hardware: Text = Field("auto", description="auto, or a name of the hardware catalogue")
     usd_per_device_hour: Annotated[float, Field(ge=0)] | None = Field(None, description="null, or a number from 0")
     watts_per_device: Positive | None = Field(None, description="null, or a number above 0")
+    host_memory_gib: Positive | None = Field(
+        None, description="null (this machine's, where it has the hardware), or GiB of host memory a node"
+    )
 
 
 class TrackingSpec(Section):
