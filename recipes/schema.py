@@ -220,6 +220,7 @@ class TrackingSpec(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     project: Text = Field("shoestring", description="a project's name")
     log_every: Count = Field(10, description="a whole number of steps from 1")
+    profile: Annotated[float | None, _amount("steps", whole=True)] = None  # a trace of so many, into the run's folder
 
 
 class CheckpointSpec(Section):

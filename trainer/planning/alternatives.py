@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from math import log2
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from ...callbacks.compose import compose
 from ...callbacks.contract import IncompatibleTechniques, Technique
@@ -15,7 +15,7 @@ from ...callbacks.registry import declare
 from ...recipes import Recipe
 from ...recipes.schema import AdapterSpec, ModelSpec
 from ...strategies import OFFLOADS
-from ..tasks.optimizer_cards import OptimizerCard
+from ..tasks.optimizer_cards import OptimizerCard, optimizer_card
 from .activations import Checkpointing
 from .fitting import Fit, gib, with_micro
 from .memory import Inputs
@@ -23,6 +23,7 @@ from .sizes import size_of
 from .target import Target
 
 SHOWN = 3
+LESS = 0.1  # of the memory that was planned: what a plan that has run out of it must save
 T = TypeVar("T")
 TEXT_TASKS = ("causal-lm", "sequence-classification")
 # What a change costs, in no unit: time, money, or nearness to what was asked for. A micro-batch is free but for speed.
@@ -45,6 +46,19 @@ class Alternative:
         need = self.fit.memory
         host = f", {gib(need.host_total)} of host memory a node" if self.fit.inputs.offload != "none" else ""
         return f"{' '.join(map(_quoted, self.overrides))}   ({gib(need.total)} a device{host})"
+
+
+class Planned(Protocol):
+    """What is read of a plan."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    @property
+    def declared(self) -> tuple[Technique, ...]: ...
+
+    @property
+    def fitted(self) -> Fit | None: ...
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,20 @@ def alternatives(
         if not any(other.kinds <= each.kinds for other in kept):
             kept.append(each)
     return tuple(kept[:SHOWN])
+
+
+def smaller(plan: Planned) -> tuple[Alternative, ...]:
+    """The cheapest changes to a plan that has run out of memory: with them it needs less by `LESS` at least."""
+    fit = plan.fitted
+    if fit is None or fit.inputs.size.parameters is None:
+        return ()
+    limit = (1 - LESS) * fit.memory.total
+    target = replace(fit.target, device_memory=limit) if fit.target.accelerator == "cuda" else replace(
+        fit.target, host_memory=limit * fit.inputs.devices
+    )  # fmt: skip
+    recipe, techniques = plan.recipe, list(plan.declared)
+    optimizer = optimizer_card(recipe.optimizer.name)
+    return alternatives(recipe, replace(fit, target=target), optimizer, techniques, recipe.strategy.name == "auto")
 
 
 def _tried(

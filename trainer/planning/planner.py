@@ -50,6 +50,7 @@ class Plan:
         choices: Every decision with its reason.
         warnings: What the user should know before paying.
         predictions: Estimates of memory, time, money and energy; None where nothing can be said beforehand.
+        fitted: What the memory holds, term by term.
 
     Example:
         >>> from shoestring.recipes import load_recipe
@@ -73,6 +74,7 @@ class Plan:
     choices: tuple[Choice, ...]
     warnings: tuple[str, ...]
     predictions: Mapping[str, Any] = field(default_factory=dict)
+    fitted: Fit | None = None
 
     @cached_property
     def techniques(self) -> tuple[Technique, ...]:
@@ -173,6 +175,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         choices=tuple(chosen),
         warnings=(*composition.warnings, *_warnings(recipe, fitted, sized)),
         predictions=predict(recipe, budget, target, composition.techniques, fitted, usd, watts),
+        fitted=fitted,
     )
 
 
