@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from shoestring.callbacks.contract import Effect
+from shoestring.cluster.load import load_cluster
 from shoestring.recipes import load_recipe
 from shoestring.trainer import Plan, plan
+from shoestring.trainer.cli.app import main
+from shoestring.trainer.jobs.submit import job_for
 from shoestring.trainer.planning.activations import Checkpointing
 from shoestring.trainer.planning.alternatives import SHOWN
 from shoestring.trainer.planning.fitting import CannotFit
@@ -112,6 +115,17 @@ def proposals_fit(said: str, config: str, devices: int) -> None:
         assert need.startswith(f"{made.predictions['memory_bytes'] / GIB:.1f} GiB a device")
 
 
+def test_the_command_line_refuses_before_anything_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [f"model.config={LLAMA_8B}", "cluster.hardware=h100-sxm", "strategy={name: single}", "export=null"]
+    for command in ("plan", "train"):
+        monkeypatch.setattr("sys.argv", ["shoestring", command, "quickstart", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+    assert not (tmp_path / "runs").exists()
+
+
 def test_host_memory_is_checked() -> None:
     changes = ["strategy.name=zero2", "strategy.offload=optimizer"]
     made = planned(LLAMA_8B, 1, *changes, "cluster.host_memory_gib=256")
@@ -122,6 +136,16 @@ def test_host_memory_is_checked() -> None:
     assert more.predictions["host_terms"]["offloaded weights"] == pytest.approx(2 * P8, rel=0.01)
     said = refused(LLAMA_8B, 1, *changes, "cluster.host_memory_gib=128")
     assert "GiB of host memory a node, and there are 128.0 GiB: offloaded optimizer states 59.8 GiB" in said
+
+
+def test_a_job_that_cannot_fit_is_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "cluster.yaml"
+    path.write_text("{name: there, engine: local, devices_per_node: 1, hardware: h100, limits: {hours: 1}}")
+    shape = [f"model.config={LLAMA_8B}", "techniques=[gradient_checkpointing]", "strategy.name=single"]
+    with pytest.raises(CannotFit, match=r"a device, and h100-sxm has 79\.2 GiB"):
+        job_for("quickstart", shape, load_cluster(path))
+    assert job_for("quickstart", ["strategy.name=single"], load_cluster(path)).devices_per_node == 1
 
 
 # -- the formulas' inputs ------------------------------------------------------------------------------------------
