@@ -215,6 +215,9 @@ class ClusterSpec(Section):
     hardware: Text = Field("auto", description="auto, or a name of the hardware catalogue")
     usd_per_device_hour: Annotated[float, Field(ge=0)] | None = Field(None, description="null, or a number from 0")
     watts_per_device: Positive | None = Field(None, description="null, or a number above 0")
+    host_memory_gib: Positive | None = Field(
+        None, description="null (this machine's, where it has the hardware), or GiB of host memory a node"
+    )
 
 
 class TrackingSpec(Section):
@@ -224,6 +227,7 @@ class TrackingSpec(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     project: Text = Field("shoestring", description="a project's name")
     log_every: Count = Field(10, description="a whole number of steps from 1")
+    profile: Annotated[float | None, _amount("steps", whole=True)] = None  # a trace of so many, into the run's folder
 
 
 class CheckpointSpec(Section):

@@ -80,6 +80,8 @@ def fit(
     from ..callbacks.optimization.lr_schedule import LRSchedule
     from .monitor.afterwards import Afterwards
     from .monitor.inputs import inputs_of, keep_or_compare
+    from .monitor.out_of_memory import explained
+    from .monitor.profile import Profile
     from .monitor.records import Records
     from .tasks.build import TaskData, build_task
     from .tasks.own_code_checks import CheckBatch, check_own_module
@@ -90,7 +92,8 @@ def fit(
     recipe = plan.recipe
     run_dir = Path(run_dir or Path("runs") / recipe.name)
     _writable(run_dir)
-    task = build_task(recipe, workdir=run_dir)
+    with explained(plan):
+        task = build_task(recipe, workdir=run_dir)
     inputs = inputs_of(recipe, task)
     changed = keep_or_compare(run_dir, inputs, task.tokenizer, accept=accept_changes, first=is_first())
     local_ranks.release()
@@ -158,7 +161,10 @@ def fit(
     if task.train is None:
         trainer.callbacks.insert(0, CheckBatch(recipe))  # type: ignore[attr-defined]
     data = task.datamodule if task.train is None else TaskData(task, plan.micro_batch, recipe.data.workers)
-    trainer.fit(task.module, datamodule=data, startup_seconds=time.monotonic() - began)
+    if recipe.tracking.profile is not None:
+        trainer.callbacks.insert(0, Profile(int(recipe.tracking.profile), run_dir))  # type: ignore[attr-defined]
+    with explained(plan):
+        trainer.fit(task.module, datamodule=data, startup_seconds=time.monotonic() - began)
     if not trainer.is_global_zero:
         return None
     if trainer.monitor.afterwards is not None and trainer.monitor.afterwards.error is not None:

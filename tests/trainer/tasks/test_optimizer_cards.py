@@ -13,8 +13,6 @@ from shoestring.recipes import Recipe, RecipeError, recipe_from
 from shoestring.strategies import OFFLOADS
 from shoestring.trainer import plan
 from shoestring.trainer.lightning.zero import UnknownStrategy, make_strategy
-from shoestring.trainer.planning.predictions import state_bytes
-from shoestring.trainer.planning.sizes import Size
 from shoestring.trainer.tasks.optimizer_cards import OPTIMIZERS, OptimizerCard, UnknownOptimizer, optimizer_card
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -103,13 +101,6 @@ def test_what_plan_accepts_the_trainer_makes(strategy: str, offload: str) -> Non
         recipe("adamw", name=strategy, offload=offload, devices=devices)
     with pytest.raises(UnknownStrategy, match="needs zero"):
         make_strategy(strategy, accelerator="cpu", offload=offload)
-
-
-def test_states_are_as_large_as_the_card_says() -> None:
-    size = Size(parameters=10, trainable=10)
-    assert [state_bytes(size, "ddp", 2, each) for each in (8.0, 4.0, 0.0)] == [160, 120, 80]
-    assert [state_bytes(size, f"zero{stage}", 2, 8.0) for stage in (1, 2, 3)] == [120, 100, 80]
-    assert state_bytes(size, "zero3", 2, 0.0) == 40
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
