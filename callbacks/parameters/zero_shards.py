@@ -57,10 +57,9 @@ class _Zero(Shards):
         flat, entries = at
         for key, value in state.items():
             if key not in entries:
-                entries[key] = torch.zeros_like(flat.data)
+                entries[key] = torch.zeros_like(flat.data, dtype=value.dtype)
             self._narrow(name, entries[key]).copy_(value)
-        for key, value in scalars.items():
-            entries[key] = value.clone() if torch.is_tensor(value) else value
+        self._restore_scalars(entries, scalars, flat)
 
     def _renorm(self, name: str, norm: Tensor) -> None:
         """Offloaded: clipping reads norms that were taken when the gradient left the device."""

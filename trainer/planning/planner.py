@@ -135,7 +135,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         chosen.append(Choice("epochs", f"{budget.epochs:g}", "their steps are known when the data is read: --measure"))
     usd, watts = _price(recipe, device, chosen)
     composition = compose(
-        _techniques(recipe, machine, chosen),
+        _techniques(recipe, machine, optimizer, chosen),
         run_facts(strategy, machine.accelerator, recipe.strategy.offload, recipe.optimizer.name),
     )
     for reason in composition.reasons:
@@ -260,7 +260,7 @@ def _possible(recipe: Recipe, budget: Budget, size: Size) -> None:
             raise RecipeError([recipe.problem(f"budget.{name}", f"{limit:g}", rule)])
 
 
-def _techniques(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> list[Technique]:
+def _techniques(recipe: Recipe, machine: Machine, card: OptimizerCard, chosen: list[Choice]) -> list[Technique]:
     """The recipe's techniques, and those that its precision and schedule ask for."""
     made, problems = [], []
     for spec in recipe.techniques:
@@ -289,10 +289,11 @@ def _techniques(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> list[
             made.append(declare("mixed_precision", {"dtype": dtype}))
     if "lr_schedule" not in present:
         optimizer = recipe.optimizer
-        made.append(declare("lr_schedule", {"shape": optimizer.schedule, "warmup": optimizer.warmup}))
-        chosen.append(
-            Choice("schedule", f"{optimizer.schedule}, warmup {optimizer.warmup}", "ends when the budget ends")
-        )
+        shape, why = optimizer.schedule, "ends when the budget ends"
+        if card.averages and "schedule" not in optimizer.model_fields_set:
+            shape, why = "constant", f"{optimizer.name} averages its path instead"
+        made.append(declare("lr_schedule", {"shape": shape, "warmup": optimizer.warmup}))
+        chosen.append(Choice("schedule", f"{shape}, warmup {optimizer.warmup}", why))
     return made
 
 
