@@ -157,7 +157,9 @@ class Zero3Shards(_Zero):
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:
-            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+            persistent = self.zero.persistent_parameters
+            persistent[0].partition(persistent)  # what is whole already would not be gathered again
+            persistent[0].all_gather(persistent)
 
 
 def _summable(dtype: torch.dtype) -> torch.dtype:

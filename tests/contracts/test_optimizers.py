@@ -52,8 +52,10 @@ def losses(reports) -> list[float]:
 
 
 def apart(ran, strategy, name) -> float:
-    """How far final weights are from those of one device, and losses."""
-    alone, together = losses(ran("single", name)), losses(ran(strategy, name))
+    """How far final weights are from those of one device, and losses in training and in validation."""
+    alone, together = (
+        losses(ran(each, name)) + ran(each, name)[0]["whole"]["validations"] for each in ("single", strategy)
+    )
     finals = [load_file(ran.folder(each) / f"{name}-whole" / "final.safetensors") for each in ("single", strategy)]
     assert finals[0].keys() == finals[1].keys() and finals[0]
     weights = max(float((finals[0][key] - finals[1][key]).abs().max()) for key in finals[0])
