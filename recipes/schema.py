@@ -175,7 +175,9 @@ class TechniqueSpec(Section):
 
 
 class OptimizerSpec(Section):
-    """The optimizer and its learning rate's course: `warmup` up to `lr`, then `schedule` down to the budget's end."""
+    """The optimizer and its learning rate's course: `warmup` up to `lr`, then `schedule` down to the budget's end.
+
+    What averages its path instead, as schedule_free_adamw does, has a constant rate unless `schedule` is given."""
 
     name: Annotated[str, Field(pattern=TECHNIQUE_NAME)] = "adamw"
     lr: Positive = Field(3e-4, description="a number above 0")

@@ -77,6 +77,7 @@ def fit(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for others, and say what it lacks
     _import(plan)
     local_ranks.wait()
+    from ..callbacks.optimization.averaged_point import AveragedPoint
     from ..callbacks.optimization.lr_schedule import LRSchedule
     from .monitor.afterwards import Afterwards
     from .monitor.inputs import inputs_of, keep_or_compare
@@ -84,6 +85,7 @@ def fit(
     from .monitor.profile import Profile
     from .monitor.records import Records
     from .tasks.build import TaskData, build_task
+    from .tasks.optimizer_cards import optimizer_card
     from .tasks.own_code_checks import CheckBatch, check_own_module
     from .trainer import Trainer
 
@@ -151,6 +153,8 @@ def fit(
         num_sanity_val_steps=2,
         **{**_evaluation(plan, task), **options},
     )
+    if optimizer_card(recipe.optimizer.name).averages:
+        trainer.callbacks.insert(0, AveragedPoint(recipe.optimizer.betas[0]))  # type: ignore[attr-defined]
     local_ranks.hand_over(trainer)
     trainer.monitor.evaluations.plan_every(recipe.evaluation.every, at_end=recipe.evaluation.at_end)
     trainer.monitor.evaluations.goal = recipe.goal

@@ -10,6 +10,7 @@ from typing import Any
 from ... import ShoestringError
 from ...callbacks.contract import Effect, Technique, Workload
 from ...recipes import Recipe
+from ..tasks.chunks import chunks_of
 from .activations import Checkpointing
 from .memory import Inputs, Memory, Term, memory
 from .sizes import Size
@@ -77,6 +78,7 @@ def inputs_of(
             accelerator=target.accelerator, precision=precision, base=base_dtype(recipe, precision),
             optimizer=optimizer, checkpointing=Checkpointing(again.every, again.mode) if again else Checkpointing(),
             adapter_dtype=adapter.dtype if adapter else "compute", dropout=bool(adapter and adapter.dropout),
+            loss_chunks=chunks_of(micro * recipe.data.sequence_length * size.vocabulary, chunked),
             effect=reduce(times, effects, Effect()), shared_extra="distillation" not in by_name,
         )  # fmt: skip
 

@@ -118,7 +118,7 @@ class Inputs:
     dropout: bool = False
     effect: Effect = field(default_factory=Effect)
     shared_extra: bool = True
-    loss_chunks: int = 1
+    loss_chunks: float = 1
     fused: bool = False
 
     @property

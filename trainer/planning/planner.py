@@ -20,6 +20,7 @@ from ...own_code import CannotImport
 from ...recipes import Recipe, RecipeError
 from ..machine.facts import Machine, run_facts
 from ..machine.facts import facts as machine_facts
+from ..tasks.optimizer_cards import OptimizerCard
 from .alternatives import alternatives
 from .checks import check_budget, check_present
 from .fitting import Fit, fit_of, gib, inputs_of, refusal, with_micro
@@ -129,7 +130,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     sized = size.parameters is not None
     optimizer = choose_optimizer(recipe)
     said: list[Choice] = []
-    techniques = _techniques(recipe, target, said)
+    techniques = _techniques(recipe, target, optimizer, said)
     make = inputs_of(recipe, target, size, optimizer.state_bytes, techniques)
     nodes, least = recipe.strategy.nodes, recipe.data.micro_batch_size
     least = 1 if least == "auto" else least
@@ -239,7 +240,7 @@ def _price(recipe: Recipe, device: Hardware, chosen: list[Choice]) -> tuple[floa
     return usd, recipe.cluster.watts_per_device or device.watts
 
 
-def _techniques(recipe: Recipe, target: Target, chosen: list[Choice]) -> list[Technique]:
+def _techniques(recipe: Recipe, target: Target, card: OptimizerCard, chosen: list[Choice]) -> list[Technique]:
     """The recipe's techniques, and those that its precision and schedule ask for."""
     made, problems = [], []
     for spec in recipe.techniques:
@@ -268,10 +269,11 @@ def _techniques(recipe: Recipe, target: Target, chosen: list[Choice]) -> list[Te
             made.append(declare("mixed_precision", {"dtype": dtype}))
     if "lr_schedule" not in present:
         optimizer = recipe.optimizer
-        made.append(declare("lr_schedule", {"shape": optimizer.schedule, "warmup": optimizer.warmup}))
-        chosen.append(
-            Choice("schedule", f"{optimizer.schedule}, warmup {optimizer.warmup}", "ends when the budget ends")
-        )
+        shape, why = optimizer.schedule, "ends when the budget ends"
+        if card.averages and "schedule" not in optimizer.model_fields_set:
+            shape, why = "constant", f"{optimizer.name} averages its path instead"
+        made.append(declare("lr_schedule", {"shape": shape, "warmup": optimizer.warmup}))
+        chosen.append(Choice("schedule", f"{shape}, warmup {optimizer.warmup}", why))
     return made
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from ...callbacks.forward.training_step import SAMPLE_WEIGHTS
+from .chunks import Chunked
 from .isolation import check_causal, check_isolation
 from .module import Batch, TaskModule, inputs, weighted
-from .next_token import Chunked, NextTokenLoss
+from .next_token import NextTokenLoss
 from .positions import first_position
 
 

@@ -12,7 +12,7 @@ Source of the idea: Wijmans et al., Cut Your Losses in Large-Vocabulary Language
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ...callbacks.forward.isolated_step import evaluating
 from ...callbacks.forward.model_calls import is_watched
+from .chunks import CHUNK, LARGE, Chunked
 from .errors import TaskError
 from .tokens import IGNORED
 
-CHUNK = 1 << 25  # logits that exist at a time: 128 MiB in float32
-LARGE = 2 * CHUNK  # more than so many are cut into chunks
 PROBED = 16  # tokens on which both ways are compared
 TOLERANCE = 1e-4  # of the largest logit; with less than float32, of its own precision
 LOW_TOLERANCE = 2e-2
-
-Chunked = bool | Literal["auto"]
 
 
 class NextTokenLoss:

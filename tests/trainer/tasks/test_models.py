@@ -140,7 +140,7 @@ def test_decay_is_not_put_into_gradients_by_default() -> None:
         return build_optimizer(torch.nn.Linear(4, 4).named_parameters(), settings).param_groups[0]["weight_decay"]
 
     usual = {name: decay(name, None) for name in OPTIMIZERS}
-    assert usual == {"adamw": 0.1, "adam": 0.0, "sgd": 0.0, "adafactor": 0.1, "muon": 0.1}
+    assert usual == {name: 0.0 if name in ("sgd", "adam") else 0.1 for name in OPTIMIZERS}
     assert decay("sgd", 1e-4) == decay("adamw", 1e-4) == 1e-4
 
 
@@ -176,9 +176,10 @@ def test_every_optimizer_learns_and_restores(name: str) -> None:
     assert [group["lr"] for group in restored.param_groups] == [0.05] * len(restored.param_groups)
     for group in restored.param_groups:
         group["lr"] = 0.0
-    before = [p.clone() for p in other.parameters()]
+    stepped = [restored.state[p].get("z", p) for p in other.parameters()]  # of an average only its path stands still
+    before = [p.clone() for p in stepped]
     train(other, restored, 1)
-    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True)), "a schedule is not heard"
+    assert all(torch.equal(a, b) for a, b in zip(before, stepped, strict=True)), "a schedule is not heard"
 
 
 OWN = """
