@@ -90,7 +90,7 @@ def fit(
     recipe = plan.recipe
     run_dir = Path(run_dir or Path("runs") / recipe.name)
     _writable(run_dir)
-    task = build_task(recipe, workdir=run_dir)
+    task = build_task(recipe, workdir=run_dir, precision=plan.precision)
     inputs = inputs_of(recipe, task)
     changed = keep_or_compare(run_dir, inputs, task.tokenizer, accept=accept_changes, first=is_first())
     local_ranks.release()
