@@ -68,8 +68,10 @@ class AdapterSpec(Section):
     targets: Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] = Field(
         "all-linear", description="all-linear, or a list of module names like [q_proj, v_proj]"
     )
-    # float32 adapters cost more activation memory than full fine-tuning in bf16, hence not the default
-    dtype: Literal["compute", "float32"] = "compute"
+    # computing them in float32 costs more activation memory than full fine-tuning in bf16, hence not the default
+    dtype: Literal["compute", "float32"] = Field(
+        "compute", description="compute | float32: what adapters compute in; their weights are float32 in any case"
+    )
 
 
 class ModelSpec(Section):
@@ -82,6 +84,11 @@ class ModelSpec(Section):
     config: dict[str, Any] | None = Field(None, description="a mapping, like {model_type: llama, hidden_size: 128}")
     tokenizer: Text | TokenizerSpec | None = Field(
         None, description="null (the model's own), a name or path, or {train: bpe, vocab_size: 4096}"
+    )
+    dtype: Literal["auto", "fp32", "bf16", "nf4", "int8"] = Field(
+        "auto",
+        description="auto | fp32 | bf16 | nf4 | int8: what weights are kept in; nf4 and int8 for the frozen base of an "
+        "adapter. auto is bf16 for such a base where the run computes in bf16, else fp32",
     )
     adapter: AdapterSpec | None = Field(None, description="null or a mapping like {kind: lora, rank: 8}")
     attention: Literal["auto", "sdpa", "flash", "flex", "eager"] = Field(
@@ -229,7 +236,9 @@ class TrackingSpec(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     project: Text = Field("shoestring", description="a project's name")
     log_every: Count = Field(10, description="a whole number of steps from 1")
-    profile: Annotated[float | None, _amount("steps", whole=True)] = None  # a trace of so many, into the run's folder
+    profile: Annotated[float | None, _amount("steps", whole=True)] = Field(
+        None, description="null, or a number of steps to trace into the run's folder, like 3 steps"
+    )
 
 
 class CheckpointSpec(Section):

@@ -16,6 +16,7 @@ from ...recipes import Recipe
 from ...recipes.schema import AdapterSpec, ModelSpec
 from ...strategies import OFFLOADS
 from ..tasks.optimizer_cards import OptimizerCard, optimizer_card
+from ..tasks.weight_dtypes import kept_in
 from .activations import Checkpointing
 from .fitting import Fit, gib, with_micro
 from .memory import Inputs
@@ -118,8 +119,10 @@ def _tried(
         starts, _precisions(asked, fit.target), _checkpointings(asked, techniques), _places(asked, fit.target)
     ):
         devices, nodes = place.value
+        model = (_with_adapter(recipe) if start.kind else recipe).model
         made = replace(
-            start.value, precision=precision.value, checkpointing=again.value, devices=devices, nodes=nodes
+            start.value, precision=precision.value, checkpointing=again.value, devices=devices, nodes=nodes,
+            base=kept_in(model, precision.value).name,
         )  # fmt: skip
         if total % made.world:
             continue

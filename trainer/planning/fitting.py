@@ -10,7 +10,7 @@ from typing import Any
 from ... import ShoestringError
 from ...callbacks.contract import Effect, Technique, Workload
 from ...recipes import Recipe
-from ..tasks.chunks import chunks_of
+from ..tasks.weight_dtypes import kept_in
 from .activations import Checkpointing
 from .memory import Inputs, Memory, Term, memory
 from .sizes import Size
@@ -69,6 +69,7 @@ def inputs_of(
     again, mixed = by_name.get("gradient_checkpointing"), by_name.get("mixed_precision")
     precision = mixed.dtype if mixed else "fp32"
     adapter = recipe.model.adapter
+    chunked = recipe.model.chunked_loss if recipe.model.task == "causal-lm" and "distillation" not in by_name else False
 
     def made(strategy: str, devices: int, nodes: int, micro: int, accumulate: int) -> Inputs:
         effects = (t.predict(workload_of(recipe, size, devices * nodes)) for t in others)
@@ -78,7 +79,7 @@ def inputs_of(
             accelerator=target.accelerator, precision=precision, base=base_dtype(recipe, precision),
             optimizer=optimizer, checkpointing=Checkpointing(again.every, again.mode) if again else Checkpointing(),
             adapter_dtype=adapter.dtype if adapter else "compute", dropout=bool(adapter and adapter.dropout),
-            loss_chunks=chunks_of(micro * recipe.data.sequence_length * size.vocabulary, chunked),
+            chunked_loss=chunked,
             effect=reduce(times, effects, Effect()), shared_extra="distillation" not in by_name,
         )  # fmt: skip
 
@@ -87,7 +88,7 @@ def inputs_of(
 
 def base_dtype(recipe: Recipe, precision: str) -> str:
     """What frozen weights are kept in."""
-    return "fp32"
+    return kept_in(recipe.model, precision).name
 
 
 def workload_of(recipe: Recipe, size: Size, world: int) -> Workload:

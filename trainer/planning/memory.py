@@ -11,13 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ...callbacks.contract import Effect
+from ..tasks.chunks import Chunked, chunks_of
 from .activations import BYTES, Checkpointing, block_bytes, logits_bytes
 from .sizes import Size
 
 FROZEN_BYTES = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.516, "int8": 1.005}  # of a matrix in a block, scales included
 # The weights stream from their files into the shard that keeps them, and a node reads them once. False: every rank
 # builds the whole model in float32 in host memory, and ZeRO moves all of it to the device before it is split.
-STREAMED = True
+STREAMED = False
 MOMENTS = ("loss", "backward", "step")
 BUCKET = 5e8  # DeepSpeed's reduce_bucket_size, in elements: allocated whole
 LIVE = 1e9  # its stage3_max_live_parameters: what ZeRO-3 leaves gathered
@@ -97,7 +98,7 @@ class Inputs:
         dropout: Adapters drop parts of their inputs.
         effect: Of all other techniques together.
         shared_extra: What techniques keep beside the states is split as these are; a teacher is not.
-        loss_chunks: Into how many parts the vocabulary's logits are cut, of which one exists at a time.
+        chunked_loss: Whether logits exist in parts only, as the recipe says; False where something needs them whole.
         fused: The optimizer needs no copy of what it steps.
     """
 
@@ -118,7 +119,7 @@ class Inputs:
     dropout: bool = False
     effect: Effect = field(default_factory=Effect)
     shared_extra: bool = True
-    loss_chunks: float = 1
+    chunked_loss: Chunked = False
     fused: bool = False
 
     @property
@@ -234,7 +235,11 @@ def _activations(run: Inputs) -> Iterable[Term]:
     kept = run.checkpointing.kept(block, entry)
     yield Term("activations", size.layers * kept * run.effect.activations, ("loss", "backward"))
     yield Term("a block computed again", block if run.checkpointing.share else 0.0, ("backward",))
-    yield Term("logits", logits_bytes(size.vocabulary, tokens) / run.loss_chunks, ("loss",))
+    yield Term(
+        "logits",
+        logits_bytes(size.vocabulary, tokens) / chunks_of(size.vocabulary * tokens, run.chunked_loss),
+        ("loss",),
+    )
 
 
 def _float32_weights(run: Inputs) -> bool:

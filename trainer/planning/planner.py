@@ -83,6 +83,11 @@ class Plan:
         return tuple(ready(technique) for technique in self.declared)
 
     @property
+    def precision(self) -> str:
+        """What it computes in: fp32, bf16 or fp16."""
+        return next((t.dtype for t in self.declared if t.card.name == "mixed_precision"), "fp32")  # type: ignore[attr-defined]
+
+    @property
     def world_size(self) -> int:
         """Devices of all nodes."""
         return self.devices * self.nodes
@@ -264,6 +269,8 @@ def _techniques(recipe: Recipe, target: Target, card: OptimizerCard, chosen: lis
         if dtype == "auto":
             dtype = "bf16" if target.accelerator == "cuda" and target.bf16 else "fp32"
             why = "the device computes in bf16" if dtype == "bf16" else "no accelerator with bf16"
+            if recipe.model.dtype == "bf16":
+                dtype, why = "bf16", "model.dtype says so"
         chosen.append(Choice("precision", dtype, why))
         if dtype != "fp32":
             made.append(declare("mixed_precision", {"dtype": dtype}))

@@ -33,7 +33,7 @@ TOKENS = 4096
 def planned(config: str, devices: int, *changes: str) -> Plan:
     fixed = ["techniques=[gradient_checkpointing]", "cluster.hardware=h100-sxm", "export=null"]
     fixed += [f"data.sequence_length={TOKENS}", "data.micro_batch_size=1", "data.batch_size=64", "strategy.name=auto"]
-    shape = [f"model.config={config}", f"strategy.devices={devices}"]
+    shape = [f"model.config={config}", f"strategy.devices={devices}", "model.chunked_loss=false"]
     return plan(load_recipe("quickstart", [*fixed, *shape, *changes]))
 
 
@@ -82,13 +82,22 @@ def test_8b_in_full_on_eight_with_zero3_is_what_was_derived() -> None:
 
 
 def test_8b_lora_on_one_is_what_was_derived() -> None:
-    made = planned(LLAMA_8B, 1, LORA)
+    made = planned(LLAMA_8B, 1, LORA, "model.dtype=fp32")
     base, adapters = 4 * P8, 16 * 42e6
     entries, head = 4 * 4096 * 32 * TOKENS, 2 * 128256 * 4096  # float32 between blocks; the output layer in 16 bits
     derived = base + adapters + entries + head + logits() + 0.75 * GIB
     assert derived / GIB == pytest.approx(42, rel=0.05)
     assert alive(made) == pytest.approx(derived, rel=0.15)
     assert made.strategy == "single"
+
+
+def test_8b_lora_on_a_base_in_16_bits_is_what_was_derived() -> None:
+    made = planned(LLAMA_8B, 1, LORA)
+    derived = 2 * P8 + 16 * 42e6 + 2 * 4096 * 32 * TOKENS + logits() + 0.75 * GIB
+    assert derived / GIB == pytest.approx(24, rel=0.15)
+    assert alive(made) == pytest.approx(derived, rel=0.15)
+    in_chunks = planned(LLAMA_8B, 1, LORA, "model.chunked_loss=auto")
+    assert in_chunks.predictions["memory_terms"]["logits"] == pytest.approx(16 * 2**25)
 
 
 def test_8b_in_full_on_one_is_refused_with_changes_that_fit() -> None:
@@ -208,8 +217,8 @@ def test_logits_are_not_recomputed_and_blocks_are() -> None:
     assert megabytes(plain, "logits") == megabytes(again, "logits") == pytest.approx(16 * 512 * 100 / 1e6, abs=1e-3)
     assert megabytes(again, "activations") == pytest.approx(8 * 100 * 64 * 2 / 1e6, abs=1e-3)
     assert megabytes(plain, "activations") == pytest.approx(8 * 100 * (64 * (24 + 8 * 2.75) + 16) / 1e6, abs=1e-3)
-    half = needed(size, "zero2", length=100, loss_chunks=2)
-    assert megabytes(half, "logits") == pytest.approx(megabytes(plain, "logits") / 2, abs=1e-3)
+    whole, half = (needed(size, "zero2", length=2**17, chunked_loss=chunked) for chunked in (False, True))
+    assert megabytes(half, "logits") == pytest.approx(megabytes(whole, "logits") / 2, abs=1e-3)
 
 
 def test_techniques_add_what_they_keep() -> None:

@@ -117,13 +117,11 @@ def test_labels_of_files(tiny: Any, tmp_path: Path) -> None:
         tiny.task(model=model, data=data)
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("compute", torch.bfloat16), ("float32", torch.float32)])
-def test_lora_trains_adapters_alone_in_the_dtype_requested(tiny: Any, dtype: str, expected: torch.dtype) -> None:
-    task = tiny.task(torch.bfloat16, model={"adapter": {"kind": "lora", "rank": 4, "dtype": dtype}})
+def test_lora_trains_adapters_alone(tiny: Any) -> None:
+    task = tiny.task(model={"adapter": {"kind": "lora", "rank": 4}})
     trained = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
     frozen = {name: p.clone() for name, p in task.module.named_parameters() if not p.requires_grad}
-    assert trained and all("lora_" in name and p.dtype == expected for name, p in trained.items())
-    assert all(p.dtype == torch.bfloat16 for p in frozen.values())
+    assert trained and all("lora_" in name for name in trained)
     # rank * (in + out) of the seven linear layers of a block; the output layer is not adapted
     assert task.facts["trainable"] == 2 * 4 * (4 * (32 + 32) + 3 * (32 + 64))
     tiny.fit(task, 2)
