@@ -141,6 +141,25 @@ def adapter_fits(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("model.adapter", f"adapters for {' and '.join(TEXT_TASKS)}, not for {recipe.model.task}", hint)
 
 
+@depends_on("model.task", "model.dtype", "model.adapter", "strategy.name", "precision")
+def dtype_fits(recipe: Recipe) -> Iterator[Broken]:
+    """What trains has float32 masters: an adapter's weights are its own, those of ZeRO are the optimizer's."""
+    model, adapted, zero = recipe.model, recipe.model.adapter is not None, recipe.strategy.name.startswith("zero")
+    if model.dtype in ("auto", "fp32"):
+        return
+    if model.task not in TEXT_TASKS:
+        yield Broken("model.dtype", f"auto | fp32 for {model.task}")
+    elif model.dtype in ("nf4", "int8"):
+        if not adapted:
+            hint = "nothing could be trained: write adapter: {kind: lora, rank: 8}"
+            yield Broken("model.dtype", f"{model.dtype} for the frozen base of a model.adapter", hint)
+    elif not adapted and not zero:
+        hint = f"strategy {recipe.strategy.name} keeps no float32 masters of bf16 weights that train; use auto"
+        yield Broken("model.dtype", "bf16 with a model.adapter, or with strategy.name zero1 | zero2 | zero3", hint)
+    elif recipe.precision not in ("auto", "bf16"):
+        yield Broken("model.dtype", "bf16 with precision bf16 or auto", "computed in bf16 is what is kept in bf16")
+
+
 @depends_on("model.task", "model.args")
 def args_fit(recipe: Recipe) -> Iterator[Broken]:
     if recipe.model.args and not is_code(recipe.model.task):

@@ -68,8 +68,10 @@ class AdapterSpec(Section):
     targets: Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] = Field(
         "all-linear", description="all-linear, or a list of module names like [q_proj, v_proj]"
     )
-    # float32 adapters cost more activation memory than full fine-tuning in bf16, hence not the default
-    dtype: Literal["compute", "float32"] = "compute"
+    # computing them in float32 costs more activation memory than full fine-tuning in bf16, hence not the default
+    dtype: Literal["compute", "float32"] = Field(
+        "compute", description="compute | float32: what adapters compute in; their weights are float32 in any case"
+    )
 
 
 class ModelSpec(Section):
@@ -83,7 +85,19 @@ class ModelSpec(Section):
     tokenizer: Text | TokenizerSpec | None = Field(
         None, description="null (the model's own), a name or path, or {train: bpe, vocab_size: 4096}"
     )
+    dtype: Literal["auto", "fp32", "bf16", "nf4", "int8"] = Field(
+        "auto",
+        description="auto | fp32 | bf16 | nf4 | int8: what weights are kept in; nf4 and int8 for the frozen base of an "
+        "adapter. auto is bf16 for such a base where the run computes in bf16, else fp32",
+    )
     adapter: AdapterSpec | None = Field(None, description="null or a mapping like {kind: lora, rank: 8}")
+    attention: Literal["auto", "sdpa", "flash", "flex", "eager"] = Field(
+        "auto", description="auto | sdpa | flash | flex | eager: who computes the attention of a language model"
+    )
+    chunked_loss: bool | Literal["auto"] = Field(
+        "auto",
+        description="auto | true | false: logits of all positions never exist at once; auto where they are large",
+    )
     args: dict[str, Any] = Field(default={}, description="a mapping of keyword arguments")
 
 
@@ -168,7 +182,9 @@ class TechniqueSpec(Section):
 
 
 class OptimizerSpec(Section):
-    """The optimizer and its learning rate's course: `warmup` up to `lr`, then `schedule` down to the budget's end."""
+    """The optimizer and its learning rate's course: `warmup` up to `lr`, then `schedule` down to the budget's end.
+
+    What averages its path instead, as schedule_free_adamw does, has a constant rate unless `schedule` is given."""
 
     name: Annotated[str, Field(pattern=TECHNIQUE_NAME)] = "adamw"
     lr: Positive = Field(3e-4, description="a number above 0")
@@ -208,6 +224,9 @@ class ClusterSpec(Section):
     hardware: Text = Field("auto", description="auto, or a name of the hardware catalogue")
     usd_per_device_hour: Annotated[float, Field(ge=0)] | None = Field(None, description="null, or a number from 0")
     watts_per_device: Positive | None = Field(None, description="null, or a number above 0")
+    host_memory_gib: Positive | None = Field(
+        None, description="null (this machine's, where it has the hardware), or GiB of host memory a node"
+    )
 
 
 class TrackingSpec(Section):
@@ -217,6 +236,9 @@ class TrackingSpec(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     project: Text = Field("shoestring", description="a project's name")
     log_every: Count = Field(10, description="a whole number of steps from 1")
+    profile: Annotated[float | None, _amount("steps", whole=True)] = Field(
+        None, description="null, or a number of steps to trace into the run's folder, like 3 steps"
+    )
 
 
 class CheckpointSpec(Section):

@@ -26,15 +26,6 @@ def home(tmp_path_factory):
         os.environ["SHOESTRING_HOME"] = before
 
 
-@pytest.fixture(autouse=True)
-def no_process_group_left():
-    """A failed training in this process leaves its group; the next test would be one of many ranks."""
-    yield
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """Where `finished` keeps its runs: trained once a session, to be read by all tests and changed by none."""

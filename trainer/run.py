@@ -77,11 +77,15 @@ def fit(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for others, and say what it lacks
     _import(plan)
     local_ranks.wait()
+    from ..callbacks.optimization.averaged_point import AveragedPoint
     from ..callbacks.optimization.lr_schedule import LRSchedule
     from .monitor.afterwards import Afterwards
     from .monitor.inputs import inputs_of, keep_or_compare
+    from .monitor.out_of_memory import explained
+    from .monitor.profile import Profile
     from .monitor.records import Records
     from .tasks.build import TaskData, build_task
+    from .tasks.optimizer_cards import optimizer_card
     from .tasks.own_code_checks import CheckBatch, check_own_module
     from .trainer import Trainer
 
@@ -90,7 +94,8 @@ def fit(
     recipe = plan.recipe
     run_dir = Path(run_dir or Path("runs") / recipe.name)
     _writable(run_dir)
-    task = build_task(recipe, workdir=run_dir)
+    with explained(plan):
+        task = build_task(recipe, workdir=run_dir, precision=plan.precision)
     inputs = inputs_of(recipe, task)
     changed = keep_or_compare(run_dir, inputs, task.tokenizer, accept=accept_changes, first=is_first())
     local_ranks.release()
@@ -149,6 +154,8 @@ def fit(
         num_sanity_val_steps=2,
         **{**_evaluation(plan, task), **options},
     )
+    if optimizer_card(recipe.optimizer.name).averages:
+        trainer.callbacks.insert(0, AveragedPoint(recipe.optimizer.betas[0]))  # type: ignore[attr-defined]
     local_ranks.hand_over(trainer)
     trainer.monitor.evaluations.plan_every(recipe.evaluation.every, at_end=recipe.evaluation.at_end)
     trainer.monitor.evaluations.goal = recipe.goal
@@ -159,7 +166,10 @@ def fit(
     if task.train is None:
         trainer.callbacks.insert(0, CheckBatch(recipe))  # type: ignore[attr-defined]
     data = task.datamodule if task.train is None else TaskData(task, plan.micro_batch, recipe.data.workers)
-    trainer.fit(task.module, datamodule=data, startup_seconds=time.monotonic() - began)
+    if recipe.tracking.profile is not None:
+        trainer.callbacks.insert(0, Profile(int(recipe.tracking.profile), run_dir))  # type: ignore[attr-defined]
+    with explained(plan):
+        trainer.fit(task.module, datamodule=data, startup_seconds=time.monotonic() - began)
     if not trainer.is_global_zero:
         return None
     if trainer.monitor.afterwards is not None and trainer.monitor.afterwards.error is not None:

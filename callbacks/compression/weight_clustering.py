@@ -66,6 +66,7 @@ class WeightClustering(Technique, pl.Callback):
         paper="1510.00149",
         saves={"size"},
         writes={"weights"},
+        refuses={"schedule_free_adamw"},  # whose final weights are not those that it finds centres of
     )
 
     clusters: int = 16

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
 from torch import Tensor, nn
@@ -66,9 +67,11 @@ def calls_of(model: nn.Module) -> Iterator[list[Call]]:
         handle = model.register_forward_hook(
             lambda _, args, kwargs, output: calls.append(Call(args, kwargs, output)), with_kwargs=True
         )
+        _watched[model] = _watched.get(model, 0) + 1
         try:
             yield calls
         finally:
+            _watched[model] -= 1
             handle.remove()
         return
     before = vars(model).get("forward")  # Lightning leaves one there under DDP
@@ -88,6 +91,14 @@ def calls_of(model: nn.Module) -> Iterator[list[Call]]:
             del model.forward
         else:
             model.forward = before  # type: ignore[method-assign]
+
+
+_watched: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def is_watched(model: nn.Module) -> bool:
+    """Whether something is looking at the calls of this very module: it then has to be called."""
+    return _watched.get(model, 0) > 0
 
 
 def logits_of(output: Any, whose: str) -> Tensor:

@@ -14,6 +14,7 @@ from ..accounting.clock import Duration, clock_of
 from ..contract import Card, Effect, IncompatibleTechniques, Technique, Workload, require
 from ..parameters.accessor import shards_of
 from ..parameters.shards import Shards
+from .other_weights import OtherWeights
 
 
 def ema_(average: Tensor, weights: Tensor, decay: float) -> None:
@@ -34,7 +35,7 @@ def normalized_by_batch(module: nn.Module) -> str | None:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class WeightAveraging(Technique, pl.Callback):
+class WeightAveraging(Technique, OtherWeights):
     """Keep an average of the master weights; validate with it and leave it as the final model.
 
     Averages are kept on this rank's slices, in float32 whatever the weights are in: there is no communication but one
@@ -63,6 +64,7 @@ class WeightAveraging(Technique, pl.Callback):
         saves={"steps"},
         reads={"weights"},
         writes={"weights"},
+        refuses={"schedule_free_adamw"},  # which averages itself
     )
 
     kind: str = "ema"
@@ -92,7 +94,6 @@ class WeightAveraging(Technique, pl.Callback):
     # -- taking averages --------------------------------------------------------------------------------------------
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._averages: dict[str, dict[str, Tensor]] = {}
-        self._raw: dict[str, Tensor] | None = None
         self._seen = -1
         self._start = Duration.parse(self.start)
 
@@ -140,33 +141,11 @@ class WeightAveraging(Technique, pl.Callback):
         return parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
 
     # -- using them -------------------------------------------------------------------------------------------------
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or not getattr(self, "_averages", None):
-            return
-        shards = shards_of(trainer, pl_module)
-        self._raw = {name: shards.master(name).clone() for name in shards.slices}
-        self._install(shards)
+    def has_other_weights(self) -> bool:
+        return bool(getattr(self, "_averages", None))
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if getattr(self, "_raw", None) is None:
-            return
-        shards = shards_of(trainer, pl_module)
-        assert self._raw is not None
-        for name, raw in self._raw.items():
-            shards.master(name).copy_(raw)
-        shards.publish()
-        self._raw = None
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._averages:
-            self._install(shards_of(trainer, pl_module))
-
-    @torch.no_grad()
-    def _install(self, shards: Shards) -> None:
-        for name in shards.slices:
-            master = shards.master(name)
-            master.copy_(self._average(name) * (master != 0))
-        shards.publish()
+    def other_weights(self, shards: Shards, name: str) -> Tensor:
+        return self._average(name) * (shards.master(name) != 0)
 
     # -- state ------------------------------------------------------------------------------------------------------
     def fragments(self) -> dict[str, dict[str, Tensor]]:

@@ -117,8 +117,18 @@ class Shards:
         entries = self._entries(p)
         for key, value in state.items():
             entries[key] = value.to(p.device, copy=True).view(p.shape)
+        self._restore_scalars(entries, scalars, p)
+
+    def _restore_scalars(self, entries: dict[str, Any], scalars: Mapping[str, Any], p: Tensor) -> None:
+        """A fused optimizer counts its steps on the parameter's device, any other one on the host."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        fused = any(group.get("fused") or group.get("capturable") for group in groups)
         for key, value in scalars.items():
-            entries[key] = value.clone() if torch.is_tensor(value) else value
+            if torch.is_tensor(value):
+                device = p.device if fused or key != "step" else torch.device("cpu")
+                entries[key] = value.to(device, copy=True)
+            else:
+                entries[key] = value
 
     def frozen(self) -> dict[str, tuple[Slice, Tensor]]:
         """Parameters without gradients: this rank's slice and a view of it."""

@@ -57,10 +57,9 @@ class _Zero(Shards):
         flat, entries = at
         for key, value in state.items():
             if key not in entries:
-                entries[key] = torch.zeros_like(flat.data)
+                entries[key] = torch.zeros_like(flat.data, dtype=value.dtype)
             self._narrow(name, entries[key]).copy_(value)
-        for key, value in scalars.items():
-            entries[key] = value.clone() if torch.is_tensor(value) else value
+        self._restore_scalars(entries, scalars, flat)
 
     def _renorm(self, name: str, norm: Tensor) -> None:
         """Offloaded: clipping reads norms that were taken when the gradient left the device."""
@@ -158,7 +157,9 @@ class Zero3Shards(_Zero):
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:
-            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+            persistent = self.zero.persistent_parameters
+            persistent[0].partition(persistent)  # what is whole already would not be gathered again
+            persistent[0].all_gather(persistent)
 
 
 def _summable(dtype: torch.dtype) -> torch.dtype:

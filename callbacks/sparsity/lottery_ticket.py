@@ -48,7 +48,7 @@ class LotteryTicket(Masking):
         paper="1803.03635",
         saves={"size"},
         writes={"weights", "gradients", "optimizer"},
-        refuses={"muon"},
+        refuses={"muon", "schedule_free_adamw"},  # zero is no place for its second copy of a weight
     )
 
     sparsity: float = 0.8

@@ -93,7 +93,7 @@ class StructuredPruning(Technique, pl.Callback):
         paper="1608.08710",
         saves={"flops", "time", "memory", "communication", "size"},
         writes={"modules", "weights", "optimizer", "activations"},
-        refuses={"muon"},  # its state goes with no element
+        refuses={"muon", "adafactor", "adamw8bit"},  # their states go with no element
     )
 
     ratio: float = 0.5

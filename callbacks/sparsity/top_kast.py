@@ -42,6 +42,7 @@ class TopKAST(SoftMasking):
         paper="2106.03517",
         saves={"size"},
         writes={"weights", "gradients", "optimizer"},
+        refuses={"schedule_free_adamw"},  # zero is no place for its second copy of a weight
     )
 
     sparsity: float = 0.8

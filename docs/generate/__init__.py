@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import api, command_line, keys, results, techniques
+from . import api, command_line, keys, optimizers, results, techniques
 
 
 def pages() -> dict[str, str]:
     """Every generated page: its path below `docs/generated` -> its text in MyST Markdown."""
     return {
         **techniques.pages(),
+        "optimizers.md": optimizers.page_text(),
         "recipe.md": keys.recipe_page(),
         "cluster-file.md": keys.cluster_page(),
         "command-line.md": command_line.page_text(),

@@ -26,7 +26,6 @@ RECIPE = f"""
 model: {{task: "recorded_samples:Recorded"}}
 data: {{source: "recorded_samples:data", validation: 0, batch_size: {BATCH}}}
 budget: {{steps: {STEPS}}}
-optimizer: {{lr: 1e-2}}
 precision: fp32
 checkpoint: {{every: "5 steps"}}
 """

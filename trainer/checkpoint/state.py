@@ -27,6 +27,10 @@ class AnotherModel(ShoestringError):
     """The checkpoint is not of this model."""
 
 
+class OtherShards(ShoestringError):
+    """The checkpoint's optimizer state goes with other shards."""
+
+
 class OtherData(ShoestringError):
     """The checkpoint is of other training data."""
 
@@ -36,6 +40,7 @@ _COMMON = frozenset({
     "settings",
 })  # fmt: skip
 _OF_A_RANK = frozenset({"rng", "scalars", "loss_scaler"})
+_OF_THE_MACHINE = frozenset({"fused", "foreach", "capturable"})  # how an optimizer computes here, not what
 
 
 # -- taking --------------------------------------------------------------------------------------------------------
@@ -77,6 +82,7 @@ def rank_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
     return {
         "rng": rng_state(),
         "scalars": {name: values for name, values in scalars.items() if values},
+        "layout": _layout(trainer, shards),
         "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)} if scaler else {},
     }
 
@@ -142,7 +148,9 @@ def restore(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> di
             parameter.requires_grad_(name in with_moments or parameter.requires_grad)
     shards = shards_anew(trainer, module)
     _fits(shards, pieces)
-    _restore_parameters(shards, pieces, _scalars(folder, manifest["world_size"], shards, rank))
+    scalars = _scalars(folder, manifest["world_size"], shards, rank)
+    _check_blocks(rank.get("layout"), _layout(trainer, shards), scalars)
+    _restore_parameters(shards, pieces, scalars)
     _restore_rest(module, shards, pieces)
     if common["trainable"]["first"] == first:
         for name, parameter in module.named_parameters():
@@ -181,6 +189,24 @@ def _restore_parameters(shards: Shards, pieces: Pieces, scalars: Mapping[str, Ma
             kept = {s: pieces.cut(f"optimizer/{s}/{name}", where.offset, where.length) for s in states.get(name, ())}
             shards.restore(name, kept, scalars.get(name, {}))
     shards.publish()
+
+
+def _layout(trainer: pl.Trainer, shards: Shards) -> str:
+    """Which parts of flattened parameters a rank has, in words."""
+    if shards.replicated:
+        return "whole parameters"
+    stage = "zero3" if type(shards).__name__ == "Zero3Shards" else "zero1 or zero2"
+    return f"shards of {stage} on {trainer.world_size} ranks"
+
+
+def _check_blocks(saved: str | None, now: str, scalars: Mapping[str, Mapping[str, Any]]) -> None:
+    """Vectors beside a state, such as the scales of its blocks, cannot be cut anew."""
+    vectors = (v for values in scalars.values() for v in values.values() if torch.is_tensor(v) and v.numel() > 1)
+    if saved != now and next(vectors, None) is not None:
+        raise OtherShards(
+            f"the checkpoint's optimizer keeps state in blocks of {saved}, and this run has {now}. "
+            "Resume it with the strategy and the number of ranks that it was saved with."
+        )
 
 
 def _scalars(folder: Path, world: int, shards: Shards, rank: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
@@ -244,7 +270,7 @@ def _restore_loops(trainer: pl.Trainer, module: pl.LightningModule, common: Mapp
         _rescale(trainer, trainer.accumulate_grad_batches / common["accumulate"])
     for optimizer, groups in zip(trainer.optimizers, common["param_groups"], strict=True):
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
-            group.update(saved)
+            group.update({key: value for key, value in saved.items() if key not in _OF_THE_MACHINE})
     for config, state in zip(trainer.lr_scheduler_configs, common["schedulers"], strict=True):
         config.scheduler.load_state_dict(state)
     trainer.precision_plugin.load_state_dict(common["precision"])

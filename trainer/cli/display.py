@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..planning.planner import Plan
     from ..report import Report
 
+MOMENTS = {"loss": "at the loss", "backward": "in the backward pass", "step": "in the optimizer's step"}
+
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
 
 
@@ -70,10 +72,6 @@ def show_plan(plan: Plan) -> None:
         lines = [
             ("parameters", f"{number(facts['parameters'])} ({number(facts['trainable'])} trained)"),
             (
-                "memory a device",
-                f"{size(facts.get('state_bytes'))} states + {size(facts.get('activation_bytes'))} activations",
-            ),
-            (
                 "a step",
                 f"{number(facts.get('flops_per_step'), 'FLOP')}, {seconds(facts.get('seconds_per_step'))}",
             ),
@@ -90,8 +88,25 @@ def show_plan(plan: Plan) -> None:
         console.print("predicted (estimates):")
         for name, text in lines:
             console.print(f"  {name:16} {text}")
+        _show_memory(facts)
     for warning in plan.warnings:
         console.print(f"[yellow]note[/] {warning}")
+
+
+def _show_memory(facts: Mapping[str, Any]) -> None:
+    """What a device's and a node's memory holds, term by term; a star: at the fullest moment of a step."""
+    if "memory_terms" not in facts:
+        return
+    there, alive = facts.get("memory_available_bytes"), {*facts["memory_at_moment"], "context", "fragmentation"}
+    title = f"memory a device: {size(facts['memory_bytes'])}" + (f" of {size(there)}" if there else "")
+    console.print(f"{title}; * at the fullest moment, {MOMENTS[facts['memory_moment']]}")
+    for name, held in sorted(facts["memory_terms"].items(), key=lambda term: -term[1]):
+        console.print(f"  {size(held):>10} {'*' if name in alive else ' '} {name}")
+    if facts["host_terms"]:
+        there = facts.get("host_available_bytes")
+        console.print(f"host memory a node: {size(facts['host_bytes'])}" + (f" of {size(there)}" if there else ""))
+        for name, held in sorted(facts["host_terms"].items(), key=lambda term: -term[1]):
+            console.print(f"  {size(held):>10}   {name}")
 
 
 # -- during --------------------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ... import ShoestringError
 from ...cluster import ClusterError
 from ...cluster import launch as launching
+from ...cluster.config.hardware import hardware
 from ...cluster.config.sections import Cluster
 from ...cluster.engine import JobRecord
 from ...cluster.job import Job, make_job
@@ -56,6 +58,7 @@ def job_for(
             "devices: auto | ddp | zero1 | zero2 | zero3"
         )
     _divides(loaded, nodes, devices)
+    _fits(loaded)
     home = Path(run_dir or Path("runs") / loaded.name).absolute()
     return make_job(
         cluster,
@@ -75,6 +78,21 @@ def job_for(
         exclude=launching.excluded(home),
         id=id,
     )
+
+
+def _fits(recipe: Any) -> None:
+    """Refuse what cannot fit into the memory of the devices that the job would pay for."""
+    from ..machine.facts import facts
+    from ..planning.fitting import CannotFit
+    from ..planning.planner import plan
+
+    try:
+        if hardware(recipe.cluster.hardware).name != "cpu":  # whose memory is known there alone
+            plan(recipe, facts())
+    except CannotFit:
+        raise
+    except ShoestringError:
+        return  # the job says it itself, where its files and packages are
 
 
 def _divides(recipe: Any, nodes: int, devices: int) -> None:

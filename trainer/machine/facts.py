@@ -244,13 +244,20 @@ def _cpuinfo(*keys: str) -> str:
     return ""
 
 
-def run_facts(strategy: Any, accelerator: str, offload: str = "none", optimizer: str | None = None) -> frozenset[str]:
-    """What techniques may need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", …, "offload"."""
-    machine = facts()
+def run_facts(
+    strategy: Any, accelerator: str, offload: str = "none", optimizer: str | None = None, *,
+    bf16: bool | None = None, fp16: bool | None = None,
+) -> frozenset[str]:  # fmt: skip
+    """What techniques may need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", …, "offload".
+
+    bf16, fp16: whether the device computes in that type; None: as this machine's.
+    """
+    if bf16 is None or fp16 is None:
+        bf16, fp16 = (machine := facts()).bf16, machine.fp16
     names = {accelerator}
-    if machine.bf16 or accelerator == "cpu":  # CPUs without bf16 instructions emulate it
+    if bf16 or accelerator == "cpu":  # CPUs without bf16 instructions emulate it
         names.add("bf16")
-    if machine.fp16 and accelerator == "cuda":
+    if fp16 and accelerator == "cuda":
         names.add("fp16")
     if isinstance(strategy, str):
         names.add(f"zero-{strategy[-1]}" if strategy.startswith("zero") else strategy)

@@ -42,6 +42,7 @@ from .evaluations import Evaluations
 from .failures import blame, forget
 from .hang import HangWatch
 from .nonfinite import NonFiniteSteps
+from .out_of_memory import note_memory
 from .records import Records
 from .signals import Preempted
 from .stopping import Stopping
@@ -307,6 +308,7 @@ class Monitor(ReshapeListener, pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.hang.stop()
+        note_memory(exception, trainer, pl_module, self.records.run_dir)
         self.account.abort(trainer)
         reason = None
         if not isinstance(exception, Preempted):

@@ -1,7 +1,6 @@
 """From a recipe to a plan: every choice made, with its reason, and what the run should need. Starts nothing.
 
-A prediction is an estimate from formulas (states and activations: ZeRO, arXiv 1910.02054 §3; Korthikanti, 2205.05198;
-FLOPs: PaLM, 2204.02311 appendix B), never printed as a measurement.
+A prediction is an estimate from formulas, never printed as a measurement. What cannot fit in memory is refused.
 """
 
 from __future__ import annotations
@@ -17,19 +16,18 @@ from ...callbacks.compose import compose
 from ...callbacks.contract import BadSetting, IncompatibleTechniques, Technique
 from ...callbacks.registry import NotATechnique, UnknownTechnique, declare, ready
 from ...cluster import Hardware
-from ...cluster.config.hardware import hardware
-from ...own_code import CannotImport, is_code
+from ...own_code import CannotImport
 from ...recipes import Recipe, RecipeError
 from ..machine.facts import Machine, run_facts
 from ..machine.facts import facts as machine_facts
-from ..tasks.errors import TaskError
 from ..tasks.optimizer_cards import OptimizerCard
-from ..tasks.paths import CARRIED, find_files, model_folder, one_format
-from .predictions import predict, state_bytes
-from .sizes import Size, size_of
-from .strategy import Choice, choose_optimizer, choose_strategy, memory_of
-
-USABLE_MEMORY = 0.85  # the rest is context, workspaces and fragmentation
+from .alternatives import alternatives
+from .checks import check_budget, check_present
+from .fitting import Fit, fit_of, gib, inputs_of, refusal, with_micro
+from .predictions import predict
+from .sizes import size_of
+from .strategy import Choice, choose_optimizer, choose_strategy
+from .target import Target, target_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +51,7 @@ class Plan:
         choices: Every decision with its reason.
         warnings: What the user should know before paying.
         predictions: Estimates of memory, time, money and energy; None where nothing can be said beforehand.
+        fitted: What the memory holds, term by term.
 
     Example:
         >>> from shoestring.recipes import load_recipe
@@ -76,11 +75,17 @@ class Plan:
     choices: tuple[Choice, ...]
     warnings: tuple[str, ...]
     predictions: Mapping[str, Any] = field(default_factory=dict)
+    fitted: Fit | None = None
 
     @cached_property
     def techniques(self) -> tuple[Technique, ...]:
         """In the order in which they act, to train with: Lightning callbacks."""
         return tuple(ready(technique) for technique in self.declared)
+
+    @property
+    def precision(self) -> str:
+        """What it computes in: fp32, bf16 or fp16."""
+        return next((t.dtype for t in self.declared if t.card.name == "mixed_precision"), "fp32")  # type: ignore[attr-defined]
 
     @property
     def world_size(self) -> int:
@@ -113,6 +118,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     Raises:
         RecipeError: The recipe cannot be run there; names file and line.
         IncompatibleTechniques: Techniques conflict.
+        CannotFit: It needs more memory than there is; names what fills it, and changes that fit.
 
     Example:
         >>> from shoestring.recipes import load_recipe
@@ -120,119 +126,110 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         hardware
     """
     if machine is None:
-        _present(recipe)
+        check_present(recipe)
     machine = machine or machine_facts()
     chosen: list[Choice] = []
-    device = _device(recipe, machine, chosen)
+    target, why = target_of(recipe, machine)
+    chosen.append(Choice("hardware", target.device.name, why))
     size = size_of(recipe)
+    sized = size.parameters is not None
     optimizer = choose_optimizer(recipe)
-    strategy, devices = choose_strategy(recipe, machine, device, size, optimizer, chosen)
-    world = devices * recipe.strategy.nodes
-    micro, accumulate = _batch(recipe, device, machine, size, world, strategy, optimizer, chosen)
+    said: list[Choice] = []
+    techniques = _techniques(recipe, target, optimizer, said)
+    make = inputs_of(recipe, target, size, optimizer.state_bytes, techniques)
+    nodes, least = recipe.strategy.nodes, recipe.data.micro_batch_size
+    least = 1 if least == "auto" else least
+
+    def fit(strategy: str, devices: int) -> Fit:
+        accumulate = max(1, recipe.data.batch_size // (least * devices * nodes))
+        return fit_of(make(strategy, devices, nodes, least, accumulate), target)
+
+    strategy, devices = choose_strategy(recipe, target, size, optimizer, fit, chosen)
+    fitted = _batch(recipe, fit(strategy, devices), sized, chosen)
     budget = Budget(**recipe.budget.model_dump())
-    _possible(recipe, budget, size)
+    check_budget(recipe, budget, size)
     if budget.epochs is not None:
         chosen.append(Choice("epochs", f"{budget.epochs:g}", "their steps are known when the data is read: --measure"))
-    usd, watts = _price(recipe, device, chosen)
+    usd, watts = _price(recipe, target.device, chosen)
+    chosen += said
     composition = compose(
-        _techniques(recipe, machine, chosen),
-        run_facts(strategy, machine.accelerator, recipe.strategy.offload, recipe.optimizer.name),
-    )
+        techniques,
+        run_facts(
+            strategy, target.accelerator, recipe.strategy.offload, recipe.optimizer.name,
+            bf16=target.bf16, fp16=target.fp16,
+        ),
+    )  # fmt: skip
     for reason in composition.reasons:
         chosen.append(Choice("order", reason.partition(":")[0], reason.partition(": ")[2]))
+    if sized and not fitted.possible:
+        ways = alternatives(recipe, fitted, optimizer, techniques, recipe.strategy.name == "auto")
+        raise refusal(fitted, f"{recipe.where('model')}: {recipe.name}", ways)
     return Plan(
         recipe=recipe,
         budget=budget,
         declared=composition.techniques,
-        accelerator=machine.accelerator,
+        accelerator="cuda" if target.accelerator == "cuda" and machine.accelerators else "cpu",
         strategy=strategy,
         offload=recipe.strategy.offload,
         devices=devices,
-        nodes=recipe.strategy.nodes,
-        micro_batch=micro,
-        accumulate=accumulate,
-        hardware=device.name,
+        nodes=nodes,
+        micro_batch=fitted.inputs.micro,
+        accumulate=fitted.inputs.accumulate,
+        hardware=target.device.name,
         usd_per_device_hour=usd,
         watts_per_device=watts,
         choices=tuple(chosen),
-        warnings=composition.warnings,
-        predictions=predict(
-            recipe,
-            budget,
-            machine,
-            device,
-            size,
-            composition.techniques,
-            world,
-            strategy,
-            micro,
-            usd,
-            watts,
-            optimizer.state_bytes,
-        ),
+        warnings=(*composition.warnings, *_warnings(recipe, fitted, sized)),
+        predictions=predict(recipe, budget, target, composition.techniques, fitted, usd, watts),
+        fitted=fitted,
     )
 
 
-def _present(recipe: Recipe) -> None:
-    """Refuse a recipe whose data or model is to be on this machine and is not."""
-    data, model, problems = recipe.data, recipe.model, []
-    named = {"data.source": data.source, "data.validation": data.validation}
-    for key, source in named.items():
-        carried = (
-            source in CARRIED or (isinstance(source, str) and is_code(source)) or data.format in ("builtin", "hub")
+def _warnings(recipe: Recipe, fit: Fit, sized: bool) -> list[str]:
+    """What about the memory and the hardware the user should know."""
+    target, said = fit.target, []
+    there = target.memory(fit.inputs.devices)
+    if not sized and recipe.model.name is not None:
+        said.append(
+            f"whether {recipe.model.name} fits in memory is not known: its size is not on this machine. Give "
+            "model.config, or download the model first."
         )
-        if not isinstance(source, str) or carried:
-            continue
-        try:
-            files = find_files(source, None if data.format == "auto" else data.format, key=key)
-            if files and data.format == "auto":
-                one_format(files, source)
-        except TaskError as error:
-            problems.append(recipe.problem(key, source, "files on this machine", str(error)))
-    for key, name in (("model.name", model.name), ("model.tokenizer", model.tokenizer)):
-        try:
-            if isinstance(name, str) and not name.startswith("runs/"):  # which another run is yet to leave there
-                model_folder(name, key)
-        except TaskError as error:
-            problems.append(recipe.problem(key, name, "a folder on this machine, or a hub name", str(error)))
-    if problems:
-        raise RecipeError(problems)
+    elif sized and not fit.fits and there is not None:
+        said.append(f"it may not fit in memory: it needs about {gib(fit.memory.total)} of {gib(there)} a device")
+    if not target.here and target.accelerator == "cuda":
+        said.append(f"this machine has no {target.device.name}; the plan is for one")
+    if target.host_memory is None and sized:
+        said.append(
+            f"a node needs about {gib(fit.memory.host_total)} of host memory; what it has is not known: "
+            "cluster.host_memory_gib"
+        )
+    return said
 
 
 # -- choices -------------------------------------------------------------------------------------------------------
-def _device(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> Hardware:
-    name, why = recipe.cluster.hardware, "the recipe says so"
-    if name == "auto":
-        name, why = machine.hardware or machine.accelerator, "what this machine has"
-    device = hardware(name)
-    chosen.append(Choice("hardware", device.name, why))
-    return device
-
-
 def _batch(
-    recipe: Recipe, device: Hardware, machine: Machine, size: Size, world: int, strategy: str,
-    optimizer: OptimizerCard, chosen: list[Choice],
-) -> tuple[int, int]:  # fmt: skip
-    total, micro_setting = recipe.data.batch_size, recipe.data.micro_batch_size
+    recipe: Recipe, fit: Fit, sized: bool, chosen: list[Choice]
+) -> Fit:  # fmt: skip
+    """The micro-batch, with the memory of a run that has it."""
+    total, setting, world = recipe.data.batch_size, recipe.data.micro_batch_size, fit.inputs.world
     if total % world:
         raise RecipeError(
             [recipe.problem("data.batch_size", total, f"a multiple of the {world} ranks", "change it or the devices")]
         )
-    if micro_setting == "auto":
-        room = USABLE_MEMORY * memory_of(device, machine, world) - state_bytes(
-            size, strategy, world, optimizer.state_bytes
-        )
-        each = size.activation_bytes(recipe.data.sequence_length)
-        fits = [n for n in range(1, total // world + 1) if (total // world) % n == 0 and n * each <= max(room, 0)]
-        micro, why = max(fits, default=1), "the largest that should fit in memory"
+    own = total // world
+    if setting != "auto":
+        micro, why = setting, "the recipe says so"
+    elif not sized:
+        micro, why = 1, "the model's size is not known: data.micro_batch_size says how many fit"
     else:
-        micro, why = micro_setting, "the recipe says so"
-    if total % (micro * world):
-        text = f"a divisor of {total // world}, the samples of one rank a step"
+        tried = sorted((n for n in range(1, own + 1) if own % n == 0), reverse=True)
+        micro = next((n for n in tried if with_micro(fit, n, total).fits), 1)
+        why = "the largest that should fit in memory" if with_micro(fit, micro, total).fits else "the smallest"
+    if own % micro:
+        text = f"a divisor of {own}, the samples of one rank a step"
         raise RecipeError([recipe.problem("data.micro_batch_size", micro, text)])
-    accumulate = total // (micro * world)
-    chosen.append(Choice("batch", f"{total} = {micro} x {world} ranks x {accumulate} accumulated", why))
-    return micro, accumulate
+    chosen.append(Choice("batch", f"{total} = {micro} x {world} ranks x {own // micro} accumulated", why))
+    return with_micro(fit, micro, total)
 
 
 def _price(recipe: Recipe, device: Hardware, chosen: list[Choice]) -> tuple[float, float | None]:
@@ -248,19 +245,7 @@ def _price(recipe: Recipe, device: Hardware, chosen: list[Choice]) -> tuple[floa
     return usd, recipe.cluster.watts_per_device or device.watts
 
 
-def _possible(recipe: Recipe, budget: Budget, size: Size) -> None:
-    """Refuse a budget that ends before the first step."""
-    per_step = {"samples": recipe.data.batch_size}
-    if size.tokens:
-        per_step["tokens"] = recipe.data.batch_size * recipe.data.sequence_length if recipe.data.pack else 0
-    for name, need in per_step.items():
-        limit = budget.given().get(name)
-        if limit is not None and limit < need:
-            rule = f"at least one optimizer step: {need} {name}"
-            raise RecipeError([recipe.problem(f"budget.{name}", f"{limit:g}", rule)])
-
-
-def _techniques(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> list[Technique]:
+def _techniques(recipe: Recipe, target: Target, card: OptimizerCard, chosen: list[Choice]) -> list[Technique]:
     """The recipe's techniques, and those that its precision and schedule ask for."""
     made, problems = [], []
     for spec in recipe.techniques:
@@ -282,18 +267,21 @@ def _techniques(recipe: Recipe, machine: Machine, chosen: list[Choice]) -> list[
     if "mixed_precision" not in present:
         dtype, why = recipe.precision, "the recipe says so"
         if dtype == "auto":
-            dtype = "bf16" if machine.accelerators and machine.bf16 else "fp32"
+            dtype = "bf16" if target.accelerator == "cuda" and target.bf16 else "fp32"
             why = "the device computes in bf16" if dtype == "bf16" else "no accelerator with bf16"
+            if recipe.model.dtype == "bf16":
+                dtype, why = "bf16", "model.dtype says so"
         chosen.append(Choice("precision", dtype, why))
         if dtype != "fp32":
             made.append(declare("mixed_precision", {"dtype": dtype}))
     if "lr_schedule" not in present:
         optimizer = recipe.optimizer
-        made.append(declare("lr_schedule", {"shape": optimizer.schedule, "warmup": optimizer.warmup}))
-        chosen.append(
-            Choice("schedule", f"{optimizer.schedule}, warmup {optimizer.warmup}", "ends when the budget ends")
-        )
+        shape, why = optimizer.schedule, "ends when the budget ends"
+        if card.averages and "schedule" not in optimizer.model_fields_set:
+            shape, why = "constant", f"{optimizer.name} averages its path instead"
+        made.append(declare("lr_schedule", {"shape": shape, "warmup": optimizer.warmup}))
+        chosen.append(Choice("schedule", f"{shape}, warmup {optimizer.warmup}", why))
     return made
 
 
-__all__ = ["Choice", "IncompatibleTechniques", "Plan", "plan", "state_bytes"]
+__all__ = ["Choice", "IncompatibleTechniques", "Plan", "plan"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from ...recipes import Recipe
+from .configurations import configuration_of
 
 CLASSES = {"python-packages": 10}  # of data that this package brings
 
@@ -18,7 +17,8 @@ CLASSES = {"python-packages": 10}  # of data that this package brings
 class Size:
     """Counts of a model; None where its configuration does not tell.
 
-    `active` are the parameters a token is multiplied with (input embeddings are looked up, not multiplied).
+    `active` are the parameters a token is multiplied with (input embeddings are looked up, not multiplied), `inside`
+    those of them in blocks, which a quantized base keeps in few bytes, and `largest` those of the largest matrix.
     """
 
     parameters: int | None = None
@@ -28,6 +28,9 @@ class Size:
     hidden: int = 0
     intermediate: int = 0
     kv_share: float = 1.0
+    heads: int = 0
+    inside: int = 0
+    largest: int = 0
     vocabulary: int = 0
     tokens: bool = False  # work is counted in tokens
 
@@ -36,17 +39,10 @@ class Size:
         trained = (self.trainable or 0) / max(1, self.parameters or 1)
         return self.active * (4 + 2 * trained) + 12 * self.layers * self.hidden * length * self.tokens
 
-    def activation_bytes(self, length: int) -> float:
-        """Saved for backward by one sample: 2 bytes x hidden x (20 + 4k + 8i/h) a token and layer, and the logits."""
-        if not self.hidden:
-            return 4.0 * 2 * self.active
-        per_layer = self.hidden * (20 + 4 * self.kv_share + 8 * self.intermediate / self.hidden)
-        return length * (2 * self.layers * per_layer + 10 * self.vocabulary)
-
 
 def size_of(recipe: Recipe) -> Size:
     """The size of the recipe's model; an unknown one is all None."""
-    config = dict(recipe.model.config or _config_of(recipe.model.name) or {})
+    config = dict(recipe.model.config or configuration_of(recipe.model.name) or {})
     if recipe.model.task == "image-classification":
         return _perceptron(config) if config.get("kind") == "mlp" else Size()
     layers = _first(config, "num_hidden_layers", "n_layer", "num_layers")
@@ -61,8 +57,9 @@ def _transformer(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden:
     intermediate = _first(config, "intermediate_size", "n_inner") or 4 * hidden
     heads = _first(config, "num_attention_heads", "n_head") or 1
     share = (_first(config, "num_key_value_heads") or heads) / heads
+    queries = heads * (_first(config, "head_dim") or hidden // heads)
     gated = config.get("model_type") not in ("bert", "gpt2", "roberta", "distilbert", "opt", "gpt_neox")
-    inside = layers * (hidden * hidden * (2 + 2 * share) + (3 if gated else 2) * hidden * intermediate)
+    inside = layers * (hidden * queries * (2 + 2 * share) + (3 if gated else 2) * hidden * intermediate)
     causal = recipe.model.task == "causal-lm"
     tied = bool(config.get("tie_word_embeddings", config.get("model_type") in ("gpt2", "bert")))
     head = hidden * vocabulary if causal else 0
@@ -70,14 +67,30 @@ def _transformer(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden:
     parameters = int(inside + small + hidden * vocabulary + (0 if tied or not causal else head))
     trainable = parameters
     if (adapter := recipe.model.adapter) is not None:
-        trainable = int(
-            layers * adapter.rank * (2 * hidden * (3 + share) + (3 if gated else 2) * (hidden + intermediate))
-        )
+        targets = None if adapter.targets == "all-linear" else adapter.targets
+        trainable = int(layers * adapter.rank * _adapted(targets, hidden, queries, share, intermediate, gated))
         parameters += trainable
     return Size(
         parameters=parameters, trainable=trainable, active=int(inside + head), layers=layers, hidden=hidden,
-        intermediate=intermediate, kv_share=share, vocabulary=vocabulary if causal else 0, tokens=True,
+        intermediate=intermediate, kv_share=share, heads=heads, inside=int(inside),
+        largest=hidden * max(intermediate, vocabulary if trainable == parameters else 0),
+        vocabulary=vocabulary if causal else 0, tokens=True,
     )  # fmt: skip
+
+
+def _adapted(
+    targets: Sequence[str] | None, hidden: int, queries: int, share: float, intermediate: int, gated: bool
+) -> float:
+    """Inputs and outputs of the adapted matrices of a block; None: of all."""
+    keys = queries * share
+    widths = {"q": hidden + queries, "k": hidden + keys, "v": hidden + keys, "o": queries + hidden}
+    widths |= {"up": hidden + intermediate, "down": intermediate + hidden}
+    widths |= {"gate": hidden + intermediate} if gated else {}
+    if targets is None:
+        return sum(widths.values())
+    names = {"query": "q", "key": "k", "value": "v", "out": "o", "fc1": "up", "fc2": "down", "c_fc": "up"}
+    parts = [each.rpartition(".")[2].removesuffix("_proj") for each in targets]
+    return sum(widths.get(names.get(part, part), 2 * hidden) for part in parts)
 
 
 def _norms_and_biases(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden: int, intermediate: int) -> int:
@@ -95,7 +108,7 @@ def _norms_and_biases(recipe: Recipe, config: Mapping[str, Any], layers: int, hi
 def _entries(tokenizer: Any) -> int | None:
     """Of a tokenizer to be trained, or of one that lies beside a model."""
     if isinstance(tokenizer, str):
-        return _first(_config_of(tokenizer) or {}, "vocab_size")
+        return _first(configuration_of(tokenizer) or {}, "vocab_size")
     return getattr(tokenizer, "vocab_size", None)
 
 
@@ -103,21 +116,6 @@ def _perceptron(config: Mapping[str, Any]) -> Size:
     widths = [64, *config.get("hidden", [128]), 10]  # scikit-learn's digits are 8 x 8, ten classes
     count = sum(a * b + b for a, b in pairwise(widths))
     return Size(parameters=count, trainable=count, active=count)
-
-
-def _config_of(name: str | None) -> Mapping[str, Any] | None:
-    """The `config.json` of a local model, or of the one that a package carries."""
-    if name is None:
-        return None
-    folder = Path(name)
-    if name == "minilm":
-        from ..tasks.carried import resolve_name
-
-        folder = Path(resolve_name(name))
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _first(config: Mapping[str, Any], *keys: str) -> int | None:

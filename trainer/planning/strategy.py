@@ -1,18 +1,21 @@
-"""Which optimizer and which strategy: what goes together, and the least sharding whose model states fit."""
+"""Which optimizer and which strategy: what goes together, and the least sharding that fits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
-from ...cgroups import usable_memory
-from ...cluster import Hardware
 from ...own_code import CannotImport
 from ...recipes import Recipe, RecipeError
 from ...strategies import OFFLOADS
-from ..machine.facts import Machine
 from ..tasks.optimizer_cards import OptimizerCard, UnknownOptimizer, optimizer_card
-from .predictions import state_bytes
+from .fitting import Fit, gib
+from .memory import MOMENTS
 from .sizes import Size
+from .target import Target
+
+ROOM = 0.6  # of a device, for what stays; the rest is for activations
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,22 @@ def choose_optimizer(recipe: Recipe) -> OptimizerCard:
 
 
 def choose_strategy(
-    recipe: Recipe, machine: Machine, device: Hardware, size: Size, optimizer: OptimizerCard, chosen: list[Choice]
-) -> tuple[str, int]:
-    """Strategy and devices per node: the least sharding whose model states fit."""
+    recipe: Recipe, target: Target, size: Size, optimizer: OptimizerCard, fit: Callable[[str, int], Fit],
+    chosen: list[Choice],
+) -> tuple[str, int]:  # fmt: skip
+    """Strategy and devices per node: the least sharding that fits.
+
+    Args:
+        recipe: What was asked for.
+        target: What is planned for.
+        size: The model's counts.
+        optimizer: Its card.
+        fit: The memory under a strategy on so many devices a node, with the smallest micro-batch that may be chosen.
+        chosen: The decisions are added here.
+    """
     wanted, count = recipe.strategy.name, recipe.strategy.devices
     if count == "auto":
-        if machine.accelerators:
-            count, why = (1 if wanted == "single" else len(machine.accelerators)), "every GPU of the machine"
-        elif wanted in ("auto", "single"):
-            count, why = 1, "no GPU: one process uses all cores"
-        else:
-            count, why = 2, "no GPU: two processes show the sharding"
+        count, why = _devices(wanted, target)
     else:
         why = "the recipe says so"
     chosen.append(Choice("devices", f"{count} x {recipe.strategy.nodes}", why))
@@ -55,9 +63,21 @@ def choose_strategy(
     if wanted != "auto":
         chosen.append(Choice("strategy", wanted, "the recipe says so"))
         return wanted, count
-    name, why = _least_sharding(size, world, memory_of(device, machine, count), optimizer, possible)
+    if world == 1 or size.parameters is None:
+        name, why = _without_size(possible, world)
+    else:
+        name, why = _least_sharding([fit(each, count) for each in possible if each != "single"])
     chosen.append(Choice("strategy", name, why))
     return name, count
+
+
+def _devices(wanted: str, target: Target) -> tuple[int, str]:
+    if target.count:
+        return (1 if wanted == "single" else target.count), "every GPU of the machine"
+    alone = wanted in ("auto", "single")
+    if target.accelerator == "cuda":
+        return (1 if alone else 2), f"this machine has no {target.device.name}: strategy.devices says how many"
+    return (1, "no GPU: one process uses all cores") if alone else (2, "no GPU: two processes show the sharding")
 
 
 def _possible(recipe: Recipe, world: int, optimizer: OptimizerCard) -> list[str]:
@@ -65,7 +85,7 @@ def _possible(recipe: Recipe, world: int, optimizer: OptimizerCard) -> list[str]
     wanted, offload, name = recipe.strategy.name, recipe.strategy.offload, recipe.optimizer.name
     able = [each for each, offloads in OFFLOADS.items() if offload in offloads]
     able = [each for each in able if each == "single" or world > 1 or each.startswith("zero")]
-    whole = [each for each in able if not (optimizer.whole_parameters and each.startswith("zero"))]
+    whole = [each for each in able if each in optimizer.strategies]
     if not whole or (wanted != "auto" and wanted in able and wanted not in whole):
         where = f"strategy.name {wanted}" if whole else f"strategy.offload {offload}"
         rule = f"an optimizer that works on flat shards, with {where}"
@@ -74,24 +94,24 @@ def _possible(recipe: Recipe, world: int, optimizer: OptimizerCard) -> list[str]
     return whole
 
 
-def _least_sharding(
-    size: Size, world: int, memory: float, optimizer: OptimizerCard, possible: list[str]
-) -> tuple[str, str]:
+def _without_size(possible: list[str], world: int) -> tuple[str, str]:
     if world == 1:
         return possible[0], "one device" if possible[0] == "single" else "the least that can offload"
-    if size.parameters is None:
-        least = next(name for name in possible if name != "single")
-        return least, "the model's size is not known beforehand"
-    need = 0.0
-    for name in (each for each in possible if each not in ("single", "zero3")):
-        need = state_bytes(size, name, world, optimizer.state_bytes)
-        if need < 0.6 * memory or "zero3" not in possible:  # the rest is for activations
-            return name, f"model states need {need / 2**30:.2f} GiB of {memory / 2**30:.1f} GiB a device"
-    return "zero3", f"model states need {need / 2**30:.1f} GiB a device under zero2"
+    return next(name for name in possible if name != "single"), "the model's size is not known beforehand"
 
 
-def memory_of(device: Hardware, machine: Machine, processes: int) -> float:
-    """Bytes of a device: what the catalogue says, or a process's share of this machine's."""
-    if device.memory_bytes:
-        return float(device.memory_bytes)
-    return usable_memory() / max(1, processes)
+def _least_sharding(ways: list[Fit]) -> tuple[str, str]:
+    """The first of these that fits and leaves room for activations; else the first that fits; else the last."""
+    roomy = [way for way in ways if way.fits and _share(way) < ROOM]
+    way = next(iter(roomy or [way for way in ways if way.fits]), ways[-1])
+    there, needed = way.target.memory(way.inputs.devices), gib(way.memory.total)
+    if there is None:
+        return way.inputs.strategy, f"needs about {needed} a device, and what a device has is not known"
+    why = f"the least sharding that fits: about {needed} of {gib(there)} a device"
+    return way.inputs.strategy, why if way.fits else f"needs about {needed} of {gib(there)} a device"
+
+
+def _share(way: Fit) -> float:
+    """What stays all the time, as a share of a device."""
+    kept = sum(term.bytes for term in way.memory.device if term.moments == MOMENTS)
+    return kept / (way.target.memory(way.inputs.devices) or inf)

@@ -24,7 +24,9 @@ from .lora import add_adapter
 from .models import build_model
 from .own_code_checks import give_optimizer, makes_optimizer
 from .prepare import Prepared, prepare
+from .quantized import weights_in
 from .tokenizers import framing, kept_tokenizer
+from .weight_dtypes import Kept, kept_in
 
 if TYPE_CHECKING:
     from ...recipes import Recipe
@@ -83,14 +85,13 @@ class TaskData(pl.LightningDataModule):
         )
 
 
-def build_task(
-    recipe: Recipe, *, workdir: Path, model_dtype: torch.dtype | None = None, prepared: Prepared | None = None
-) -> Task:
+def build_task(recipe: Recipe, *, workdir: Path, precision: str = "fp32", prepared: Prepared | None = None) -> Task:
     """Build the model and the data of a recipe, the same on every rank.
 
     workdir: a run that has trained there keeps its tokenizer; its `.cache` holds tokenized data and trained tokenizers,
-    unless `SHOESTRING_HOME` is set. Any number of processes may call this at once. model_dtype: the dtype of the
-    weights; float32 by default. prepared: the data of a task of the same recipe, which is not read again.
+    unless `SHOESTRING_HOME` is set. Any number of processes may call this at once. precision: what is computed in, on
+    which it depends what weights are kept in (`weight_dtypes`). prepared: the data of a task of the same recipe, which
+    is not read again.
 
     Initial weights are drawn from `recipe.seed`; the caller's random numbers are left as they were. `Task.facts` has
     `model_type, parameters, trainable, train_samples`, and where they apply `validation_samples, vocab_size,
@@ -102,11 +103,10 @@ def build_task(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)  # not torch.manual_seed: that reseeds the GPUs, too
         data = prepared or prepare(recipe, cache_root(workdir), kept_tokenizer(workdir))
-        task = _build(recipe, data, model_dtype)
-    parameters = list(task.module.parameters())
+        task = _build(recipe, data, kept_in(recipe.model, precision))
     counts = {
-        "parameters": sum(p.numel() for p in parameters),
-        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "parameters": weights_in(task.module),
+        "trainable": sum(p.numel() for p in task.module.parameters() if p.requires_grad),
     }
     task = replace(task, facts={**task.facts, **counts})
     if task.datamodule is not None or task.train is None:
@@ -116,9 +116,9 @@ def build_task(
     return replace(task, datamodule=TaskData(task, size, recipe.data.workers))
 
 
-def _build(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> Task:
+def _build(recipe: Recipe, data: Prepared, kept: Kept) -> Task:
     kind, began = recipe.model.task, monotonic()
-    module, facts = (_own if is_code(kind) else MODULES[kind])(recipe, data, dtype)
+    module, facts = (_own if is_code(kind) else MODULES[kind])(recipe, data, kept)
     facts = {**data.facts, **facts}
     validates = type(module).validation_step is not pl.LightningModule.validation_step
     held = data.validation if validates else None  # a user's module need not look at it
@@ -128,29 +128,31 @@ def _build(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> Task:
     )  # fmt: skip
 
 
-def _language(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[pl.LightningModule, dict[str, Any]]:
-    model, base = _hub_model(recipe, data, dtype)
+def _language(recipe: Recipe, data: Prepared, kept: Kept) -> tuple[pl.LightningModule, dict[str, Any]]:
+    model, base = _hub_model(recipe, data, kept)
     opening = [] if data.tokenizer is None else framing(data.tokenizer, packed=recipe.data.pack)[0]
-    module = CausalLM(model, recipe.optimizer, isolated=data.isolated, opening=tuple(opening))
+    module = CausalLM(
+        model, recipe.optimizer, isolated=data.isolated, opening=tuple(opening), chunked_loss=recipe.model.chunked_loss
+    )
     module.frozen_base = base
     return module, {"model_type": model.config.model_type}
 
 
-def _sequences(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[pl.LightningModule, dict[str, Any]]:
-    classes, (model, base) = _classes(data), _hub_model(recipe, data, dtype)
+def _sequences(recipe: Recipe, data: Prepared, kept: Kept) -> tuple[pl.LightningModule, dict[str, Any]]:
+    classes, (model, base) = _classes(data), _hub_model(recipe, data, kept)
     module = Classifier(model, recipe.optimizer, classes)
     module.frozen_base = base
     return module, {"model_type": model.config.model_type}
 
 
-def _images(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[pl.LightningModule, dict[str, Any]]:
+def _images(recipe: Recipe, data: Prepared, kept: Kept) -> tuple[pl.LightningModule, dict[str, Any]]:
     classes, shape = _classes(data), tuple(data.train[0]["pixel_values"].shape)
     config = dict(recipe.model.config or {})
-    model = build_image_model(config, shape, len(classes)).to(dtype or torch.float32)
+    model = build_image_model(config, shape, len(classes))
     return Classifier(model, recipe.optimizer, classes), {"model_type": config["kind"]}
 
 
-def _own(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[pl.LightningModule, dict[str, Any]]:
+def _own(recipe: Recipe, data: Prepared, kept: Kept) -> tuple[pl.LightningModule, dict[str, Any]]:
     module = call_code(recipe.model.task, recipe.model.args, "model.task")
     if not isinstance(module, pl.LightningModule):
         raise TaskError(f"model.task: {recipe.model.task} returned a {type(module).__name__}, not a LightningModule.")
@@ -172,7 +174,7 @@ def _classes(data: Prepared) -> Sequence[str]:
     return data.classes
 
 
-def _hub_model(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tuple[Any, FrozenBase | None]:
+def _hub_model(recipe: Recipe, data: Prepared, kept: Kept) -> tuple[Any, FrozenBase | None]:
     """The Hugging Face model of a text task, with its adapter, and what need not be saved of it."""
     model: Any = build_model(
         recipe.model,
@@ -180,7 +182,7 @@ def _hub_model(recipe: Recipe, data: Prepared, dtype: torch.dtype | None) -> tup
         tokenizer=data.tokenizer,
         sequence_length=recipe.data.sequence_length,
         classes=data.classes,
-        dtype=dtype,
+        kept=kept,
     )
     if recipe.model.adapter is None:
         return model, None

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from ...callbacks.forward.training_step import SAMPLE_WEIGHTS
+from .chunks import Chunked
 from .isolation import check_causal, check_isolation
 from .module import Batch, TaskModule, inputs, weighted
+from .next_token import NextTokenLoss
 from .positions import first_position
-from .tokens import IGNORED
 
 
 class CausalLM(TaskModule):
@@ -27,13 +27,16 @@ class CausalLM(TaskModule):
 
     The first batch checks, on the real model, that no token sees a later one. isolated: batches hold packed documents
     with restarting `position_ids`; it then also checks that documents do not see each other. opening: the tokens that
-    open a document, for generation.
+    open a document, for generation. chunked_loss: whether the logits of all positions never exist at once; "auto" where
+    they would be large.
     """
 
     def __init__(
-        self, model: torch.nn.Module, optimizer: Any, *, isolated: bool = False, opening: tuple[int, ...] = ()
-    ) -> None:
+        self, model: torch.nn.Module, optimizer: Any, *, isolated: bool = False, opening: tuple[int, ...] = (),
+        chunked_loss: Chunked = "auto",
+    ) -> None:  # fmt: skip
         super().__init__(model, optimizer)
+        self._loss = NextTokenLoss(chunked_loss)
         self.opening = opening
         self._isolated, self._unchecked = isolated, True
         self._first_position = first_position(model)
@@ -48,22 +51,13 @@ class CausalLM(TaskModule):
         self._unchecked = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Mean cross entropy per target token, in nats []."""
-        weights = batch.get(SAMPLE_WEIGHTS)
-        out = self.model(**inputs(batch, self._first_position))
-        if weights is None:
-            return weighted(out.loss, batch)
-        labels = batch["labels"][:, 1:]
-        losses = cross_entropy(
-            out.logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-        )
-        return weighted((losses * weights[:, None]).sum() / (labels != IGNORED).sum(), batch)
+        """Mean cross entropy per target token, in nats []; 0 where there is no target."""
+        total, targets = self._loss(self.model, inputs(batch, self._first_position), batch.get(SAMPLE_WEIGHTS))
+        return weighted(total / targets.clamp(min=1), batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add this batch's summed cross entropy and its number of targets."""
-        targets = (batch["labels"][:, 1:] != IGNORED).sum()
-        loss = self.model(**inputs(batch, self._first_position)).loss
-        self.add(torch.where(targets > 0, loss * targets, 0.0), targets)  # the mean of no targets is no number
+        self.add(*self._loss(self.model, inputs(batch, self._first_position)))
 
     def on_validation_epoch_end(self) -> None:
         """Log `val_loss` and `val_perplexity`, equal on all ranks."""

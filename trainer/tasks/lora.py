@@ -2,7 +2,8 @@
 
 Source: Hu et al., LoRA, arXiv 2106.09685. PEFT keeps adapters in float32 by default, which stores a float32 copy of
 every adapted layer's input: 65.5 bytes per hidden value and layer of a bf16 Llama against 43.2 for full fine-tuning
-and 39.6 with bf16 adapters. Here they take the base's dtype unless the recipe says `dtype: float32`.
+and 39.6 with bf16 adapters. Here adapters are float32 weights as well, whatever the base is, as all that trains; but
+they compute in what the run computes in, unless the recipe says `dtype: float32`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from ...recipes.schema import AdapterSpec
 from .errors import unknown
+from .quantized import dequantize
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 def add_adapter(model: PreTrainedModel, adapter: AdapterSpec, task: str) -> PeftModel:
     """Wrap a model so that only adapters (and a new classification head) are trained."""
     from peft import LoraConfig, TaskType, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     _check_targets(model, adapter.targets)
     config = LoraConfig(
@@ -36,15 +39,41 @@ def add_adapter(model: PreTrainedModel, adapter: AdapterSpec, task: str) -> Peft
     with warnings.catch_warnings():
         # PEFT 0.21 reads a name that transformers 5 has renamed
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        return get_peft_model(model, config, autocast_adapter_dtype=adapter.dtype == "float32")
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for p in adapted.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()  # PEFT makes them in the base's dtype, and rounds every step of a bf16 weight away
+    matrix_class = _Float32Linear if adapter.dtype == "float32" else _ComputeLinear
+    for part in list(adapted.modules()):
+        if isinstance(part, LoraLayer):
+            part.cast_input_dtype_enabled = False  # or PEFT makes a float32 copy of the input
+            for matrix in (*part.lora_A.values(), *part.lora_B.values()):
+                matrix.__class__ = matrix_class
+    return adapted
+
+
+class _ComputeLinear(torch.nn.Linear):
+    """Computes in its input's dtype, or in autocast's, whatever the dtype of its weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(input, self.weight.to(input.dtype))
+
+
+class _Float32Linear(torch.nn.Linear):
+    """Computes in float32, under autocast too."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return torch.nn.functional.linear(input.float(), self.weight.float())
 
 
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
     """The model with its adapters added to its weights, in place, computing what it computed with them apart.
 
     A weight that an adapted layer shares with others (an output layer tied to embeddings) becomes its own first: the
-    adapter was trained for that layer alone.
+    adapter was trained for that layer alone. Quantized layers become float32 ones.
     """
+    dequantize(model)
     users: dict[int, int] = {}
     for part in model.modules():
         for p in part._parameters.values():

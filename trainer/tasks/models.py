@@ -1,8 +1,9 @@
 """Hugging Face models for a recipe: pretrained by name or path, or new from a config.
 
-Attention is `sdpa` wherever the model has it, and `use_cache` is off: with a cache, packed documents see each other
-(transformers 5), and training has no use for one. Weights are float32 unless a dtype is given; what a checkpoint was
-saved in does not matter.
+Attention is `sdpa` wherever the model has it, unless the recipe names another, and `use_cache` is off: with a cache,
+packed documents see each other (transformers 5), and training has no use for one. Weights are in the dtype that they
+are to be kept in from the start, read from the memory-mapped file one by one; what a checkpoint was saved in does not
+matter.
 """
 
 from __future__ import annotations
@@ -10,19 +11,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .carried import resolve_name as resolve_name
 from .errors import TaskError, unknown
+from .mapped_files import pages_given_back
 from .paths import model_folder
 from .positions import first_position
+from .weight_dtypes import FLOAT32, Kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Spellings that configs accept beside their fields (transformers translates them).
+# `model.attention` -> transformers' name
+ATTENTIONS = {"sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention", "eager": "eager"}
 ALSO_ACCEPTED = frozenset({"rope_theta", "rope_scaling", "attn_implementation"})
 
 
@@ -33,19 +39,21 @@ def build_model(
     tokenizer: PreTrainedTokenizerBase | None,
     sequence_length: int,
     classes: Sequence[str] | None = None,
-    dtype: torch.dtype | None = None,
+    kept: Kept = FLOAT32,
 ) -> PreTrainedModel:
     """A model for `task` ("causal-lm" or "sequence-classification"), its sizes checked against the data's.
 
     model: the recipe's model section. tokenizer: None where a user's own data brings token numbers. classes: names of
-    the classes, in the order of their numbers. Raises `TaskError` where the model cannot be had, does not fit the
-    task, or is too small for the vocabulary or the length.
+    the classes, in the order of their numbers. kept: what its weights are kept in. Raises `TaskError` where the model
+    cannot be had, does not fit the task, or is too small for the vocabulary or the length.
     """
     labels = {} if classes is None else _label_settings(classes)
+    if model.attention in ("flash", "flex") and not torch.cuda.is_available():
+        raise TaskError(f"model.attention: {model.attention} needs a CUDA device; on a CPU there are sdpa and eager.")
     if model.name is not None:
-        built = _pretrained(model_folder(resolve_name(model.name), "model.name"), task, labels, dtype)
+        built = _pretrained(model_folder(resolve_name(model.name), "model.name"), task, labels, kept, model.attention)
     else:
-        built = _from_config(model_config(model.config, task, tokenizer, labels), task, dtype)
+        built = _from_config(model_config(model.config, task, tokenizer, labels), task, kept, model.attention)
     _check_sizes(built, tokenizer, sequence_length)
     built.config.use_cache = False
     if tokenizer is not None:
@@ -82,7 +90,7 @@ def _direction(task: str, keys: Iterable[str]) -> dict[str, bool]:
     return {"is_decoder": True} if task == "causal-lm" and "is_decoder" in keys else {}
 
 
-def _pretrained(name: str, task: str, labels: dict[str, Any], dtype: torch.dtype | None) -> PreTrainedModel:
+def _pretrained(name: str, task: str, labels: dict[str, Any], kept: Kept, attention: str) -> PreTrainedModel:
     from transformers import AutoConfig
 
     try:
@@ -90,18 +98,32 @@ def _pretrained(name: str, task: str, labels: dict[str, Any], dtype: torch.dtype
         if config.model_type not in _model_types(task):
             raise TaskError(f"model.name {name!r} is a {config.model_type}, which transformers has no {task} form of.")
         settings = {**labels, **_direction(task, vars(config))}
-        with _quietly():
-            load, settings = _auto_class(task).from_pretrained, {**settings, "output_loading_info": True}
-            model, found = _with_sdpa(load, name, dtype=dtype or torch.float32, **settings)
+        with _quietly(), pages_given_back():
+            make = _auto_class(task).from_pretrained
+            settings = {**settings, "output_loading_info": True, "dtype": kept.dtype}
+            load: Any = partial(_with_attention, attention, make, name, **settings)
+            if kept.codes is None:
+                model, found = load()
+            else:
+                from .quantized_loading import load_quantized
+
+                model, found = load_quantized(load, kept.codes)
         model.drawn_weights = frozenset(found["missing_keys"])  # a new head: no file gives it again
         return model  # type: ignore[no-any-return]
+    except TaskError:
+        raise
     except (OSError, ValueError) as error:
         raise TaskError(f"model.name: cannot load {name!r}: {str(error).splitlines()[0]}") from error
 
 
-def _from_config(config: PreTrainedConfig, task: str, dtype: torch.dtype | None) -> PreTrainedModel:
+def _from_config(config: PreTrainedConfig, task: str, kept: Kept, attention: str) -> PreTrainedModel:
     try:
-        return _with_sdpa(_auto_class(task).from_config, config, dtype=dtype or torch.float32)
+        make = partial(_with_attention, attention, _auto_class(task).from_config, config, dtype=kept.dtype)
+        if kept.codes is None:
+            return make()
+        from .quantized_loading import make_quantized
+
+        return make_quantized(make, kept.codes)
     except (ValueError, TypeError, AssertionError) as error:  # sizes that do not divide, and the like
         raise TaskError(f"model.config of {config.model_type}: {error}") from error
 
@@ -122,11 +144,13 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _with_sdpa(load: Any, *args: Any, **settings: Any) -> Any:
+def _with_attention(attention: str, load: Any, *args: Any, **settings: Any) -> Any:
     try:
-        return load(*args, attn_implementation="sdpa", **settings)
-    except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
+        return load(*args, attn_implementation=ATTENTIONS.get(attention, "sdpa"), **settings)
+    except (ValueError, ImportError) as error:
+        if attention != "auto" and any(word in str(error) for word in ("attention", "attn")):
+            raise TaskError(f"model.attention: {attention} is not to be had: {str(error).splitlines()[0]}") from error
+        if attention != "auto" or "scaled_dot_product_attention" not in str(error):
             raise
         return load(*args, attn_implementation="eager", **settings)
 

@@ -17,6 +17,7 @@ from typing import Any
 from ... import ShoestringError
 from ...own_code import import_code, is_code
 from ...spelling import did_you_mean
+from ...strategies import OFFLOADS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +26,29 @@ class OptimizerCard:
 
     Args:
         make: Builds it from named parameters and the recipe's optimizer section; or the name of such a function in
-            `optimizers.py`; or a `torch.optim.Optimizer` class, which gets parameter groups and the learning rate.
+            `optimizers.py`; or a `torch.optim.Optimizer` class, which gets groups and the learning rate.
         state_bytes: What it keeps of a trained parameter, beside the weight and its gradient; an upper bound.
         whole_parameters: It reads a parameter's shape, which ZeRO flattens away: not for zero1, zero2, zero3.
+        averages: Its result is an average of its path, which `AveragedPoint` puts in place; the rate need not fall.
+        does: What is particular about it, in one line.
+        paper: Its arXiv number, or where else it is described.
 
     Example:
-        >>> optimizer_card("muon").whole_parameters
-        True
+        >>> optimizer_card("muon").strategies
+        ['single', 'ddp']
     """
 
     make: str | Callable[..., Any]
     state_bytes: float = 8.0
     whole_parameters: bool = False
+    averages: bool = False
+    does: str = ""
+    paper: str = ""
+
+    @property
+    def strategies(self) -> list[str]:
+        """The strategies that it is legal under."""
+        return [name for name in OFFLOADS if not (self.whole_parameters and name.startswith("zero"))]
 
     def builder(self) -> Callable[..., Any]:
         """`make`, imported where it was a name."""
@@ -46,11 +58,36 @@ class OptimizerCard:
 
 
 OPTIMIZERS: dict[str, OptimizerCard] = {
-    "adamw": OptimizerCard(make="adamw"),
-    "adam": OptimizerCard(make="adam"),
-    "sgd": OptimizerCard(make="sgd", state_bytes=4),  # of momentum, which may be off
-    "adafactor": OptimizerCard(make="adafactor", state_bytes=0),  # two vectors a matrix
-    "muon": OptimizerCard(make="muon", whole_parameters=True),  # 4 of hidden matrices, 8 of AdamW's share
+    "adamw": OptimizerCard(make="adamw", does="Adam with decay beside the gradient", paper="1711.05101"),
+    "adam": OptimizerCard(
+        make="adam", does="steps by the gradient's mean over its root mean square", paper="1412.6980"
+    ),
+    "sgd": OptimizerCard(  # of momentum, which may be off
+        make="sgd", state_bytes=4, does="the gradient, with momentum", paper="1609.04747"
+    ),
+    "lion": OptimizerCard(make="lion", state_bytes=4, does="the sign of a momentum", paper="2302.06675"),
+    "adamw8bit": OptimizerCard(  # two bytes, and two scales of four bytes in 256 elements
+        make="adamw8bit", state_bytes=2 + 8 / 256, does="AdamW with moments of 8 bits in blocks", paper="2110.02861"
+    ),
+    "schedule_free_adamw": OptimizerCard(
+        make="schedule_free_adamw",
+        averages=True,
+        does="AdamW that averages its path in place of a falling learning rate",
+        paper="2405.15682",
+    ),
+    "adafactor": OptimizerCard(  # two vectors a matrix
+        make="adafactor",
+        state_bytes=0,
+        whole_parameters=True,
+        does="the second moment as a row and a column for each matrix",
+        paper="1804.04235",
+    ),
+    "muon": OptimizerCard(  # 4 of hidden matrices, 8 of AdamW's share
+        make="muon",
+        whole_parameters=True,
+        does="orthogonal steps for hidden matrices, AdamW for the rest",
+        paper="2502.16982",
+    ),
 }
 
 

@@ -117,3 +117,15 @@ def test_what_it_cannot_reach_it_says():
     trainer = pl.Trainer(max_steps=1, callbacks=[Peek()], **SILENT)
     with pytest.raises(NoShard, match="use ddp or zero1/2/3"):
         trainer.fit(Sharded(), loader())
+
+
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (None, "cpu")])
+def test_a_restored_step_count_lies_where_the_optimizer_counts(fused, device):
+    """A fused optimizer counts on the device of the parameter; `meta` is one that is not the host."""
+    module = nn.Linear(2, 2, bias=False, device="meta")
+    optimizer = torch.optim.AdamW(module.parameters())
+    optimizer.param_groups[0]["fused"] = fused
+    shards = Shards(module, [optimizer])
+    shards.restore("weight", {"exp_avg": torch.ones(4)}, {"step": torch.tensor(3.0)})
+    assert optimizer.state[module.weight]["step"].device.type == device
+    assert optimizer.state[module.weight]["exp_avg"].device.type == "meta"

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
-import torch
 
 from shoestring.recipes import Recipe, recipe_from
 from shoestring.trainer.tasks import Task, build_task
@@ -54,13 +53,13 @@ class Tiny:
             "optimizer": {"lr": 1e-2},
         }
         for name, changes in sections.items():
-            merged = {**values[name], **changes}
+            merged = {**values.get(name, {}), **changes}
             values[name] = {key: value for key, value in merged.items() if value is not None}
         return recipe_from(values)
 
-    def task(self, dtype: torch.dtype | None = None, **sections: dict[str, Any]) -> Task:
+    def task(self, precision: str = "fp32", **sections: dict[str, Any]) -> Task:
         """The task of `recipe`."""
-        return build_task(self.recipe(**sections), workdir=self.workdir, model_dtype=dtype)
+        return build_task(self.recipe(**sections), workdir=self.workdir, precision=precision)
 
     def fit(self, task: Task, steps: int) -> None:
         """Train a task for some optimizer steps, without validation."""

@@ -117,13 +117,11 @@ def test_labels_of_files(tiny: Any, tmp_path: Path) -> None:
         tiny.task(model=model, data=data)
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("compute", torch.bfloat16), ("float32", torch.float32)])
-def test_lora_trains_adapters_alone_in_the_dtype_requested(tiny: Any, dtype: str, expected: torch.dtype) -> None:
-    task = tiny.task(torch.bfloat16, model={"adapter": {"kind": "lora", "rank": 4, "dtype": dtype}})
+def test_lora_trains_adapters_alone(tiny: Any) -> None:
+    task = tiny.task(model={"adapter": {"kind": "lora", "rank": 4}})
     trained = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
     frozen = {name: p.clone() for name, p in task.module.named_parameters() if not p.requires_grad}
-    assert trained and all("lora_" in name and p.dtype == expected for name, p in trained.items())
-    assert all(p.dtype == torch.bfloat16 for p in frozen.values())
+    assert trained and all("lora_" in name for name in trained)
     # rank * (in + out) of the seven linear layers of a block; the output layer is not adapted
     assert task.facts["trainable"] == 2 * 4 * (4 * (32 + 32) + 3 * (32 + 64))
     tiny.fit(task, 2)
@@ -140,7 +138,7 @@ def test_decay_is_not_put_into_gradients_by_default() -> None:
         return build_optimizer(torch.nn.Linear(4, 4).named_parameters(), settings).param_groups[0]["weight_decay"]
 
     usual = {name: decay(name, None) for name in OPTIMIZERS}
-    assert usual == {"adamw": 0.1, "adam": 0.0, "sgd": 0.0, "adafactor": 0.1, "muon": 0.1}
+    assert usual == {name: 0.0 if name in ("sgd", "adam") else 0.1 for name in OPTIMIZERS}
     assert decay("sgd", 1e-4) == decay("adamw", 1e-4) == 1e-4
 
 
@@ -176,9 +174,10 @@ def test_every_optimizer_learns_and_restores(name: str) -> None:
     assert [group["lr"] for group in restored.param_groups] == [0.05] * len(restored.param_groups)
     for group in restored.param_groups:
         group["lr"] = 0.0
-    before = [p.clone() for p in other.parameters()]
+    stepped = [restored.state[p].get("z", p) for p in other.parameters()]  # of an average only its path stands still
+    before = [p.clone() for p in stepped]
     train(other, restored, 1)
-    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True)), "a schedule is not heard"
+    assert all(torch.equal(a, b) for a, b in zip(before, stepped, strict=True)), "a schedule is not heard"
 
 
 OWN = """

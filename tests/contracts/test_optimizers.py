@@ -1,0 +1,130 @@
+"""Every registered optimizer under every strategy that its card names: trains, resumes to the bit, equals one device.
+
+The trainings are in tests/support/optimizer_ranks.py; what must hold of them is said here.
+"""
+
+import json
+from functools import cache
+
+import optimizer_ranks
+import pytest
+import torch
+from processes import last_words, succeed
+from safetensors.torch import load_file
+from toy import DEVICE
+
+from shoestring.strategies import OFFLOADS
+from shoestring.trainer.checkpoint.state import OtherShards
+from shoestring.trainer.tasks.optimizer_cards import OPTIMIZERS
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+RANKS = 2 if DEVICE == "cpu" or torch.cuda.device_count() > 1 else 1
+STRATEGIES = {name: 1 if name == "single" else RANKS for name in OFFLOADS}
+LEGAL = [(strategy, name) for strategy in STRATEGIES for name in OPTIMIZERS if strategy in OPTIMIZERS[name].strategies]
+SEVERAL = [(strategy, name) for strategy, name in LEGAL if STRATEGIES[strategy] > 1]
+# A moment that lies between two codes may fall to either, and blocks of shards are others than blocks of matrices;
+# Muon computes in bfloat16, and makes steps of one length of singular values that are all but 0
+DRIFT = {"adamw8bit": 2e-3, "muon": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """strategy, optimizer -> what each rank reports; trained when first asked for."""
+
+    @cache
+    def train(strategy):
+        folder = tmp_path_factory.mktemp(strategy)
+        world = STRATEGIES[strategy]
+        succeed(optimizer_ranks.main, strategy, folder, world=world, folder=folder, timeout=300)
+        return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world)], folder
+
+    def case(strategy, name):
+        reports, folder = train(strategy)
+        assert "error" not in reports[0][name], f"{reports[0][name]['error']}\n{last_words(folder)}"
+        return [report[name] for report in reports]
+
+    case.folder = lambda strategy: train(strategy)[1]
+    return case
+
+
+def losses(reports) -> list[float]:
+    return [sum(each) / len(each) for each in zip(*(report["whole"]["losses"] for report in reports), strict=True)]
+
+
+def apart(ran, strategy, name) -> float:
+    """How far final weights are from those of one device, and losses in training and in validation."""
+    alone, together = (
+        losses(ran(each, name)) + ran(each, name)[0]["whole"]["validations"] for each in ("single", strategy)
+    )
+    finals = [load_file(ran.folder(each) / f"{name}-whole" / "final.safetensors") for each in ("single", strategy)]
+    assert finals[0].keys() == finals[1].keys() and finals[0]
+    weights = max(float((finals[0][key] - finals[1][key]).abs().max()) for key in finals[0])
+    return max(weights, *(abs(a - b) for a, b in zip(alone, together, strict=True)))
+
+
+def resumes(reports) -> bool:
+    for report in reports:
+        whole, (first, second) = report["whole"], report["halves"]
+        if first["losses"] + second["losses"] != whole["losses"]:
+            return False
+        if any(second[key] != whole[key] for key in ("final", "states")):
+            return False
+    return True
+
+
+@pytest.mark.parametrize(("strategy", "name"), LEGAL)
+def test_trains(strategy, name, ran):
+    reports = ran(strategy, name)
+    course = losses(reports)
+    assert len(course) == optimizer_ranks.STEPS and course[-1] < 0.95 * course[0]
+    validations = reports[0]["whole"]["validations"]
+    assert validations[-1] < validations[0]
+
+
+@pytest.mark.parametrize(("strategy", "name"), LEGAL)
+def test_resumes_bit_for_bit(strategy, name, ran):
+    reports = ran(strategy, name)
+    assert len(reports[0]["halves"][1]["losses"]) == optimizer_ranks.STEPS - optimizer_ranks.HALF
+    assert resumes(reports)
+
+
+@pytest.mark.parametrize(("strategy", "name"), SEVERAL)
+def test_trains_like_one_device(strategy, name, ran):
+    assert apart(ran, strategy, name) < DRIFT.get(name, 1e-6)
+
+
+@pytest.mark.parametrize(("strategy", "name"), [case for case in SEVERAL if case[0] != "ddp"])
+def test_ranks_share_its_state(strategy, name, ran):
+    alone = ran("single", name)[0]["whole"]["held"]
+    each = [report["whole"]["held"] for report in ran(strategy, name)]
+    assert max(each) < 0.55 * alone and sum(each) > (0.3 if name == "adamw8bit" else 0.99) * alone
+
+
+@pytest.mark.parametrize(("strategy", "name"), [c for c in LEGAL if c[0] in ("single", "zero2") and c[1] != "muon"])
+def test_what_is_pruned_stays_zero(strategy, name, ran):
+    """Weights, and what the optimizer keeps of them, are zero together: its step then moves neither."""
+    ran(strategy, name)
+    final = load_file(ran.folder(strategy) / f"{name}-pruned" / "final.safetensors")
+    pruned = torch.cat([final[f"net.{layer}.weight"].view(-1) for layer in (0, 2)])
+    assert float((pruned == 0).float().mean()) == pytest.approx(0.6, abs=0.01)
+    assert bool(final["net.4.weight"].all())
+
+
+def test_blocks_of_shards_go_with_no_others(ran, monkeypatch):
+    folder = ran.folder("zero2")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    went_on = optimizer_ranks.train("single", "lion", folder / "lion-halves", optimizer_ranks.STEPS + 2, 4)
+    assert len(went_on["losses"]) == 4, "two steps of two micro-batches each"
+    with pytest.raises(OtherShards, match="in blocks of shards of zero1 or zero2 on 2 ranks, and this run has whole"):
+        optimizer_ranks.train("single", "adamw8bit", folder / "adamw8bit-halves", optimizer_ranks.STEPS + 2, 4)
+
+
+def test_what_is_wrong_with_an_optimizer_is_found(ran):
+    assert not resumes(ran("single", "Forgetful")), "momentum that nobody saves"
+    assert apart(ran, "zero2", "OfWholes") > 1e-4, "a norm of a shard"
+    assert resumes(ran("single", "OfWholes")) and resumes(ran("zero2", "OfWholes"))
+
+
+def test_a_fused_optimizer_is_clipped_under_mixed_precision(ran):
+    course = ran("single", "bf16")[0]["losses"]
+    assert course[-1] < course[0]

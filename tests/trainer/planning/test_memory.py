@@ -1,0 +1,273 @@
+"""What fills the memory, term by term: against derivations written out here, and against what a run really held."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoestring.callbacks.contract import Effect
+from shoestring.cluster.load import load_cluster
+from shoestring.recipes import load_recipe
+from shoestring.trainer import Plan, plan
+from shoestring.trainer.cli.app import main
+from shoestring.trainer.jobs.submit import job_for
+from shoestring.trainer.planning.activations import Checkpointing
+from shoestring.trainer.planning.alternatives import SHOWN
+from shoestring.trainer.planning.fitting import CannotFit
+from shoestring.trainer.planning.memory import Inputs, Memory, memory
+from shoestring.trainer.planning.sizes import Size
+
+GIB = 2**30
+LLAMA = "model_type: llama, num_key_value_heads: 8, vocab_size: 128256, hidden_size"
+LLAMA_8B = f"{{{LLAMA}: 4096, num_hidden_layers: 32, num_attention_heads: 32, intermediate_size: 14336}}"
+LLAMA_70B = f"{{{LLAMA}: 8192, num_hidden_layers: 80, num_attention_heads: 64, intermediate_size: 28672}}"
+LORA = "model.adapter={kind: lora, rank: 16}"
+P8, P70 = 8.03e9, 70.55e9  # parameters, as published
+TOKENS = 4096
+
+
+def planned(config: str, devices: int, *changes: str) -> Plan:
+    fixed = ["techniques=[gradient_checkpointing]", "cluster.hardware=h100-sxm", "export=null"]
+    fixed += [f"data.sequence_length={TOKENS}", "data.micro_batch_size=1", "data.batch_size=64", "strategy.name=auto"]
+    shape = [f"model.config={config}", f"strategy.devices={devices}", "model.chunked_loss=false"]
+    return plan(load_recipe("quickstart", [*fixed, *shape, *changes]))
+
+
+def refused(config: str, devices: int, *changes: str) -> str:
+    with pytest.raises(CannotFit) as error:
+        planned(config, devices, *changes)
+    assert error.value.exit_code == 2
+    return str(error.value)
+
+
+def alive(made: Plan) -> float:
+    """At the fullest moment, without what an allocator loses."""
+    return made.predictions["memory_bytes"] - made.predictions["memory_terms"]["fragmentation"]
+
+
+def logits(vocabulary: int = 128256, tokens: int = TOKENS) -> float:
+    """16 bits, float32, its softmax, the gradients of softmax and loss, and of the 16 bits: 2 + 4 + 4 + 4 + 2."""
+    return (2 + 4 + 4 + 4 + 2) * vocabulary * tokens
+
+
+def test_8b_in_full_on_eight_is_what_was_derived() -> None:
+    """ZeRO-2: 16-bit weights whole; gradients, masters and two moments by eight; then logits, or copies of the step."""
+    made = planned(LLAMA_8B, 8, "strategy.name=zero2")
+    states = 2 * P8 + (2 + 4 + 8) * P8 / 8
+    assert states / GIB == pytest.approx(28, rel=0.02)
+    step = states + (4 + 4) * P8 / 8
+    entries = 2 * 4096 * 32 * TOKENS  # what enters each block, in 16 bits
+    loss = states + logits() + entries
+    assert alive(made) == pytest.approx(max(step, loss) + 1.25 * GIB, rel=0.02)
+    terms = made.predictions["memory_terms"]
+    assert made.predictions["state_bytes"] == pytest.approx(states, rel=0.01)
+    assert terms["logits"] == pytest.approx(logits(), rel=0.01)
+    assert terms["activations"] == pytest.approx(entries, rel=0.01)
+    assert 9e9 < terms["activations"] + terms["logits"] < 10e9
+
+
+def test_8b_in_full_on_eight_with_zero3_is_what_was_derived() -> None:
+    made = planned(LLAMA_8B, 8, "strategy.name=zero3")
+    states, gathered, bucket = 16 * P8 / 8, 2 * 1e9, 2 * 5e8
+    assert 17.5 < (states + gathered + bucket) / GIB < 20
+    terms = made.predictions["memory_terms"]
+    found = made.predictions["state_bytes"] + terms["gathered layers"] + terms["communication buckets"]
+    assert found == pytest.approx(states + gathered + bucket, rel=0.15)
+    entries = 2 * 4096 * 32 * TOKENS
+    assert alive(made) == pytest.approx(states + gathered + logits() + entries + 1.25 * GIB, rel=0.15)
+
+
+def test_8b_lora_on_one_is_what_was_derived() -> None:
+    made = planned(LLAMA_8B, 1, LORA, "model.dtype=fp32")
+    base, adapters = 4 * P8, 16 * 42e6
+    entries, head = 4 * 4096 * 32 * TOKENS, 2 * 128256 * 4096  # float32 between blocks; the output layer in 16 bits
+    derived = base + adapters + entries + head + logits() + 0.75 * GIB
+    assert derived / GIB == pytest.approx(42, rel=0.05)
+    assert alive(made) == pytest.approx(derived, rel=0.15)
+    assert made.strategy == "single"
+
+
+def test_8b_lora_on_a_base_in_16_bits_is_what_was_derived() -> None:
+    made = planned(LLAMA_8B, 1, LORA)
+    derived = 2 * P8 + 16 * 42e6 + 2 * 4096 * 32 * TOKENS + logits() + 0.75 * GIB
+    assert derived / GIB == pytest.approx(24, rel=0.15)
+    assert alive(made) == pytest.approx(derived, rel=0.15)
+    in_chunks = planned(LLAMA_8B, 1, LORA, "model.chunked_loss=auto")
+    assert in_chunks.predictions["memory_terms"]["logits"] == pytest.approx(16 * 2**25)
+
+
+def test_8b_in_full_on_one_is_refused_with_changes_that_fit() -> None:
+    said = refused(LLAMA_8B, 1)
+    assert "needs 150.3 GiB a device, and h100-sxm has 79.2 GiB" in said  # 4 + 4 + 8, and 4 to step them
+    assert "optimizer states 59.8 GiB, weights 29.9 GiB, gradients 29.9 GiB" in said
+    proposals_fit(said, LLAMA_8B, 1)
+
+
+def test_70b_in_full_on_eight_is_refused_with_changes_that_fit() -> None:
+    said = refused(LLAMA_70B, 8)
+    states = (2 + 2 + 4 + 8 + 4 + 4) * P70 / 8  # with ZeRO-3, and the copies of the step
+    assert f"needs {states / GIB + 1.25:.0f}" in said
+    proposals_fit(said, LLAMA_70B, 8)
+
+
+def proposals_fit(said: str, config: str, devices: int) -> None:
+    lines = said.split("cheapest first:\n")[1].splitlines()
+    assert len(lines) == SHOWN
+    for line in lines:
+        words, need = line.strip().split("   (")
+        made = planned(config, devices, *shlex.split(words))
+        assert made.predictions["memory_bytes"] <= made.predictions["memory_available_bytes"]
+        assert need.startswith(f"{made.predictions['memory_bytes'] / GIB:.1f} GiB a device")
+
+
+def test_the_command_line_refuses_before_anything_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [f"model.config={LLAMA_8B}", "cluster.hardware=h100-sxm", "strategy={name: single}", "export=null"]
+    for command in ("plan", "train"):
+        monkeypatch.setattr("sys.argv", ["shoestring", command, "quickstart", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_host_memory_is_checked() -> None:
+    changes = ["strategy.name=zero2", "strategy.offload=optimizer"]
+    made = planned(LLAMA_8B, 1, *changes, "cluster.host_memory_gib=256")
+    terms = made.predictions["host_terms"]
+    offloaded = sum(terms[f"offloaded {name}"] for name in ("master weights", "gradients", "optimizer states"))
+    assert offloaded == pytest.approx(16 * P8, rel=0.01)
+    more = planned(LLAMA_8B, 1, "strategy.name=zero3", "strategy.offload=parameters", "cluster.host_memory_gib=256")
+    assert more.predictions["host_terms"]["offloaded weights"] == pytest.approx(2 * P8, rel=0.01)
+    said = refused(LLAMA_8B, 1, *changes, "cluster.host_memory_gib=128")
+    assert "GiB of host memory a node, and there are 128.0 GiB: offloaded optimizer states 59.8 GiB" in said
+
+
+def test_a_job_that_cannot_fit_is_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "cluster.yaml"
+    path.write_text("{name: there, engine: local, devices_per_node: 1, hardware: h100, limits: {hours: 1}}")
+    shape = [f"model.config={LLAMA_8B}", "techniques=[gradient_checkpointing]", "strategy.name=single"]
+    with pytest.raises(CannotFit, match=r"a device, and h100-sxm has 79\.2 GiB"):
+        job_for("quickstart", shape, load_cluster(path))
+    assert job_for("quickstart", ["strategy.name=single"], load_cluster(path)).devices_per_node == 1
+
+
+# -- the formulas' inputs ------------------------------------------------------------------------------------------
+MILLION = Size(parameters=10**6, trainable=10**6, active=10**6, inside=8 * 10**5, largest=10**4, layers=2)
+ADAPTED = Size(parameters=10**6, trainable=10**4, active=10**6, inside=8 * 10**5, largest=10**4, layers=2)
+
+
+def needed(size: Size, strategy: str, devices: int = 2, **changes: Any) -> Memory:
+    usual: dict[str, Any] = {"length": 1, "micro": 1, "accumulate": 2, "nodes": 1, "offload": "none"}
+    usual |= {"accelerator": "cuda", "precision": "bf16", "strategy": strategy, "devices": devices, "size": size}
+    return memory(Inputs(**(usual | changes)))
+
+
+def megabytes(need: Memory, *names: str) -> float:
+    return round(sum(term.bytes for term in need.device if term.name in names) / 1e6, 3)
+
+
+STATES = ("weights", "master weights", "optimizer states", "gradients")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "bf16", "fp32"),
+    [("ddp", 16, 16), ("zero1", 4 + 12 / 2, 8 + 12 / 2), ("zero2", 2 + 14 / 2, 4 + 16 / 2), ("zero3", 16 / 2, 20 / 2)],
+)
+def test_states_of_every_strategy(strategy: str, bf16: float, fp32: float) -> None:
+    assert megabytes(needed(MILLION, strategy), *STATES) == bf16
+    assert megabytes(needed(MILLION, strategy, precision="fp32"), *STATES) == fp32
+    assert megabytes(needed(MILLION, strategy, optimizer=2.0), "optimizer states") == (2 if strategy == "ddp" else 1)
+
+
+def test_copies() -> None:
+    assert megabytes(needed(MILLION, "ddp"), "gradient buckets") == 4
+    assert megabytes(needed(MILLION, "single", 1), "gradient buckets") == 0
+    assert megabytes(needed(MILLION, "ddp"), "autocast copies") == 2
+    assert megabytes(needed(MILLION, "ddp", precision="fp32"), "autocast copies") == 0
+    assert megabytes(needed(MILLION, "zero2"), "autocast copies") == 0
+    assert megabytes(needed(MILLION, "zero2"), "communication buckets") == 1000
+    assert megabytes(needed(MILLION, "zero2", accelerator="cpu"), "communication buckets") == 2
+    assert megabytes(needed(MILLION, "zero3"), "gathered layers") == 2
+    assert megabytes(needed(MILLION, "ddp", fused=True), "optimizer's temporary copy") == 0
+
+
+@pytest.mark.parametrize(("base", "each"), [("fp32", 4), ("bf16", 2), ("int8", 1.005), ("nf4", 0.516)])
+def test_a_frozen_base_is_as_large_as_its_dtype_says(base: str, each: float) -> None:
+    whole = 4 if base == "fp32" else 2  # of embeddings, norms and the output layer
+    frozen = 8e5 * each + 1.9e5 * whole
+    assert megabytes(needed(ADAPTED, "single", 1, base=base), "frozen weights") == pytest.approx(frozen / 1e6, abs=1e-3)
+    split = 8e5 * min(each, 2) + 1.9e5 * 2
+    for strategy, parts in (("zero2", 1), ("zero3", 2)):
+        kept = megabytes(needed(ADAPTED, strategy, base=base), "frozen weights")
+        assert kept == pytest.approx(split / parts / 1e6, abs=1e-3)
+
+
+def test_logits_are_not_recomputed_and_blocks_are() -> None:
+    size = Size(
+        parameters=10**6, trainable=10**6, active=10**6, layers=8, hidden=64, intermediate=176, heads=4, vocabulary=512
+    )  # fmt: skip
+    plain = needed(size, "zero2", length=100)
+    again = needed(size, "zero2", length=100, checkpointing=Checkpointing(1))
+    assert megabytes(plain, "logits") == megabytes(again, "logits") == pytest.approx(16 * 512 * 100 / 1e6, abs=1e-3)
+    assert megabytes(again, "activations") == pytest.approx(8 * 100 * 64 * 2 / 1e6, abs=1e-3)
+    assert megabytes(plain, "activations") == pytest.approx(8 * 100 * (64 * (24 + 8 * 2.75) + 16) / 1e6, abs=1e-3)
+    whole, half = (needed(size, "zero2", length=2**17, chunked_loss=chunked) for chunked in (False, True))
+    assert megabytes(half, "logits") == pytest.approx(megabytes(whole, "logits") / 2, abs=1e-3)
+
+
+def test_techniques_add_what_they_keep() -> None:
+    average = Effect(states=1 + 4 / 16)
+    assert megabytes(needed(MILLION, "ddp", effect=average), "techniques") == 4
+    assert megabytes(needed(MILLION, "zero2", effect=average), "techniques") == 2
+    assert megabytes(needed(ADAPTED, "zero2", effect=average, shared_extra=False), "techniques") == 4  # a teacher
+
+
+# -- what a plan says ----------------------------------------------------------------------------------------------
+def test_auto_never_picks_what_does_not_fit() -> None:
+    made = planned(LLAMA_8B, 8, "data.micro_batch_size=auto")
+    terms = made.predictions
+    assert terms["memory_bytes"] <= terms["memory_available_bytes"]
+    assert made.micro_batch > 1
+    assert "the largest that should fit in memory" in {choice.why for choice in made.choices}
+    assert planned(LLAMA_8B, 4).strategy == "zero2", "zero1 needs 75 GiB of 79: no room for activations"
+    assert "the largest" not in refused(LLAMA_70B, 8, "data.micro_batch_size=auto")
+
+
+def test_a_hub_name_without_a_config_is_said_to_be_of_unknown_size() -> None:
+    changes = ["model.config=null", "model.tokenizer=null", "model.name=meta-llama/Llama-3.1-8B", "strategy.devices=8"]
+    made = plan(load_recipe("quickstart", [*changes, "cluster.hardware=h100-sxm", "data.micro_batch_size=auto"]))
+    assert any("its size is not on this machine. Give model.config, or download" in text for text in made.warnings)
+    assert "fit" not in {choice.what: choice.why for choice in made.choices}["batch"].replace("how many fit", "")
+    assert "memory_terms" not in made.predictions
+
+
+def test_a_hub_name_is_sized_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--meta-llama--Llama-3.1-8B"
+    (model / "snapshots/abc").mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text("abc")
+    shape = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    shape |= {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256}
+    (model / "snapshots/abc/config.json").write_text(json.dumps(shape))
+    changes = ["model.config=null", "model.tokenizer=null", "model.name=meta-llama/Llama-3.1-8B", "strategy.devices=1"]
+    with pytest.raises(CannotFit, match="a device, and h100-sxm has"):
+        plan(load_recipe("quickstart", [*changes, "cluster.hardware=h100-sxm", "strategy.name=auto"]))
+
+
+def test_the_named_hardware_is_what_is_planned_for() -> None:
+    made = planned(LLAMA_8B, 8)
+    choices = {choice.what: choice.value for choice in made.choices}
+    assert choices["precision"] == "bf16"
+    assert made.accelerator == "cpu", "of this machine, were it to run here"
+    flops = made.predictions["flops_per_step"]
+    assert made.predictions["seconds_per_step"] == pytest.approx(flops / (989e12 * 0.35 * 8))
+    assert any("this machine has no h100-sxm" in text for text in made.warnings)
+    with_fp16 = planned(LLAMA_8B, 8, "precision=fp16")
+    assert {choice.what: choice.value for choice in with_fp16.choices}["precision"] == "fp16"

@@ -1,0 +1,121 @@
+"""When memory runs out: what filled it, beside what was planned, and changes that need less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from ... import ShoestringError
+from ...exits import FAILURE
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from ..planning.planner import Plan
+
+_SAID = ("can't allocate memory", "DefaultCPUAllocator", "out of memory")
+_STATES = {  # what is counted, and the terms of the plan that it is compared with
+    "weights": ("weights", "frozen weights"),
+    "master weights": ("master weights", "offloaded master weights"),
+    "gradients": ("gradients",),
+    "optimizer states": ("optimizer states", "offloaded optimizer states"),
+}
+REST = "activations, logits and buffers"
+
+
+class OutOfMemory(ShoestringError):
+    """A device or the host has no memory left for the run. Exits with 1: what is saved can go on with less."""
+
+    exit_code = FAILURE
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that there is no more memory, on a GPU or on the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _SAID)
+
+
+def note_memory(error: BaseException, trainer: pl.Trainer, module: pl.LightningModule, run_dir: Path) -> None:
+    """Leave in `error` what fills the memory, while the frames that hold the activations still exist.
+
+    On a GPU a snapshot of its allocator is kept in the run's folder.
+    """
+    if not is_out_of_memory(error):
+        return
+    device = trainer.strategy.root_device
+    counted = held(trainer, module)
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        counted |= {REST: allocated - sum(counted.values()), "fragmentation": reserved - allocated}
+        with suppress(Exception):  # a message without a snapshot is better than none
+            snapshot = run_dir / f"out-of-memory-rank{trainer.global_rank}.pickle"
+            torch.cuda.memory._dump_snapshot(str(snapshot))
+            error.snapshot = snapshot  # type: ignore[attr-defined]
+    else:
+        counted[REST] = psutil.Process().memory_info().rss - sum(counted.values())
+    error.held = {name: max(0, value) for name, value in counted.items()}  # type: ignore[attr-defined]
+
+
+def held(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, int]:
+    """Bytes of the model states that this rank holds, each tensor once."""
+    seen: set[int] = set()
+
+    def count(tensors: Iterator[Any]) -> int:
+        total = 0
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor) and tensor.numel() and tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                total += tensor.untyped_storage().nbytes()
+        return total
+
+    # DeepSpeed's optimizer steps another one, whose parameters are the masters
+    own = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
+    parameters = list(module.parameters())
+    masters = [p for optimizer in own for group in optimizer.param_groups for p in group["params"]]
+    states = [entries for optimizer in own for entries in optimizer.state.values()]
+    return {
+        "weights": count(iter(parameters)),
+        "master weights": count(iter(masters)),
+        "gradients": count(p.grad for p in [*parameters, *masters]),
+        "optimizer states": count(value for entries in states for value in entries.values()),
+    }
+
+
+@contextmanager
+def explained(plan: Plan) -> Iterator[None]:
+    """Errors that say no more than that memory has run out say what filled it, and what would need less."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said = OutOfMemory(_message(error, plan))
+        said.told_here = getattr(error, "told_here", True)  # type: ignore[attr-defined]
+        raise said from error
+
+
+def _message(error: Exception, plan: Plan) -> str:
+    from ..planning.alternatives import smaller
+    from ..planning.fitting import gib
+
+    lines = [f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]}"]
+    planned: Mapping[str, float] = plan.predictions.get("memory_terms", {})
+    if counted := getattr(error, "held", None):
+        lines.append("This rank held, beside what was planned:")
+        states = {name: sum(planned.get(term, 0.0) for term in terms) for name, terms in _STATES.items()}
+        rest = plan.predictions.get("memory_bytes", 0.0) - sum(states.values()) - planned.get("fragmentation", 0.0)
+        expected = {**states, REST: rest, "fragmentation": planned.get("fragmentation", 0.0)}
+        lines += [f"  {name}: {gib(value)} (planned {gib(expected[name])})" for name, value in counted.items()]
+    else:
+        lines.append("It ran out before the first step, while the model and its states were made.")
+    if snapshot := getattr(error, "snapshot", None):
+        lines.append(f"The allocator's blocks are in {snapshot}: open it at https://pytorch.org/memory_viz")
+    if less := smaller(plan):
+        lines += ["What needs less, the cheapest first:", *(f"  {each}" for each in less)]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Optimizers beside those of torch, and parameter groups. They know of no recipe but its `optimizer` section."""

@@ -1,0 +1,48 @@
+"""What a plan refuses before it chooses anything: what is missing on this machine, a budget of less than a step."""
+
+from __future__ import annotations
+
+from ...callbacks.accounting.budget import Budget
+from ...own_code import is_code
+from ...recipes import Recipe, RecipeError
+from ..tasks.errors import TaskError
+from ..tasks.paths import CARRIED, find_files, model_folder, one_format
+from .sizes import Size
+
+
+def check_present(recipe: Recipe) -> None:
+    """Refuse a recipe whose data or model is to be on this machine and is not."""
+    data, model, problems = recipe.data, recipe.model, []
+    named = {"data.source": data.source, "data.validation": data.validation}
+    for key, source in named.items():
+        carried = (
+            source in CARRIED or (isinstance(source, str) and is_code(source)) or data.format in ("builtin", "hub")
+        )
+        if not isinstance(source, str) or carried:
+            continue
+        try:
+            files = find_files(source, None if data.format == "auto" else data.format, key=key)
+            if files and data.format == "auto":
+                one_format(files, source)
+        except TaskError as error:
+            problems.append(recipe.problem(key, source, "files on this machine", str(error)))
+    for key, name in (("model.name", model.name), ("model.tokenizer", model.tokenizer)):
+        try:
+            if isinstance(name, str) and not name.startswith("runs/"):  # which another run is yet to leave there
+                model_folder(name, key)
+        except TaskError as error:
+            problems.append(recipe.problem(key, name, "a folder on this machine, or a hub name", str(error)))
+    if problems:
+        raise RecipeError(problems)
+
+
+def check_budget(recipe: Recipe, budget: Budget, size: Size) -> None:
+    """Refuse a budget that ends before the first step."""
+    per_step = {"samples": recipe.data.batch_size}
+    if size.tokens:
+        per_step["tokens"] = recipe.data.batch_size * recipe.data.sequence_length if recipe.data.pack else 0
+    for name, need in per_step.items():
+        limit = budget.given().get(name)
+        if limit is not None and limit < need:
+            rule = f"at least one optimizer step: {need} {name}"
+            raise RecipeError([recipe.problem(f"budget.{name}", f"{limit:g}", rule)])

@@ -1,0 +1,279 @@
+"""What fills the memory of a device and of a node, term by term, from formulas. Loads no torch.
+
+Model states: ZeRO (arXiv 1910.02054 §3), with what DeepSpeed and torch keep beside them; activations: the form of
+Korthikanti (2205.05198 §4) for blocks with RMSNorm, a gated MLP, grouped queries and attention that keeps no scores.
+Not all terms are alive at once: the peak is that of the fullest moment of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ...callbacks.contract import Effect
+from ..tasks.chunks import Chunked, chunks_of
+from .activations import BYTES, Checkpointing, block_bytes, logits_bytes
+from .sizes import Size
+
+FROZEN_BYTES = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.516, "int8": 1.005}  # of a matrix in a block, scales included
+# The weights stream from their files into the shard that keeps them, and a node reads them once. False: every rank
+# builds the whole model in float32 in host memory, and ZeRO moves all of it to the device before it is split.
+STREAMED = False
+MOMENTS = ("loss", "backward", "step")
+BUCKET = 5e8  # DeepSpeed's reduce_bucket_size, in elements: allocated whole
+LIVE = 1e9  # its stage3_max_live_parameters: what ZeRO-3 leaves gathered
+CONTEXT = {"cuda": 0.75 * 2**30, "cpu": 0.5 * 2**30}  # CUDA context and workspaces; interpreter and libraries
+COMMUNICATOR = 0.5 * 2**30  # NCCL's buffers
+HOST_PROCESS = 2.5 * 2**30  # a rank's interpreter, libraries and pinned buffers, beside a GPU
+FRAGMENTATION = 0.05  # of what the allocator holds
+
+
+@dataclass(frozen=True)
+class Term:
+    """One thing that fills memory: its name, its bytes, and the moments of a step at which it is alive."""
+
+    name: str
+    bytes: float
+    moments: tuple[str, ...] = MOMENTS
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The terms of one device, and those of a node's host memory. On CPUs the two are one."""
+
+    device: tuple[Term, ...]
+    host: tuple[Term, ...]
+    context: float
+
+    def at(self, moment: str) -> tuple[Term, ...]:
+        """What is alive then, the largest first."""
+        alive = [term for term in self.device if moment in term.moments and term.bytes > 0]
+        return tuple(sorted(alive, key=lambda term: -term.bytes))
+
+    @property
+    def moment(self) -> str:
+        """The fullest one."""
+        return max(MOMENTS, key=lambda moment: sum(term.bytes for term in self.at(moment)))
+
+    @property
+    def needed(self) -> float:
+        """Bytes that a device must have: without any fragmentation."""
+        return self.context + sum(term.bytes for term in self.at(self.moment))
+
+    @property
+    def fragmentation(self) -> float:
+        """What an allocator usually loses between its blocks, in bytes."""
+        return FRAGMENTATION * (self.needed - self.context)
+
+    @property
+    def total(self) -> float:
+        """Bytes that a device should have."""
+        return self.needed + self.fragmentation
+
+    @property
+    def host_total(self) -> float:
+        """Bytes of host memory that a node must have."""
+        return sum(term.bytes for term in self.host)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """All that decides what a run's memory holds.
+
+    Attributes:
+        size: The model's counts.
+        length: Tokens of a sample.
+        micro: Samples of a forward pass.
+        accumulate: Micro-batches in an optimizer step.
+        devices: Ranks of a node.
+        nodes: How many there are.
+        strategy: single | ddp | zero1 | zero2 | zero3.
+        offload: none | optimizer | parameters.
+        accelerator: "cuda" or "cpu".
+        precision: fp32 | bf16 | fp16, of the computation.
+        base: What a frozen weight is kept in: a key of `FROZEN_BYTES`.
+        optimizer: Bytes it keeps of a trained parameter.
+        checkpointing: Which blocks are computed again in backward.
+        adapter_dtype: compute | float32.
+        dropout: Adapters drop parts of their inputs.
+        effect: Of all other techniques together.
+        shared_extra: What techniques keep beside the states is split as these are; a teacher is not.
+        chunked_loss: Whether logits exist in parts only, as the recipe says; False where something needs them whole.
+        fused: The optimizer needs no copy of what it steps.
+    """
+
+    size: Size
+    length: int
+    micro: int
+    accumulate: int
+    devices: int
+    nodes: int
+    strategy: str
+    offload: str
+    accelerator: str
+    precision: str
+    base: str = "fp32"
+    optimizer: float = 8.0
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    adapter_dtype: str = "compute"
+    dropout: bool = False
+    effect: Effect = field(default_factory=Effect)
+    shared_extra: bool = True
+    chunked_loss: Chunked = False
+    fused: bool = False
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.devices * self.nodes
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO; 0 where it is not used."""
+        return int(self.strategy[-1]) if self.strategy.startswith("zero") else 0
+
+    @property
+    def own(self) -> float:
+        """Bytes of a trained weight as the forward pass finds it: autocast leaves it in float32, ZeRO does not."""
+        return BYTES[self.precision] if self.stage else 4.0
+
+
+def memory(run: Inputs) -> Memory:
+    """The terms of a run's memory.
+
+    Args:
+        run: What decides them; its `size` must be known.
+
+    Example:
+        >>> from .sizes import Size
+        >>> million = Size(parameters=10**6, trainable=10**6, active=10**6)
+        >>> kept = dict(length=1, micro=1, accumulate=1, nodes=1, offload="none", accelerator="cpu", precision="fp32")
+        >>> whole = memory(Inputs(size=million, devices=1, strategy="single", **kept))
+        >>> [(term.name, term.bytes) for term in whole.device if term.name == "optimizer states"]
+        [('optimizer states', 8000000.0)]
+    """
+    device = [*_states(run), *_copies(run), *_activations(run)]
+    device.append(_techniques(run, device))
+    offloaded = _offloaded(run)
+    if run.accelerator == "cpu":
+        device += offloaded
+        return Memory(tuple(device), (), CONTEXT["cpu"])
+    context = CONTEXT["cuda"] + (COMMUNICATOR if run.world > 1 else 0)
+    host = [Term(term.name, term.bytes * run.devices) for term in offloaded]
+    return Memory(tuple(device), (*host, *_host(run)), context)
+
+
+def _states(run: Inputs) -> Iterable[Term]:
+    """Weights, masters, gradients, optimizer states: what ZeRO divides."""
+    size, stage, own = run.size, run.stage, run.own
+    trained = float(size.trainable or 0)
+    share = 1 / run.world if stage else 1.0
+    weights = share if stage == 3 else 1.0
+    gradients = share if stage >= 2 else 1.0
+    held = ("loss", "backward", "step") if run.accumulate > 1 else ("backward", "step")
+    if run.offload != "parameters":
+        yield Term("weights", own * trained * weights)
+        yield Term("frozen weights", frozen_bytes(run) * weights)
+    if run.offload == "none":
+        yield Term("master weights", 4 * trained * share if stage else 0.0)
+        yield Term("optimizer states", run.optimizer * trained * share)
+        yield Term("gradients", own * trained * gradients, held)
+
+
+def frozen_bytes(run: Inputs) -> float:
+    """All frozen weights of one copy of the model: the matrices of blocks in the base's dtype, the rest whole."""
+    size = run.size
+    frozen = float((size.parameters or 0) - (size.trainable or 0))
+    matrices = min(frozen, float(size.inside))
+    whole = BYTES[run.precision] if run.stage or run.base != "fp32" else 4.0
+    quantized = min(FROZEN_BYTES[run.base], whole) if run.stage else FROZEN_BYTES[run.base]
+    return matrices * quantized + (frozen - matrices) * whole
+
+
+def _copies(run: Inputs) -> Iterable[Term]:
+    """What is kept twice: for communication, for a lower precision, for the step of the optimizer."""
+    size, stage, own = run.size, run.stage, run.own
+    trained, parameters = float(size.trainable or 0), float(size.parameters or 0)
+    share = 1 / run.world if stage else 1.0
+    if run.strategy == "ddp" and run.world > 1:
+        yield Term("gradient buckets", own * trained)
+    if stage:
+        bucket = BUCKET if run.accelerator == "cuda" else min(BUCKET, trained)
+        yield Term("communication buckets", own * bucket, ("backward",))
+    if stage == 3:
+        yield Term("gathered layers", own * min(LIVE, parameters), ("loss", "backward"))
+    yield from _cast(run)
+    if run.offload == "none":
+        yield Term("gradients in float32", 4 * trained * share if stage else 0.0, ("step",))
+        stepped = trained * share if stage or run.accelerator == "cuda" else min(trained, float(size.largest))
+        yield Term("optimizer's temporary copy", 0.0 if run.fused or not run.optimizer else 4 * stepped, ("step",))
+
+
+def _cast(run: Inputs) -> Iterable[Term]:
+    """Copies in 16 bits of float32 weights under autocast; the matrix that a quantized base is multiplied with."""
+    size, share = run.size, run.checkpointing.share
+    if run.base in ("nf4", "int8"):
+        yield Term("a dequantized matrix", 2.0 * size.largest, ("loss", "backward"))
+    if run.stage or run.precision == "fp32":
+        return
+    adapted = (size.trainable or 0) < (size.parameters or 0)
+    if not adapted:  # the cache of autocast lives as long as the forward pass, what backward needs as long as that
+        yield Term("autocast copies", 2.0 * size.active * share, ("loss",))
+        yield Term("autocast copies", 2.0 * size.active * (1 - share), ("loss", "backward"))
+    elif run.base == "fp32":
+        kept = size.inside * (1 - share + share / max(1, size.layers)) + (size.active - size.inside)
+        yield Term("autocast copies", 2.0 * kept, ("loss", "backward"))
+
+
+def _activations(run: Inputs) -> Iterable[Term]:
+    size, tokens = run.size, run.micro * run.length
+    if not size.hidden:  # no transformer: what its layers give out
+        yield Term("activations", run.micro * 8.0 * size.active * run.effect.activations, ("loss", "backward"))
+        return
+    block = tokens * block_bytes(size, run.precision, _float32_weights(run), run.adapter_dtype, run.dropout)
+    entry = tokens * size.hidden * (4.0 if _float32_weights(run) else BYTES[run.precision])
+    kept = run.checkpointing.kept(block, entry)
+    yield Term("activations", size.layers * kept * run.effect.activations, ("loss", "backward"))
+    yield Term("a block computed again", block if run.checkpointing.share else 0.0, ("backward",))
+    yield Term(
+        "logits",
+        logits_bytes(size.vocabulary, tokens) / chunks_of(size.vocabulary * tokens, run.chunked_loss),
+        ("loss",),
+    )
+
+
+def _float32_weights(run: Inputs) -> bool:
+    """Whether what blocks hand on is float32, too."""
+    adapted = (run.size.trainable or 0) < (run.size.parameters or 0)
+    return not run.stage and (not adapted or run.base == "fp32")
+
+
+def _techniques(run: Inputs, device: Iterable[Term]) -> Term:
+    """What the others keep, which they tell as a share of 16 bytes a parameter."""
+    trained = float(run.size.trainable or 0)
+    whole = trained if run.shared_extra else float(run.size.parameters or 0)
+    split = run.world if run.stage and run.shared_extra else 1
+    return Term("techniques", (run.effect.states - 1) * 16 * whole / split)
+
+
+def _offloaded(run: Inputs) -> list[Term]:
+    """Of one rank, in host memory: 16 bytes of a trained parameter for AdamW, 18 with its weights."""
+    trained = float(run.size.trainable or 0) / run.world
+    if run.offload == "none":
+        return []
+    terms = [
+        Term("offloaded master weights", 4 * trained),
+        Term("offloaded gradients", 4 * trained),
+        Term("offloaded optimizer states", run.optimizer * trained),
+    ]
+    if run.offload == "parameters":
+        terms.append(Term("offloaded weights", run.own * trained + frozen_bytes(run) / run.world))
+    return terms
+
+
+def _host(run: Inputs) -> Iterable[Term]:
+    """Of a node beside what is offloaded: the processes, and the model while it is loaded."""
+    yield Term("processes", HOST_PROCESS * run.devices)
+    copies = 1 if STREAMED else run.devices
+    stored = frozen_bytes(run) + run.own * float(run.size.trainable or 0)
+    yield Term("the model while it loads", stored if STREAMED else 4 * float(run.size.parameters or 0) * copies)

@@ -1,0 +1,135 @@
+"""The cross entropy of next tokens, without the logits of all positions at once.
+
+Logits are [B, T, V]: with a vocabulary of 128k they are by far the largest tensor of a training, and cross entropy
+holds several of their size. In chunks, the model gives hidden states [B, T, H], and its output layer sees some rows at
+a time: each chunk's logits are dropped after they have given their loss, and computed again in its backward, which
+costs the output layer's forward once more. Torch's `linear_cross_entropy` does so with a plain weight; here the output
+layer is called as the module that it is, so adapters, quantized weights and weights that ZeRO-3 gathers work alike.
+
+Source of the idea: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, arXiv 2411.09009.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from ...callbacks.forward.isolated_step import evaluating
+from ...callbacks.forward.model_calls import is_watched
+from .chunks import CHUNK, LARGE, Chunked
+from .errors import TaskError
+from .tokens import IGNORED
+
+PROBED = 16  # tokens on which both ways are compared
+TOLERANCE = 1e-4  # of the largest logit; with less than float32, of its own precision
+LOW_TOLERANCE = 2e-2
+
+
+class NextTokenLoss:
+    """Sums the cross entropy of a batch, in nats.
+
+    Whether a model's logits are what its output layer makes of its decoder's hidden states is asked of the model
+    itself, at the first batch: some scale or cap them afterwards.
+
+    Args:
+        chunked: True, False, or "auto": where the logits of a batch would be large. Where something watches what the
+            model returns, as distillation does, it is called as it is.
+    """
+
+    def __init__(self, chunked: Chunked = "auto") -> None:
+        self.chunked = chunked
+        self._possible: bool | None = None
+
+    def __call__(self, model: Any, given: Mapping[str, Tensor], weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(sum of the losses [], number of targets []) of a batch; `weights` [B] are factors of its rows' losses.
+
+        model: a causal language model of transformers, maybe with adapters. given: what it is called with, and `labels`
+        [B, T]. A batch without a target has a loss of 0.
+        """
+        labels = given["labels"][:, 1:]
+        inputs = {name: value for name, value in given.items() if name != "labels"}
+        targets = (labels != IGNORED).sum()
+        if getattr(model.config, "output_router_logits", False) and weights is None:
+            loss = model(**given).loss  # with a term for its routers
+            return torch.where(targets > 0, loss * targets, 0.0), targets
+        if self._in_chunks(model, inputs["input_ids"]):
+            decoder, head = _parts(model)
+            hidden = decoder(**inputs)[0][:, :-1]
+            return _in_parts(head, _vocabulary(model), hidden, labels, weights), targets
+        logits = model(**inputs).logits[:, :-1]
+        return _loss(logits.flatten(0, 1), labels.flatten(), _by_row(weights, labels)), targets
+
+    def _in_chunks(self, model: Any, ids: Tensor) -> bool:
+        if not self.chunked or is_watched(model):
+            return False
+        if self.chunked == "auto" and ids.numel() * _vocabulary(model) <= LARGE:
+            return False
+        if self._possible is None:
+            self._possible = _agree(model, ids[:1, :PROBED])
+            if self.chunked is True and not self._possible:
+                raise TaskError(
+                    f"model.chunked_loss: this {model.config.model_type} model does more to its logits than its output "
+                    "layer, so they cannot be computed in chunks. Set it to auto or false."
+                )
+        return self._possible
+
+
+def _agree(model: Any, ids: Tensor) -> bool:
+    """Whether both ways give the same logits for a few tokens [1, t]."""
+    decoder, head = _parts(model)
+    if decoder is None or head is None:
+        return False
+    with torch.no_grad(), evaluating(model):
+        logits, hidden = model(input_ids=ids).logits, decoder(input_ids=ids)[0]
+        other = head(hidden) if hidden.ndim == 3 else hidden
+    if other.shape != logits.shape:
+        return False
+    tolerance = TOLERANCE if logits.dtype == other.dtype == torch.float32 else LOW_TOLERANCE
+    return bool((other - logits).abs().max() <= tolerance * logits.abs().max())
+
+
+def _in_parts(head: Any, vocabulary: int, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum of losses [] of hidden states [B, T, H] that meet the output layer some rows at a time."""
+
+    def of_rows(rows: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        return _loss(head(rows), labels, weights)
+
+    rows, by_row, flat = hidden.flatten(0, 1), _by_row(weights, labels), labels.flatten()
+    size = max(1, CHUNK // vocabulary)
+    total = torch.zeros((), device=rows.device)
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        some = (rows[part], flat[part], None if by_row is None else by_row[part])
+        total = total + (checkpoint(of_rows, *some, use_reentrant=False) if rows.requires_grad else of_rows(*some))
+    return total
+
+
+def _parts(model: Any) -> tuple[Any, Any]:
+    """A model's decoder and output layer; None where it does not tell."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        decoder, head = model.get_decoder(), model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None, None
+    return (None, None) if decoder is model else (decoder, head)
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _by_row(weights: Tensor | None, labels: Tensor) -> Tensor | None:
+    """Weights [B] of rows as those of their positions [B * T]."""
+    return None if weights is None else weights[:, None].expand_as(labels).flatten()
+
+
+def _loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum of cross entropies [] of logits [N, V] and labels [N]."""
+    if weights is None:
+        return cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return (cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none") * weights).sum()

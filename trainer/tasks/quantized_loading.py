@@ -1,0 +1,143 @@
+"""Models of Hugging Face whose linear layers are quantized one by one, while they are read or made.
+
+No more than one layer is ever there in full beside what is kept: pretrained weights come from the memory-mapped file
+through transformers' own interface for quantizers, so that its renaming and merging of tensors holds here too; a new
+model is made on the meta device and filled layer by layer. Embeddings, the output layer and norms are not quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import TaskError
+from .quantized import CODECS, QuantizedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_METHOD = "shoestring"
+
+
+def load_quantized(load: Callable[..., tuple[PreTrainedModel, Any]], kind: str) -> tuple[PreTrainedModel, Any]:
+    """What `load` loads, a `from_pretrained` that tells what it has found, with its linear layers in `kind`."""
+    config_class, quantizer = _registered()
+    model, found = load(quantization_config=config_class(kind))
+    quantizer.remove_quantization_config(model)  # the model is saved merged, and in full
+    return _checked(model), found
+
+
+def make_quantized(make: Callable[[], PreTrainedModel], kind: str) -> PreTrainedModel:
+    """What `make` makes, a model with new weights, with its linear layers in `kind`."""
+    with torch.device("meta"):
+        model = make()
+    skipped = _kept_whole(model)
+    _fill(model, model, "", lambda name, layer: _quantizes(name, layer, skipped), kind)
+    model.tie_weights()
+    return _checked(model)
+
+
+def _checked(model: PreTrainedModel) -> PreTrainedModel:
+    if not any(isinstance(part, QuantizedLinear) for part in model.modules()):
+        raise TaskError(
+            f"model.dtype: a {model.config.model_type} has no linear layers to quantize (transformers' Conv1D are not "
+            "among them). Use bf16."
+        )
+    return model
+
+
+def _kept_whole(model: PreTrainedModel) -> list[str]:
+    """The output layer and whatever transformers never quantizes."""
+    from transformers.quantizers.base import HfQuantizer
+
+    return list(HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ())))
+
+
+def _quantizes(name: str, layer: nn.Module, skipped: list[str]) -> bool:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return type(layer) is nn.Linear and should_convert_module(name, skipped)
+
+
+def _fill(module: nn.Module, owner: Any, path: str, wanted: Callable[[str, nn.Module], bool], kind: str) -> None:
+    """Give a module on the meta device its weights, children first, and quantize each child once it has them."""
+    from transformers import PreTrainedModel
+
+    for name, child in list(module.named_children()):
+        where = f"{path}.{name}" if path else name
+        _fill(child, child if isinstance(child, PreTrainedModel) else owner, where, wanted, kind)
+        if wanted(where, child):
+            setattr(module, name, QuantizedLinear(child, kind))  # type: ignore[arg-type]
+    for name, p in module._parameters.items():
+        if p is not None and p.is_meta:
+            module._parameters[name] = nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.is_meta:
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    with torch.no_grad():
+        owner._initialize_weights(module)
+
+
+_classes: list[tuple[Any, Any]] = []
+
+
+def _registered() -> tuple[Any, Any]:
+    """Our configuration and our quantizer in transformers' terms, registered on first use."""
+    if not _classes:
+        _classes.append(_register())
+    return _classes[0]
+
+
+def _register() -> tuple[Any, Any]:
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    @register_quantization_config(_METHOD)
+    class Config(QuantizationConfigMixin):
+        def __init__(self, kind: str = "nf4", **about: Any) -> None:
+            self.quant_method: Any = _METHOD
+            self.kind = kind
+
+    class Quantize(ConversionOps):
+        def __init__(self, kind: str) -> None:
+            self.kind = kind
+
+        def convert(
+            self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **about: Any
+        ) -> dict[str, Any]:
+            (weight,) = input_dict.values()
+            weight = weight[0] if isinstance(weight, list) else weight
+            prefix = about["full_layer_name"].removesuffix("weight")
+            return {f"{prefix}{name}": part for name, part in CODECS[self.kind].write(weight).items()}
+
+    @register_quantizer(_METHOD)
+    class Quantizer(HfQuantizer):
+        quantization_config: Any
+
+        def param_needs_quantization(self, model: Any, param_name: str, **about: Any) -> bool:
+            path, _, name = param_name.rpartition(".")
+            return name == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
+
+        def _process_model_before_weight_loading(self, model: Any, **about: Any) -> Any:
+            skipped = _kept_whole(model)
+            for path, layer in list(model.named_modules()):
+                if _quantizes(path, layer, skipped):
+                    model.set_submodule(path, QuantizedLinear(layer, self.quantization_config.kind))
+            return model
+
+        def get_quantize_ops(self) -> Any:
+            return Quantize(self.quantization_config.kind)
+
+        def is_serializable(self) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+    return Config, Quantizer(Config(), pre_quantized=False)
