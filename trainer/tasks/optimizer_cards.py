@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -49,12 +48,6 @@ class OptimizerCard:
     def strategies(self) -> list[str]:
         """The strategies that it is legal under."""
         return [name for name in OFFLOADS if not (self.whole_parameters and name.startswith("zero"))]
-
-    def builder(self) -> Callable[..., Any]:
-        """`make`, imported where it was a name."""
-        return (
-            getattr(import_module(".optimizers", __package__), self.make) if isinstance(self.make, str) else self.make
-        )
 
 
 OPTIMIZERS: dict[str, OptimizerCard] = {

@@ -24,7 +24,7 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: An
     settings: the recipe's optimizer section (`name`, `lr`, `weight_decay`, `betas`, `eps`, `momentum`). Weight decay
     leaves out parameters of fewer than two dimensions: biases, norms, gains.
     """
-    build: Any = optimizer_card(settings.name).builder()
+    build = maker(settings.name)
     trained = [(name, p) for name, p in parameters if p.requires_grad]
     if not trained:
         raise TaskError("optimizer: no parameter of this model trains (all are frozen).")
@@ -35,6 +35,12 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: An
     if not isinstance(made, torch.optim.Optimizer):
         raise TaskError(f"optimizer.name: {settings.name} made {made!r}, which is not a torch.optim.Optimizer.")
     return made
+
+
+def maker(name: str) -> Any:
+    """What makes the optimizer of this name: a function of this module or of somebody else, or a class of torch's."""
+    make = optimizer_card(name).make
+    return globals()[make] if isinstance(make, str) else make
 
 
 def lion(parameters: Named, s: Any) -> torch.optim.Optimizer:
@@ -54,4 +60,15 @@ def muon(parameters: Named, s: Any) -> torch.optim.Optimizer:
     return MuonWithAdamW(parameters, s)
 
 
-__all__ = ["adafactor", "adam", "adamw", "adamw8bit", "build_optimizer", "lion", "muon", "schedule_free_adamw", "sgd"]
+__all__ = [
+    "adafactor",
+    "adam",
+    "adamw",
+    "adamw8bit",
+    "build_optimizer",
+    "lion",
+    "maker",
+    "muon",
+    "schedule_free_adamw",
+    "sgd",
+]

@@ -18,6 +18,7 @@ from shoestring.strategies import OFFLOADS
 from shoestring.trainer import fit, plan
 from shoestring.trainer.lightning.zero import UnknownStrategy, make_strategy
 from shoestring.trainer.tasks.optimizer_cards import OPTIMIZERS, OptimizerCard, UnknownOptimizer, optimizer_card
+from shoestring.trainer.tasks.optimizers import maker
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -120,7 +121,7 @@ def test_what_plan_accepts_the_trainer_makes(strategy: str, offload: str) -> Non
 def test_states_are_as_many_bytes_as_the_card_says(name: str) -> None:
     settings = recipe(name).optimizer.model_copy(update={"momentum": 0.9})
     layer = torch.nn.Linear(256, 256, bias=False)
-    optimizer = OPTIMIZERS[name].builder()(list(layer.named_parameters()), settings)
+    optimizer = maker(name)(list(layer.named_parameters()), settings)
     layer(torch.ones(2, 256)).sum().backward()
     optimizer.step()
     kept = [v for entries in optimizer.state.values() for v in entries.values() if torch.is_tensor(v) and v.numel() > 1]
