@@ -12,15 +12,15 @@ from typing import Any
 
 from ... import ShoestringError
 from ...callbacks.accounting.budget import Budget
-from ...callbacks.compose import compose
+from ...callbacks.catalog.compose import compose
+from ...callbacks.catalog.registry import NotATechnique, UnknownTechnique, declare, ready
 from ...callbacks.contract import BadSetting, IncompatibleTechniques, Technique
-from ...callbacks.registry import NotATechnique, UnknownTechnique, declare, ready
 from ...cluster import Hardware
 from ...own_code import CannotImport, is_code
 from ...recipes import Recipe, RecipeError
 from ..machine.facts import Machine, run_facts
 from ..machine.facts import facts as machine_facts
-from ..tasks.optimizer_cards import OptimizerCard
+from ..tasks.optimizers.cards import OptimizerCard
 from .alternatives import alternatives
 from .checks import check_budget, check_present
 from .fitting import Fit, fit_of, gib, inputs_of, refusal, with_micro

@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ...callbacks.forward.isolated_step import evaluating
 from ...callbacks.forward.model_calls import is_watched
+from ..data.errors import TaskError
+from ..data.tokens import IGNORED
 from .chunks import CHUNK, LARGE, Chunked
-from .errors import TaskError
-from .tokens import IGNORED
 
 PROBED = 16  # tokens on which both ways are compared
 TOLERANCE = 1e-4  # of the largest logit; with less than float32, of its own precision

@@ -10,9 +10,9 @@ import pytest
 import pytorch_lightning as pl
 
 from shoestring.recipes import Recipe, recipe_from
+from shoestring.trainer.data.corpora import of_texts
+from shoestring.trainer.data.tokens import TokenStore, store_tokens
 from shoestring.trainer.tasks import Task, build_task
-from shoestring.trainer.tasks.corpora import of_texts
-from shoestring.trainer.tasks.tokens import TokenStore, store_tokens
 
 THIRD_PARTY = (  # Lightning's advice about small runs
     "ignore:.*does not have many workers.*",

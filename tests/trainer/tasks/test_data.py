@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from shoestring.trainer.tasks.baselines import target_counts, unigram
-from shoestring.trainer.tasks.cache import build_once
-from shoestring.trainer.tasks.corpora import of_texts, python_packages, python_stdlib
-from shoestring.trainer.tasks.rows import pieces
-from shoestring.trainer.tasks.split import balance, split
-from shoestring.trainer.tasks.tokens import Blocks
+from shoestring.trainer.data.baselines import target_counts, unigram
+from shoestring.trainer.data.cache import build_once
+from shoestring.trainer.data.corpora import of_texts, python_packages, python_stdlib
+from shoestring.trainer.data.rows import pieces
+from shoestring.trainer.data.split import balance, split
+from shoestring.trainer.data.tokens import Blocks
 
 
 def test_unigram_baseline_by_hand(tiny: Any) -> None:
@@ -72,7 +72,7 @@ def test_the_cache_follows_content_not_time_stamps(tiny: Any, tmp_path: Path) ->
 RACER = """
 import sys, time
 from pathlib import Path
-from shoestring.trainer.tasks.cache import build_once
+from shoestring.trainer.data.cache import build_once
 def build(folder):
     (folder / "half").write_text("x")
     Path(sys.argv[2]).open("a").write("built\\n")

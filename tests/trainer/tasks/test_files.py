@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from shoestring.recipes import recipe_from
-from shoestring.trainer.tasks import sources
-from shoestring.trainer.tasks.corpora import BATCH, Corpus, in_batches, of_texts
-from shoestring.trainer.tasks.errors import TaskError
-from shoestring.trainer.tasks.paths import find_files
-from shoestring.trainer.tasks.tokens import store_tokens
+from shoestring.trainer.data import sources
+from shoestring.trainer.data.corpora import BATCH, Corpus, in_batches, of_texts
+from shoestring.trainer.data.errors import TaskError
+from shoestring.trainer.data.paths import find_files
+from shoestring.trainer.data.tokens import store_tokens
 
 
 def corpus(tmp_path: Path, source: str | Path, *, labelled: bool = False, **data: Any) -> Corpus:

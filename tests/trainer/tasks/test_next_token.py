@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from shoestring.callbacks.forward.model_calls import calls_of
 from shoestring.recipes.schema import OptimizerSpec
 from shoestring.trainer import Trainer
+from shoestring.trainer.data.errors import TaskError
 from shoestring.trainer.tasks import next_token
-from shoestring.trainer.tasks.errors import TaskError
 from shoestring.trainer.tasks.language import CausalLM
 from shoestring.trainer.tasks.next_token import NextTokenLoss
 

@@ -16,15 +16,15 @@ from shoestring.callbacks.optimization.averaged_point import averaged_point
 from shoestring.recipes import Recipe, RecipeError, recipe_from
 from shoestring.strategies import OFFLOADS
 from shoestring.trainer import fit, plan
-from shoestring.trainer.lightning.zero import UnknownStrategy, make_strategy
-from shoestring.trainer.tasks.optimizer_cards import OPTIMIZERS, OptimizerCard, UnknownOptimizer, optimizer_card
-from shoestring.trainer.tasks.optimizers import maker
+from shoestring.trainer.run.zero import UnknownStrategy, make_strategy
+from shoestring.trainer.tasks.optimizers.cards import OPTIMIZERS, OptimizerCard, UnknownOptimizer, optimizer_card
+from shoestring.trainer.tasks.optimizers.make import maker
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 OWN = """
 import torch
-from shoestring.trainer.tasks.optimizer_cards import OptimizerCard
+from shoestring.trainer.tasks.optimizers.cards import OptimizerCard
 
 class Signs(torch.optim.Optimizer):
     def __init__(self, params, lr):

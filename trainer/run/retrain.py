@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ...recipes import Recipe, recipe_from
-from .trained import MANIFEST, WEIGHTS, CannotExport, Trained
-from .write import export
+from ..export.trained import MANIFEST, WEIGHTS, CannotExport, Trained
+from ..export.write import export
 
 OVERLAID = ("techniques", "optimizer", "budget")
 BEGAN = "began-with.txt"  # in the new run's directory: the hash of the weights that it started from
@@ -32,10 +32,10 @@ def retrained(
     say: hears what is being done. display: of `fit`. A run that is there already goes on, or is taken as it is where it
     has finished. `CannotExport` where the model cannot start another run.
     """
+    from ..ledger.report import finished_report
     from ..machine.facts import is_first
     from ..planning.planner import plan
-    from ..report import finished_report
-    from ..run import fit
+    from .fit import fit
 
     mark = _hash(trained.run_dir / WEIGHTS)
     start = _start(trained, mark, say)

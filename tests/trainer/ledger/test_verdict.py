@@ -9,7 +9,7 @@ from textwrap import dedent
 import pytest
 from command_line import command
 
-from shoestring.trainer.monitor.verdict import problems
+from shoestring.trainer.ledger.verdict import problems
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FINE = {"metrics": {"val_loss": 1.0}, "budget": {"steps": 10, "usd": 2.0}, "steps": 10, "usd": 2.1}

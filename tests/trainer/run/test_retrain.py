@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from shoestring.recipes import Recipe, recipe_from, shipped_recipes
 from shoestring.recipes.load import load_recipe
 from shoestring.trainer.cli.app import app
-from shoestring.trainer.export.retrain import recipe_for, retrained
 from shoestring.trainer.export.runtimes import eager, sample
 from shoestring.trainer.export.trained import CannotExport, open_run
 from shoestring.trainer.planning.planner import plan
+from shoestring.trainer.run.retrain import recipe_for, retrained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

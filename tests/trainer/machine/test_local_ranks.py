@@ -13,7 +13,7 @@ import pytest
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from shoestring.trainer import Budget, Trainer
-from shoestring.trainer.jobs import local_ranks
+from shoestring.trainer.machine import local_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TWO = ["strategy={name: zero2, devices: 2}", "budget={steps: 2}", "tracking.ledger=false"]

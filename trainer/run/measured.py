@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from ...callbacks.accounting.budget import Budget
-from ..run import fit
-from .planner import Choice, Plan
-from .predictions import costs, whole_run
+from ..planning.planner import Choice, Plan
+from ..planning.predictions import costs, whole_run
+from .fit import fit
 
 STEPS = 8
 

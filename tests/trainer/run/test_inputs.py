@@ -10,9 +10,9 @@ from finished import RECIPES
 
 from shoestring.recipes import recipe_from
 from shoestring.trainer import fit, plan
+from shoestring.trainer.data.tokenizers import tokenizer_key
 from shoestring.trainer.export.trained import open_run
-from shoestring.trainer.monitor.inputs import ChangedInputs, keep_or_compare
-from shoestring.trainer.tasks.tokenizers import tokenizer_key
+from shoestring.trainer.run.inputs import ChangedInputs, keep_or_compare
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

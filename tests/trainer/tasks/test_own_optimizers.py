@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from shoestring.callbacks.optimization.averaged_point import averaged_point
-from shoestring.trainer.optimizers.adamw8bit import AdamW8bit, decode, encode
-from shoestring.trainer.optimizers.lion import Lion
-from shoestring.trainer.optimizers.schedule_free import ScheduleFreeAdamW
-from shoestring.trainer.optimizers.stepping import CannotStep
-from shoestring.trainer.tasks.optimizers import build_optimizer
+from shoestring.trainer.tasks.optimizers.lion import Lion
+from shoestring.trainer.tasks.optimizers.make import build_optimizer
+from shoestring.trainer.tasks.optimizers.make.adamw8bit import AdamW8bit, decode, encode
+from shoestring.trainer.tasks.optimizers.schedule_free import ScheduleFreeAdamW
+from shoestring.trainer.tasks.optimizers.stepping import CannotStep
 
 
 def stepped(optimizer: torch.optim.Optimizer, weight: nn.Parameter, *gradients: torch.Tensor) -> torch.Tensor:

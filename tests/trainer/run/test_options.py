@@ -14,7 +14,7 @@ from small import Crash, Small, samples, train
 from torch.utils.data import DataLoader
 
 from shoestring.trainer import Budget, Trainer
-from shoestring.trainer.lightning.options import LightningOptions
+from shoestring.trainer.run.options import LightningOptions
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -13,10 +13,10 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-from ... import ShoestringError
-from ...own_code import import_code, is_code
-from ...spelling import did_you_mean
-from ...strategies import OFFLOADS
+from .... import ShoestringError
+from ....own_code import import_code, is_code
+from ....spelling import did_you_mean
+from ....strategies import OFFLOADS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,17 +23,18 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from .. import ShoestringError
-from ..own_code import import_code, is_code
-from ..spelling import nearest
-from .contract import Technique
+from ... import ShoestringError
+from ...own_code import import_code, is_code
+from ...spelling import nearest
+from ..contract import Technique
 
+_CALLBACKS = __name__.rpartition(".catalog.")[0]
 PERSPECTIVES = ("data", "model", "optimization", "system", "sparsity", "compression")
 
 
 def _lines() -> dict[str, str]:
     """Public name -> its module, in the order of `__init__.pyi`. No class is loaded: they need torch."""
-    stub = ast.parse(Path(__file__).with_name("__init__.pyi").read_text(encoding="utf-8"))
+    stub = ast.parse(Path(__file__).parents[1].joinpath("__init__.pyi").read_text(encoding="utf-8"))
     return {
         alias.name: line.module
         for line in stub.body
@@ -81,7 +82,7 @@ def technique_class(name: str) -> type[Technique]:
     """
     if name in TECHNIQUES:
         path, _, attribute = TECHNIQUES[name].partition(":")
-        return getattr(import_module(f".{path}", __package__), attribute)
+        return getattr(import_module(f".{path}", _CALLBACKS), attribute)
     if name in plugins():
         return plugins()[name].load()
     if is_code(name):
@@ -126,7 +127,7 @@ def make_from(cls: type[Technique], name: str, settings: Mapping[str, Any] | Non
 
 # -- for a plan -------------------------------------------------------------------------------------------------------
 ABSENT = ("torch", "pytorch_lightning", "lightning_fabric")
-_MODULES = f"{__package__}."
+_MODULES = f"{_CALLBACKS}."
 
 
 class _StandIn:

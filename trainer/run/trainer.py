@@ -33,27 +33,27 @@ from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar
 from pytorch_lightning.loops.fit_loop import _FitLoop
 from pytorch_lightning.strategies import Strategy
 
-from ..callbacks.accounting.budget import Budget
-from ..callbacks.compose import compose
-from ..callbacks.contract import Technique
-from ..callbacks.optimization.lr_schedule import LRSchedule
-from ..callbacks.sampling.samples import evaluate_evenly
-from ..cluster.config.hardware import hardware
-from ..strategies import OFFLOADS
-from .checkpoint import format as checkpoint
-from .checkpoint.saver import CannotResume
-from .checkpoint.state import check
-from .jobs import local_ranks
-from .lightning.arguments import accelerator, dtype, fold, started_by_hand, strategy_name
-from .lightning.options import LightningOptions
-from .lightning.zero import make_strategy
-from .machine.facts import facts as machine_facts
-from .machine.facts import peak, run_facts
-from .monitor.failures import RankLost, is_lost_rank
-from .monitor.monitor import Monitor
-from .monitor.records import Records
-from .monitor.signals import preempted, will_launch
-from .monitor.stragglers import Stragglers
+from ...callbacks.accounting.budget import Budget
+from ...callbacks.catalog.compose import compose
+from ...callbacks.contract import Technique
+from ...callbacks.optimization.lr_schedule import LRSchedule
+from ...callbacks.sampling.samples import evaluate_evenly
+from ...cluster.config.hardware import hardware
+from ...strategies import OFFLOADS
+from ..checkpoint import format as checkpoint
+from ..checkpoint.saver import CannotResume
+from ..checkpoint.state import check
+from ..machine import local_ranks
+from ..machine.facts import facts as machine_facts
+from ..machine.facts import peak, run_facts
+from ..machine.signals import preempted, will_launch
+from ..monitor.failures import RankLost, is_lost_rank
+from ..monitor.monitor import Monitor
+from ..monitor.records import Records
+from ..monitor.stragglers import Stragglers
+from .arguments import accelerator, dtype, fold, started_by_hand, strategy_name
+from .options import LightningOptions
+from .zero import make_strategy
 
 log = logging.getLogger("shoestring")
 # what a run of ours has of its own, and Lightning's where it is asked for

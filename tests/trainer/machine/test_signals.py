@@ -18,8 +18,8 @@ from small import QUIET, Small, loader
 
 from shoestring.exits import AGAIN, FAILURE, with_parent
 from shoestring.trainer import Budget, Trainer
-from shoestring.trainer.monitor import signals
-from shoestring.trainer.monitor.signals import Preempted
+from shoestring.trainer.machine import signals
+from shoestring.trainer.machine.signals import Preempted
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 STEPS = 12

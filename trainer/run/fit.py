@@ -11,18 +11,19 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Unpack
 
-from .. import ShoestringError
-from ..callbacks.accounting.budget import Budget
-from .jobs import local_ranks
-from .lightning.options import LightningOptions
-from .machine.facts import is_first
-from .machine.imports import lightened_imports
-from .planning.planner import Plan
-from .report import Deliverables, Report, write_report
+from ... import ShoestringError
+from ...callbacks.accounting.budget import Budget
+from ..ledger.report import Report
+from ..machine import local_ranks
+from ..machine.facts import is_first
+from ..machine.imports import lightened_imports
+from ..machine.quiet import quiet
+from ..planning.planner import Plan
+from .options import LightningOptions
 
 if TYPE_CHECKING:
-    from ..recipes import Recipe
-    from .monitor.records import Display
+    from ...recipes import Recipe
+    from ..monitor.records import Display
 
 log = logging.getLogger(__name__)
 
@@ -77,16 +78,17 @@ def fit(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for others, and say what it lacks
     _import(plan)
     local_ranks.wait()
-    from ..callbacks.optimization.averaged_point import AveragedPoint
-    from ..callbacks.optimization.lr_schedule import LRSchedule
-    from .monitor.afterwards import Afterwards
-    from .monitor.inputs import inputs_of, keep_or_compare
-    from .monitor.out_of_memory import explained
-    from .monitor.profile import Profile
-    from .monitor.records import Records
-    from .tasks.build import TaskData, build_task
-    from .tasks.optimizer_cards import optimizer_card
-    from .tasks.own_code_checks import CheckBatch, check_own_module
+    from ...callbacks.optimization.averaged_point import AveragedPoint
+    from ...callbacks.optimization.lr_schedule import LRSchedule
+    from ..monitor.afterwards import Afterwards
+    from ..monitor.profile import Profile
+    from ..monitor.records import Records
+    from ..tasks.build import TaskData, build_task
+    from ..tasks.optimizers.cards import optimizer_card
+    from ..tasks.own_code_checks import CheckBatch, check_own_module
+    from .deliverables import Deliverables
+    from .inputs import inputs_of, keep_or_compare
+    from .out_of_memory import explained
     from .trainer import Trainer
 
     quiet()  # importing torch has set its loggers anew
@@ -173,7 +175,17 @@ def fit(
         return None
     if trainer.monitor.afterwards is not None and trainer.monitor.afterwards.error is not None:
         raise trainer.monitor.afterwards.error
-    return write_report(recipe, run_dir, trainer.summary, delivered)
+    report = Report(
+        run_dir=run_dir,
+        summary=trainer.summary,
+        baselines=task.facts.get("baselines", {}),
+        goal_reached=trainer.summary.get("goal_reached"),
+        sample=delivered.sample,
+        exported=delivered.exported,
+        recipe_hash=recipe.hash,
+    )
+    report.save()
+    return report
 
 
 def _writable(run_dir: Path) -> None:
@@ -202,13 +214,13 @@ def _rows(count: int) -> str:
 def _import(plan: Plan) -> None:
     """What the run needs that takes seconds to import, while ranks have nothing else to do."""
     with lightened_imports():
-        from .tasks import build_task as build_task
+        from ..tasks import build_task as build_task
         from .trainer import Trainer as Trainer
 
         if plan.recipe.model.task in ("causal-lm", "sequence-classification"):
             from transformers import PreTrainedModel as PreTrainedModel
         if plan.strategy.startswith("zero"):
-            from .machine.extensions import prepare_environment
+            from ..machine.extensions import prepare_environment
 
             prepare_environment(plan.strategy, plan.offload, plan.accelerator)
 
@@ -218,20 +230,8 @@ def _has_default_schedule(recipe: Any) -> bool:
     return not chosen and all(technique.name != "lr_schedule" for technique in recipe.techniques)
 
 
-def quiet() -> None:
-    """Lightning's and DeepSpeed's remarks on what the plan has already said, and bars for work of a second."""
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    for name in ("pytorch_lightning", "lightning_fabric", "DeepSpeed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # kernels for other GPUs, deprecations of other packages, a loss that is not used
-    for name in ("torchao", "torch.utils._pytree", "transformers.modeling_utils"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for module in ("pytorch_lightning", "lightning_", "torch.distributed", "deepspeed"):
-        warnings.filterwarnings("ignore", module=module)
-
-
 def _evaluation(plan: Plan, task: Any) -> dict[str, Any]:
-    from .monitor.evaluations import NEVER
+    from ..monitor.evaluations import NEVER
 
     wanted = plan.recipe.evaluation
     if (task.train is not None and task.validation is None) or not (wanted.at_end or wanted.every):

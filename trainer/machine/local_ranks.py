@@ -23,7 +23,7 @@ from time import sleep
 from typing import Any
 
 from ...exits import FINISHED, with_parent
-from ..monitor.signals import ASKS_TO_STOP, launched_here, started_here, will_launch
+from .signals import ASKS_TO_STOP, launched_here, started_here, will_launch
 
 # whoever sets these starts the ranks itself, or Lightning asks it how
 LAUNCHERS = (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import ShoestringError
+from .... import ShoestringError
 
 
 class CannotStep(ShoestringError):

@@ -12,7 +12,7 @@ from graphlib import CycleError, TopologicalSorter
 from heapq import heappop, heappush
 from itertools import product
 
-from .contract import IncompatibleTechniques, Technique
+from ..contract import IncompatibleTechniques, Technique
 from .interactions import INTERACTIONS, Rule
 
 

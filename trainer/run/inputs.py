@@ -18,8 +18,8 @@ from ... import ShoestringError
 from ...files import replace_file
 from ...own_code import import_code, is_code
 from ..checkpoint.format import steps
+from ..data.tokenizers import keep_tokenizer, tokenizer_key
 from ..ledger.identity import package_versions
-from ..tasks.tokenizers import keep_tokenizer, tokenizer_key
 
 if TYPE_CHECKING:
     from ...recipes import Recipe

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from ... import ShoestringError
 from ..contract import ReshapeListener, Technique
-from .accessor import shards_of
-from .cut import Cut, renew, shrink, shrink_tensor
-from .shards import Shards
+from ..parameters.accessor import shards_of
+from ..parameters.cut import Cut, renew, shrink, shrink_tensor
+from ..parameters.shards import Shards
 
 # what DeepSpeed leaves on modules, besides names that begin with ds_
 _MARKS = ("_external_params", "all_parameters", "pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")

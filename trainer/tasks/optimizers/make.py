@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..optimizers.adamw8bit import AdamW8bit
-from ..optimizers.groups import Named, decay_groups, decay_of
-from ..optimizers.lion import Lion
-from ..optimizers.muon import MuonWithAdamW
-from ..optimizers.of_torch import adafactor, adam, adamw, sgd
-from ..optimizers.schedule_free import ScheduleFreeAdamW
-from .errors import TaskError
-from .optimizer_cards import optimizer_card
+from ...data.errors import TaskError
+from .adamw8bit import AdamW8bit
+from .cards import optimizer_card
+from .groups import Named, decay_groups, decay_of
+from .lion import Lion
+from .muon import MuonWithAdamW
+from .of_torch import adafactor, adam, adamw, sgd
+from .schedule_free import ScheduleFreeAdamW
 
 
 def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: Any) -> torch.optim.Optimizer:
