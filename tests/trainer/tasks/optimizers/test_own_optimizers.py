@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from shoestring.callbacks.optimization.averaged_point import averaged_point
+from shoestring.trainer.tasks.optimizers.adamw8bit import AdamW8bit, decode, encode
 from shoestring.trainer.tasks.optimizers.lion import Lion
 from shoestring.trainer.tasks.optimizers.make import build_optimizer
-from shoestring.trainer.tasks.optimizers.make.adamw8bit import AdamW8bit, decode, encode
 from shoestring.trainer.tasks.optimizers.schedule_free import ScheduleFreeAdamW
 from shoestring.trainer.tasks.optimizers.stepping import CannotStep
 
