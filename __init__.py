@@ -11,3 +11,15 @@ class ShoestringError(Exception):
     """Root of every error a user can fix; the command line prints it without a traceback and exits with `exit_code`."""
 
     exit_code = 2  # bad input, see exits.py
+
+
+class IncompatibleTechniques(ShoestringError):
+    """These techniques cannot run together, or not here. The message says what to keep or change.
+
+    Example:
+        >>> from shoestring.callbacks import GradualPruning, compose
+        >>> compose([GradualPruning(), GradualPruning()])
+        Traceback (most recent call last):
+            ...
+        shoestring.IncompatibleTechniques: gradual_pruning is given twice. Keep one.
+    """

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from .compose import compose as compose  # light, and its module has the same name: bound here, once
-from .registry import HOMES
+from .catalog.compose import compose as compose  # light, and its module has the same name: bound here, once
+from .catalog.registry import HOMES
 
 __all__ = sorted(HOMES)
 

@@ -1,10 +1,10 @@
-"""Every public name of this package, for type checkers and for the registry (registry.py), which reads this file.
+"""Every public name of this package, for type checkers and for catalog/registry.py, which reads this file.
 
 Adding a technique is a line below, under its perspective: the module's name is the technique's name in recipes.
 """
 
 # isort: off
-from .compose import compose as compose
+from .catalog.compose import compose as compose
 from .accounting.accountant import Accountant as Accountant
 from .accounting.budget import Budget as Budget
 from .accounting.clock import Clock as Clock
@@ -18,7 +18,7 @@ from .contract import Technique as Technique
 from .card import Effect as Effect
 from .card import Workload as Workload
 from .parameters.accessor import shards_of as shards_of
-from .registry import make as make
+from .catalog.registry import make as make
 
 # data
 from .data.sequence_length_warmup import SequenceLengthWarmup as SequenceLengthWarmup

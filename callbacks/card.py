@@ -9,6 +9,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from .. import IncompatibleTechniques as IncompatibleTechniques
 from .. import ShoestringError
 
 Part = Literal[
@@ -32,10 +33,6 @@ Saving = Literal["steps", "flops", "time", "memory", "communication", "data", "s
 
 PARTS: frozenset[str] = frozenset(Part.__args__)  # type: ignore[attr-defined]
 SAVINGS: frozenset[str] = frozenset(Saving.__args__)  # type: ignore[attr-defined]
-
-
-class IncompatibleTechniques(ShoestringError):
-    """These techniques cannot run together, or not here. The message says what to keep or change."""
 
 
 class Misconfigured(ShoestringError):

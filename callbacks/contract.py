@@ -28,8 +28,8 @@ not counted as trained, and what scoring costs is. So forwards belong into the s
 Rules that the contract suite checks for every registered technique:
   1. Settings are the fields of a dataclass, all with a default; a constructor written by hand stores its keyword
      arguments under their own names and does nothing else. `check` judges them.
-  2. `edit` is pure and idempotent. A plan has neither torch nor Lightning (registry.py), so `check`, `needs` and
-     `predict` use none.
+  2. `edit` is pure and idempotent. A plan has neither torch nor Lightning (catalog/registry.py), so `check`, `needs`
+     and `predict` use none.
   3. It writes only the parts on its card, and never imports or looks for another technique.
   4. Small state lives in `state_dict`; tensors shaped like parameters live in `fragments` (see below).
   5. Randomness comes from a generator of its own, seeded by `derive_seed(run seed, name, ...)`.
@@ -56,14 +56,32 @@ from .card import IncompatibleTechniques as IncompatibleTechniques
 from .card import Misconfigured as Misconfigured
 from .card import Settings as Settings
 from .card import Workload as Workload
-from .silence import silence as silence
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+HOT_HOOKS = (
+    "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
+    "on_before_optimizer_step", "on_train_batch_end",
+)  # fmt: skip
+
+
+def silence(cls: type) -> type:
+    """Take Lightning's own no-op hooks of every step away from a callback class.
+
+    Lightning opens and closes a profiler around each hook of each callback, some twenty function calls, and skips what
+    is not callable: a callback then costs a step only what it does in it.
+    """
+    for hook in HOT_HOOKS:
+        method = getattr(cls, hook, None)
+        if method is not None and method.__module__.startswith("pytorch_lightning"):
+            setattr(cls, hook, None)
+    return cls
+
+
 class ReshapeListener:
-    """A callback that is told when a technique changes the shapes of the model in mid-run (parameters/reshape.py)."""
+    """A callback that is told when a technique changes the shapes of the model in mid-run (sparsity/reshape.py)."""
 
     def on_cut(self, trainer: Any, pl_module: Any, cut: Any) -> None:
         """Parts of parameters are gone; told before `on_reshape`.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoestring import __version__
-from shoestring.callbacks.registry import names
+from shoestring.callbacks.catalog.registry import names
 from shoestring.recipes import load_recipe, shipped_recipes
 from shoestring.trainer.cli.technique_table import technique_table
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shoestring.callbacks.registry import names
+from shoestring.callbacks.catalog.registry import names
 from shoestring.cluster.load import load_cluster
 from shoestring.recipes import Recipe, load_recipe
 from shoestring.trainer.cli.app import app

@@ -14,7 +14,7 @@ import shoestring.callbacks
 import shoestring.recipes
 import shoestring.trainer
 from shoestring import ShoestringError
-from shoestring.callbacks.registry import TECHNIQUES, technique_class
+from shoestring.callbacks.catalog.registry import TECHNIQUES, technique_class
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PUBLIC: dict[str, Any] = {

@@ -18,8 +18,8 @@ ROOMS = ("trainer", "callbacks", "recipes", "cluster")
 MODULES = sorted(p.relative_to(ROOT) for room in ROOMS for p in (ROOT / room).rglob("*.py"))
 GROUND = sorted(p.relative_to(ROOT) for p in ROOT.glob("*.py") if p.name != "__init__.py")  # what rooms share
 LIGHT = ("recipes", "cluster", "trainer", "trainer.cli", "trainer.ledger", "callbacks", "callbacks.contract",
-         "callbacks.compose", "callbacks.accounting.clock", "callbacks.accounting.budget",
-         "callbacks.registry")  # fmt: skip
+         "callbacks.catalog.compose", "callbacks.accounting.clock", "callbacks.accounting.budget",
+         "callbacks.catalog.registry")  # fmt: skip
 
 
 NEUTRAL = {"accounting", "parameters", "sampling", "forward"}  # of callbacks: what techniques of any kind act through
@@ -121,7 +121,7 @@ def test_the_trainer_does_know_them() -> None:
 
 
 def test_techniques_do_not_know_one_another() -> None:
-    from shoestring.callbacks.registry import TECHNIQUES
+    from shoestring.callbacks.catalog.registry import TECHNIQUES
 
     homes = {home.partition(":")[0].rpartition(".")[2] for home in TECHNIQUES.values()}
     for home in TECHNIQUES.values():

@@ -18,8 +18,8 @@ import pytorch_lightning as pl
 import shoestring.callbacks
 import shoestring.trainer
 import shoestring.trainer.ledger
-from shoestring.callbacks.registry import HOMES
-from shoestring.trainer.lightning.options import LightningOptions
+from shoestring.callbacks.catalog.registry import HOMES
+from shoestring.trainer.run.options import LightningOptions
 
 ROOT = Path(__file__).parents[1]
 

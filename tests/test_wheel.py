@@ -32,7 +32,8 @@ def test_the_wheel_works_outside_the_repository(tmp_path: Path) -> None:
     left_out = tuple(f"shoestring/{folder}/" for folder in ("tests", "benchmarks", "docs", "examples"))
     assert not any(name.startswith(left_out) for name in inside)
     check = (
-        "import shoestring, shoestring.recipes as r, sys; from shoestring.callbacks.registry import TECHNIQUES\n"
+        "import shoestring, shoestring.recipes as r, sys\n"
+        "from shoestring.callbacks.catalog.registry import TECHNIQUES\n"
         "assert 'site' in shoestring.__file__, shoestring.__file__\n"
         "r.load_recipe('quickstart'); assert len(TECHNIQUES) >= 8\n"
         "from shoestring.trainer import Trainer, Budget, Ledger, plan, fit; print(shoestring.__version__)"

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..callbacks.accounting.budget import Budget as Budget
     from .ledger import Ledger as Ledger
+    from .ledger.report import Report as Report
     from .planning.planner import Plan as Plan
     from .planning.planner import plan as plan
-    from .report import Report as Report
-    from .run import fit as fit
-    from .trainer import Trainer as Trainer
+    from .run.fit import fit as fit
+    from .run.trainer import Trainer as Trainer
 
 _HOMES = {
-    "Trainer": ".trainer", "Budget": "..callbacks.accounting.budget", "Ledger": ".ledger", "plan": ".planning.planner",
-    "fit": ".run", "Plan": ".planning.planner", "Report": ".report",
+    "Trainer": ".run.trainer", "Budget": "..callbacks.accounting.budget", "Ledger": ".ledger", "fit": ".run.fit",
+    "plan": ".planning.planner", "Plan": ".planning.planner", "Report": ".ledger.report",
 }  # fmt: skip
 
 __all__ = sorted(_HOMES)

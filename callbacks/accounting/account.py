@@ -244,7 +244,7 @@ class Account:
         return max(1.0, batches * epochs / trainer.accumulate_grad_batches)
 
     def reshaped(self, trainer: pl.Trainer) -> None:
-        """The model has other shapes now (see parameters/reshape.py): its steps cost something else."""
+        """The model has other shapes now (see sparsity/reshape.py): its steps cost something else."""
         self.spending.reshaped()
         self.pause_ends(trainer)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..contract import IncompatibleTechniques
+from ... import IncompatibleTechniques
 
 # a bucket -> a future of its flat gradient [n], the mean over ranks
 Reduction = Callable[[dist.GradBucket], torch.futures.Future[Tensor]]

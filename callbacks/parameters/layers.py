@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from ... import IncompatibleTechniques
 from ...spelling import most_similar
-from ..contract import IncompatibleTechniques
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -8,14 +8,11 @@ a sampler that shares out among ranks by itself, and everything where the traine
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.data import _set_sampler_epoch
 from lightning_fabric.utilities.types import _Stateful
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.trainer.connectors.data_connector import (
@@ -41,39 +38,11 @@ from ..accounting.agreement import Agreement
 from ..accounting.clock import clock_of
 from .evaluation import EvenBatches, EvenEvaluation, EvenStream
 from .global_batches import GlobalBatches, nested
-from .seeding import SeededCollate, SeededSamples, collates_alike, is_deterministic, seeded
+from .seeding import SeededCollate, SeededSamples, collates_alike, is_deterministic
+from .skipping import SkipConsumed
 from .workers import shield
 
 log = logging.getLogger("shoestring")
-
-
-class SkipConsumed:
-    """A loader that stays as it is, read again from its epoch's start, minus the batches already trained on.
-
-    It cannot jump. What it draws at random when an epoch begins, such as an order, depends on the seed and the epoch.
-    """
-
-    def __init__(self, loader: Any, trainer: pl.Trainer, seed: int) -> None:
-        self.loader, self._trainer, self._seed = loader, trainer, seed
-
-    def __iter__(self) -> Iterator[Any]:
-        loop = self._trainer.fit_loop
-        epoch = loop.epoch_progress.current.processed
-        consumed = loop.epoch_loop.batch_progress.current.ready if loop.epoch_loop.restarting else 0
-        _set_sampler_epoch(self.loader, epoch)
-        with seeded(derive_seed(self._seed, "order", epoch)):
-            batches = iter(self.loader)
-            first = list(islice(batches, 1))
-        yield from first[consumed:]
-        yield from islice(batches, max(0, consumed - 1), None)
-
-    def __len__(self) -> int:
-        return len(self.loader)  # TypeError where nobody knows, as for the loader itself
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "loader":
-            raise AttributeError(name)
-        return getattr(self.loader, name)
 
 
 def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer, order: GlobalBatches | None = None) -> Any:

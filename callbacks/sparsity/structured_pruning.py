@@ -17,8 +17,8 @@ from ..forward.isolated_step import isolated_training_step, loss_of
 from ..parameters.accessor import shards_of
 from ..parameters.cut import rebuild_model, update_configurations
 from ..parameters.layers import check_skip
-from ..parameters.reshape import reshape
 from ..parameters.shards import Shards
+from .reshape import reshape
 from .structured_check import CannotTrace
 from .structured_groups import choose, torch_pruning
 

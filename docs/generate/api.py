@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from importlib import import_module
 
-from shoestring.callbacks.registry import TECHNIQUES
+from shoestring.callbacks.catalog.registry import TECHNIQUES
 
 from .markdown import directive, page
 

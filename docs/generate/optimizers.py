@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoestring.trainer.tasks.optimizer_cards import OPTIMIZERS, OptimizerCard
+from shoestring.trainer.tasks.optimizers.cards import OPTIMIZERS, OptimizerCard
 
 from .markdown import code, page, table
 

@@ -6,9 +6,9 @@ import inspect
 from itertools import combinations
 
 from shoestring import ShoestringError
-from shoestring.callbacks.compose import compose
+from shoestring.callbacks.catalog.compose import compose
+from shoestring.callbacks.catalog.registry import TECHNIQUES, names, technique_class
 from shoestring.callbacks.contract import Technique
-from shoestring.callbacks.registry import TECHNIQUES, names, technique_class
 from shoestring.trainer.cli.technique_table import technique_table
 
 from .markdown import cell, code, directive, page, table

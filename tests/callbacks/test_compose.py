@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoestring.callbacks import compose
-from shoestring.callbacks.compose import INTERACTIONS, Rule
+from shoestring.callbacks.catalog.compose import INTERACTIONS, Rule
+from shoestring.callbacks.catalog.registry import TECHNIQUES, UnknownTechnique, make, names, technique_class
 from shoestring.callbacks.contract import PARTS, Card, IncompatibleTechniques, Misconfigured, Technique
-from shoestring.callbacks.registry import TECHNIQUES, UnknownTechnique, make, names, technique_class
 
 
 def technique(name, reads=(), writes=(), needs=(), refuses=()):

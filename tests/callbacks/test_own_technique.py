@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import command
 
-from shoestring.callbacks.registry import NotATechnique, technique_class
+from shoestring.callbacks.catalog.registry import NotATechnique, technique_class
 from shoestring.trainer.ledger import read
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -22,9 +22,9 @@ from processes import last_words, run, succeed
 from safetensors.torch import load_file
 from toy import ACCUMULATE, GLOBAL_BATCH, STEPS, Explode, Exploded, fingerprint, held_out, loader, toy
 
-from shoestring.callbacks.compose import compose
+from shoestring.callbacks.catalog.compose import compose
+from shoestring.callbacks.catalog.registry import names, technique_class
 from shoestring.callbacks.contract import IncompatibleTechniques
-from shoestring.callbacks.registry import names, technique_class
 from shoestring.trainer import Budget, Trainer
 from shoestring.trainer.checkpoint.format import DamagedCheckpoint
 from shoestring.trainer.ledger import read

@@ -15,7 +15,7 @@ from toy import DEVICE
 
 from shoestring.strategies import OFFLOADS
 from shoestring.trainer.checkpoint.state import OtherShards
-from shoestring.trainer.tasks.optimizer_cards import OPTIMIZERS
+from shoestring.trainer.tasks.optimizers.cards import OPTIMIZERS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RANKS = 2 if DEVICE == "cpu" or torch.cuda.device_count() > 1 else 1

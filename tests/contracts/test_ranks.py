@@ -14,7 +14,7 @@ from processes import last_words, succeed
 from safetensors.torch import load_file
 from toy import ACCUMULATE, DEVICE, STEPS
 
-from shoestring.callbacks.registry import names, technique_class
+from shoestring.callbacks.catalog.registry import names, technique_class
 from shoestring.callbacks.sparsity.masks import Masking
 
 # NCCL gives every rank a GPU of its own: on a machine with one, only what needs no second rank is shown

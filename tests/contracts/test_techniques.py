@@ -9,10 +9,10 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from toy import ACCUMULATE, STEPS, Explode, Exploded, fingerprint, held_out, loader, toy
 
-from shoestring.callbacks.compose import compose
+from shoestring.callbacks.catalog.compose import compose
+from shoestring.callbacks.catalog.registry import make, names, technique_class
 from shoestring.callbacks.contract import PARTS, SAVINGS, IncompatibleTechniques, Settings, Technique
 from shoestring.callbacks.parameters.accessor import shards_of
-from shoestring.callbacks.registry import make, names, technique_class
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -65,7 +65,7 @@ def train(
     import logging
     import warnings
 
-    from shoestring.callbacks.registry import technique_class
+    from shoestring.callbacks.catalog.registry import technique_class
     from shoestring.trainer import Trainer
 
     warnings.simplefilter("ignore")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from shoestring.callbacks.catalog.registry import TECHNIQUES, declare
 from shoestring.callbacks.contract import Workload
-from shoestring.callbacks.registry import TECHNIQUES, declare
 
 WORKLOAD = Workload(parameters=10**9, layers=24, sequence_length=1024, tokens_per_step=2**16, steps=10_000)
 

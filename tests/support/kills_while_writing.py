@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 EVERY = 2
 LONGEST = 60.0  # seconds until a write must have begun
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytorch_lightning", "shoestring.trainer.trainer", "safetensors.torch"])
+_context.set_forkserver_preload(["pytorch_lightning", "shoestring.trainer.run.trainer", "safetensors.torch"])
 
 
 class Wide(pl.LightningModule):

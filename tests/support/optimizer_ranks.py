@@ -19,9 +19,9 @@ from shoestring.callbacks.optimization.averaged_point import AveragedPoint
 from shoestring.callbacks.parameters.accessor import shards_of
 from shoestring.recipes.schema import OptimizerSpec
 from shoestring.trainer import Trainer
-from shoestring.trainer.optimizers.stepping import Stepping
-from shoestring.trainer.tasks.optimizer_cards import OPTIMIZERS, optimizer_card
-from shoestring.trainer.tasks.optimizers import build_optimizer
+from shoestring.trainer.tasks.optimizers.cards import OPTIMIZERS, optimizer_card
+from shoestring.trainer.tasks.optimizers.make import build_optimizer
+from shoestring.trainer.tasks.optimizers.stepping import Stepping
 
 STEPS, HALF = 8, 4
 FAULTY = {"Forgetful": "single", "OfWholes": "zero2"}  # what the suite must find, and where

@@ -22,7 +22,7 @@ _context.set_forkserver_preload(
         "pytest",
         "pytorch_lightning",
         "deepspeed",
-        "shoestring.trainer.trainer",
+        "shoestring.trainer.run.trainer",
         "safetensors.torch",
         "torch._inductor.compile_fx",  # this and the next are imported when DeepSpeed makes its first engine
         "deepspeed.moe.layer",

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from toy import ACCUMULATE, DEVICE, STEPS, Explode, Exploded, fingerprint, held_out, loader, toy
 
+from shoestring.callbacks.catalog.registry import make, names, technique_class
 from shoestring.callbacks.contract import Technique
 from shoestring.callbacks.parameters.accessor import shards_of
-from shoestring.callbacks.registry import make, names, technique_class
 from shoestring.trainer import Trainer
 from shoestring.trainer.ledger import read
 

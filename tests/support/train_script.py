@@ -18,7 +18,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 from toy import ACCUMULATE, STEPS, Explode, Exploded, held_out, loader, toy
 
-from shoestring.callbacks.registry import technique_class
+from shoestring.callbacks.catalog.registry import technique_class
 from shoestring.trainer import Trainer
 
 EVERY = 3  # steps between checkpoints

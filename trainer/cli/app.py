@@ -55,11 +55,11 @@ def train(
     home = run_dir or Path("runs") / loaded.name
     if _already_finished(home, loaded, report_file):
         return
-    from ..jobs import local_ranks
     from ..jobs.worker import preflight
+    from ..machine import local_ranks
     from ..machine.facts import is_first
     from ..planning.planner import plan
-    from ..run import fit
+    from ..run.fit import fit
     from .display import Bar, show_plan, show_report
 
     made = plan(loaded)
@@ -98,7 +98,7 @@ def plan(
 
     made = make_plan(load_recipe(recipe, overrides or (), allow_code))
     if measure:
-        from ..planning.measured import measured
+        from ..run.measured import measured
 
         made = measured(made)
     if as_json:
@@ -218,15 +218,15 @@ def _hearing_signals() -> AbstractContextManager[None]:
         return as_task()
     if "train" not in sys.argv[1:3]:  # `--debug` may come first
         return nullcontext()
-    from ..monitor.signals import listening
+    from ..machine.signals import listening
 
     return listening()
 
 
 def _already_finished(home: Path, recipe: Any, report_file: Path | None) -> bool:
     """A run that has reached its end is shown again, not run again."""
+    from ..ledger.report import finished_report
     from ..machine.facts import is_first
-    from ..report import finished_report
 
     report = finished_report(home, recipe)
     if report is None:

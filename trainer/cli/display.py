@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..monitor.verdict import used
+from ..ledger.verdict import used
 
 if TYPE_CHECKING:
     from ..ledger import RunRow
+    from ..ledger.report import Report
     from ..machine.doctor import Finding
     from ..planning.planner import Plan
-    from ..report import Report
 
 MOMENTS = {"loss": "at the loss", "backward": "in the backward pass", "step": "in the optimizer's step"}
 

@@ -33,7 +33,7 @@ def export(
     from ..export.trained import open_run
     from ..export.write import check_format
     from ..export.write import export as write
-    from ..run import quiet
+    from ..machine.quiet import quiet
 
     quiet()
     check_format(to, quantize, sparse)
@@ -63,7 +63,7 @@ def measure(
     from ..export.measure_target import home_of
     from ..export.measurement import MeasureOptions, parse_shape, record
     from ..export.measurement import measure as measured
-    from ..run import quiet
+    from ..machine.quiet import quiet
 
     quiet()
     shapes = tuple(parse_shape(text) for text in batch or ())
@@ -125,7 +125,7 @@ def compress(
     from ..export.compress import Limits, search
     from ..export.measurement import parse_shape
     from ..export.trained import CannotExport, open_run
-    from ..run import quiet
+    from ..machine.quiet import quiet
 
     quiet()
     limits = Limits.parse(budget_bytes, max_latency)
@@ -153,8 +153,8 @@ def _retrained(
     trained: Trained, recipe: str, overrides: Sequence[str], *, shown: bool, allow_code: bool
 ) -> Path | None:
     from ...recipes import load_recipe
-    from ..export.retrain import retrained
     from ..machine.facts import is_first
+    from ..run.retrain import retrained
     from .display import Bar
 
     over = load_recipe(recipe, overrides, allow_code)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...callbacks.registry import names, technique_class
+from ...callbacks.catalog.registry import names, technique_class
 
 
 def technique_table() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from ..run import quiet
+from ..machine.quiet import quiet
 from .footprint import forget_peak, resident
 from .measure_target import open_target
 

@@ -162,7 +162,7 @@ def _damaged(run_dir: Path, problem: str) -> CannotExport:
 
 def _reshape(module: nn.Module, recipe: Recipe, run_dir: Path) -> None:
     """The shapes that techniques gave the model while it trained, as the newest checkpoint tells them."""
-    from ...callbacks.registry import make
+    from ...callbacks.catalog.registry import make
     from ..checkpoint import format as checkpoint
 
     folder, _ = checkpoint.newest_intact(run_dir / "checkpoints")

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...callbacks.catalog.registry import make
 from ...callbacks.compression.quantization_aware import OFF, QuantizationAware
 from ...callbacks.compression.weight_clustering import WeightClustering
 from ...callbacks.parameters.layers import quantizable, trained_weights
-from ...callbacks.registry import make
 from .encodings import Codebook, Grid
 
 if TYPE_CHECKING:

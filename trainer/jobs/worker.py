@@ -13,7 +13,7 @@ from typing import Any
 from ... import ShoestringError, exits
 from ...cluster.environment import TaskStream, redacted
 from ...cluster.node import attempts, ranks
-from ..monitor import signals
+from ..machine import signals
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from ...exits import FAILURE, FINISHED
-from .signals import launched_here
+from ..machine.signals import launched_here
 
 _KEY = "shoestring/failed"
 _PATIENCE = timedelta(seconds=2)

@@ -34,9 +34,11 @@ from ..checkpoint import format as checkpoint
 from ..checkpoint import random_states
 from ..checkpoint.saver import CannotResume, no_room, same_samples
 from ..ledger import read_summary
-from ..lightning.cut_window import CutWindow
+from ..ledger.verdict import problems
+from ..machine.signals import Preempted
 from .afterwards import Afterwards
 from .checkpoints import Checkpoints
+from .cut_window import CutWindow
 from .epochs import Epochs
 from .evaluations import Evaluations
 from .failures import blame, forget
@@ -44,10 +46,8 @@ from .hang import HangWatch
 from .nonfinite import NonFiniteSteps
 from .out_of_memory import note_memory
 from .records import Records
-from .signals import Preempted
 from .stopping import Stopping
 from .totals import StepRows, Totals, numbers, of_finished
-from .verdict import problems
 
 log = logging.getLogger("shoestring")
 

@@ -8,9 +8,9 @@ import pytorch_lightning as pl
 
 from ...callbacks.accounting.account import Account
 from ...exits import FAILURE
+from ..machine.signals import StopRequest, preempted
 from .checkpoints import Checkpoints
 from .records import Records
-from .signals import StopRequest, preempted
 from .totals import Totals
 
 log = logging.getLogger("shoestring")

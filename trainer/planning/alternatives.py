@@ -9,13 +9,13 @@ from itertools import product
 from math import log2
 from typing import Any, Generic, Protocol, TypeVar
 
-from ...callbacks.compose import compose
+from ...callbacks.catalog.compose import compose
+from ...callbacks.catalog.registry import declare
 from ...callbacks.contract import IncompatibleTechniques, Technique
-from ...callbacks.registry import declare
 from ...recipes import Recipe
 from ...recipes.schema import AdapterSpec, ModelSpec
 from ...strategies import OFFLOADS
-from ..tasks.optimizer_cards import OptimizerCard, optimizer_card
+from ..tasks.optimizers.cards import OptimizerCard, optimizer_card
 from ..tasks.weight_dtypes import kept_in
 from .activations import Checkpointing
 from .fitting import Fit, gib, with_micro

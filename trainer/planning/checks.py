@@ -5,8 +5,8 @@ from __future__ import annotations
 from ...callbacks.accounting.budget import Budget
 from ...own_code import is_code
 from ...recipes import Recipe, RecipeError
-from ..tasks.errors import TaskError
-from ..tasks.paths import CARRIED, find_files, model_folder, one_format
+from ..data.errors import TaskError
+from ..data.paths import CARRIED, find_files, model_folder, one_format
 from .sizes import Size
 
 

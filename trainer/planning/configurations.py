@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..tasks.carried import resolve_name
+from ..data.carried import resolve_name
 
 
 def configuration_of(name: str | None) -> Mapping[str, Any] | None:

@@ -12,15 +12,15 @@ from typing import Any
 
 from ... import ShoestringError
 from ...callbacks.accounting.budget import Budget
-from ...callbacks.compose import compose
+from ...callbacks.catalog.compose import compose
+from ...callbacks.catalog.registry import NotATechnique, UnknownTechnique, declare, ready
 from ...callbacks.contract import BadSetting, IncompatibleTechniques, Technique
-from ...callbacks.registry import NotATechnique, UnknownTechnique, declare, ready
 from ...cluster import Hardware
-from ...own_code import CannotImport
+from ...own_code import CannotImport, is_code
 from ...recipes import Recipe, RecipeError
 from ..machine.facts import Machine, run_facts
 from ..machine.facts import facts as machine_facts
-from ..tasks.optimizer_cards import OptimizerCard
+from ..tasks.optimizers.cards import OptimizerCard
 from .alternatives import alternatives
 from .checks import check_budget, check_present
 from .fitting import Fit, fit_of, gib, inputs_of, refusal, with_micro
@@ -207,9 +207,7 @@ def _warnings(recipe: Recipe, fit: Fit, sized: bool) -> list[str]:
 
 
 # -- choices -------------------------------------------------------------------------------------------------------
-def _batch(
-    recipe: Recipe, fit: Fit, sized: bool, chosen: list[Choice]
-) -> Fit:  # fmt: skip
+def _batch(recipe: Recipe, fit: Fit, sized: bool, chosen: list[Choice]) -> Fit:
     """The micro-batch, with the memory of a run that has it."""
     total, setting, world = recipe.data.batch_size, recipe.data.micro_batch_size, fit.inputs.world
     if total % world:
@@ -220,7 +218,9 @@ def _batch(
     if setting != "auto":
         micro, why = setting, "the recipe says so"
     elif not sized:
-        micro, why = 1, "the model's size is not known: data.micro_batch_size says how many fit"
+        # a module of the user's own mostly has loaders of its own, which make whole batches
+        micro = own if is_code(recipe.model.task) else 1
+        why = "the model's size is not known: data.micro_batch_size says how many fit"
     else:
         tried = sorted((n for n in range(1, own + 1) if own % n == 0), reverse=True)
         micro = next((n for n in tried if with_micro(fit, n, total).fits), 1)

@@ -9,7 +9,7 @@ from math import inf
 from ...own_code import CannotImport
 from ...recipes import Recipe, RecipeError
 from ...strategies import OFFLOADS
-from ..tasks.optimizer_cards import OptimizerCard, UnknownOptimizer, optimizer_card
+from ..tasks.optimizers.cards import OptimizerCard, UnknownOptimizer, optimizer_card
 from .fitting import Fit, gib
 from .memory import MOMENTS
 from .sizes import Size

@@ -13,19 +13,19 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ...own_code import is_code
-from .cache import cache_root
+from ..data.cache import cache_root
+from ..data.custom import call_code
+from ..data.errors import TaskError, unknown
+from ..data.images import build_image_model
+from ..data.prepare import Prepared, prepare
+from ..data.tokenizers import framing, kept_tokenizer
 from .classify import Classifier
-from .custom import call_code
-from .errors import TaskError, unknown
 from .frozen import frozen_base, places
-from .images import build_image_model
 from .language import CausalLM
 from .lora import add_adapter
 from .models import build_model
 from .own_code_checks import give_optimizer, makes_optimizer
-from .prepare import Prepared, prepare
 from .quantized import weights_in
-from .tokenizers import framing, kept_tokenizer
 from .weight_dtypes import Kept, kept_in
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ...callbacks.forward.isolated_step import evaluating
-from .errors import TaskError
+from ..data.errors import TaskError
 from .positions import first_position
 
 LONGEST = 32  # tokens probed: the mask's form does not depend on the length

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...recipes.schema import AdapterSpec
-from .errors import unknown
+from ..data.errors import unknown
 from .quantized import dequantize
 
 if TYPE_CHECKING:

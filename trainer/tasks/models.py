@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .carried import resolve_name as resolve_name
-from .errors import TaskError, unknown
+from ..data.carried import resolve_name as resolve_name
+from ..data.errors import TaskError, unknown
+from ..data.paths import model_folder
 from .mapped_files import pages_given_back
-from .paths import model_folder
 from .positions import first_position
 from .weight_dtypes import FLOAT32, Kept
 

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 
 from ...callbacks.forward.training_step import LOSS_WEIGHT, SAMPLE_WEIGHTS
-from .optimizers import build_optimizer
+from .optimizers.make import build_optimizer
 
 if TYPE_CHECKING:
     from ..checkpoint.base import FrozenBase

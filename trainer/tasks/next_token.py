@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ...callbacks.forward.isolated_step import evaluating
 from ...callbacks.forward.model_calls import is_watched
+from ..data.errors import TaskError
+from ..data.tokens import IGNORED
 from .chunks import CHUNK, LARGE, Chunked
-from .errors import TaskError
-from .tokens import IGNORED
 
 PROBED = 16  # tokens on which both ways are compared
 TOLERANCE = 1e-4  # of the largest logit; with less than float32, of its own precision
@@ -57,17 +57,18 @@ class NextTokenLoss:
         if getattr(model.config, "output_router_logits", False) and weights is None:
             loss = model(**given).loss  # with a term for its routers
             return torch.where(targets > 0, loss * targets, 0.0), targets
-        if self._in_chunks(model, inputs["input_ids"]):
+        rows = _most_rows(model, inputs["input_ids"])
+        if self._in_chunks(model, inputs["input_ids"], rows):
             decoder, head = _parts(model)
             hidden = decoder(**inputs)[0][:, :-1]
-            return _in_parts(head, _vocabulary(model), hidden, labels, weights), targets
+            return _in_parts(head, -(-rows * _vocabulary(model) // CHUNK), hidden, labels, weights), targets
         logits = model(**inputs).logits[:, :-1]
         return _loss(logits.flatten(0, 1), labels.flatten(), _by_row(weights, labels)), targets
 
-    def _in_chunks(self, model: Any, ids: Tensor) -> bool:
+    def _in_chunks(self, model: Any, ids: Tensor, rows: int) -> bool:
         if not self.chunked or is_watched(model):
             return False
-        if self.chunked == "auto" and ids.numel() * _vocabulary(model) <= LARGE:
+        if self.chunked == "auto" and rows * _vocabulary(model) <= LARGE:
             return False
         if self._possible is None:
             self._possible = _agree(model, ids[:1, :PROBED])
@@ -93,17 +94,30 @@ def _agree(model: Any, ids: Tensor) -> bool:
     return bool((other - logits).abs().max() <= tolerance * logits.abs().max())
 
 
-def _in_parts(head: Any, vocabulary: int, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """The sum of losses [] of hidden states [B, T, H] that meet the output layer some rows at a time."""
+def _most_rows(model: Any, ids: Tensor) -> int:
+    """Rows of logits of the rank that has the most, where ranks gather the output layer together, as ZeRO-3 does.
+
+    They then have to call it equally often, and padded batches differ in length.
+    """
+    rows, head = ids.numel(), _parts(model)[1]
+    if head is None or not any(hasattr(p, "ds_id") for p in head.parameters()):
+        return rows
+    most = torch.tensor(rows, device=ids.device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
+def _in_parts(head: Any, parts: int, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum of losses [] of hidden states [B, T, H] that meet the output layer in so many parts, empty ones too."""
 
     def of_rows(rows: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         return _loss(head(rows), labels, weights)
 
     rows, by_row, flat = hidden.flatten(0, 1), _by_row(weights, labels), labels.flatten()
-    size = max(1, CHUNK // vocabulary)
+    size = -(-len(rows) // parts)
     total = torch.zeros((), device=rows.device)
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
+    for number in range(parts):
+        part = slice(number * size, (number + 1) * size)
         some = (rows[part], flat[part], None if by_row is None else by_row[part])
         total = total + (checkpoint(of_rows, *some, use_reentrant=False) if rows.requires_grad else of_rows(*some))
     return total

@@ -8,7 +8,7 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from ...own_code import is_code
 from ...recipes import Recipe, RecipeError
 from ...recipes.schema import OptimizerSpec
-from .optimizers import build_optimizer
+from .optimizers.make import build_optimizer
 
 # of the optimizer section: the rest, schedule, warmup and clip, act on any optimizer
 OF_OPTIMIZER = ("name", "lr", "weight_decay", "betas", "eps", "momentum")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .errors import TaskError
+from ..data.errors import TaskError
 from .quantized import CODECS, QuantizedLinear
 
 if TYPE_CHECKING:

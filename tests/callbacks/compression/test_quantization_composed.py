@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from toy import DEVICE, held_out, loader, toy
 
 from shoestring.callbacks import Distillation, GradualPruning, LowRank, QuantizationAware, StructuredPruning
-from shoestring.callbacks.compose import compose
+from shoestring.callbacks.catalog.compose import compose
+from shoestring.callbacks.catalog.registry import make
 from shoestring.callbacks.compression.fake_quantization import OffGrid, scales
 from shoestring.callbacks.parameters.layers import quantizable
-from shoestring.callbacks.registry import make
 from shoestring.trainer.export.quantize import quantize
 
 pytestmark = [

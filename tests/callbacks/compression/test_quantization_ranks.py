@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from shoestring.callbacks import IncompatibleTechniques
-from shoestring.callbacks.registry import make
+from shoestring.callbacks.catalog.registry import make
 from shoestring.trainer import Trainer
 
 STEPS = 30

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shoestring.callbacks.parameters.shards import NoShard, Shards
-from shoestring.trainer.lightning.zero import CannotShard, check_dimensions
+from shoestring.trainer.run.zero import CannotShard, check_dimensions
 
 
 def convolutions() -> nn.Sequential:

@@ -17,7 +17,7 @@ from toy import ACCUMULATE, STEPS, Explode, Exploded, fingerprint, held_out, loa
 from shoestring.callbacks import StructuredPruning, WeightAveraging
 from shoestring.callbacks.contract import BadSetting, IncompatibleTechniques
 from shoestring.callbacks.parameters.cut import Cut
-from shoestring.callbacks.parameters.reshape import CannotReshape
+from shoestring.callbacks.sparsity.reshape import CannotReshape
 from shoestring.callbacks.sparsity.structured_groups import (
     CannotTrace,
     NothingToCut,

@@ -17,8 +17,8 @@ from small import QUIET, Small, loader
 from wandb_reader import history
 
 from shoestring.trainer import Budget, Ledger, Trainer
+from shoestring.trainer.machine.signals import Preempted
 from shoestring.trainer.monitor.records import LEAVING
-from shoestring.trainer.monitor.signals import Preempted
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 

@@ -10,7 +10,8 @@ import torch
 
 from shoestring.recipes import load_recipe
 from shoestring.trainer import fit, plan
-from shoestring.trainer.monitor.out_of_memory import OutOfMemory, is_out_of_memory
+from shoestring.trainer.monitor.out_of_memory import is_out_of_memory
+from shoestring.trainer.run.out_of_memory import OutOfMemory
 from shoestring.trainer.tasks import build
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,7 +17,7 @@ from shoestring.callbacks import SequenceLengthWarmup
 from shoestring.callbacks.accounting.accountant import Accountant
 from shoestring.callbacks.forward.training_step import Chosen, choose_samples
 from shoestring.trainer import Budget, Ledger
-from shoestring.trainer.tasks.tokens import PadTokens
+from shoestring.trainer.data.tokens import PadTokens
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 LENGTHS = np.array([WIDTH, 30, 12, 40, 9, 33, 10, 21])  # of 8 samples, read twice in four steps of four

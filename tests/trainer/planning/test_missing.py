@@ -6,7 +6,7 @@ import pytest
 
 from shoestring.recipes import RecipeError, load_recipe
 from shoestring.trainer import plan
-from shoestring.trainer.run import NoRunDirectory, _writable
+from shoestring.trainer.run.fit import NoRunDirectory, _writable
 
 
 @pytest.mark.parametrize(

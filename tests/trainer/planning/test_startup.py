@@ -14,8 +14,8 @@ import pytorch_lightning as pl
 from declarations import declarations
 
 from shoestring import ShoestringError
+from shoestring.callbacks.catalog.registry import TECHNIQUES, declare, ready, technique_class
 from shoestring.callbacks.contract import Technique
-from shoestring.callbacks.registry import TECHNIQUES, declare, ready, technique_class
 from shoestring.recipes import load_recipe, shipped_recipes
 from shoestring.trainer import fit, plan
 from shoestring.trainer.machine.facts import _NODES
@@ -106,7 +106,7 @@ assert all(isinstance(t, pl.Callback) for t in third.declared)
 
 def test_a_declaration_raises_when_it_is_trained(tmp_path: Path) -> None:
     code = """
-from shoestring.callbacks.registry import declare
+from shoestring.callbacks.catalog.registry import declare
 technique = declare("weight_averaging")
 try:
     import sys

@@ -13,11 +13,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from shoestring.trainer.data.errors import TaskError
+from shoestring.trainer.data.tokens import Blocks, PadTokens, stack
 from shoestring.trainer.tasks import Task, build_task
-from shoestring.trainer.tasks.errors import TaskError
 from shoestring.trainer.tasks.generate import complete
 from shoestring.trainer.tasks.isolation import check_isolation, leak, lookahead
-from shoestring.trainer.tasks.tokens import Blocks, PadTokens, stack
 
 
 def test_a_language_model_learns_and_its_validation_loss_is_exact(tiny: Any) -> None:

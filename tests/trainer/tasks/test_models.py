@@ -13,11 +13,11 @@ import pytorch_lightning as pl
 import torch
 
 from shoestring.recipes import recipe_from
+from shoestring.trainer.data.errors import TaskError
+from shoestring.trainer.data.tokens import stack
 from shoestring.trainer.tasks import build_task
-from shoestring.trainer.tasks.errors import TaskError
-from shoestring.trainer.tasks.optimizer_cards import OPTIMIZERS
-from shoestring.trainer.tasks.optimizers import build_optimizer
-from shoestring.trainer.tasks.tokens import stack
+from shoestring.trainer.tasks.optimizers.cards import OPTIMIZERS
+from shoestring.trainer.tasks.optimizers.make import build_optimizer
 
 DIGITS = {
     "model": {"task": "image-classification", "config": {"kind": "mlp"}},

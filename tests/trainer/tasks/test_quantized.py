@@ -10,7 +10,7 @@ from fits import llama
 
 from shoestring.recipes import RecipeError, recipe_from
 from shoestring.recipes.schema import AdapterSpec, ModelSpec
-from shoestring.trainer.tasks.errors import TaskError
+from shoestring.trainer.data.errors import TaskError
 from shoestring.trainer.tasks.lora import add_adapter, merge_adapter
 from shoestring.trainer.tasks.models import build_model
 from shoestring.trainer.tasks.quantized import QuantizedLinear, weights_in

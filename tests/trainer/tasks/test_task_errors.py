@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shoestring.trainer.tasks.errors import TaskError
+from shoestring.trainer.data.errors import TaskError
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,0 @@
-"""How Lightning is set up: its options by name and type, and DeepSpeed ZeRO as one of its strategies."""

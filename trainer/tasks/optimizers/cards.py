@@ -1,0 +1,118 @@
+"""Every optimizer by name, and what it goes with. Adding one is a function, a line here and a test.
+
+Other packages add theirs by the entry point `shoestring.optimizers`; a user's own is `module:attr` in a recipe, with
+`--allow-code`. Each of these is an `OptimizerCard`, a `torch.optim.Optimizer` class, or a function of
+(named parameters, settings) that returns an optimizer. This module imports no torch, so a plan can ask it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from .... import ShoestringError
+from ....own_code import import_code, is_code
+from ....spelling import did_you_mean
+from ....strategies import OFFLOADS
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerCard:
+    """The facts about an optimizer that a plan and a run need.
+
+    Args:
+        make: Builds it from named parameters and the recipe's optimizer section; or the name of such a function in
+            `optimizers.py`; or a `torch.optim.Optimizer` class, which gets groups and the learning rate.
+        state_bytes: What it keeps of a trained parameter, beside the weight and its gradient; an upper bound.
+        whole_parameters: It reads a parameter's shape, which ZeRO flattens away: not for zero1, zero2, zero3.
+        averages: Its result is an average of its path, which `AveragedPoint` puts in place; the rate need not fall.
+        does: What is particular about it, in one line.
+        paper: Its arXiv number, or where else it is described.
+
+    Example:
+        >>> optimizer_card("muon").strategies
+        ['single', 'ddp']
+    """
+
+    make: str | Callable[..., Any]
+    state_bytes: float = 8.0
+    whole_parameters: bool = False
+    averages: bool = False
+    does: str = ""
+    paper: str = ""
+
+    @property
+    def strategies(self) -> list[str]:
+        """The strategies that it is legal under."""
+        return [name for name in OFFLOADS if not (self.whole_parameters and name.startswith("zero"))]
+
+
+OPTIMIZERS: dict[str, OptimizerCard] = {
+    "adamw": OptimizerCard(make="adamw", does="Adam with decay beside the gradient", paper="1711.05101"),
+    "adam": OptimizerCard(
+        make="adam", does="steps by the gradient's mean over its root mean square", paper="1412.6980"
+    ),
+    "sgd": OptimizerCard(  # of momentum, which may be off
+        make="sgd", state_bytes=4, does="the gradient, with momentum", paper="1609.04747"
+    ),
+    "lion": OptimizerCard(make="lion", state_bytes=4, does="the sign of a momentum", paper="2302.06675"),
+    "adamw8bit": OptimizerCard(  # two bytes, and two scales of four bytes in 256 elements
+        make="adamw8bit", state_bytes=2 + 8 / 256, does="AdamW with moments of 8 bits in blocks", paper="2110.02861"
+    ),
+    "schedule_free_adamw": OptimizerCard(
+        make="schedule_free_adamw",
+        averages=True,
+        does="AdamW that averages its path in place of a falling learning rate",
+        paper="2405.15682",
+    ),
+    "adafactor": OptimizerCard(  # two vectors a matrix
+        make="adafactor",
+        state_bytes=0,
+        whole_parameters=True,
+        does="the second moment as a row and a column for each matrix",
+        paper="1804.04235",
+    ),
+    "muon": OptimizerCard(  # 4 of hidden matrices, 8 of AdamW's share
+        make="muon",
+        whole_parameters=True,
+        does="orthogonal steps for hidden matrices, AdamW for the rest",
+        paper="2502.16982",
+    ),
+}
+
+
+class UnknownOptimizer(ShoestringError):
+    """No optimizer of this name. `allowed` lists those there are, `hint` is the way out or empty."""
+
+    def __init__(self, name: str) -> None:
+        names = optimizer_names()
+        self.allowed, self.hint = " | ".join(names), did_you_mean(name, names)
+        super().__init__(f"optimizer.name: found {name}; allowed: {self.allowed}; {self.hint}".rstrip("; "))
+
+
+def optimizer_names() -> list[str]:
+    return [*OPTIMIZERS, *(name for name in _plugins() if name not in OPTIMIZERS)]
+
+
+def optimizer_card(name: str) -> OptimizerCard:
+    """The card of an optimizer: of a name, or of a user's own `module:attr`, which runs the user's code.
+
+    Raises:
+        UnknownOptimizer: There is none of this name.
+        CannotImport: `module:attr` cannot be imported.
+    """
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    if name not in _plugins() and not is_code(name):
+        raise UnknownOptimizer(name)
+    loaded = import_code(name) if is_code(name) else _plugins()[name].load()
+    return loaded if isinstance(loaded, OptimizerCard) else OptimizerCard(make=loaded)
+
+
+@cache
+def _plugins() -> dict[str, Any]:
+    """Optimizers of other packages."""
+    return {point.name: point for point in entry_points(group="shoestring.optimizers")}

@@ -1,0 +1,37 @@
+"""What our own optimizers share: the loss of a closure, and the parameters that have a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .... import ShoestringError
+
+
+class CannotStep(ShoestringError):
+    """An optimizer that does not go with its settings, or with how the parameters are laid out."""
+
+
+class Stepping(torch.optim.Optimizer):
+    """An optimizer that says what happens to one parameter at a time, in `update`."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            for group, p in self._with_gradient():
+                self.update(p, p.grad, self.state[p], group)
+        return loss
+
+    def update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Step `p` in place. `state`: what is kept of it, empty before its first step."""
+        raise NotImplementedError
+
+    def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Any]]:
+        return ((group, p) for group in self.param_groups for p in group["params"] if p.grad is not None)
