@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoint.base import FrozenBase, digest_of_files, digest_of_tensors
+from ..data.carried import resolve_name
 from ..data.paths import model_folder
-from .carried import resolve_name
 
 if TYPE_CHECKING:
     from torch import nn
