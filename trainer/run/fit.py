@@ -99,7 +99,7 @@ def fit(
     with explained(plan):
         task = build_task(recipe, workdir=run_dir, precision=plan.precision)
     inputs = inputs_of(recipe, task)
-    changed = keep_or_compare(run_dir, inputs, task.tokenizer, accept=accept_changes, first=is_first())
+    changed = keep_or_compare(run_dir, inputs, task.keep_tokenizer, accept=accept_changes, first=is_first())
     local_ranks.release()
     check_own_module(recipe, task.module)
     left_out = {key: task.facts[key] for key in ("rows_without_text", "rows_cut") if task.facts.get(key)}

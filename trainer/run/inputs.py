@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ from ... import ShoestringError
 from ...files import replace_file
 from ...own_code import import_code, is_code
 from ..checkpoint.format import steps
-from ..data.tokenizers import keep_tokenizer, tokenizer_key
 from ..ledger.identity import package_versions
 
 if TYPE_CHECKING:
@@ -39,20 +38,22 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, str]:
     if "data_digest" in task.facts:
         found["data"] = task.facts["data_digest"]
     if task.tokenizer is not None:
-        found["tokenizer"] = tokenizer_key(task.tokenizer)
+        found["tokenizer"] = task.tokenizer_key
     names = [recipe.model.task, recipe.data.source, recipe.optimizer.name, *(t.name for t in recipe.techniques)]
     for name in sorted({name for name in names if is_code(name)}):
         found[f"code of {name.partition(':')[0]}"] = _source_digest(import_code(name))
     return found
 
 
-def keep_or_compare(run_dir: Path, now: Mapping[str, str], tokenizer: Any, *, accept: bool, first: bool) -> list[str]:
+def keep_or_compare(
+    run_dir: Path, now: Mapping[str, str], keep: Callable[[Path], None] | None, *, accept: bool, first: bool
+) -> list[str]:
     """Write down what a run that begins is made from; for one that goes on, what has changed since.
 
     Args:
         run_dir: The run's home.
         now: As of `inputs_of`.
-        tokenizer: To be kept with the run, or None.
+        keep: Puts the tokenizer into the home of a run that begins.
         accept: Changes are meant.
         first: This is rank 0, which writes.
 
@@ -63,8 +64,8 @@ def keep_or_compare(run_dir: Path, now: Mapping[str, str], tokenizer: Any, *, ac
     if not steps(run_dir / "checkpoints"):
         if first:
             replace_file(path, json.dumps(now, indent=1))
-            if tokenizer is not None:
-                keep_tokenizer(tokenizer, run_dir)
+            if keep is not None:
+                keep(run_dir)
         return []
     try:
         before = json.loads(path.read_bytes())

@@ -18,7 +18,7 @@ from ..data.custom import call_code
 from ..data.errors import TaskError, unknown
 from ..data.images import build_image_model
 from ..data.prepare import Prepared, prepare
-from ..data.tokenizers import framing, kept_tokenizer
+from ..data.tokenizers import framing, keep_tokenizer, kept_tokenizer, tokenizer_key
 from .classify import Classifier
 from .frozen import frozen_base, places
 from .language import CausalLM
@@ -54,6 +54,16 @@ class Task:
     datamodule: pl.LightningDataModule | None = None
     prepared: Prepared | None = None
     model_seconds: float = 0.0
+
+    @property
+    def tokenizer_key(self) -> str:
+        """What the tokenizer does, as one word: another one has another."""
+        return tokenizer_key(self.tokenizer)
+
+    def keep_tokenizer(self, run_dir: Path) -> None:
+        """Keep it with the run, whose weights are trained for it. Nothing where the task has none."""
+        if self.tokenizer is not None:
+            keep_tokenizer(self.tokenizer, run_dir)
 
 
 class TaskData(pl.LightningDataModule):
