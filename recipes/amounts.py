@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Literal
 
 from ..units import UnitError, quantity
 
@@ -91,3 +92,27 @@ def _read(value: int | float | str, base: str, scale: int, allowed: str) -> Frac
     if unit != base:
         raise UnitError(allowed)
     return number / scale
+
+
+JUDGED = 'null, or "min METRIC" or "max METRIC", like "max val_accuracy"; of a loss the name will do: val_loss'
+
+
+def judged_by(text: str) -> tuple[Literal["min", "max"], str]:
+    """How a metric is judged, and its name: "max val_accuracy", or "val_loss", which is to be small.
+
+    Raises:
+        UnitError: It does not say whether the metric is to be small or large.
+
+    Example:
+        >>> judged_by("val_loss")
+        ('min', 'val_loss')
+    """
+    mode, _, metric = text.strip().rpartition(" ")
+    if not mode and "loss" in metric:
+        mode = "min"
+    if mode == "min":
+        return "min", metric
+    if mode == "max":
+        return "max", metric
+    near = f'"min {metric}" or "max {metric}"' if metric and not mode else ""
+    raise UnitError(JUDGED, f"say which is better: {near}" if near else "")

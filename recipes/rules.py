@@ -189,6 +189,19 @@ def validation_fits(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("goal.metric", "a metric that is measured; data.validation is 0", "hold out a fraction, like 0.05")
 
 
+@depends_on("data.validation", "data.source", "checkpoint", "evaluation")
+def best_is_measured(recipe: Recipe) -> Iterator[Broken]:
+    kept, evaluation = recipe.checkpoint, recipe.evaluation
+    if kept.patience is not None and kept.best is None:
+        yield Broken("checkpoint.patience", "null without checkpoint.best", "best says by which metric, like val_loss")
+    if kept.best is None:
+        return
+    if recipe.data.validation == 0 and not is_code(recipe.data.source):
+        yield Broken("checkpoint.best", "null where data.validation is 0", "hold out a fraction, like 0.05")
+    elif evaluation.every is None:
+        yield Broken("checkpoint.best", "null without evaluation.every", 'evaluate more than once, like every: "10%"')
+
+
 @depends_on("data.batch_size", "data.micro_batch_size")
 def whole_micro_batches(recipe: Recipe) -> Iterator[Broken]:
     batch, micro = recipe.data.batch_size, recipe.data.micro_batch_size

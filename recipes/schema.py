@@ -31,12 +31,12 @@ def _said(error: UnitError) -> PydanticCustomError:
     return PydanticCustomError("amount", "{allowed}", {"allowed": error.allowed, "hint": error.hint})
 
 
-def _duration(zero: bool) -> BeforeValidator:
+def _duration(zero: bool, word: str | None = None) -> BeforeValidator:
     def check(value: object) -> object:
         try:
-            return None if value is None else amounts.duration(value, zero)
+            return value if value is None or value == word else amounts.duration(value, zero)
         except UnitError as error:
-            raise _said(error) from None
+            raise _said(UnitError(f"{word}, or {error.allowed}", error.hint) if word else error) from None
 
     return BeforeValidator(check)
 
@@ -45,6 +45,18 @@ def _amount(base: str, scale: int = 1, whole: bool = False) -> BeforeValidator:
     def check(value: object) -> object:
         try:
             return None if value is None else amounts.amount(value, base, scale, whole)
+        except UnitError as error:
+            raise _said(error) from None
+
+    return BeforeValidator(check)
+
+
+def _judged() -> BeforeValidator:
+    def check(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return " ".join(amounts.judged_by(value))
         except UnitError as error:
             raise _said(error) from None
 
@@ -242,10 +254,26 @@ class TrackingSpec(Section):
 
 
 class CheckpointSpec(Section):
-    """How often the run is saved (null: only at its end) and how many of the newest checkpoints stay."""
+    """How often the run is saved (null: only at its end), and how many of the newest checkpoints stay.
 
-    every: Annotated[str | None, _duration(zero=False)] = Field("300 s", description=amounts.DURATION)
+    `every: auto` weighs what saving costs against what an interruption loses (Young 1974, doi 10.1145/361147.361115).
+    `best` keeps the weights of the best evaluation, too, as best.safetensors.
+    """
+
+    every: Annotated[str | None, _duration(zero=False, word="auto")] = Field(
+        "300 s", description=f"auto, or {amounts.DURATION}"
+    )
+    mtbf: Annotated[float | None, _amount("s")] = Field(
+        None,
+        description="null (a day for each node, and what the run itself has met), or the mean time between failures "
+        "and preemptions, like 4 h: for every: auto",
+    )
     keep: Count = Field(2, description="a whole number from 1")
+    best: Annotated[str | None, _judged()] = Field(None, description=amounts.JUDGED)
+    patience: Count | None = Field(
+        None,
+        description="null, or how many evaluations without a better one by `best` end the run: a whole number from 1",
+    )
 
 
 class EvaluationSpec(Section):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -51,3 +54,16 @@ class OtherWeights(pl.Callback):
         for name in shards.slices:
             shards.master(name).copy_(self.other_weights(shards, name))
         shards.publish()
+
+
+@contextmanager
+def evaluated_weights(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+    """The weights that an evaluation sees, for what is done with them after it. Collective."""
+    others = [callback for callback in trainer.callbacks if isinstance(callback, OtherWeights)]  # type: ignore[attr-defined]
+    for callback in others:
+        callback.on_validation_start(trainer, module)
+    try:
+        yield
+    finally:
+        for callback in others:
+            callback.on_validation_end(trainer, module)

@@ -26,6 +26,7 @@ def export(
         str | None, typer.Option("--quantize", help="int8, int8-vnni, int4, float16, bfloat16, trained.")
     ] = None,
     sparse: Annotated[bool, typer.Option("--sparse", help="Store masks and kept values (torch).")] = False,
+    best: Annotated[bool, typer.Option("--best", help="The weights of the best evaluation (checkpoint.best).")] = False,
     as_json: AsJson = False,
     allow_code: AllowCode = False,
 ) -> None:
@@ -38,7 +39,7 @@ def export(
     quiet()
     check_format(to, quantize, sparse)
     with stdout_to_stderr(as_json):
-        made = write(open_run(run, allow_code=allow_code), to, out=out, quantize=quantize, sparse=sparse)
+        made = write(open_run(run, allow_code=allow_code, best=best), to, out=out, quantize=quantize, sparse=sparse)
     if as_json:
         print_json(made.as_dict())
     else:

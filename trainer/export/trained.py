@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .trained_rounding import TrainedRounding
 
 WEIGHTS = "final.safetensors"
+BEST = "best.safetensors"  # those of the best evaluation, where the recipe has checkpoint.best
 MANIFEST = "shoestring.json"  # in an exported folder: which run it is of, and how it was written
 AS_TRAINED = "trained"  # --quantize: the bits that the run's techniques have trained its weights for
 
@@ -40,6 +41,7 @@ class Trained:
     task: Task
     rounding: TrainedRounding | None = None
     changed: bool = False  # another model stands in the place of what was trained
+    weights: str = WEIGHTS  # the file in `run_dir` that they are of
 
     @cached_property
     def model(self) -> nn.Module:
@@ -107,23 +109,34 @@ def find_run(wanted: str | Path) -> Path:
     return folder
 
 
-def open_run(wanted: str | Path, *, allow_code: bool = False) -> Trained:
-    """The finished run that `wanted` names. `CannotExport` where it has not finished or has no recipe."""
+def open_run(wanted: str | Path, *, allow_code: bool = False, best: bool = False) -> Trained:
+    """The finished run that `wanted` names. `CannotExport` where it has not finished or has no recipe.
+
+    best: with the weights of its best evaluation, which are there before it has finished.
+    """
     run_dir = find_run(wanted)
     identity = RunIdentity.load(run_dir)
     if not identity.recipe:
         raise CannotExport(f"{run_dir} was trained without a recipe, so its model cannot be rebuilt from its records.")
-    if not (run_dir / WEIGHTS).exists():
+    if best and not (run_dir / BEST).exists():
+        raise CannotExport(
+            f"run {identity.name} in {run_dir} has kept no best weights: there is no {BEST}. "
+            "A recipe with checkpoint.best and evaluation.every keeps them."
+        )
+    if not best and not (run_dir / WEIGHTS).exists():
         raise CannotExport(
             f"run {identity.name} in {run_dir} has not finished: there is no {WEIGHTS}. Continue its training first."
         )
-    return rebuilt(recipe_from(identity.recipe, identity.name, allow_code), run_dir, identity.id)
+    recipe = recipe_from(identity.recipe, identity.name, allow_code)
+    return rebuilt(recipe, run_dir, identity.id, weights=BEST if best else WEIGHTS)
 
 
-def rebuilt(recipe: Recipe, run_dir: Path, run_id: str = "", task: Task | None = None) -> Trained:
-    """The recipe's task with the run's final weights, whole and on this host, however they were sharded.
+def rebuilt(
+    recipe: Recipe, run_dir: Path, run_id: str = "", task: Task | None = None, weights: str = WEIGHTS
+) -> Trained:
+    """The recipe's task with the run's weights, whole and on this host, however they were sharded.
 
-    task: of the same recipe; its data and tokenizer are taken, its module is left alone.
+    task: of the same recipe; its data and tokenizer are taken, its module is left alone. weights: their file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -134,23 +147,25 @@ def rebuilt(recipe: Recipe, run_dir: Path, run_id: str = "", task: Task | None =
     from ..tasks import build_task
     from .trained_rounding import trained_rounding
 
+    file = run_dir / weights
     task = build_task(recipe, workdir=run_dir, prepared=task.prepared if task is not None else None)
     _reshape(task.module, recipe, run_dir)
-    outside = base_of_final(run_dir / WEIGHTS)
+    outside = base_of_final(file)
     again = base.of_module(task.module)
-    base.require(outside, again.identity if again is not None else None, run_dir / WEIGHTS)
+    base.require(outside, again.identity if again is not None else None, file)
     try:
-        saved = load_file(run_dir / WEIGHTS)
+        saved = load_file(file)
     except SafetensorError as error:
         raise _damaged(run_dir, str(error)) from None
     factored = bool(ranks_in(task.module, saved))
-    weights = merged_state(task.module, saved)  # others read plain layers
+    state = merged_state(task.module, saved)  # others read plain layers
     left_out = again.weights if outside is not None and again is not None else frozenset()
-    _load(task.module, weights, run_dir / WEIGHTS, left_out)
-    if problem := final_problem(run_dir / WEIGHTS):
+    _load(task.module, state, file, left_out)
+    if problem := final_problem(file):
         raise _damaged(run_dir, problem)
     # what was rounded are the factors, and their product is on no grid
-    return Trained(run_dir, run_id, recipe, task, None if factored else trained_rounding(task.module, recipe))
+    rounding = None if factored else trained_rounding(task.module, recipe)
+    return Trained(run_dir, run_id, recipe, task, rounding, weights=weights)
 
 
 def _damaged(run_dir: Path, problem: str) -> CannotExport:

@@ -34,7 +34,7 @@ from . import hf, onnx_file, torch_file
 from .encodings import Codebook, Grid
 from .quality import quality
 from .runtimes import LogitsFunction, eager, relative_error, sample
-from .trained import AS_TRAINED, MANIFEST, CannotExport, Trained, manifest_of
+from .trained import AS_TRAINED, BEST, MANIFEST, CannotExport, Trained, manifest_of
 
 FORMATS = ("hf", "torch", "onnx", "gguf-ready-safetensors")
 QUANTIZED = {
@@ -89,7 +89,8 @@ def export(
     and model do not go together, where `out` holds something else, or where what was written computes something else.
     """
     check_format(to, quantize, sparse)
-    out = out or trained.run_dir / "export" / "-".join(filter(None, [to, quantize, "sparse" if sparse else None]))
+    named = [to, quantize, "sparse" if sparse else None, "best" if trained.weights == BEST else None]
+    out = out or trained.run_dir / "export" / "-".join(filter(None, named))
     if quantize == AS_TRAINED:
         trained = trained.as_trained()
         _check_trained(trained, to)

@@ -9,12 +9,12 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ...callbacks.accounting.account import Account, Upcoming
-from ...callbacks.accounting.clock import MEASURED
+from ...callbacks.accounting.clock import MEASURED, Duration
 from ...callbacks.contract import Technique
 from ...callbacks.parameters.buffers import agree_buffers
 from ..checkpoint.final_weights import final_problem, save_final_weights
 from ..checkpoint.saver import Saver
-from .intervals import interval, passed, steps_in
+from .intervals import UNTIL_MEASURED, best_interval, between_failures, interval, passed, steps_in
 from .records import Records
 
 
@@ -31,13 +31,15 @@ class Checkpoints:
 
     Args:
         account: Of this attempt.
-        every: A duration such as "10 min"; None: at the first and the last step only.
+        every: A duration such as "10 min", or "auto"; None: at the first and the last step only.
         keep: How many stay on disk.
+        mtbf: Mean seconds between failures and preemptions, for "auto"; None: see `intervals.between_failures`.
     """
 
-    def __init__(self, account: Account, every: str | None, keep: int) -> None:
+    def __init__(self, account: Account, every: str | None, keep: int, mtbf: float | None = None) -> None:
         self.account = account
-        self.every = interval(every) if every else None
+        self.auto, self.mtbf = every == "auto", mtbf
+        self.every = Duration(UNTIL_MEASURED, "seconds") if self.auto else interval(every) if every else None
         self.keep = keep
         self.saved_step = self.tried_step = -1  # the newest of this attempt that is on the disk, and that should be
         self.refusal = ""  # what the disk said against the newest
@@ -53,7 +55,18 @@ class Checkpoints:
         self._techniques = [c for c in trainer.callbacks if _may_reshape(c)]
 
     def start(self) -> None:
-        self._next = passed(self.account.clock, self.every) if self.every else 0
+        if self.auto:
+            self._next = self.account.clock.spend.seconds
+        else:
+            self._next = passed(self.account.clock, self.every) if self.every else 0
+
+    def _choose(self, trainer: pl.Trainer) -> None:
+        """The interval that costs least, by what saving has cost and how often runs are interrupted."""
+        mtbf = self.mtbf or between_failures(
+            self.account.clock.spend.seconds, self._records.attempts_before, trainer.num_nodes
+        )
+        seconds = best_interval(self._stall or self.saver.seconds, mtbf)
+        self.every = Duration(seconds, "seconds")
 
     def due(self, trainer: pl.Trainer) -> bool:
         """After a step, alike on all ranks; an interval of a measured amount passes when rank 0 says so."""
@@ -62,7 +75,10 @@ class Checkpoints:
             return True
         if self.every is None:
             return False
-        over = passed(account.clock, self.every) > self._next
+        if self.auto:
+            over = account.clock.spend.seconds - self._next >= self.every.amount
+        else:
+            over = passed(account.clock, self.every) > self._next
         if self.every.counts not in MEASURED:
             return over
         account.spending.mine.save = float(trainer.is_global_zero and over)
@@ -133,6 +149,8 @@ class Checkpoints:
         ended = self.account.spending.windows.enter("train")
         if not waited:
             self._stall = max(self._stall, ended - began)
+        if self.auto:
+            self._choose(trainer)
         self.account.pause_ends(trainer)
 
     def keep_weights(self, trainer: pl.Trainer, module: pl.LightningModule, resumed_from: int | None) -> str | None:

@@ -37,10 +37,11 @@ from ..ledger import read_summary
 from ..ledger.verdict import problems
 from ..machine.signals import Preempted
 from .afterwards import Afterwards
+from .best import Best
 from .checkpoints import Checkpoints
 from .cut_window import CutWindow
 from .epochs import Epochs
-from .evaluations import Evaluations
+from .evaluations import Evaluations, UnknownMetric
 from .failures import blame, forget
 from .hang import HangWatch
 from .nonfinite import NonFiniteSteps
@@ -65,6 +66,9 @@ class Monitor(ReshapeListener, pl.Callback):
         resume: Literal["auto", "must", False],
         checkpoint_every: str | None,
         keep: int,
+        best: str | None = None,
+        patience: int | None = None,
+        mtbf: float | None = None,
         strategy: str,
         usd_per_device_hour: float,
         watts_per_device: float | None,
@@ -77,7 +81,10 @@ class Monitor(ReshapeListener, pl.Callback):
         self.account.moved, self.account.upcoming = self._moved, self._upcoming
         self.records = records
         self.epochs, self.evaluations = Epochs(), Evaluations()
-        self.checkpoints = Checkpoints(self.account, checkpoint_every, keep)
+        self.checkpoints = Checkpoints(self.account, checkpoint_every, keep, mtbf)
+        if patience and not best:
+            raise UnknownMetric("patience needs best, the metric that evaluations are judged by: best='min val_loss'")
+        self.best = Best(best, patience) if best else None
         self.totals = Totals(self.account)
         self.rows = StepRows(self.totals, log_every)
         self.stopping = Stopping(self.account, self.checkpoints, records, self.totals)
@@ -229,12 +236,16 @@ class Monitor(ReshapeListener, pl.Callback):
         if not self.evaluations.at_end:
             upcoming.after_seconds = 0.0
         self.checkpoints.add_to(upcoming)
+        if self.best is not None:
+            self.best.add_to(upcoming, self.checkpoints.saver.seconds)
         return self.afterwards.add_to(upcoming, self.account) if self.afterwards is not None else upcoming
 
     def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.account.reshaped(trainer)
         self.totals.trainable = sum(where.numel for where in shards_of(trainer, pl_module).slices.values())
         self.records.event("reshape", step=self.account.clock.step, trainable=self.totals.trainable)
+        if self.best is not None:
+            self.best.reshaped(trainer, self.records)
 
     def _about(self, trainer: pl.Trainer) -> dict[str, Any]:
         """Of the run, for the manifest of a checkpoint."""
@@ -268,6 +279,8 @@ class Monitor(ReshapeListener, pl.Callback):
         account.evaluation_ends(trainer)
         if trainer.sanity_checking:
             self.evaluations.check_goal(trainer.callback_metrics)
+            if self.best is not None:
+                self.best.check(trainer.callback_metrics)
             return
         if account.stop_requested and not trainer.should_stop:
             self.checkpoints.save(trainer, pl_module)
@@ -278,6 +291,8 @@ class Monitor(ReshapeListener, pl.Callback):
         if self.evaluations.update(metrics) and not trainer.should_stop:
             account.stopped_by, trainer.should_stop = "goal", True
         self.records.step(account.clock.step, {"step": account.clock.step, **metrics})
+        if self.best is not None and not account.evaluation_cut:
+            self.best.evaluated(trainer, pl_module, account, self.checkpoints.saver, self.records)
 
     # -- end --------------------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -301,7 +316,7 @@ class Monitor(ReshapeListener, pl.Callback):
             **self.totals.summary(trainer, self.strategy, peak), "resumed_from": self.resumed_from,
             "metrics": metrics, "run_dir": str(self.records.run_dir),
         }  # fmt: skip
-        summary |= self.evaluations.goal_facts(metrics)
+        summary |= self.evaluations.goal_facts(metrics) | (self.best.facts() if self.best is not None else {})
         summary["problems"] = problems(summary)
         done = self.resumed_from == self.account.clock.step  # nothing was left to do
         return of_finished(summary, read_summary(self.records.run_dir)) if done else summary
@@ -326,8 +341,11 @@ class Monitor(ReshapeListener, pl.Callback):
 
     # -- state ------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        return {**self.account.state_dict(), "epochs": self.epochs.state_dict()}
+        best = self.best.state_dict() if self.best is not None else None
+        return {**self.account.state_dict(), "epochs": self.epochs.state_dict(), "best": best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.account.load_state_dict(state_dict)
         self.epochs.load_state_dict(state_dict["epochs"])
+        if self.best is not None and (best := state_dict.get("best")):
+            self.best.load_state_dict(best)

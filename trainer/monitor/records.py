@@ -101,6 +101,7 @@ class Records:
         self._same_run(recipe)
         events = self.run_dir / "events"
         self._attempt = trainer.strategy.broadcast(next_attempt(events))
+        self.attempts_before = self._attempt
         self._journal = Journal(events, rank=trainer.global_rank, attempt=self._attempt)
         self.keeps, self._rank = trainer.is_global_zero, trainer.global_rank
         if self.keeps and self.ledger:

@@ -82,9 +82,13 @@ class Trainer(pl.Trainer):
         resume: "auto", "must" (fail if there is nothing to resume) or False (start over only where nothing is).
         ledger: Index the run in the user's ledger.
         wandb: "offline", "online", a mapping with mode and project, or None.
-        checkpoint_every: A duration such as "10 min" or "500 steps"; None saves at the first and the last step only.
+        checkpoint_every: A duration such as "10 min" or "500 steps"; "auto": what costs least, by what saving costs and
+            how often runs are interrupted; None saves at the first and the last step only.
+        mtbf: Mean seconds between failures and preemptions, for "auto"; None: a day for each node at first.
         offload: none | optimizer | parameters: what ZeRO keeps in host memory.
         keep_checkpoints: How many of the newest stay.
+        best: Keep the weights of the best evaluation too, as best.safetensors: "max val_accuracy", "min val_loss".
+        patience: End the run after so many evaluations without a better one by `best`.
         usd_per_device_hour: What a device costs; None takes the catalogue's price of this machine's, if it has one.
         watts_per_device: What a device draws under load, for energy where no counter can be read.
         log_every: Steps between rows in the journal.
@@ -120,7 +124,10 @@ class Trainer(pl.Trainer):
         checkpoint_every: str | None = "5 min",
         *,
         offload: str = "none",
+        mtbf: float | None = None,
         keep_checkpoints: int = 2,
+        best: str | None = None,
+        patience: int | None = None,
         usd_per_device_hour: float | None = None,
         watts_per_device: float | None = None,
         log_every: int = 10,
@@ -156,6 +163,9 @@ class Trainer(pl.Trainer):
             resume=resume,
             checkpoint_every=checkpoint_every,
             keep=keep_checkpoints,
+            best=best,
+            patience=patience,
+            mtbf=mtbf,
             strategy=name if isinstance(name, str) else type(name).__name__,
             usd_per_device_hour=_price() if usd_per_device_hour is None else usd_per_device_hour,
             watts_per_device=watts_per_device,

@@ -215,6 +215,20 @@ def test_export_by_name_and_its_errors(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "unfinished"]
 
 
+def test_the_best_weights_are_exported_by_their_name(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are in a file of their own, which is there before the run has finished."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished("digits", runs), run_dir)
+    assert command(monkeypatch, "export", str(run_dir), "--to", "torch", "--best") == 2
+    assert "checkpoint.best" in capsys.readouterr().err
+    for suffix in (".safetensors", ".json"):
+        (run_dir / "final").with_suffix(suffix).rename((run_dir / "best").with_suffix(suffix))
+    assert command(monkeypatch, "export", str(run_dir), "--to", "torch", "--best") == 0
+    assert [p.name for p in (run_dir / "export").iterdir()] == ["torch-best"]
+
+
 def test_weights_of_another_model_are_refused(runs: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(finished("digits", runs), other)
