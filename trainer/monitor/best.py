@@ -27,12 +27,20 @@ class Best:
     """Judges evaluations by one metric. What it knows is part of checkpoints, so a resumed run judges alike.
 
     Args:
-        judged: "min METRIC" or "max METRIC"; of a loss the name will do.
+        judged: "min METRIC" or "max METRIC"; of a loss the name will do. None: nothing is judged.
         patience: So many evaluations without a better one end the run; None: none do.
+
+    Raises:
+        UnknownMetric: There is patience, and no metric.
     """
 
-    def __init__(self, judged: str, patience: int | None) -> None:
-        self.mode, self.metric = judged_by(judged)
+    def __init__(self, judged: str | None, patience: int | None) -> None:
+        if patience and not judged:
+            raise UnknownMetric("patience needs best, the metric that evaluations are judged by: best='min val_loss'")
+        self.metric: str | None = None
+        self.mode = "min"
+        if judged:
+            self.mode, self.metric = judged_by(judged)
         self.patience = patience
         self.value: float | None = None
         self.step = self.since = 0  # of the best evaluation, and evaluations after it
@@ -40,7 +48,7 @@ class Best:
 
     def check(self, metrics: Mapping[str, Any]) -> None:
         """`UnknownMetric` where the trial before training does not measure it."""
-        if metrics and self.metric not in metrics:
+        if self.metric is not None and metrics and self.metric not in metrics:
             legal, hint = ", ".join(sorted(metrics)), did_you_mean(self.metric, metrics)
             said = f"checkpoint.best {self.metric}: an evaluation measures {legal}"
             raise UnknownMetric(said + (f"; {hint}" if hint else ""))
@@ -58,6 +66,8 @@ class Best:
         self, trainer: pl.Trainer, module: pl.LightningModule, account: Account, saver: Saver, records: Records
     ) -> None:
         """After an evaluation: keep its weights, or end the run where patience is over. Collective: rank 0 judges."""
+        if self.metric is None:
+            return
         mine = trainer.callback_metrics.get(self.metric, nan)
         value, before = float(account.agreement.gather(float(mine))[0]), (self.value, self.step, self.since)
         if self.judge(value, account.clock.step):
@@ -84,13 +94,13 @@ class Best:
     def reshaped(self, trainer: pl.Trainer, records: Records) -> None:
         """The model has other shapes from here on: what was the best before it is another model."""
         self.value, self.step, self.since = None, 0, 0
-        if trainer.is_global_zero:
+        if self.metric is not None and trainer.is_global_zero:
             for suffix in (".safetensors", ".json"):
                 (records.run_dir / FILE).with_suffix(suffix).unlink(missing_ok=True)
 
     def add_to(self, upcoming: Upcoming, seconds: float) -> None:
         """Every evaluation may be the best. seconds: what keeping weights takes as long as nobody knows."""
-        if "evaluation" in upcoming.pauses:
+        if self.metric is not None and "evaluation" in upcoming.pauses:
             taken = self.seconds or seconds
             upcoming.pauses["best"] = upcoming.pauses["evaluation"][0], taken
             upcoming.after_seconds += taken
@@ -105,5 +115,5 @@ class Best:
         return {"metric": self.metric, "mode": self.mode, "value": self.value, "step": self.step, "since": self.since}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if (state["metric"], state["mode"]) == (self.metric, self.mode):  # else it is judged anew
+        if state and (state["metric"], state["mode"]) == (self.metric, self.mode):  # else it is judged anew
             self.value, self.step, self.since = state["value"], state["step"], state["since"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 
@@ -12,8 +12,9 @@ from ...callbacks.accounting.account import Account, Upcoming
 from ...callbacks.accounting.clock import MEASURED, Duration
 from ...callbacks.contract import Technique
 from ...callbacks.parameters.buffers import agree_buffers
+from ..checkpoint import format as checkpoint
 from ..checkpoint.final_weights import final_problem, save_final_weights
-from ..checkpoint.saver import Saver
+from ..checkpoint.saver import CannotResume, Saver
 from .intervals import UNTIL_MEASURED, best_interval, between_failures, interval, passed, steps_in
 from .records import Records
 
@@ -53,6 +54,22 @@ class Checkpoints:
         self.saver = Saver(records.run_dir / "checkpoints", self.keep, self.account.agreement, records.event)
         self._records, self._about = records, about
         self._techniques = [c for c in trainer.callbacks if _may_reshape(c)]
+
+    def restore(
+        self, trainer: pl.Trainer, module: pl.LightningModule, resume: Literal["auto", "must", False], accept: bool
+    ) -> tuple[dict[str, Any], Any] | None:
+        """Put the newest intact checkpoint back: its manifest and random states; None where there is none. Collective.
+
+        Raises:
+            CannotResume: There is one and none is wanted, or the other way round.
+        """
+        home = self._records.run_dir
+        if not resume and self.account.agreement.gather(checkpoint.steps(self.saver.root))[0]:
+            raise CannotResume(f"{home} holds a run: resume it, or choose another run directory")
+        restored = self.saver.restore(trainer, module, accept)
+        if restored is None and resume == "must":
+            raise CannotResume(f"{home} has no checkpoint to resume from")
+        return restored
 
     def start(self) -> None:
         if self.auto:

@@ -7,6 +7,7 @@ Its `on_train_batch_end` is the loop of a run; what it does there is done by col
     rows, totals  what is written there of a step and of the run             totals.py
     epochs        the order of samples, and what waits for an epoch's end    epochs.py
     evaluations   when to evaluate, and the goal                             evaluations.py
+    best          which evaluation was the best, and when patience is over   best.py
     checkpoints   when to save                                               checkpoints.py
     nonfinite     steps without finite losses and gradients                  nonfinite.py
     stopping      signals, and how they end it                               stopping.py
@@ -30,9 +31,8 @@ from ...callbacks.contract import ReshapeListener, silence
 from ...callbacks.parameters.accessor import shards_of
 from ...callbacks.parameters.buffers import agree_buffers
 from ...callbacks.parameters.shards import lay_out_plainly
-from ..checkpoint import format as checkpoint
 from ..checkpoint import random_states
-from ..checkpoint.saver import CannotResume, no_room, same_samples
+from ..checkpoint.saver import no_room, same_samples
 from ..ledger import read_summary
 from ..ledger.verdict import problems
 from ..machine.signals import Preempted
@@ -41,7 +41,7 @@ from .best import Best
 from .checkpoints import Checkpoints
 from .cut_window import CutWindow
 from .epochs import Epochs
-from .evaluations import Evaluations, UnknownMetric
+from .evaluations import Evaluations
 from .failures import blame, forget
 from .hang import HangWatch
 from .nonfinite import NonFiniteSteps
@@ -82,9 +82,7 @@ class Monitor(ReshapeListener, pl.Callback):
         self.records = records
         self.epochs, self.evaluations = Epochs(), Evaluations()
         self.checkpoints = Checkpoints(self.account, checkpoint_every, keep, mtbf)
-        if patience and not best:
-            raise UnknownMetric("patience needs best, the metric that evaluations are judged by: best='min val_loss'")
-        self.best = Best(best, patience) if best else None
+        self.best = Best(best, patience)
         self.totals = Totals(self.account)
         self.rows = StepRows(self.totals, log_every)
         self.stopping = Stopping(self.account, self.checkpoints, records, self.totals)
@@ -179,10 +177,13 @@ class Monitor(ReshapeListener, pl.Callback):
         forget()
         self.records.open(trainer)
         self.checkpoints.open(trainer, self.records, self._about)
-        root = self.checkpoints.saver.root
-        if not self.resume and account.agreement.gather(checkpoint.steps(root))[0]:
-            raise CannotResume(f"{self.records.run_dir} holds a run: resume it, or choose another run directory")
-        self._resume(trainer, pl_module)
+        # of a recipe's run the records have compared more than could be seen here
+        accept = self.accept_changes or self.records.recipe is not None
+        if (restored := self.checkpoints.restore(trainer, pl_module, self.resume, accept)) is not None:
+            manifest, self._rng = restored
+            same_samples(manifest, self.seed, self.epochs.global_batch, self.records.run_dir)
+            self.resumed_from = manifest["step"]
+            account.clock.spend = self.records.spent(account.clock.spend)
         self.epochs.restored(trainer, account.horizon)
         self.nonfinite.open(trainer)
         account.spending.start()
@@ -191,19 +192,6 @@ class Monitor(ReshapeListener, pl.Callback):
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stopping.before_training(trainer, self.resumed_from)
-
-    def _resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # of a recipe's run the records have compared more than could be seen here
-        accept = self.accept_changes or self.records.recipe is not None
-        restored = self.checkpoints.saver.restore(trainer, pl_module, accept)
-        if restored is None:
-            if self.resume == "must":
-                raise CannotResume(f"{self.records.run_dir} has no checkpoint to resume from")
-            return
-        manifest, self._rng = restored
-        same_samples(manifest, self.seed, self.epochs.global_batch, self.records.run_dir)
-        self.resumed_from = manifest["step"]
-        self.account.clock.spend = self.records.spent(self.account.clock.spend)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         account, clock = self.account, self.account.clock
@@ -236,16 +224,14 @@ class Monitor(ReshapeListener, pl.Callback):
         if not self.evaluations.at_end:
             upcoming.after_seconds = 0.0
         self.checkpoints.add_to(upcoming)
-        if self.best is not None:
-            self.best.add_to(upcoming, self.checkpoints.saver.seconds)
+        self.best.add_to(upcoming, self.checkpoints.saver.seconds)
         return self.afterwards.add_to(upcoming, self.account) if self.afterwards is not None else upcoming
 
     def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.account.reshaped(trainer)
         self.totals.trainable = sum(where.numel for where in shards_of(trainer, pl_module).slices.values())
         self.records.event("reshape", step=self.account.clock.step, trainable=self.totals.trainable)
-        if self.best is not None:
-            self.best.reshaped(trainer, self.records)
+        self.best.reshaped(trainer, self.records)
 
     def _about(self, trainer: pl.Trainer) -> dict[str, Any]:
         """Of the run, for the manifest of a checkpoint."""
@@ -279,8 +265,7 @@ class Monitor(ReshapeListener, pl.Callback):
         account.evaluation_ends(trainer)
         if trainer.sanity_checking:
             self.evaluations.check_goal(trainer.callback_metrics)
-            if self.best is not None:
-                self.best.check(trainer.callback_metrics)
+            self.best.check(trainer.callback_metrics)
             return
         if account.stop_requested and not trainer.should_stop:
             self.checkpoints.save(trainer, pl_module)
@@ -291,7 +276,7 @@ class Monitor(ReshapeListener, pl.Callback):
         if self.evaluations.update(metrics) and not trainer.should_stop:
             account.stopped_by, trainer.should_stop = "goal", True
         self.records.step(account.clock.step, {"step": account.clock.step, **metrics})
-        if self.best is not None and not account.evaluation_cut:
+        if not account.evaluation_cut:
             self.best.evaluated(trainer, pl_module, account, self.checkpoints.saver, self.records)
 
     # -- end --------------------------------------------------------------------------------------------------------
@@ -316,7 +301,7 @@ class Monitor(ReshapeListener, pl.Callback):
             **self.totals.summary(trainer, self.strategy, peak), "resumed_from": self.resumed_from,
             "metrics": metrics, "run_dir": str(self.records.run_dir),
         }  # fmt: skip
-        summary |= self.evaluations.goal_facts(metrics) | (self.best.facts() if self.best is not None else {})
+        summary |= self.evaluations.goal_facts(metrics) | self.best.facts()
         summary["problems"] = problems(summary)
         done = self.resumed_from == self.account.clock.step  # nothing was left to do
         return of_finished(summary, read_summary(self.records.run_dir)) if done else summary
@@ -341,11 +326,9 @@ class Monitor(ReshapeListener, pl.Callback):
 
     # -- state ------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        best = self.best.state_dict() if self.best is not None else None
-        return {**self.account.state_dict(), "epochs": self.epochs.state_dict(), "best": best}
+        return {**self.account.state_dict(), "epochs": self.epochs.state_dict(), "best": self.best.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.account.load_state_dict(state_dict)
         self.epochs.load_state_dict(state_dict["epochs"])
-        if self.best is not None and (best := state_dict.get("best")):
-            self.best.load_state_dict(best)
+        self.best.load_state_dict(state_dict.get("best", {}))

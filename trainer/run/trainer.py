@@ -84,8 +84,8 @@ class Trainer(pl.Trainer):
         wandb: "offline", "online", a mapping with mode and project, or None.
         checkpoint_every: A duration such as "10 min" or "500 steps"; "auto": what costs least, by what saving costs and
             how often runs are interrupted; None saves at the first and the last step only.
-        mtbf: Mean seconds between failures and preemptions, for "auto"; None: a day for each node at first.
         offload: none | optimizer | parameters: what ZeRO keeps in host memory.
+        mtbf: Mean seconds between failures and preemptions, for "auto"; None: a day for each node at first.
         keep_checkpoints: How many of the newest stay.
         best: Keep the weights of the best evaluation too, as best.safetensors: "max val_accuracy", "min val_loss".
         patience: End the run after so many evaluations without a better one by `best`.
