@@ -257,7 +257,7 @@ class CheckpointSpec(Section):
     """How often the run is saved (null: only at its end), and how many of the newest checkpoints stay.
 
     `every: auto` weighs what saving costs against what an interruption loses (Young 1974, doi 10.1145/361147.361115).
-    `best` keeps the weights of the best evaluation, too, as best.safetensors.
+    `best` keeps the weights of the best evaluation, too, in best/.
     """
 
     every: Annotated[str | None, _duration(zero=False, word="auto")] = Field(

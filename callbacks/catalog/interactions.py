@@ -73,7 +73,7 @@ INTERACTIONS: tuple[Rule, ...] = (
         verdict="warn",
         why="the factors are pruned, and their product is dense again",
         source="arXiv 2103.03936",
-        fix="use the factors of final.safetensors, or keep_factors",
+        fix="use the factors of final/, or keep_factors",
     ),
     Rule(
         first=ZEROS,
@@ -109,7 +109,7 @@ INTERACTIONS: tuple[Rule, ...] = (
         verdict="warn",
         why="the factors share a few values, and their product does not",
         source="arXiv 2103.03936",
-        fix="use the factors of final.safetensors, or keep_factors",
+        fix="use the factors of final/, or keep_factors",
     ),
     Rule(
         first=("low_rank",),

@@ -176,7 +176,7 @@ def merge_(module: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
 
 
 def ranks_in(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, int]:
-    """The rank of every linear layer of `module` that `state` (a state dict or a final.safetensors) has in factors."""
+    """The rank of every linear layer of `module` that `state` (a state dict) has in factors."""
     return {
         name: state[name + FIRST].shape[0]
         for name, layer in module.named_modules()

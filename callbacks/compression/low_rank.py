@@ -26,7 +26,7 @@ class OtherRanks(ShoestringError):
 class LowRank(Technique, pl.Callback):
     """Replace linear layers by factors of their weights' truncated SVD before training starts, and train these.
 
-    The optimizer, DDP and ZeRO see only the factors, and so does `final.safetensors`; `factors.apply_low_rank` makes a
+    The optimizer, DDP and ZeRO see only the factors, and so does `final/`; `factors.apply_low_rank` makes a
     module fit to load them. Ranks follow from the initial weights, so a run resumes from the command that began it;
     rank 0 decides for all. Only layers that shrink are replaced.
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import recorded_samples
 import torch
-from safetensors.torch import load_file
 
+from shoestring.trainer.checkpoint.weights import load_weights
 from shoestring.trainer.ledger import read
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
@@ -124,7 +124,7 @@ def test_four_tasks_then_two_end_as_one_that_nobody_disturbed(tmp_path: Path) ->
     for step in range(STEPS):
         assert len(whole[step]) == BATCH and set(in_parts[step]) == set(whole[step]), step
         assert in_parts[step] == pytest.approx(whole[step], rel=1e-3, abs=1e-5), step
-    ends = [load_file(tmp_path / name / "final.safetensors") for name in ("whole", "run")]
+    ends = [load_weights(tmp_path / name / "final") for name in ("whole", "run")]
     assert ends[0].keys() == ends[1].keys()
     for name, weight in ends[0].items():
         torch.testing.assert_close(ends[1][name], weight, rtol=1e-3, atol=1e-5)

@@ -71,7 +71,7 @@ def test_four_tasks_come_to_the_end_and_the_secret_is_nowhere(whole: tuple[Launc
     assert "run finished" in followed and followed.rstrip().endswith("the run is finished (0); finished")
     status = job.until("finished")
     assert [a["next"] for a in status["attempts"]] == ["finished"]
-    assert (job.run_dir / "final.safetensors").exists()
+    assert (job.run_dir / "final").exists()
     assert len(list((job.run_dir / "wandb").rglob("*.wandb"))) == 1
     no_secret(job, here.folder / "home")
     dry = here("launch", *RECIPE, "--cluster", "cluster.yaml", "--dry-run")
@@ -92,12 +92,14 @@ def test_cancelled_and_launched_again_it_ends_with_the_same_weights(
     here("cancel", job.id)
     status = job.until("cancelled")
     assert status["attempts"][-1]["code"] == 85 and "cancelled" in status["detail"]
-    assert not (job.run_dir / "final.safetensors").exists()
+    assert not (job.run_dir / "final").exists()
     no_secret(job)
 
     second = here.launch("again", *RECIPE, "budget.steps=1000")
     assert len(second.until("finished")["attempts"]) == 1
-    assert (job.run_dir / "final.safetensors").read_bytes() == (undisturbed.run_dir / "final.safetensors").read_bytes()
+    assert (job.run_dir / "final" / "model.safetensors").read_bytes() == (
+        undisturbed.run_dir / "final" / "model.safetensors"
+    ).read_bytes()
     assert "resume" in [event["event"] for event in job.events(rank=0)]
 
 

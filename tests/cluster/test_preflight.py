@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from preflight_ranks import fly, verdict
 from processes import last_words, run
-from safetensors.torch import load_file
 from toy import fingerprint
 
 from shoestring.cluster.config.sections import PreflightSpec
@@ -31,6 +30,7 @@ from shoestring.cluster.preflight.verdict import (
     slow_nodes,
     table,
 )
+from shoestring.trainer.checkpoint.weights import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GIB = 2**30
@@ -226,5 +226,5 @@ def test_training_ends_bit_for_bit_as_without(tmp_path: Path) -> None:
     assert codes == [0, 0] and len(verdict(job_dir)["nodes"]) == 2, said
     codes = run(preflight_ranks.plain_training, tmp_path / "plain", world=2, folder=tmp_path / "plain")
     assert codes == [0, 0], last_words(tmp_path / "plain")
-    ends = [load_file(tmp_path / name / "run" / "final.safetensors") for name in ("checked", "plain")]
+    ends = [load_weights(tmp_path / name / "run" / "final") for name in ("checked", "plain")]
     assert fingerprint(ends[0]) == fingerprint(ends[1])

@@ -110,7 +110,7 @@ def saved(run_dir: Path) -> int:
 
 
 def digest(run_dir: Path) -> str:
-    return hashlib.sha256((run_dir / "final.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256((run_dir / "final" / "model.safetensors").read_bytes()).hexdigest()
 
 
 def holding(text: str, folder: Path) -> list[Path]:

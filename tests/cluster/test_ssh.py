@@ -117,7 +117,9 @@ def test_a_node_that_is_cut_off_is_replaced_and_nothing_is_lost(
     assert (job.folder / "excluded").read_text() == "n2\n"
     resumed = [event["step"] for event in job.events(rank=0) if event["event"] == "resume"]
     assert resumed and resumed[0] >= 50
-    assert (job.run_dir / "final.safetensors").read_bytes() == (undisturbed.run_dir / "final.safetensors").read_bytes()
+    assert (job.run_dir / "final" / "model.safetensors").read_bytes() == (
+        undisturbed.run_dir / "final" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_tasks_save_and_end_without_their_script_and_when_they_are_cancelled(

@@ -19,7 +19,6 @@ import pytorch_lightning as pl
 import torch
 import train_script
 from processes import last_words, run, succeed
-from safetensors.torch import load_file
 from toy import ACCUMULATE, GLOBAL_BATCH, STEPS, Explode, Exploded, fingerprint, held_out, loader, toy
 
 from shoestring.callbacks.catalog.compose import compose
@@ -27,6 +26,7 @@ from shoestring.callbacks.catalog.registry import names, technique_class
 from shoestring.callbacks.contract import IncompatibleTechniques
 from shoestring.trainer import Budget, Trainer
 from shoestring.trainer.checkpoint.format import DamagedCheckpoint
+from shoestring.trainer.checkpoint.weights import load_weights
 from shoestring.trainer.ledger import read
 
 pytestmark = [
@@ -38,7 +38,7 @@ SCRIPT = Path(train_script.__file__)
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "run" / "final.safetensors")
+    return load_weights(folder / "run" / "final")
 
 
 def events(folder: Path, kind: str) -> list[dict]:
@@ -324,7 +324,7 @@ def test_crashed_after_the_last_step_writes_the_final_weights(end, tmp_path):
     fit(tmp_path / "whole", **end)
     with pytest.raises(Exploded):
         fit(tmp_path / "broken", Fall(), **end)
-    assert not (tmp_path / "broken" / "run" / "final.safetensors").exists()
+    assert not (tmp_path / "broken" / "run" / "final").exists()
     for _ in range(2):  # and a finished run given again stays as it is
         trainer = fit(tmp_path / "broken", **end)
         assert trainer.summary["steps"] == trainer.summary["resumed_from"] == (18 if len(end) == 1 else STEPS)

@@ -10,11 +10,11 @@ import optimizer_ranks
 import pytest
 import torch
 from processes import last_words, succeed
-from safetensors.torch import load_file
 from toy import DEVICE
 
 from shoestring.strategies import OFFLOADS
 from shoestring.trainer.checkpoint.state import OtherShards
+from shoestring.trainer.checkpoint.weights import load_weights
 from shoestring.trainer.tasks.optimizers.cards import OPTIMIZERS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -56,7 +56,7 @@ def apart(ran, strategy, name) -> float:
     alone, together = (
         losses(ran(each, name)) + ran(each, name)[0]["whole"]["validations"] for each in ("single", strategy)
     )
-    finals = [load_file(ran.folder(each) / f"{name}-whole" / "final.safetensors") for each in ("single", strategy)]
+    finals = [load_weights(ran.folder(each) / f"{name}-whole" / "final") for each in ("single", strategy)]
     assert finals[0].keys() == finals[1].keys() and finals[0]
     weights = max(float((finals[0][key] - finals[1][key]).abs().max()) for key in finals[0])
     return max(weights, *(abs(a - b) for a, b in zip(alone, together, strict=True)))
@@ -104,7 +104,7 @@ def test_ranks_share_its_state(strategy, name, ran):
 def test_what_is_pruned_stays_zero(strategy, name, ran):
     """Weights, and what the optimizer keeps of them, are zero together: its step then moves neither."""
     ran(strategy, name)
-    final = load_file(ran.folder(strategy) / f"{name}-pruned" / "final.safetensors")
+    final = load_weights(ran.folder(strategy) / f"{name}-pruned" / "final")
     pruned = torch.cat([final[f"net.{layer}.weight"].view(-1) for layer in (0, 2)])
     assert float((pruned == 0).float().mean()) == pytest.approx(0.6, abs=0.01)
     assert bool(final["net.4.weight"].all())

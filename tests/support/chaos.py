@@ -107,9 +107,9 @@ class References:
 
 
 def weights(folder: Path) -> str:
-    from safetensors.torch import load_file
+    from shoestring.trainer.checkpoint.weights import load_weights
 
-    return fingerprint(load_file(folder / "run" / "final.safetensors"))
+    return fingerprint(load_weights(folder / "run" / "final"))
 
 
 def endure(given: Schedule, folder: Path, references: References, struck: list[str]) -> int:
@@ -168,7 +168,7 @@ def _as_told(fault: Fault, codes: list[int], disk: Path, logs: Path) -> None:
 
 
 def _finished(disk: Path, whole: str, given: Schedule) -> None:
-    final = disk / "run" / "final.safetensors"
+    final = disk / "run" / "final"
     if not final.exists():
         raise NotGood("it ended with 0 before its end")
     if weights(disk) != whole:

@@ -131,7 +131,7 @@ def train(strategy: str, home: Path, module: pl.LightningModule, data, validatio
     )  # fmt: skip
     trainer.monitor.totals.peak_flops = 1e9
     trainer.fit(module, data, validation)
-    return home / "final.safetensors"
+    return home / "final"
 
 
 def images(batch: int) -> DataLoader:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from fits import llama
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from toy import Explode, Exploded, fingerprint
 
 from shoestring.callbacks import GradientCheckpointing, MixedPrecision
 from shoestring.recipes.schema import AdapterSpec, OptimizerSpec
 from shoestring.trainer import Trainer
+from shoestring.trainer.checkpoint.weights import load_weights
 from shoestring.trainer.tasks.language import CausalLM
 from shoestring.trainer.tasks.lora import add_adapter
 from shoestring.trainer.tasks.quantized_loading import make_quantized
@@ -55,7 +55,7 @@ def train(strategy: str, world: int, kind: str, run_dir: Path, *callbacks: pl.Ca
     )  # fmt: skip
     module = adapted(kind)
     trainer.fit(module, DataLoader(rows(), batch_size=4 // world, shuffle=True))
-    saved = load_file(run_dir / "final.safetensors") if trainer.is_global_zero else {}
+    saved = load_weights(run_dir / "final") if trainer.is_global_zero else {}
     masters = {str(t.dtype) for name, t in saved.items() if "lora_" in name}
     return {"losses": losses.seen, "final": fingerprint(saved), "masters": sorted(masters)}
 

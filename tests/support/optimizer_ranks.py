@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toy import DEVICE, fingerprint
@@ -19,6 +18,7 @@ from shoestring.callbacks.optimization.averaged_point import AveragedPoint
 from shoestring.callbacks.parameters.accessor import shards_of
 from shoestring.recipes.schema import OptimizerSpec
 from shoestring.trainer import Trainer
+from shoestring.trainer.checkpoint.weights import load_weights
 from shoestring.trainer.tasks.optimizers.cards import OPTIMIZERS, optimizer_card
 from shoestring.trainer.tasks.optimizers.make import build_optimizer
 from shoestring.trainer.tasks.optimizers.stepping import Stepping
@@ -104,8 +104,8 @@ def train(strategy: str, name: str, run_dir: Path, steps: int, micro: int | None
     module, x, y = Net(settings), torch.randn(64, 32), torch.randn(64, 4)
     data = TensorDataset(x, y + x[:, :4])
     trainer.fit(module, DataLoader(data, batch_size=micro or 8 // world, shuffle=True), DataLoader(data, batch_size=8))
-    final = run_dir / "final.safetensors"
-    return {**recorder.seen, "final": fingerprint(load_file(final)) if trainer.is_global_zero else None}
+    final = run_dir / "final"
+    return {**recorder.seen, "final": fingerprint(load_weights(final)) if trainer.is_global_zero else None}
 
 
 def one(strategy: str, name: str, folder: Path) -> dict:

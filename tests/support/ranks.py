@@ -16,13 +16,14 @@ from time import perf_counter
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from toy import ACCUMULATE, DEVICE, STEPS, Explode, Exploded, fingerprint, held_out, loader, toy
 
 from shoestring.callbacks.catalog.registry import make, names, technique_class
 from shoestring.callbacks.contract import Technique
 from shoestring.callbacks.parameters.accessor import shards_of
 from shoestring.trainer import Trainer
+from shoestring.trainer.checkpoint.weights import load_weights
 from shoestring.trainer.ledger import read
 
 CHECKPOINT, CRASH = 5, 6  # step 6 is lost and done again
@@ -130,7 +131,7 @@ class Group:
         )  # fmt: skip
         trainer.callbacks.append(recorder)
         trainer.fit(toy(dropout=dropout, optimizer=optimizer), loader(self.world), held_out())
-        final = fingerprint(load_file(run_dir / "final.safetensors")) if self.rank == 0 else None
+        final = fingerprint(load_weights(run_dir / "final")) if self.rank == 0 else None
         spent = {key: trainer.summary[key] for key in ("steps", "samples", "tokens", "stopped_by", "resumed_from")}
         rows = [row.fields["loss"] for row in read(run_dir / "events", rank=0) if "loss" in row.fields]
         return {**recorder.report(), "rows": rows, "final": final, **spent}

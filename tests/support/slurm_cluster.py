@@ -90,7 +90,7 @@ class SlurmCluster:
         return self.shoestring("logs", id, *how).stdout
 
     def weights(self, run: str) -> bytes:
-        return (self.home(run) / "final.safetensors").read_bytes()
+        return (self.home(run) / "final" / "model.safetensors").read_bytes()
 
     def fact(self, job: dict[str, Any], key: str) -> str:
         """What Slurm itself says of a job: `JobState`, `Restarts`, …"""

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from toy import DEVICE, LENGTH, STEPS, VOCAB, Toy, fingerprint, loader, toy
 
 from shoestring.callbacks.compression.distillation import Distillation
 from shoestring.trainer import Trainer
+from shoestring.trainer.checkpoint.weights import load_weights
 from shoestring.trainer.machine.extensions import prepare_environment
 
 EPOCH = 18  # steps, of four of 72 samples
@@ -85,7 +85,7 @@ def train(
     )  # fmt: skip
     trainer.callbacks.append(recorder)
     trainer.fit(module, loader(world, words={"noise": 0.0}))
-    final = load_file(folder / "final.safetensors") if trainer.global_rank == 0 else {}
+    final = load_weights(folder / "final") if trainer.global_rank == 0 else {}
     return {
         "losses": recorder.losses,
         "final": fingerprint(final),

@@ -75,7 +75,7 @@ def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
 
 def kept_tokenizer(run_dir: Path) -> Path | None:
     """Where a run that has trained keeps its tokenizer; None where it has none, or has not trained yet."""
-    trained = any((run_dir / "checkpoints").glob("[0-9]*")) or (run_dir / "final.safetensors").exists()
+    trained = any((run_dir / "checkpoints").glob("[0-9]*")) or (run_dir / "final").exists()
     return run_dir / KEPT if trained and (run_dir / KEPT).is_dir() else None
 
 

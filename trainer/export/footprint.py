@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...callbacks.accounting.flops import FlopCounter, Flops
-from ..checkpoint.final_weights import base_of_final
+from ..checkpoint.weights import base_of_weights
 from .runtimes import Batch, eager, needed
 from .trained import CannotExport
 
@@ -22,12 +22,13 @@ WEIGHTS = (".safetensors", ".onnx", ".data", ".bin", ".pt")
 def weight_bytes(path: Path) -> int:
     """Bytes of the weights' files in a folder (tokenizer and settings aside), or of the one file.
 
-    A run's final weights count with the frozen base that they were trained beside.
+    A run's weights count with the frozen base that they were trained beside.
     """
     if path.is_file():
-        base = base_of_final(path)
-        return path.stat().st_size + (base["bytes"] if base is not None else 0)
-    return sum(p.stat().st_size for p in path.rglob("*") if p.suffix in WEIGHTS and p.is_file())
+        return path.stat().st_size
+    base = base_of_weights(path)
+    own = sum(p.stat().st_size for p in path.rglob("*") if p.suffix in WEIGHTS and p.is_file())
+    return own + (base["bytes"] if base is not None else 0)
 
 
 def parameters(model: nn.Module) -> dict[str, int]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import ShoestringError
 from ...recipes import Recipe, recipe_from
+from ..checkpoint.weights import weights_exist
 from ..ledger import Ledger, RunIdentity
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from .encodings import Codebook, Grid
     from .trained_rounding import TrainedRounding
 
-WEIGHTS = "final.safetensors"
-BEST = "best.safetensors"  # those of the best evaluation, where the recipe has checkpoint.best
+WEIGHTS = "final"  # a folder in the run's home, as the next
+BEST = "best"  # those of the best evaluation, where the recipe has checkpoint.best
 MANIFEST = "shoestring.json"  # in an exported folder: which run it is of, and how it was written
 AS_TRAINED = "trained"  # --quantize: the bits that the run's techniques have trained its weights for
 
@@ -41,7 +42,7 @@ class Trained:
     task: Task
     rounding: TrainedRounding | None = None
     changed: bool = False  # another model stands in the place of what was trained
-    weights: str = WEIGHTS  # the file in `run_dir` that they are of
+    weights: str = WEIGHTS  # the folder in `run_dir` that they are of
 
     @cached_property
     def model(self) -> nn.Module:
@@ -118,12 +119,12 @@ def open_run(wanted: str | Path, *, allow_code: bool = False, best: bool = False
     identity = RunIdentity.load(run_dir)
     if not identity.recipe:
         raise CannotExport(f"{run_dir} was trained without a recipe, so its model cannot be rebuilt from its records.")
-    if best and not (run_dir / BEST).exists():
+    if best and not weights_exist(run_dir / BEST):
         raise CannotExport(
             f"run {identity.name} in {run_dir} has kept no best weights: there is no {BEST}. "
             "A recipe with checkpoint.best and evaluation.every keeps them."
         )
-    if not best and not (run_dir / WEIGHTS).exists():
+    if not best and not weights_exist(run_dir / WEIGHTS):
         raise CannotExport(
             f"run {identity.name} in {run_dir} has not finished: there is no {WEIGHTS}. Continue its training first."
         )
@@ -136,32 +137,31 @@ def rebuilt(
 ) -> Trained:
     """The recipe's task with the run's weights, whole and on this host, however they were sharded.
 
-    task: of the same recipe; its data and tokenizer are taken, its module is left alone. weights: their file.
+    task: of the same recipe; its data and tokenizer are taken, its module is left alone. weights: their folder.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     from ...callbacks.compression.factors import merged_state, ranks_in
     from ..checkpoint import base
-    from ..checkpoint.final_weights import base_of_final, final_problem
+    from ..checkpoint.weights import base_of_weights, load_weights, weights_problem
     from ..tasks import build_task
     from .trained_rounding import trained_rounding
 
     file = run_dir / weights
     task = build_task(recipe, workdir=run_dir, prepared=task.prepared if task is not None else None)
     _reshape(task.module, recipe, run_dir)
-    outside = base_of_final(file)
+    outside = base_of_weights(file)
     again = base.of_module(task.module)
     base.require(outside, again.identity if again is not None else None, file)
     try:
-        saved = load_file(file)
+        saved = load_weights(file)
     except SafetensorError as error:
         raise _damaged(run_dir, str(error)) from None
     factored = bool(ranks_in(task.module, saved))
     state = merged_state(task.module, saved)  # others read plain layers
     left_out = again.weights if outside is not None and again is not None else frozenset()
     _load(task.module, state, file, left_out)
-    if problem := final_problem(file):
+    if problem := weights_problem(file):
         raise _damaged(run_dir, problem)
     # what was rounded are the factors, and their product is on no grid
     rounding = None if factored else trained_rounding(task.module, recipe)

@@ -70,8 +70,8 @@ def finished_report(run_dir: Path, recipe: Any) -> Report | None:
         report = Report(**{**kept, "run_dir": run_dir, "exported": exported})
     except (OSError, ValueError, KeyError, TypeError):  # none, damaged, or of a version that kept other things
         return None
-    from ..checkpoint.final_weights import final_problem
+    from ..checkpoint.weights import weights_problem
 
-    if report.recipe_hash != recipe.hash or final_problem(run_dir / "final.safetensors"):
+    if report.recipe_hash != recipe.hash or weights_problem(run_dir / "final"):
         return None
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from math import nan
 from typing import Any
@@ -13,14 +14,14 @@ from ...callbacks.accounting.account import Account, Upcoming
 from ...callbacks.optimization.other_weights import evaluated_weights
 from ...recipes.amounts import judged_by
 from ...spelling import did_you_mean
-from ..checkpoint.final_weights import save_final_weights
 from ..checkpoint.saver import Saver
+from ..checkpoint.weights import save_weights
 from .evaluations import UnknownMetric
 from .records import Records
 
 log = logging.getLogger("shoestring")
 
-FILE = "best.safetensors"
+FOLDER = "best"  # in the run's home
 
 
 class Best:
@@ -85,8 +86,9 @@ class Best:
     ) -> str | None:
         began = account.spending.windows.enter("checkpoint")
         with evaluated_weights(trainer, module):
-            refusal = save_final_weights(trainer, module, records.run_dir / FILE, saver.left_out, saver.base_identity)
-        refusal = account.agreement.gather(refusal)[0]
+            refusal = save_weights(
+                trainer, module, records.run_dir / FOLDER, account.agreement, saver.left_out, saver.base_identity
+            )
         self.seconds = max(self.seconds, account.spending.windows.enter("train") - began)
         account.pause_ends(trainer)
         return refusal
@@ -95,8 +97,7 @@ class Best:
         """The model has other shapes from here on: what was the best before it is another model."""
         self.value, self.step, self.since = None, 0, 0
         if self.metric is not None and trainer.is_global_zero:
-            for suffix in (".safetensors", ".json"):
-                (records.run_dir / FILE).with_suffix(suffix).unlink(missing_ok=True)
+            shutil.rmtree(records.run_dir / FOLDER, ignore_errors=True)
 
     def add_to(self, upcoming: Upcoming, seconds: float) -> None:
         """Every evaluation may be the best. seconds: what keeping weights takes as long as nobody knows."""

@@ -13,8 +13,8 @@ from ...callbacks.accounting.clock import MEASURED, Duration
 from ...callbacks.contract import Technique
 from ...callbacks.parameters.buffers import agree_buffers
 from ..checkpoint import format as checkpoint
-from ..checkpoint.final_weights import final_problem, save_final_weights
 from ..checkpoint.saver import CannotResume, Saver
+from ..checkpoint.weights import save_weights, weights_problem
 from .intervals import UNTIL_MEASURED, best_interval, between_failures, interval, passed, steps_in
 from .records import Records
 
@@ -171,9 +171,9 @@ class Checkpoints:
         self.account.pause_ends(trainer)
 
     def keep_weights(self, trainer: pl.Trainer, module: pl.LightningModule, resumed_from: int | None) -> str | None:
-        """Save the last step, and the whole weights in one file; what the disk said against the latter. Collective."""
-        account, step, final = self.account, self.account.clock.step, self._records.run_dir / "final.safetensors"
-        done = resumed_from == step and account.agreement.gather(final_problem(final))[0] is None
+        """Save the last step, and the whole weights for others; what the disk said against the latter. Collective."""
+        account, step, final = self.account, self.account.clock.step, self._records.run_dir / "final"
+        done = resumed_from == step and account.agreement.gather(weights_problem(final))[0] is None
         if done or not step:
             return None
         if resumed_from != step:
@@ -182,8 +182,7 @@ class Checkpoints:
         self.saver.require_finite(step)
         agree_buffers(module)
         saver = self.saver
-        refusal = save_final_weights(trainer, module, final, saver.left_out, saver.base_identity)
-        return account.agreement.gather(refusal)[0]
+        return save_weights(trainer, module, final, account.agreement, saver.left_out, saver.base_identity)
 
     def outcome(self, step: int, resumed_from: int | None) -> Outcome:
         """For an attempt that began at `resumed_from` and stops after `step`."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ...recipes import Recipe
@@ -47,3 +49,36 @@ class Deliverables:
 
             self.exported = Path(recipe.export.path or self.run_dir / "model")
             save(getattr(trained.module, "model", None), trained.tokenizer, self.exported)
+
+
+def describe(task: Task, folder: Path) -> None:
+    """Put settings and tokenizer beside a run's weights, where transformers or PEFT can load these as they are."""
+    model: Any = getattr(task.module, "model", None)
+    if "transformers" not in sys.modules:  # which has made a model that it knows
+        return
+    from transformers import PreTrainedModel
+
+    if any(folder.glob("adapter_model*.safetensors")):
+        settings = copy.copy(model.peft_config["default"])
+        settings.inference_mode = True
+        settings.save_pretrained(str(folder))
+    elif isinstance(model, PreTrainedModel) and _is_plain(model, folder):
+        model.config.save_pretrained(folder)
+    else:
+        return
+    if task.tokenizer is not None:
+        task.tokenizer.save_pretrained(folder)
+
+
+def _is_plain(model: Any, folder: Path) -> bool:
+    """Whether the files have every weight that the model's settings ask for: techniques may have changed the layers."""
+    import torch
+    from safetensors import safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    with torch.device("meta"):
+        fresh = type(model)(copy.deepcopy(model.config))
+    return all(shapes.get(name) == list(p.shape) for name, p in fresh.named_parameters())

@@ -86,7 +86,7 @@ def fit(
     from ..tasks.build import TaskData, build_task
     from ..tasks.optimizers.cards import optimizer_card
     from ..tasks.own_code_checks import CheckBatch, check_own_module
-    from .deliverables import Deliverables
+    from .deliverables import Deliverables, describe
     from .inputs import inputs_of, keep_or_compare
     from .out_of_memory import explained
     from .trainer import Trainer
@@ -179,6 +179,9 @@ def fit(
         return None
     if trainer.monitor.afterwards is not None and trainer.monitor.afterwards.error is not None:
         raise trainer.monitor.afterwards.error
+    for weights_folder in (run_dir / "final", run_dir / "best"):
+        if weights_folder.exists():
+            describe(task, weights_folder)
     report = Report(
         run_dir=run_dir,
         summary=trainer.summary,

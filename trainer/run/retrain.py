@@ -10,12 +10,12 @@ from the same weights in memory, and its teacher is "initial": the student as it
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ...recipes import Recipe, recipe_from
+from ..checkpoint.weights import weights_digest
 from ..export.trained import MANIFEST, WEIGHTS, CannotExport, Trained
 from ..export.write import export
 
@@ -37,7 +37,7 @@ def retrained(
     from ..planning.planner import plan
     from .fit import fit
 
-    mark = _hash(trained.run_dir / WEIGHTS)
+    mark = weights_digest(trained.run_dir / WEIGHTS)[:12]
     start = _start(trained, mark, say)
     recipe = recipe_for(trained, over, start, allow_code)
     home = trained.run_dir.resolve() / "compress" / recipe.name
@@ -92,8 +92,3 @@ def _same_start(home: Path, mark: str, trained: Trained) -> None:
         raise CannotExport(
             f"{home} started from other weights than {trained.run_dir} has now: remove it to start again."
         )
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]

@@ -76,7 +76,7 @@ class Trainer(pl.Trainer):
         devices: Per node: a number, a list, or "auto".
         num_nodes: How many nodes take part.
         seed: Of the order of samples and of everything random in techniques.
-        run_dir: The run's home (checkpoints/, events/, summary.json, final.safetensors); the same command with the same
+        run_dir: The run's home (checkpoints/, events/, summary.json, final/); the same command with the same
             run_dir resumes, and the run is called as it is. None makes a new one under runs/, called as the module's
             class.
         resume: "auto", "must" (fail if there is nothing to resume) or False (start over only where nothing is).
@@ -87,7 +87,7 @@ class Trainer(pl.Trainer):
         offload: none | optimizer | parameters: what ZeRO keeps in host memory.
         mtbf: Mean seconds between failures and preemptions, for "auto"; None: a day for each node at first.
         keep_checkpoints: How many of the newest stay.
-        best: Keep the weights of the best evaluation too, as best.safetensors: "max val_accuracy", "min val_loss".
+        best: Keep the weights of the best evaluation too, in best/: "max val_accuracy", "min val_loss".
         patience: End the run after so many evaluations without a better one by `best`.
         usd_per_device_hour: What a device costs; None takes the catalogue's price of this machine's, if it has one.
         watts_per_device: What a device draws under load, for energy where no counter can be read.

@@ -9,7 +9,7 @@ they compute in what the run computes in, unless the recipe says `dtype: float32
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,6 +50,14 @@ def add_adapter(model: PreTrainedModel, adapter: AdapterSpec, task: str) -> Peft
             for matrix in (*part.lora_A.values(), *part.lora_B.values()):
                 matrix.__class__ = matrix_class
     return adapted
+
+
+def adapter_names(model: torch.nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """What PEFT's own files call the weights of an adapter, by the names that `model` has for them."""
+    from peft import get_peft_model_state_dict
+
+    theirs = get_peft_model_state_dict(model, {name: name for name in names}, save_embedding_layers=False)
+    return {ours: name for name, ours in theirs.items()}
 
 
 class _ComputeLinear(torch.nn.Linear):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -32,6 +33,18 @@ class TaskModule(pl.LightningModule):
         self.model = model
         self.optimizer_settings = optimizer
         self._sums: torch.Tensor | None = None
+
+    def published_names(self, names: Sequence[str]) -> tuple[str, dict[str, str]]:
+        """How transformers and PEFT call these weights, and the files that they look for."""
+        if hasattr(self.model, "peft_config"):
+            from .lora import adapter_names
+
+            theirs = adapter_names(self.model, [name.removeprefix("model.") for name in names])
+            if len(theirs) == len(names):  # else the base is among them
+                return "adapter_model", {f"model.{ours}": name for ours, name in theirs.items()}
+        elif hasattr(self.model, "save_pretrained") and all(name.startswith("model.") for name in names):
+            return "model", {name: name.removeprefix("model.") for name in names}
+        return "model", {name: name for name in names}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer of the recipe over the parameters that train."""

@@ -7,7 +7,6 @@ import pytorch_lightning as pl
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from small import QUIET, train
 from torch import nn
 from toy import fingerprint, loader, toy
@@ -28,6 +27,7 @@ from shoestring.callbacks.compression.low_rank import OtherRanks
 from shoestring.callbacks.contract import IncompatibleTechniques, Misconfigured, Workload
 from shoestring.trainer import Budget
 from shoestring.trainer.checkpoint.changes import ChangedRun
+from shoestring.trainer.checkpoint.weights import load_weights
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 
@@ -198,7 +198,7 @@ def test_the_file_has_the_factors_and_the_module_their_product(tmp_path):
     technique, module = LowRank(energy=0.7), toy()
     head, before = module.head, module.head.weight.detach().clone()
     run(tmp_path, technique, module)
-    ranks, state = technique.ranks(), load_file(tmp_path / "final.safetensors")
+    ranks, state = technique.ranks(), load_weights(tmp_path / "final")
     assert ranks["head"] == rank_for_energy(torch.linalg.svdvals(before), 0.7) == 3
     assert module.head is head and module.head.weight.grad is None
     assert ranks_in(toy(), state) == ranks

@@ -11,7 +11,6 @@ import pytorch_lightning as pl
 import torch
 from processes import succeed
 from ranks import Group
-from safetensors.torch import load_file
 from toy import DEVICE, held_out, loader, toy
 
 from shoestring.callbacks import Distillation, GradualPruning, LowRank, QuantizationAware, StructuredPruning
@@ -19,6 +18,7 @@ from shoestring.callbacks.catalog.compose import compose
 from shoestring.callbacks.catalog.registry import make
 from shoestring.callbacks.compression.fake_quantization import OffGrid, scales
 from shoestring.callbacks.parameters.layers import quantizable
+from shoestring.trainer.checkpoint.weights import load_weights
 from shoestring.trainer.export.quantize import quantize
 
 pytestmark = [
@@ -87,7 +87,7 @@ def ran(tmp_path_factory):
     def case(name):
         reports = [report[name] for report in by_rank]
         assert all("error" not in report for report in reports), reports[0].get("error")
-        return reports, load_file(folder / "runs" / name / "final.safetensors")
+        return reports, load_weights(folder / "runs" / name / "final")
 
     return case
 

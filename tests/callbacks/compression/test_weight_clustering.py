@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from small import QUIET, train
 from torch import nn
 from toy import loader, toy
@@ -25,6 +24,7 @@ from shoestring.callbacks.compression.codebooks import (
 from shoestring.callbacks.contract import IncompatibleTechniques, Misconfigured
 from shoestring.callbacks.forward.forward_weights import NeverUsed, straight_through
 from shoestring.trainer import Budget
+from shoestring.trainer.checkpoint.weights import load_weights
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 
@@ -168,7 +168,7 @@ def run(folder, *techniques, module=None):
     train(
         folder, Budget(steps=12), module=module, techniques=techniques, data=loader(), accumulate_grad_batches=2,
     )  # fmt: skip
-    return module, load_file(folder / "final.safetensors")
+    return module, load_weights(folder / "final")
 
 
 HIDDEN = [f"blocks.{i}.{name}.weight" for i in range(2) for name in ("wide", "narrow")]

@@ -13,13 +13,13 @@ from evaluating_ranks import Convolving, images
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import succeed
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from shoestring.callbacks.sampling.evaluation import EvenBatches
 from shoestring.callbacks.sampling.undone import undone
 from shoestring.trainer import Budget, Trainer
+from shoestring.trainer.checkpoint.weights import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 COUNTED = {
@@ -100,14 +100,14 @@ def plain(tmp_path_factory):
     home = tmp_path_factory.mktemp("plain")
     trainer = Trainer(Budget(steps=2), run_dir=home, ledger=False, accelerator="cpu")
     trainer.fit(Convolving(last=False), images(12))
-    return load_file(home / "final.safetensors")
+    return load_weights(home / "final")
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("ddp", 3), ("zero3", 3), ("zero1", 2), ("zero2", 2)])
 def test_ranks_tell_the_exact_means_of_the_model_that_is_kept(strategy, world, plain, tmp_path):
     """Sums, lists and logged means of every kind of loader; batch norms, a parameter of one element, channels_last."""
     succeed(evaluating_ranks.main, strategy, tmp_path, world == 3, world=world, folder=tmp_path, timeout=200)
-    last = load_file(tmp_path / "last" / "final.safetensors")
+    last = load_weights(tmp_path / "last" / "final")
     assert all(torch.allclose(last[name], weight, atol=1e-5) for name, weight in plain.items())
     for name, wanted in COUNTED.items() if world == 3 else ():
         told = json.loads((tmp_path / "seen.json").read_text())[name]

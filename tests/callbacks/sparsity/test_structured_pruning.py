@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toy import ACCUMULATE, STEPS, Explode, Exploded, fingerprint, held_out, loader, toy
@@ -23,6 +22,7 @@ from shoestring.callbacks.sparsity.structured_groups import (
     NothingToCut,
 )
 from shoestring.trainer import Trainer
+from shoestring.trainer.checkpoint.weights import load_weights
 from shoestring.trainer.ledger import read
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -179,7 +179,7 @@ def ours(folder: Path, *callbacks: pl.Callback, technique: Any = None, every: st
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "run" / "final.safetensors")
+    return load_weights(folder / "run" / "final")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import structured_ranks
 from processes import last_words, run, succeed
-from safetensors.torch import load_file
 from toy import ACCUMULATE, fingerprint
+
+from shoestring.trainer.checkpoint.weights import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 KILLED = {"before": 2, "at": 3, "after": 5}  # steps; the example cuts when three are done
@@ -70,5 +71,5 @@ def killed(tmp_path_factory):
 @pytest.mark.parametrize("moment", KILLED)
 def test_killed_around_the_cut_ends_bit_for_bit(moment, strategy, world, killed):
     folder = killed(strategy, world)
-    resumed, whole = (fingerprint(load_file(folder / name / "run" / "final.safetensors")) for name in (moment, "whole"))
+    resumed, whole = (fingerprint(load_weights(folder / name / "run" / "final")) for name in (moment, "whole"))
     assert resumed == whole, last_words(folder)

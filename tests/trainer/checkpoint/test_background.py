@@ -110,7 +110,7 @@ def test_a_failure_amid_a_write_keeps_what_is_whole(held: threading.Event, tmp_p
     assert checkpoint.steps(tmp_path / "broken" / "checkpoints") == [1, 3]
     assert run(tmp_path / "broken").summary["resumed_from"] == 3
     run(tmp_path / "whole")
-    ours, theirs = ((tmp_path / name / "final.safetensors").read_bytes() for name in ("broken", "whole"))
+    ours, theirs = ((tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("broken", "whole"))
     assert ours == theirs
 
 

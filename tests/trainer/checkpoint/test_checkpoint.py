@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from shoestring.trainer import Budget, Trainer
 from shoestring.trainer.checkpoint import format as checkpoint
-from shoestring.trainer.checkpoint.final_weights import final_problem
 from shoestring.trainer.checkpoint.format import DamagedCheckpoint, Piece
 from shoestring.trainer.checkpoint.saver import CannotSave
+from shoestring.trainer.checkpoint.weights import weights_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -228,7 +228,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one(
     assert "000000006" in caplog.text
     events = (tmp_path / "hurt" / "events").glob("*.jsonl")
     assert any("checkpoint_damaged" in path.read_text() for path in events)
-    ours, theirs = ((tmp_path / name / "final.safetensors").read_bytes() for name in ("hurt", "whole"))
+    ours, theirs = ((tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("hurt", "whole"))
     assert ours == theirs
 
 
@@ -298,11 +298,13 @@ def test_a_run_whose_end_finds_no_room_says_so_and_goes_on_once_there_is(
     with pytest.raises(CannotSave, match=r"ended at step 8.*final weights cannot be written.*No space.*Make room"):
         run(small_disk / "run", 8, width=4000, callbacks=[Fill()])
     assert checkpoint.newest_intact(small_disk / "run" / "checkpoints")[0].name == "000000004"
-    assert not (small_disk / "run" / "final.safetensors").exists()
+    assert not (small_disk / "run" / "final").exists()
     (small_disk / "filler").unlink()
     torch.manual_seed(1)
     assert run(small_disk / "run", 8, width=4000).summary["resumed_from"] == 4
-    ours, theirs = ((home / "final.safetensors").read_bytes() for home in (small_disk / "run", tmp_path / "whole"))
+    ours, theirs = (
+        (home / "final" / "model.safetensors").read_bytes() for home in (small_disk / "run", tmp_path / "whole")
+    )
     assert ours == theirs
 
 
@@ -364,7 +366,7 @@ def test_a_run_goes_on_whatever_lies_beside_or_in_its_newest_checkpoint(
     damage(tmp_path / "hurt" / "checkpoints" / "000000006")
     torch.manual_seed(1)
     assert run(tmp_path / "hurt", 10).summary["resumed_from"] == resumed_from
-    ours, theirs = ((tmp_path / name / "final.safetensors").read_bytes() for name in ("hurt", "whole"))
+    ours, theirs = ((tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("hurt", "whole"))
     assert ours == theirs
     assert json.loads((tmp_path / "hurt" / "run.json").read_text()) == before
 
@@ -372,10 +374,10 @@ def test_a_run_goes_on_whatever_lies_beside_or_in_its_newest_checkpoint(
 @pytest.mark.parametrize("harm", [lambda data: data[:-7], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
 def test_damaged_final_weights_are_written_anew_by_the_same_command(tmp_path: Path, harm: Any) -> None:
     run(tmp_path, 4)
-    final = tmp_path / "final.safetensors"
+    final = tmp_path / "final" / "model.safetensors"
     whole = final.read_bytes()
-    assert final_problem(final) is None
+    assert weights_problem(final.parent) is None
     final.write_bytes(harm(whole))
-    assert "final.safetensors" in str(final_problem(final))
+    assert "model.safetensors" in str(weights_problem(final.parent))
     assert run(tmp_path, 4).summary["resumed_from"] == 4
-    assert final.read_bytes() == whole and final_problem(final) is None
+    assert final.read_bytes() == whole and weights_problem(final.parent) is None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import adapted
+import peft
 import pytest
 import torch
 import transformers
@@ -19,6 +20,7 @@ from shoestring.recipes import recipe_from
 from shoestring.trainer import fit, plan
 from shoestring.trainer.checkpoint import format as checkpoint
 from shoestring.trainer.checkpoint.base import AnotherBase
+from shoestring.trainer.checkpoint.weights import load_weights
 from shoestring.trainer.export.measure_target import open_target
 from shoestring.trainer.export.trained import open_run
 
@@ -36,6 +38,11 @@ def bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
+def adapters(run_dir: Path) -> bytes:
+    """As PEFT names them."""
+    return (run_dir / "final" / "adapter_model.safetensors").read_bytes()
+
+
 def kinds(run_dir: Path) -> set[str]:
     newest, _ = checkpoint.newest_intact(run_dir / "checkpoints")
     assert newest is not None
@@ -48,10 +55,16 @@ def test_adapters_alone_are_saved_and_resume_to_the_bit(named: bool, base: Path,
     adapted.whole_and_resumed(tmp_path, {"name": str(base)} if named else {"config": config}, "single")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert json.loads((broken / "summary.json").read_text())["resumed_from"] == 4
-    assert (whole / "final.safetensors").read_bytes() == (broken / "final.safetensors").read_bytes()
-    assert all("lora_" in name for name in load_file(whole / "final.safetensors") if "rotary" not in name)
+    assert adapters(whole) == adapters(broken)
+    assert all("lora_" in name for name in load_weights(whole / "final") if "rotary" not in name)
     assert "frozen" not in kinds(whole)
     assert max(map(bytes_of, (whole / "checkpoints").glob("0*"))) < 300_000
+    if named:
+        model = open_run(whole).as_run.eval()
+        theirs = peft.AutoPeftModelForCausalLM.from_pretrained(whole / "final").eval()
+        ids = torch.arange(1, 17)[None]
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=ids).logits, theirs(input_ids=ids).logits)
     target = open_target(str(whole))
     assert target.trained is not None and sum(p.numel() for p in target.trained.model.parameters()) > 7_500_000
     assert target.bytes > 4 * 7_500_000, "the base is a part of the model all the same"
@@ -62,7 +75,7 @@ def test_ranks_resume_adapters_to_the_bit(strategy: str, base: Path, tmp_path: P
     succeed(adapted.whole_and_resumed, tmp_path, {"name": str(base)}, strategy, world=2, folder=tmp_path / "logs")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert json.loads((broken / "summary.json").read_text())["resumed_from"] == 4
-    assert (whole / "final.safetensors").read_bytes() == (broken / "final.safetensors").read_bytes()
+    assert adapters(whole) == adapters(broken)
     assert "frozen" not in kinds(whole) and "base" in checkpoint.read_manifest(whole / "checkpoints" / "000000006")
 
 
@@ -77,7 +90,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     save_file(weights, name / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(AnotherBase, match=r"000000002 holds what was trained beside the frozen weights of .*llama \("):
         fit(plan(given), run_dir=tmp_path / "run")
-    with pytest.raises(AnotherBase, match=r"final\.safetensors holds"):
+    with pytest.raises(AnotherBase, match=r"final holds"):
         open_run(tmp_path / "finished")
     adapted.pretrained(name)
     report = fit(plan(given), run_dir=tmp_path / "run")
@@ -92,7 +105,7 @@ def test_a_base_that_a_technique_may_change_is_saved(tmp_path: Path) -> None:
     shutil.rmtree(name)
     adapted.pretrained(name, seed=1)
     weights = dict(open_run(tmp_path / "run").task.module.named_parameters())
-    saved = load_file(tmp_path / "run" / "final.safetensors")
+    saved = load_weights(tmp_path / "run" / "final")
     assert all(torch.equal(weights[name], value) for name, value in saved.items() if name in weights)
 
 

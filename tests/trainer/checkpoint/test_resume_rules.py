@@ -223,7 +223,7 @@ def test_a_damaged_only_checkpoint_is_an_error_never_a_silent_restart(tmp_path):
             DamagedCheckpoint, match=r"no intact checkpoint is left:\n.*state\.pt has \d+ bytes instead"
         ):
             train(tmp_path, Budget(steps=12))
-    assert steps(checkpoints) == [1] and not (tmp_path / "final.safetensors").exists()
+    assert steps(checkpoints) == [1] and not (tmp_path / "final").exists()
 
 
 def test_starting_over_where_a_run_is_and_resuming_where_none_is_are_refused(tmp_path):

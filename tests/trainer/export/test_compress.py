@@ -112,7 +112,7 @@ def test_the_table_begins_with_the_model_before(runs: Path, tmp_path: Path) -> N
     trained = open_run(finished("digits", runs))
     result = search(trained, Limits(bytes=1e9), out=tmp_path / "out", candidates=FEW)
     (before,) = result.before
-    assert (before.name, before.bytes) == ("before", (trained.run_dir / "final.safetensors").stat().st_size)
+    assert (before.name, before.bytes) == ("before", (trained.run_dir / "final" / "model.safetensors").stat().st_size)
     same = next(t for t in result.tried if t.name == "float32")
     assert (before.accuracy, before.loss) == (same.accuracy, same.loss)
     assert before.latency_ms is not None

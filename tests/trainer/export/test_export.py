@@ -199,7 +199,7 @@ def test_export_by_name_and_its_errors(
     assert report["bytes"] == sum(p.stat().st_size for p in (tmp_path / "a").iterdir())
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run_dir, unfinished)
-    (unfinished / "final.safetensors").unlink()
+    shutil.rmtree(unfinished / "final")
     for words, said in (
         (["nothing", "--to", "torch"], "no run 'nothing'"),
         ([str(tmp_path / "a"), "--to", "torch"], "no run.json"),
@@ -223,8 +223,7 @@ def test_the_best_weights_are_exported_by_their_name(
     shutil.copytree(finished("digits", runs), run_dir)
     assert command(monkeypatch, "export", str(run_dir), "--to", "torch", "--best") == 2
     assert "checkpoint.best" in capsys.readouterr().err
-    for suffix in (".safetensors", ".json"):
-        (run_dir / "final").with_suffix(suffix).rename((run_dir / "best").with_suffix(suffix))
+    (run_dir / "final").rename(run_dir / "best")
     assert command(monkeypatch, "export", str(run_dir), "--to", "torch", "--best") == 0
     assert [p.name for p in (run_dir / "export").iterdir()] == ["torch-best"]
 
@@ -232,7 +231,7 @@ def test_the_best_weights_are_exported_by_their_name(
 def test_weights_of_another_model_are_refused(runs: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(finished("digits", runs), other)
-    shutil.copy(finished("cnn", runs) / "final.safetensors", other)
+    shutil.copytree(finished("cnn", runs) / "final", other / "final", dirs_exist_ok=True)
     with pytest.raises(CannotExport, match="does not fit the model of the recipe"):
         open_run(other)
 
@@ -240,7 +239,7 @@ def test_weights_of_another_model_are_refused(runs: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("harm", [lambda data: data[:-9], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
 def test_damaged_weights_are_refused(runs: Path, tmp_path: Path, harm: Any) -> None:
     shutil.copytree(finished("digits", runs), tmp_path / "run")
-    final = tmp_path / "run" / "final.safetensors"
+    final = tmp_path / "run" / "final" / "model.safetensors"
     final.write_bytes(harm(final.read_bytes()))
     with pytest.raises(CannotExport, match=r"are damaged: .*Train the same recipe into this folder again"):
         open_run(tmp_path / "run")

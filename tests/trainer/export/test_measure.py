@@ -144,7 +144,7 @@ def test_a_run_is_measured_like_its_own_validation(runs: Path) -> None:
     measured = measure(str(run_dir), QUICK)
     assert measured["accuracy"] == pytest.approx(metrics_of_run["val_accuracy"], abs=1e-6)
     assert measured["loss"] == pytest.approx(metrics_of_run["val_loss"], rel=1e-4)
-    assert measured["bytes"] == (run_dir / "final.safetensors").stat().st_size
+    assert measured["bytes"] == (run_dir / "final" / "model.safetensors").stat().st_size
     assert measured["parameters"] == 64 * 64 + 64 + 640 + 10
     assert measured["nonzero"] < 0.3 * measured["parameters"]
     assert measured["flops_realised"] == 2 * (64 * 64 + 640) > measured["flops_counted"] > 0

@@ -94,4 +94,4 @@ def test_a_misspelt_goal_and_a_budget_that_startup_exceeds_are_refused_before_tr
     assert "found val_acuracy; allowed: what image-classification logs: val_loss" in capsys.readouterr().err
     assert command(monkeypatch, *begin, "budget={hours: 1e-7}", "--run-dir", "second") == 2
     assert "not one step fits" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*/*/final.safetensors"))
+    assert not list(tmp_path.glob("*/*/final"))

@@ -66,7 +66,7 @@ def test_a_signal_before_the_first_step_ends_with_85_and_without_a_step(hook: st
     with pytest.raises(Preempted) as stopped:
         train(tmp_path, Signal(hook, name=name))
     assert stopped.value.code == AGAIN
-    assert not steps(tmp_path) and not (tmp_path / "final.safetensors").exists()
+    assert not steps(tmp_path) and not (tmp_path / "final").exists()
     assert train(tmp_path).summary["steps"] == STEPS
 
 

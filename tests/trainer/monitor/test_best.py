@@ -14,11 +14,10 @@ from best_ranks import Judged
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import succeed
-from safetensors.torch import load_file
 
 from shoestring.callbacks import WeightAveraging
 from shoestring.trainer import Budget
-from shoestring.trainer.checkpoint.final_weights import final_problem
+from shoestring.trainer.checkpoint.weights import load_weights, weights_problem
 from shoestring.trainer.ledger.lines import read
 from shoestring.trainer.monitor.evaluations import UnknownMetric
 from shoestring.trainer.monitor.intervals import DAY, LONGEST, best_interval, between_failures
@@ -37,8 +36,8 @@ def run(folder: Path, scores: list[float], **how: Any) -> tuple[Judged, dict[str
 
 
 def kept(folder: Path) -> torch.Tensor:
-    assert final_problem(folder / "best.safetensors") is None
-    return load_file(folder / "best.safetensors")["net.weight"]
+    assert weights_problem(folder / "best") is None
+    return load_weights(folder / "best")["net.weight"]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +52,7 @@ def test_weights_are_those_of_the_best_evaluation(tmp_path: Path, judged: str, s
     module, summary = run(tmp_path, scores, best=judged)
     assert summary["best"] == {"metric": "val_score", "value": scores[best], "step": 2 * best + 2}
     assert torch.equal(kept(tmp_path), module.evaluated[best])
-    assert not torch.equal(kept(tmp_path), load_file(tmp_path / "final.safetensors")["net.weight"])
+    assert not torch.equal(kept(tmp_path), load_weights(tmp_path / "final")["net.weight"])
     rows = [r.fields for r in read(tmp_path / "events", rank=0) if r.fields.get("event") == "best"]
     assert rows[-1]["step"] == 2 * best + 2 and rows[-1]["value"] == scores[best]
 
@@ -70,7 +69,7 @@ def test_they_are_those_that_were_evaluated(tmp_path: Path) -> None:
 def test_patience_ends_the_run(tmp_path: Path) -> None:
     _, summary = run(tmp_path, [0.5, 0.625, 0.125, 0.25, nan, 0.875, 0.875], patience=3)
     assert (summary["steps"], summary["stopped_by"]) == (10, "patience")
-    assert summary["best"]["step"] == 4 and (tmp_path / "final.safetensors").exists()
+    assert summary["best"]["step"] == 4 and (tmp_path / "final").exists()
 
 
 def test_a_resumed_run_judges_as_an_undisturbed_one(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_so_many_end_the_run_and_leave_what_was_good(tmp_path: Path) -> None:
             tmp_path, module=Poisoned({*range(4, 16)}), max_steps=12, checkpoint_every="1 steps", nonfinite_steps=3
         )
     folder, problems = newest_intact(tmp_path / "checkpoints")
-    assert folder is not None and not problems and not (tmp_path / "final.safetensors").exists()
+    assert folder is not None and not problems and not (tmp_path / "final").exists()
     resumed = small.train(tmp_path, max_steps=12)
     assert resumed.summary["resumed_from"] == int(folder.name) and resumed.summary["steps"] == 12
     assert all(p.isfinite().all() for p in resumed.lightning_module.parameters())
@@ -72,5 +72,5 @@ class Overflow(Callback):
 def test_infinite_weights_are_never_kept(tmp_path: Path, caplog) -> None:
     with pytest.raises(NotFinite, match=r"ended at step 6, .*master/net.weight.* are from before"):
         small.train(tmp_path, max_steps=6, checkpoint_every="2 steps", keep_checkpoints=1, callbacks=[Overflow(5)])
-    assert steps(tmp_path / "checkpoints") == [4] and not (tmp_path / "final.safetensors").exists()
+    assert steps(tmp_path / "checkpoints") == [4] and not (tmp_path / "final").exists()
     assert "no checkpoint of step 6 in " in caplog.text and "master/net.weight is not finite" in caplog.text

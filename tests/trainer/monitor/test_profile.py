@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from shoestring.recipes import RecipeError, load_recipe
 from shoestring.trainer import fit, plan
+from shoestring.trainer.checkpoint.weights import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -30,7 +30,7 @@ def test_the_trace_of_three_steps(tmp_path: Path) -> None:
     steps = [event for event in events if str(event.get("name", "")).startswith("Optimizer.step#")]
     assert len(steps) == 3
     assert any(event.get("name") == "aten::addmm" for event in events)
-    traced, plain = (load_file(tmp_path / name / "final.safetensors") for name in ("traced", "plain"))
+    traced, plain = (load_weights(tmp_path / name / "final") for name in ("traced", "plain"))
     assert all((traced[name] == plain[name]).all() for name in plain)
     assert not (tmp_path / "plain/profile").exists()
 

@@ -9,13 +9,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from command_line import command
-from safetensors.torch import load_file
 
 from shoestring.callbacks.contract import IncompatibleTechniques
 from shoestring.callbacks.optimization.averaged_point import averaged_point
 from shoestring.recipes import Recipe, RecipeError, recipe_from
 from shoestring.strategies import OFFLOADS
 from shoestring.trainer import fit, plan
+from shoestring.trainer.checkpoint.weights import load_weights
 from shoestring.trainer.run.zero import UnknownStrategy, make_strategy
 from shoestring.trainer.tasks.optimizers.cards import OPTIMIZERS, OptimizerCard, UnknownOptimizer, optimizer_card
 from shoestring.trainer.tasks.optimizers.make import maker
@@ -173,7 +173,7 @@ def test_a_recipes_run_is_evaluated_at_the_average_and_ends_with_it(tmp_path: Pa
     values |= {"budget": {"steps": 4}, "tracking": {"ledger": False}}
     look = Look()
     fit(plan(recipe_from(values, "r")), run_dir=tmp_path, callbacks=[look])
-    saved = load_file(tmp_path / "final.safetensors")
+    saved = load_weights(tmp_path / "final")
     for name, x in look.x.items():
         assert torch.equal(look.final[name], x) and torch.equal(look.validated[name], x)
         assert torch.equal(saved[name], x) and not torch.equal(x, look.y[name])
