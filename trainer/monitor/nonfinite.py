@@ -48,9 +48,14 @@ class NonFiniteSteps:
 
     def _gradients_ready(self, module: pl.LightningModule, optimizer: Any) -> None:
         """Before techniques see the gradients, and before they are clipped."""
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [
+            grad if grad.layout is torch.strided else grad._values()
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if (grad := p.grad) is not None
+        ]
         if grads:
-            norms = torch._foreach_norm(_dense(grads), inf)
+            norms = torch._foreach_norm(grads, inf)
             largest = torch.stack(norms).max()
             if largest.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
                 self._flag = optimizer.found_inf = (~largest.isfinite()).float()
@@ -109,7 +114,3 @@ class _Later:
                 self._host[place].copy_(sent.detach(), non_blocking=True)
         self._copied.record()
         return value, skipped, *before
-
-
-def _dense(grads: list[Tensor]) -> list[Tensor]:
-    return [grad if grad.layout is torch.strided else grad._values() for grad in grads]
