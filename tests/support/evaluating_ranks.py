@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from shoestring.trainer import Budget, Trainer
+from shoestring.trainer.checkpoint.weights import load_weights
 
 
 def numbers(count: int) -> TensorDataset:
@@ -157,7 +157,7 @@ def main(strategy: str, folder: Path, validates: bool) -> None:
     if os.environ["RANK"] != "0":
         return
     kept, seen = Counting(), {}
-    kept.load_state_dict(load_file(final), strict=False)
+    kept.load_state_dict(load_weights(final), strict=False)
     kept.eval()
     for index, name in enumerate(VALIDATIONS):
         x = torch.tensor(module.values[index])[:, None]
