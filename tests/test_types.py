@@ -120,7 +120,7 @@ def test_a_checker_finds_what_is_misspelt_and_nothing_else(checker, client) -> N
     lines = CLIENT.splitlines()
     revealed = [" ".join(diagnostics[number]) for number, line in enumerate(lines, 1) if line.startswith("reveal_type")]
     trainer, planned, reported, summary = revealed
-    assert re.search(r"(-> shoestring\.trainer\.trainer\.Trainer|type\[Trainer\])\"$", trainer)
+    assert re.search(r"(-> shoestring\.trainer\.run\.trainer\.Trainer|type\[Trainer\])\"$", trainer)
     assert re.search(r"(\.|\")Plan\"$", planned) and re.search(r"Report \| None\"", reported)
     assert "dict[str, Any]" in summary
 

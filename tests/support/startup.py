@@ -154,6 +154,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=10.0, help="the moments are drawn from the first so many")
     given = parser.parse_args()
+    # a shell has its background jobs ignore it, and torchrun would until it has handlers of its own
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     results = many(given.signals, given.seed, given.seconds)
     kinds = ("false exit", "hang", "orphans", "another code", "traceback", "ended by itself")
     print(json.dumps({kind: sum(kind in r["wrong"] for r in results) for kind in kinds}))
