@@ -14,9 +14,9 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTI
 
 
 def main(recipes: dict[str, Recipe], folder: Path, here: Path, only: dict[str, list[str]]) -> None:
-    """Write `verdict.json`: by name, what has come of each recipe.
+    """Write `verdict.json`: by name, what has come of each recipe on several ranks.
 
-    recipes: by name. folder: what all ranks share. here: where relative paths begin. only: strategies that are run, by
+    recipes: by name. folder: what all ranks share. here: where relative paths begin. only: variants that are run, by
     recipe; all where there are none.
     """
     os.chdir(here)
@@ -27,7 +27,7 @@ def main(recipes: dict[str, Recipe], folder: Path, here: Path, only: dict[str, l
         run.folder = folder / name
         launched = {key: os.environ.pop(key) for key in LAUNCHED}
         if rank == 0:
-            run.on_one_rank()
+            run.begin()
         os.environ.update(launched)
         run.on_ranks(world, only.get(name))
         verdicts[name] = run.verdict().as_dict()

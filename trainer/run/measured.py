@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ...recipes import Recipe
 
 STEPS = 8
+UNTRACKED = {"ledger": False, "wandb": "off", "profile": None}
 
 
 def measured(plan: Plan) -> Plan:
@@ -35,7 +36,7 @@ def without_traces(recipe: Recipe) -> Recipe:
     """The same recipe for a few steps that leave nothing: no ledger entry, no evaluation, no export."""
     return recipe.model_copy(
         update={
-            "tracking": recipe.tracking.model_copy(update={"ledger": False, "wandb": "off", "log_every": 1}),
+            "tracking": recipe.tracking.model_copy(update={**UNTRACKED, "log_every": 1}),
             "evaluation": recipe.evaluation.model_copy(update={"at_end": False, "every": None, "generate": None}),
             "checkpoint": recipe.checkpoint.model_copy(update={"every": None}),
             "export": None,

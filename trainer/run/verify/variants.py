@@ -10,11 +10,11 @@ packing           documents in rows of their own against packed rows, both witho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ....callbacks.accounting.budget import Budget
+from ...planning.fitting import CannotFit
 from ...planning.planner import Plan, plan
 from ..measured import without_traces
 
@@ -71,16 +71,22 @@ class Variant:
         return replace(plan(self.of(recipe)), budget=Budget(steps=steps))
 
 
-def reference(made: Plan) -> Variant:
-    """One rank, and the whole global batch at once where memory allows; else as large a part as fits."""
-    total = made.recipe.data.batch_size
-    largest = total
-    if made.fitted is not None and made.recipe.model.config is not None:
-        from ...planning.fitting import with_micro
+def reference(recipe: Recipe) -> Variant:
+    """One rank, and the whole global batch at once; where memory has no room, as large a part as fits.
 
-        fits = [micro for micro in _divisors(total) if with_micro(made.fitted, micro, total).possible]
-        largest = max(fits, default=1)
-    return Variant(name="reference", micro=largest, accumulate=total // largest)
+    Raises:
+        CannotFit: Not even one sample does.
+    """
+    total = recipe.data.batch_size
+    for micro in (n for n in range(total, 0, -1) if total % n == 0):
+        first = Variant(name="reference", micro=micro, accumulate=total // micro)
+        try:
+            first.plan(recipe, 1)
+            break
+        except CannotFit:
+            if micro == 1:
+                raise
+    return first
 
 
 def alone(first: Variant) -> list[Variant]:
@@ -140,10 +146,6 @@ def _sharded(stage: str, ranks: int, micro: int, accumulate: int, offload: str =
 
 def _called(strategy: str, ranks: int, accumulate: int) -> str:
     return f"{strategy}, {ranks} ranks" + (f", {accumulate} accumulated" if accumulate > 1 else "")
-
-
-def _divisors(number: int) -> Sequence[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _smallest_factor(number: int) -> int:

@@ -126,22 +126,17 @@ def verify(
         say: Hears the name of each variant before it runs.
 
     Returns:
-        The verdict on rank 0; None on the others.
+        The verdict on rank 0. Other ranks, which are this process's command once more, end with None.
 
     Raises:
         CannotVerify: The batches cannot be split.
-
-    Example:
-        >>> from shoestring.recipes import load_recipe
-        >>> verdict = verify(load_recipe("digits", ["data.batch_size=8", "data.limit=64"]), ranks=1)
-        >>> [(outcome.variant.axis, outcome.status) for outcome in verdict.outcomes]
-        [('repetition', 'equal'), ('accumulation', 'equal')]
     """
     made = plan(recipe)
     count = _ranks(made, ranks)
     run = Runs(recipe, made, steps, say)
     with _folder() as run.folder:
         if is_first():
+            run.begin()
             run.on_one_rank()
         if count > 1:
             local_ranks.start(count, 1)
@@ -189,14 +184,17 @@ class Runs:
         self.notes: list[str] = []
         self._seen: dict[str, Seen] = {}
         self._rounding: set[str] = set()  # weights that were not compared
+        self._ended = False
+
+    def begin(self) -> None:
+        """The reference."""
+        first = reference(self.recipe)
+        self._seen[first.name] = self._run(first, first.plan(self.recipe, self.steps))
+        self._note(self._seen[first.name])
 
     def on_one_rank(self) -> None:
-        """The reference, and what needs no other rank."""
-        first = reference(self.made)
-        seen = self._run(first, first.plan(self.recipe, self.steps))
-        self._seen[first.name] = seen
-        self._note(seen)
-        logging.getLogger("shoestring").setLevel(logging.ERROR)  # the reference has said what there is to say
+        """What needs no other rank."""
+        first, seen = reference(self.recipe), self._seen["reference"]
         for variant in alone(first):
             self.take(variant)
         if seen.packed:
@@ -208,13 +206,15 @@ class Runs:
             else:
                 self._seen[packed.name] = seen
             self.take(apart)
-        elif self.recipe.data.pack and (self.recipe.data.args or {}).get("pack_isolation") is False:
-            self.notes.append("packing is not compared: by data.args.pack_isolation documents see each other")
+        elif self.recipe.data.pack and self.recipe.model.task == "causal-lm":
+            mixed = self.recipe.data.args.get("pack_isolation") is False
+            why = "by data.args.pack_isolation documents see each other" if mixed else "no row here holds two documents"
+            self.notes.append(f"packing is not compared: {why}")
 
-    def on_ranks(self, count: int, strategies: Collection[str] | None = None) -> None:
-        """On every rank: what needs several, all of it or under some strategies."""
+    def on_ranks(self, count: int, names: Collection[str] | None = None) -> None:
+        """On every rank: what needs several, all of it or the variants of some names."""
         for variant in together(self.made, count):
-            if strategies is None or variant.strategy in strategies:
+            if names is None or variant.name in names:
                 self.take(variant)
 
     def take(self, variant: Variant) -> None:
@@ -222,6 +222,9 @@ class Runs:
         outcome, began = Outcome(variant, self._against(variant)), monotonic()
         if variant.axis:
             self.outcomes.append(outcome)
+        if self._ended:
+            outcome.status, outcome.why = "not compared", "another one has failed, and ranks may have lost one another"
+            return
         try:
             made = variant.plan(self.recipe, self.steps)
         except ShoestringError as error:
@@ -230,9 +233,14 @@ class Runs:
         if is_first():
             self.say(variant.name)
         try:
-            seen = self._run(variant, made)
-        except ShoestringError as error:
-            outcome.status, outcome.why = "failed", str(error)
+            with _quietly():
+                seen = self._run(variant, made)
+        except Exception as error:
+            own = isinstance(error, ShoestringError)
+            if not own and not is_first():
+                raise
+            outcome.status, outcome.why = "failed", str(error) if own else f"{type(error).__name__}: {error}"
+            self._ended = not own and variant.ranks > 1
             return
         finally:
             outcome.seconds = monotonic() - began
@@ -245,8 +253,9 @@ class Runs:
 
     def _against(self, variant: Variant) -> str:
         """What to compare with: of two ways that differ, which one is wrong only the reference can tell."""
-        wrong = any(o.variant.name == variant.against and o.status in ("differs", "failed") for o in self.outcomes)
-        return "reference" if wrong else variant.against
+        wrong = any(o.variant.name == variant.against and o.status == "differs" for o in self.outcomes)
+        lacking = variant.axis == "sharding" and variant.against not in self._seen
+        return "reference" if wrong or lacking else variant.against
 
     def _compare(self, outcome: Outcome, seen: Seen) -> None:
         from .compare import by_rounding, compare
@@ -255,7 +264,9 @@ class Runs:
         if base is None:
             outcome.status, outcome.why = "not compared", f"{outcome.against} did not run"
             return
-        if (why := base.by_batch or seen.by_batch) and outcome.variant.axis in SPLITS:
+        axis = outcome.variant.axis
+        split = axis in SPLITS or (axis == "sharding" and outcome.against == "reference")
+        if split and (why := base.by_batch or seen.by_batch):
             outcome.status, outcome.why = "not compared", why
             return
         found = compare(seen, base, self.made.precision)
@@ -290,6 +301,18 @@ class Runs:
         if self._rounding:
             notes.append(f"weights whose gradient is rounding alone are not compared: {_some(sorted(self._rounding))}")
         return Verdict(self.recipe.name, self.made.precision, self.steps, self.outcomes, notes)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """The reference has said what there is to say."""
+    log = logging.getLogger("shoestring")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _some(names: list[str]) -> str:
