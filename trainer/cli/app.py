@@ -15,7 +15,8 @@ from ...exits import FAILURE
 from . import jobs as job_commands
 from . import models as model_commands
 from . import runs as run_commands
-from .options import AllowCode, AsJson, as_json_text, print_json
+from .options import AllowCode, AsJson, Overrides, RecipePath, as_json_text, print_json
+from .verify import verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,8 +29,6 @@ recipes_app = typer.Typer(no_args_is_help=True, help="The shipped recipes, and c
 app.add_typer(runs_app, name="runs")
 app.add_typer(recipes_app, name="recipes")
 
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the recipe.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report here as JSON.")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="The run's directory; default runs/<recipe name>.")]
 
@@ -107,6 +106,9 @@ def plan(
         from .display import show_plan
 
         show_plan(made)
+
+
+app.command()(verify)
 
 
 @recipes_app.command("list")

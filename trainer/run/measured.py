@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 import tempfile
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...callbacks.accounting.budget import Budget
 from ..planning.planner import Choice, Plan
 from ..planning.predictions import costs, whole_run
 from .fit import fit
 
+if TYPE_CHECKING:
+    from ...recipes import Recipe
+
 STEPS = 8
+UNTRACKED = {"ledger": False, "wandb": "off", "profile": None}
 
 
 def measured(plan: Plan) -> Plan:
@@ -20,21 +24,25 @@ def measured(plan: Plan) -> Plan:
 
     Nothing of it is kept: no checkpoint, no ledger entry. Ranks other than the first end here.
     """
-    recipe = plan.recipe
-    quiet = recipe.model_copy(
+    quiet = without_traces(plan.recipe)
+    with tempfile.TemporaryDirectory(prefix="shoestring-measure-") as home:
+        report = fit(replace(plan, recipe=quiet, budget=Budget(steps=STEPS)), run_dir=home)
+    if report is None:
+        sys.exit(0)
+    return replace(plan, predictions=_scaled(plan, report.summary), choices=(*plan.choices, _said()))
+
+
+def without_traces(recipe: Recipe) -> Recipe:
+    """The same recipe for a few steps that leave nothing: no ledger entry, no evaluation, no export."""
+    return recipe.model_copy(
         update={
-            "tracking": recipe.tracking.model_copy(update={"ledger": False, "wandb": "off", "log_every": 1}),
+            "tracking": recipe.tracking.model_copy(update={**UNTRACKED, "log_every": 1}),
             "evaluation": recipe.evaluation.model_copy(update={"at_end": False, "every": None, "generate": None}),
             "checkpoint": recipe.checkpoint.model_copy(update={"every": None}),
             "export": None,
             "goal": None,
         }
     )
-    with tempfile.TemporaryDirectory(prefix="shoestring-measure-") as home:
-        report = fit(replace(plan, recipe=quiet, budget=Budget(steps=STEPS)), run_dir=home)
-    if report is None:
-        sys.exit(0)
-    return replace(plan, predictions=_scaled(plan, report.summary), choices=(*plan.choices, _said()))
 
 
 def _said() -> Choice:
@@ -67,4 +75,4 @@ def _around(plan: Plan, summary: Any) -> dict[str, float]:
     return costs(seconds, plan.world_size, plan.usd_per_device_hour, plan.watts_per_device)
 
 
-__all__ = ["STEPS", "measured"]
+__all__ = ["STEPS", "measured", "without_traces"]

@@ -1,0 +1,53 @@
+"""The shipped recipes with everything that costs time made small: models, texts, rows and batches."""
+
+from __future__ import annotations
+
+from contextlib import chdir
+from pathlib import Path
+
+from shoestring.recipes import Recipe, load_recipe
+from shoestring.trainer.tasks import build_task
+
+SHORT = ["data.sequence_length=32", "data.batch_size=4", "data.micro_batch_size=auto"]
+DATA = ["data.source=texts.txt", "data.args={sample_by: line}", "data.limit=null", *SHORT]
+SCRATCH = [
+    "model.config={model_type: llama, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, "
+    "intermediate_size: 64, max_position_embeddings: 64, tie_word_embeddings: true}",
+]
+CLASSIFIER = ["model.name=runs/finetune-minilm/model", "data.limit=400", *SHORT]
+IMAGES = ["data.limit=100", "data.batch_size=20"]
+CHANGES = {
+    "quickstart": [*DATA, *SCRATCH, "model.tokenizer.vocab_size=300"],
+    "train-large-then-compress": [*DATA, *SCRATCH, "model.tokenizer.vocab_size=300"],
+    "distill": [*DATA, *SCRATCH],
+    "finetune-lora": DATA,
+    "qat-lora": DATA,
+    "finetune-minilm": CLASSIFIER,
+    "prune-distill-quantize": CLASSIFIER,
+    "shrink-and-improve": CLASSIFIER,
+    "digits": IMAGES,
+    "rigl": IMAGES,
+    "grow-improve-shrink": IMAGES,
+}
+
+
+def small(name: str) -> Recipe:
+    """The shipped recipe of this name, made small."""
+    return load_recipe(name, CHANGES[name])
+
+
+def leave_models(folder: Path) -> None:
+    """Fill a folder in which these recipes run: texts, and what quickstart and finetune-minilm leave, untrained."""
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    (folder / "texts.txt").write_text("".join(f"def line_{n}(x): return x * {n % 7} + {n}\n" for n in range(300)))
+    with chdir(folder):
+        task = build_task(small("quickstart"), workdir=folder)
+    model, tokens = folder / "runs/quickstart/model", folder / "runs/finetune-minilm/model"
+    task.module.model.save_pretrained(model)  # type: ignore[operator, union-attr]
+    task.tokenizer.save_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    config = BertConfig(vocab_size=len(tokenizer), num_labels=10, **sizes)
+    BertForSequenceClassification(config).save_pretrained(tokens)
+    tokenizer.save_pretrained(tokens)
