@@ -144,6 +144,7 @@ def fit(
         checkpoint_every=recipe.checkpoint.every,
         keep_checkpoints=recipe.checkpoint.keep,
         offload=plan.offload,
+        sharding=plan.sharding,
         usd_per_device_hour=plan.usd_per_device_hour,
         watts_per_device=plan.watts_per_device,
         log_every=recipe.tracking.log_every,

@@ -39,7 +39,7 @@ from ...callbacks.contract import Technique
 from ...callbacks.optimization.lr_schedule import LRSchedule
 from ...callbacks.sampling.samples import evaluate_evenly
 from ...cluster.config.hardware import hardware
-from ...strategies import OFFLOADS
+from ...strategies import OFFLOADS, Sharding
 from ..checkpoint import format as checkpoint
 from ..checkpoint.saver import CannotResume
 from ..checkpoint.state import check
@@ -84,6 +84,7 @@ class Trainer(pl.Trainer):
         wandb: "offline", "online", a mapping with mode and project, or None.
         checkpoint_every: A duration such as "10 min" or "500 steps"; None saves at the first and the last step only.
         offload: none | optimizer | parameters: what ZeRO keeps in host memory.
+        sharding: How ZeRO sums gradients, and how much it communicates at once.
         keep_checkpoints: How many of the newest stay.
         usd_per_device_hour: What a device costs; None takes the catalogue's price of this machine's, if it has one.
         watts_per_device: What a device draws under load, for energy where no counter can be read.
@@ -120,6 +121,7 @@ class Trainer(pl.Trainer):
         checkpoint_every: str | None = "5 min",
         *,
         offload: str = "none",
+        sharding: Sharding | None = None,
         keep_checkpoints: int = 2,
         usd_per_device_hour: float | None = None,
         watts_per_device: float | None = None,
@@ -142,7 +144,7 @@ class Trainer(pl.Trainer):
         settings = fold(composition.techniques, options)
         made = strategy
         if isinstance(name, str) and name in OFFLOADS:
-            made = make_strategy(name, accelerator=kind, offload=offload, options=settings.strategy_options)
+            made = make_strategy(name, accelerator=kind, offload=offload, settings=settings, sharding=sharding)
         if budget and not options.keys() & {"max_epochs", "max_steps"}:
             options["max_epochs"] = math.ceil(budget.epochs or -1)
         self.seed = seed
