@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..own_code import is_code
 from ..spelling import did_you_mean, distance
-from ..strategies import OFFLOADS
+from ..strategies import OFFLOADS, SETTINGS
 from .recipe import Recipe
 from .schema import BudgetSpec
 
@@ -211,7 +211,7 @@ def whole_micro_batches(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("data.micro_batch_size", f"a divisor of data.batch_size ({batch}), or auto", hint)
 
 
-@depends_on("strategy")
+@depends_on("strategy", "precision")
 def strategy_fits(recipe: Recipe) -> Iterator[Broken]:
     strategy = recipe.strategy
     for key, number in (("devices", strategy.devices), ("nodes", strategy.nodes)):
@@ -221,6 +221,22 @@ def strategy_fits(recipe: Recipe) -> Iterator[Broken]:
         allowed = f"{' | '.join(OFFLOADS[strategy.name])} with strategy.name {strategy.name}"
         needed = [name for name, offloads in OFFLOADS.items() if strategy.offload in offloads]
         yield Broken("strategy.offload", allowed, f"offloading {strategy.offload} needs {' or '.join(needed)}")
+    if isinstance(strategy.allgather_bucket, int) and strategy.allgather_bucket % 2:
+        yield Broken("strategy.allgather_bucket", "auto, or an even number of elements")
+    if strategy.name != "auto":
+        yield from settings_without_use(recipe, strategy.name, recipe.precision)
+
+
+def settings_without_use(recipe: Recipe, strategy: str, precision: str) -> Iterator[Broken]:
+    """Keys of the section `strategy` that would do nothing under a strategy that is decided. "auto" is not."""
+    section = recipe.strategy
+    for key, able in SETTINGS.items():
+        if strategy not in able and getattr(section, key) != type(section).model_fields[key].default:
+            hint = f"it does nothing with strategy {strategy}; remove it"
+            yield Broken(f"strategy.{key}", f"{key} only with strategy.name {' | '.join(able)}", hint)
+    summed_by_zero = strategy in SETTINGS["gradient_dtype"]
+    if section.gradient_dtype == "bf16" and summed_by_zero and precision not in ("auto", "bf16"):
+        yield Broken("strategy.gradient_dtype", f"fp32 with precision {precision}", "bf16 is for precision bf16")
 
 
 @depends_on("model.task", "evaluation.generate")

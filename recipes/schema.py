@@ -223,6 +223,31 @@ class StrategySpec(Section):
     devices: Literal["auto"] | Count = Field("auto", description="auto, or a whole number from 1: devices per node")
     nodes: Count = Field(1, description="a whole number from 1")
     offload: Literal["none", "optimizer", "parameters"] = "none"
+    gradient_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="fp32 | bf16: what gradients are summed in, over micro-batches and ranks, under zero1 | zero2 | "
+        "zero3 in bf16; ddp and single sum them in what the weights are kept in",
+    )
+    overlap: bool | Literal["auto"] = Field(
+        "auto",
+        description="auto | true | false: gradients are reduced while backward goes on, under zero1 | zero2 | zero3. "
+        "auto: with zero3 on GPUs; with zero1 and zero2 it costs a second bucket",
+    )
+    reduce_bucket: Literal["auto"] | Count = Field(
+        "auto",
+        description="auto, or a whole number of elements from 1: gradients reduced together, under zero1 | zero2 | "
+        "zero3; allocated whole. auto: all that are trained, at most 100 million",
+    )
+    allgather_bucket: Literal["auto"] | Count = Field(
+        "auto",
+        description="auto, or an even number of elements: weights gathered together after a step, under zero1 | zero2. "
+        "auto: all that are trained, at most 100 million",
+    )
+    prefetch: Literal["auto"] | Count = Field(
+        "auto",
+        description="auto (50 million), or a whole number of elements from 1: weights gathered ahead of their use, "
+        "under zero3",
+    )
     hang_after: Literal["auto", "off"] | Annotated[str, _duration(zero=False)] = Field(
         "auto",
         description='auto (20 times the slowest of the last batches, at least 2 min), off, or a time such as "10 min": '

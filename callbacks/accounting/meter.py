@@ -136,11 +136,16 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def communication_bytes(strategy: str, parameters: int, bytes_each: int, world: int, accumulate: int) -> float:
+def communication_bytes(
+    strategy: str, parameters: int, bytes_each: int, world: int, accumulate: int, gradient_bytes: int | None = None
+) -> float:
     """Bytes each rank sends per optimizer step, from the strategy's collectives (ZeRO, arXiv 1910.02054 §7).
 
     DDP and ZeRO-1 all-reduce or reduce-scatter + all-gather 2P; DeepSpeed's ZeRO-2 reduce-scatters every micro-batch,
-    (A + 1)P; ZeRO-3 gathers twice and scatters once per micro-batch, 3PA. Times the ring factor (N - 1) / N.
+    (A + 1)P; ZeRO-3 gathers twice and scatters once per micro-batch, 3PA. Times the ring factor (N - 1) / N. What is
+    scattered are gradients, of `gradient_bytes` if they are not as large as weights; DDP sends nothing else.
     """
-    elements = {"ddp": 2.0, "zero1": 2.0, "zero2": accumulate + 1.0, "zero3": 3.0 * accumulate}.get(strategy, 0.0)
-    return elements * parameters * bytes_each * (world - 1) / world
+    times = {"ddp": (2, 0), "zero1": (1, 1), "zero2": (accumulate, 1), "zero3": (accumulate, 2 * accumulate)}
+    gradients, weights = times.get(strategy, (0, 0))
+    sent = gradients * (gradient_bytes or bytes_each) + weights * bytes_each
+    return float(sent * parameters * (world - 1) / world)

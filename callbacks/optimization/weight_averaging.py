@@ -107,6 +107,9 @@ class WeightAveraging(Technique, OtherWeights):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen = trainer.global_step
+        if self._averages:  # read from a checkpoint, perhaps before the weights were brought to their device
+            shards = shards_of(trainer, pl_module)
+            self._averages = {slot: shards.beside_masters(named) for slot, named in self._averages.items()}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -64,7 +64,7 @@ def cut(trainer: pl.Trainer, module: pl.LightningModule, wholes: Mapping[str, Te
     if getattr(trainer.strategy, "zero_stage_3", None) is None:  # not DeepSpeed: every rank holds everything
         return {name: whole.reshape(-1) for name, whole in wholes.items()}
     shards = shards_of(trainer, module)
-    return {name: shards.slices[name].cut(whole).clone() for name, whole in wholes.items()}
+    return shards.beside_masters({name: shards.slices[name].cut(whole).clone() for name, whole in wholes.items()})
 
 
 def _open(trainer: pl.Trainer, module: pl.LightningModule) -> Shards:

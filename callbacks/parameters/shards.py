@@ -140,6 +140,10 @@ class Shards:
         if view is not None:
             view.copy_(value)
 
+    def beside_masters(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What goes with this rank's slices, each where its master lies: on the host, where masters are offloaded."""
+        return {name: tensor.to(self.master(name).device) for name, tensor in named.items()}
+
     # -- the few moments that need more than the slice --------------------------------------------------------------
     def at_boundary(self) -> bool:
         """Whether the optimizer steps after this micro-batch."""

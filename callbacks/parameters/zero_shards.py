@@ -26,13 +26,21 @@ class _Zero(Shards):
         """The flat master that holds this rank's slice, and where in it; None if the slice is empty."""
         raise NotImplementedError
 
+    def _flats(self) -> list[Tensor | None]:
+        """All flat masters; None where one is not in memory."""
+        raise NotImplementedError
+
+    def _home(self) -> torch.device:
+        """Where masters lie: the host's memory, if they are offloaded. Empty slices lie there too."""
+        return next((flat.device for flat in self._flats() if flat is not None), self.engine.device)
+
     def master(self, name: str) -> Tensor:
         return self._narrow(name, None)
 
     def _narrow(self, name: str, flat: Tensor | None) -> Tensor:
         place = self._flat(name)
         if place is None:
-            return torch.empty(0)
+            return torch.empty(0, device=self._home())
         return (place[0].data if flat is None else flat).view(-1).narrow(0, place[1], self.slices[name].length)
 
     def _entries_at(self, name: str) -> tuple[Tensor, dict[str, Any]] | None:
@@ -63,14 +71,15 @@ class _Zero(Shards):
 
     def _renorm(self, name: str, norm: Tensor) -> None:
         """Offloaded: clipping reads norms that were taken when the gradient left the device."""
-        self.zero.norm_for_param_grads[self.zero.get_param_id(self.parameters[name])] = norm
+        self.zero.norm_for_param_grads[self.zero.get_param_id(self.parameters[name])] = norm.to(self.engine.device)
 
     def at_boundary(self) -> bool:
         return bool(self.engine.is_gradient_accumulation_boundary())
 
     def total(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values)
-        return values
+        staged = values.to(self.engine.device)  # NCCL takes nothing from the host, where masters may lie
+        dist.all_reduce(staged)
+        return staged.to(values.device)
 
     def gather_slice(self, where: Slice, local: Tensor) -> Tensor:
         whole = torch.zeros(where.numel, dtype=_summable(local.dtype), device=self.engine.device)
@@ -94,10 +103,15 @@ class Zero12Shards(_Zero):
             return None
         return self.zero.single_partition_of_fp32_groups[mapping.param_group_index], mapping.hp_fragment_address.start
 
+    def _flats(self) -> list[Tensor | None]:
+        return list(self.zero.single_partition_of_fp32_groups)
+
     def gradient(self, name: str) -> Tensor | None:
         p = self.parameters[name]
         if p._hp_mapping is None:  # type: ignore[attr-defined]
             return None
+        if self.zero.cpu_offload:  # the copies to the host are under way, and DeepSpeed waits in the step only
+            self.zero._wait_for_offload_copies()
         fragment = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)  # type: ignore[attr-defined]
         return None if fragment is None else fragment.view(-1)
 
@@ -129,6 +143,9 @@ class Zero3Shards(_Zero):
             where = self._slice(p)
             frozen[name] = (where, p.ds_tensor.data.view(-1)[: where.length])  # type: ignore[attr-defined]
         return frozen
+
+    def _flats(self) -> list[Tensor | None]:
+        return list(self.zero.fp32_partitioned_groups_flat)
 
     def _flat(self, name: str) -> tuple[Tensor, int] | None:
         p = self.parameters[name]

@@ -129,7 +129,8 @@ class PruneAtInit(Masking):
                 f"{self.card.name}: the checkpoint has no masks; start a new run, or resume without this technique"
             )
         shards = shards_of(trainer, pl_module)
-        self.apply_masks(shards, {name: shards.slices[name].cut(self._wholes.pop(name)) for name in self._names})
+        cut = {name: shards.slices[name].cut(self._wholes.pop(name)) for name in self._names}
+        self.apply_masks(shards, shards.beside_masters(cut))
 
     def update_masks(self, trainer: pl.Trainer, shards: Shards) -> None:
         return None

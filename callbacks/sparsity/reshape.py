@@ -209,7 +209,7 @@ def _restore(trainer: pl.Trainer, shards: Shards, kept: Whole) -> None:
         if isinstance(technique, Technique) and technique.state_key in kept.fragments:
             technique.load_fragments(
                 {
-                    state: {name: shards.slices[name].cut(whole).clone() for name, whole in named.items()}
+                    state: shards.beside_masters({n: shards.slices[n].cut(whole).clone() for n, whole in named.items()})
                     for state, named in kept.fragments[technique.state_key].items()
                 }
             )

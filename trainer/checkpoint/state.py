@@ -256,8 +256,7 @@ def _restore_callbacks(trainer: pl.Trainer, common: Mapping[str, Any], pieces: P
                     where = shards.slices[name]
                     fragments.setdefault(state, {})[name] = pieces.cut(key, where.offset, where.length)
             if fragments:
-                device = trainer.strategy.root_device
-                callback.load_fragments({s: {n: t.to(device) for n, t in f.items()} for s, f in fragments.items()})
+                callback.load_fragments({s: shards.beside_masters(named) for s, named in fragments.items()})
 
 
 def _restore_loops(trainer: pl.Trainer, module: pl.LightningModule, common: Mapping[str, Any]) -> None:

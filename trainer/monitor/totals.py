@@ -53,7 +53,8 @@ class Totals:
         account, seconds, work = self.account, self.train_seconds(), self.account.spending.this_attempt()
         size = 2 if "16" in str(trainer.precision) else 4
         per_epoch = account.clock.steps_per_epoch
-        sent = communication_bytes(strategy, self.trainable, size, trainer.world_size, trainer.accumulate_grad_batches)
+        counts = self.trainable, size, trainer.world_size, trainer.accumulate_grad_batches
+        sent = communication_bytes(strategy, *counts, _gradient_bytes(trainer))
         return {
             "steps": account.clock.step,
             "epochs": account.clock.step / per_epoch if per_epoch else None,
@@ -152,3 +153,9 @@ def of_finished(now: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Logged metrics as plain numbers."""
     return {name: float(value) for name, value in metrics.items() if isinstance(value, torch.Tensor | float | int)}
+
+
+def _gradient_bytes(trainer: pl.Trainer) -> int:
+    """Of an element as ranks sum it: DDP sums in what weights are kept in, ZeRO in what its engine was told."""
+    engine = getattr(trainer.strategy, "deepspeed_engine", None)
+    return 4 if engine is None else int(engine.communication_data_type.itemsize)

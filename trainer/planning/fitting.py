@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from typing import Any
 
 from ... import ShoestringError
 from ...callbacks.contract import Effect, Technique, Workload
 from ...recipes import Recipe
+from ...strategies import Sharding
 from ..tasks.weight_dtypes import kept_in
 from .activations import Checkpointing
 from .memory import Inputs, Memory, Term, memory
@@ -80,10 +81,16 @@ def inputs_of(
             optimizer=optimizer, checkpointing=Checkpointing(again.every, again.mode) if again else Checkpointing(),
             adapter_dtype=adapter.dtype if adapter else "compute", dropout=bool(adapter and adapter.dropout),
             chunked_loss=chunked,
+            sharding=sharding_of(recipe),
             effect=reduce(times, effects, Effect()), shared_extra="distillation" not in by_name,
         )  # fmt: skip
 
     return made
+
+
+def sharding_of(recipe: Recipe) -> Sharding:
+    """How ZeRO communicates, as the recipe says."""
+    return Sharding(**{field.name: getattr(recipe.strategy, field.name) for field in fields(Sharding)})
 
 
 def base_dtype(recipe: Recipe, precision: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ...callbacks.contract import Effect
+from ...strategies import Sharding, bucket
 from ..tasks.chunks import Chunked, chunks_of
 from .activations import BYTES, Checkpointing, block_bytes, logits_bytes
 from .sizes import Size
@@ -20,7 +21,6 @@ FROZEN_BYTES = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.516, "int8": 1.005}  # of a m
 # builds the whole model in float32 in host memory, and ZeRO moves all of it to the device before it is split.
 STREAMED = False
 MOMENTS = ("loss", "backward", "step")
-BUCKET = 5e8  # DeepSpeed's reduce_bucket_size, in elements: allocated whole
 LIVE = 1e9  # its stage3_max_live_parameters: what ZeRO-3 leaves gathered
 CONTEXT = {"cuda": 0.75 * 2**30, "cpu": 0.5 * 2**30}  # CUDA context and workspaces; interpreter and libraries
 COMMUNICATOR = 0.5 * 2**30  # NCCL's buffers
@@ -100,6 +100,7 @@ class Inputs:
         shared_extra: What techniques keep beside the states is split as these are; a teacher is not.
         chunked_loss: Whether logits exist in parts only, as the recipe says; False where something needs them whole.
         fused: The optimizer needs no copy of what it steps.
+        sharding: How ZeRO sums gradients and communicates.
     """
 
     size: Size
@@ -121,6 +122,7 @@ class Inputs:
     shared_extra: bool = True
     chunked_loss: Chunked = False
     fused: bool = False
+    sharding: Sharding = field(default_factory=Sharding)
 
     @property
     def world(self) -> int:
@@ -136,6 +138,11 @@ class Inputs:
     def own(self) -> float:
         """Bytes of a trained weight as the forward pass finds it: autocast leaves it in float32, ZeRO does not."""
         return BYTES[self.precision] if self.stage else 4.0
+
+
+def summed(run: Inputs) -> float:
+    """Bytes of a gradient where it is summed over micro-batches and ranks."""
+    return 4.0 if run.precision == "bf16" and run.sharding.gradient_dtype == "fp32" else run.own
 
 
 def memory(run: Inputs) -> Memory:
@@ -177,7 +184,9 @@ def _states(run: Inputs) -> Iterable[Term]:
     if run.offload == "none":
         yield Term("master weights", 4 * trained * share if stage else 0.0)
         yield Term("optimizer states", run.optimizer * trained * share)
-        yield Term("gradients", own * trained * gradients, held)
+        yield Term("gradients", summed(run) * trained * gradients, held)
+    elif stage == 2 and summed(run) != own:  # summed on the device, and sent to the host when it is to step
+        yield Term("gradients", summed(run) * trained * gradients, held)
 
 
 def frozen_bytes(run: Inputs) -> float:
@@ -198,15 +207,25 @@ def _copies(run: Inputs) -> Iterable[Term]:
     if run.strategy == "ddp" and run.world > 1:
         yield Term("gradient buckets", own * trained)
     if stage:
-        bucket = BUCKET if run.accelerator == "cuda" else min(BUCKET, trained)
-        yield Term("communication buckets", own * bucket, ("backward",))
+        yield Term("communication buckets", _buckets(run), ("backward",))
     if stage == 3:
         yield Term("gathered layers", own * min(LIVE, parameters), ("loss", "backward"))
     yield from _cast(run)
     if run.offload == "none":
-        yield Term("gradients in float32", 4 * trained * share if stage else 0.0, ("step",))
+        again = stage and not (stage == 2 and summed(run) != own)  # summed in parts, they are what is stepped
+        yield Term("gradients in float32", 4 * trained * share if again else 0.0, ("step",))
         stepped = trained * share if stage or run.accelerator == "cuda" else min(trained, float(size.largest))
         yield Term("optimizer's temporary copy", 0.0 if run.fused or not run.optimizer else 4 * stepped, ("step",))
+
+
+def _buckets(run: Inputs) -> float:
+    """Where gradients lie side by side to be reduced, and their copy in what they are summed in."""
+    trained = float(run.size.trainable or 0)
+    asked = run.sharding.reduce_bucket
+    count = bucket(trained) if asked == "auto" else min(asked, trained) if run.accelerator == "cpu" else asked
+    kept = run.own if run.stage == 2 else summed(run)
+    twice = 2 if run.stage < 3 and run.sharding.overlaps(run.strategy, run.accelerator) else 1
+    return count * (kept * twice + (summed(run) if summed(run) != run.own else 0.0))
 
 
 def _cast(run: Inputs) -> Iterable[Term]:
@@ -266,6 +285,8 @@ def _offloaded(run: Inputs) -> list[Term]:
         Term("offloaded gradients", 4 * trained),
         Term("offloaded optimizer states", run.optimizer * trained),
     ]
+    if run.stage == 3:
+        terms.append(Term("gradients of all micro-batches", summed(run) * trained))
     if run.offload == "parameters":
         terms.append(Term("offloaded weights", run.own * trained + frozen_bytes(run) / run.world))
     return terms

@@ -18,15 +18,16 @@ from ...callbacks.contract import BadSetting, IncompatibleTechniques, Technique
 from ...cluster import Hardware
 from ...own_code import CannotImport, is_code
 from ...recipes import Recipe, RecipeError
+from ...strategies import Sharding
 from ..machine.facts import Machine, run_facts
 from ..machine.facts import facts as machine_facts
 from ..tasks.optimizers.cards import OptimizerCard
 from .alternatives import alternatives
 from .checks import check_budget, check_present
-from .fitting import Fit, fit_of, gib, inputs_of, refusal, with_micro
+from .fitting import Fit, fit_of, gib, inputs_of, refusal, sharding_of, with_micro
 from .predictions import predict
 from .sizes import size_of
-from .strategy import Choice, choose_optimizer, choose_strategy
+from .strategy import Choice, check_settings, choose_optimizer, choose_strategy
 from .target import Target, target_of
 
 
@@ -88,6 +89,11 @@ class Plan:
         return next((t.dtype for t in self.declared if t.card.name == "mixed_precision"), "fp32")  # type: ignore[attr-defined]
 
     @property
+    def sharding(self) -> Sharding:
+        """How ZeRO communicates, as the recipe says."""
+        return sharding_of(self.recipe)
+
+    @property
     def world_size(self) -> int:
         """Devices of all nodes."""
         return self.devices * self.nodes
@@ -145,6 +151,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         return fit_of(make(strategy, devices, nodes, least, accumulate), target)
 
     strategy, devices = choose_strategy(recipe, target, size, optimizer, fit, chosen)
+    check_settings(recipe, strategy, techniques)
     fitted = _batch(recipe, fit(strategy, devices), sized, chosen)
     budget = Budget(**recipe.budget.model_dump())
     check_budget(recipe, budget, size)

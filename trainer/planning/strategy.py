@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
+from ...callbacks.contract import Technique
 from ...own_code import CannotImport
 from ...recipes import Recipe, RecipeError
+from ...recipes.rules import settings_without_use
 from ...strategies import OFFLOADS
 from ..tasks.optimizers.cards import OptimizerCard, UnknownOptimizer, optimizer_card
 from .fitting import Fit, gib
@@ -69,6 +71,21 @@ def choose_strategy(
         name, why = _least_sharding([fit(each, count) for each in possible if each != "single"])
     chosen.append(Choice("strategy", name, why))
     return name, count
+
+
+def check_settings(recipe: Recipe, strategy: str, techniques: Sequence[Technique]) -> None:
+    """Refuse keys that do nothing under the strategy and the precision that were chosen."""
+    precision = next((t.dtype for t in techniques if t.card.name == "mixed_precision"), "fp32")  # type: ignore[attr-defined]
+    if unused := list(settings_without_use(recipe, strategy, precision)):
+        raise RecipeError(
+            [recipe.problem(each.key, written(recipe, each.key), each.allowed, each.hint) for each in unused]
+        )
+
+
+def written(recipe: Recipe, key: str) -> object:
+    """What stands at a dotted key of two words."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(recipe, section), name)
 
 
 def _devices(wanted: str, target: Target) -> tuple[int, str]:

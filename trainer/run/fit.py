@@ -147,6 +147,7 @@ def fit(
         best=recipe.checkpoint.best,
         patience=recipe.checkpoint.patience,
         offload=plan.offload,
+        sharding=plan.sharding,
         usd_per_device_hour=plan.usd_per_device_hour,
         watts_per_device=plan.watts_per_device,
         log_every=recipe.tracking.log_every,

@@ -39,7 +39,7 @@ from ...callbacks.contract import Technique
 from ...callbacks.optimization.lr_schedule import LRSchedule
 from ...callbacks.sampling.samples import evaluate_evenly
 from ...cluster.config.hardware import hardware
-from ...strategies import OFFLOADS
+from ...strategies import OFFLOADS, Sharding
 from ..checkpoint import format as checkpoint
 from ..checkpoint.saver import CannotResume
 from ..checkpoint.state import check
@@ -85,6 +85,7 @@ class Trainer(pl.Trainer):
         checkpoint_every: A duration such as "10 min" or "500 steps"; "auto": what costs least, by what saving costs and
             how often runs are interrupted; None saves at the first and the last step only.
         offload: none | optimizer | parameters: what ZeRO keeps in host memory.
+        sharding: How ZeRO sums gradients, and how much it communicates at once.
         mtbf: Mean seconds between failures and preemptions, for "auto"; None: a day for each node at first.
         keep_checkpoints: How many of the newest stay.
         best: Keep the weights of the best evaluation too, in best/: "max val_accuracy", "min val_loss".
@@ -124,6 +125,7 @@ class Trainer(pl.Trainer):
         checkpoint_every: str | None = "5 min",
         *,
         offload: str = "none",
+        sharding: Sharding | None = None,
         mtbf: float | None = None,
         keep_checkpoints: int = 2,
         best: str | None = None,
@@ -149,7 +151,7 @@ class Trainer(pl.Trainer):
         settings = fold(composition.techniques, options)
         made = strategy
         if isinstance(name, str) and name in OFFLOADS:
-            made = make_strategy(name, accelerator=kind, offload=offload, options=settings.strategy_options)
+            made = make_strategy(name, accelerator=kind, offload=offload, settings=settings, sharding=sharding)
         if budget and not options.keys() & {"max_epochs", "max_steps"}:
             options["max_epochs"] = math.ceil(budget.epochs or -1)
         self.seed = seed

@@ -6,11 +6,13 @@ past the guard, so every ZeRO path runs, and is tested, on machines without a GP
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ... import ShoestringError
-from ...strategies import OFFLOADS
+from ...callbacks.contract import Settings
+from ...strategies import OFFLOADS, PREFETCH, SETTINGS, Sharding, bucket
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
@@ -31,16 +33,19 @@ def check_dimensions(module: Module) -> None:
 
 
 class UnknownStrategy(ShoestringError):
-    """Not one of our strategies, or an offload it does not have."""
+    """Not one of our strategies, or an offload or a setting that it does not have."""
 
 
 def make_strategy(
-    name: str, *, accelerator: str, offload: str = "none", options: Mapping[str, Any] | None = None
-) -> Strategy | str:
-    """The Lightning strategy for `name` on `accelerator` ("cpu" or "cuda"); `options` go to its constructor.
+    name: str, *, accelerator: str, offload: str = "none", settings: Settings | None = None,
+    sharding: Sharding | None = None,
+) -> Strategy | str:  # fmt: skip
+    """The Lightning strategy for `name` on `accelerator` ("cpu" or "cuda").
 
     `offload`: "optimizer" keeps optimizer state in host memory (ZeRO-2/3), "parameters" also the weights (ZeRO-3).
+    `settings`: their `strategy_options` go to its constructor; `sharding`: how ZeRO communicates.
     """
+    settings, sharding = settings or Settings(), sharding or Sharding()
     if name not in OFFLOADS:
         raise UnknownStrategy(f"strategy {name!r} is not among {', '.join(OFFLOADS)}")
     if offload not in OFFLOADS[name]:
@@ -49,6 +54,9 @@ def make_strategy(
             f"offload {offload!r} needs {' or '.join(able)}" if able else
             f"offload {offload!r} is not among {', '.join(OFFLOADS['zero3'])}"
         )  # fmt: skip
+    for setting in sharding.foreign_to(name):
+        able = [other for other in OFFLOADS if other in SETTINGS[setting]]
+        raise UnknownStrategy(f"{setting} does nothing with strategy {name!r}: it is for {', '.join(able)}")
     stage = int(name[-1]) if name.startswith("zero") else 0
     backend = "nccl" if accelerator == "cuda" else "gloo"
     if name == "single":
@@ -56,18 +64,23 @@ def make_strategy(
     if name == "ddp":
         from pytorch_lightning.strategies import DDPStrategy
 
-        return DDPStrategy(process_group_backend=backend, **(options or {}))
+        return DDPStrategy(process_group_backend=backend, **settings.strategy_options)
     from ..machine.extensions import prepare_environment
 
     prepare_environment(name, offload, accelerator)
+    overlaps = sharding.overlaps(name, accelerator)
     return _zero_class()(
-        config=_config(stage, offload, **(options or {})),
+        config={
+            **_config(stage, offload, {"overlap_comm": overlaps, **settings.strategy_options}),
+            **_sums(sharding.gradient_dtype, settings.precision),
+        },
+        sharding=sharding,
         process_group_backend=backend,
     )
 
 
-def _config(stage: int, offload: str, **zero: Any) -> dict[str, Any]:
-    zero_config: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True, **zero}
+def _config(stage: int, offload: str, zero: Mapping[str, Any]) -> dict[str, Any]:
+    zero_config: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, **zero}
     if offload != "none":
         zero_config["offload_optimizer"] = {"device": "cpu"}
     if offload == "parameters":
@@ -78,6 +91,50 @@ def _config(stage: int, offload: str, **zero: Any) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # torch's own optimizer steps offloaded state: nothing to compile
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only prints with it; the loaders decide
     }
+
+
+def _sums(dtype: str, precision: str) -> dict[str, Any]:
+    """DeepSpeed's settings of what gradients are summed in; its own choice is that of the weights.
+
+    A mean over N micro-batches and ranks loses up to log2 N of bfloat16's 8 bits.
+    """
+    if "bf16" not in precision:
+        return {}
+    return {"data_types": {"grad_accum_dtype": dtype}, "communication_data_type": dtype}
+
+
+def _buckets(zero: dict[str, Any], sharding: Sharding, trained: int) -> None:
+    """Give the sizes that are not fixed by `options`, for a model with so many trained weights."""
+    wanted = {
+        "reduce_bucket_size": (sharding.reduce_bucket, bucket(trained)),
+        "allgather_bucket_size": (sharding.allgather_bucket, bucket(trained)),
+        "stage3_prefetch_bucket_size": (sharding.prefetch, PREFETCH),
+    }
+    for key, (asked, derived) in wanted.items():
+        zero.setdefault(key, derived if asked == "auto" else asked)
+
+
+@contextmanager
+def _one_kind_of_optimizer() -> Iterator[None]:
+    """Let ZeRO-1 be ZeRO-1 in bfloat16 with float32 sums too.
+
+    DeepSpeed would take another optimizer for it, with partitions of its own and a gradient that is whole in float32
+    all the time.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+
+    plain = DeepSpeedEngine._do_optimizer_sanity_check
+
+    def check(self: Any, optimizer: Any) -> Any:
+        chosen = plain(self, optimizer)
+        return ZERO_OPTIMIZATION if self.zero_optimization() else chosen
+
+    DeepSpeedEngine._do_optimizer_sanity_check = check
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = plain
 
 
 def _zero_class() -> type[Strategy]:
@@ -95,6 +152,10 @@ def _zero_class() -> type[Strategy]:
 
     class ZeroStrategy(DeepSpeedStrategy):
         """DeepSpeedStrategy that also runs on CPUs over gloo."""
+
+        def __init__(self, *, sharding: Sharding, **options: Any) -> None:
+            super().__init__(**options)
+            self.sharding = sharding
 
         cuts_window = False  # an epoch ends amid an accumulation window, and the engine is to step; see `cut_window`
 
@@ -123,17 +184,21 @@ def _zero_class() -> type[Strategy]:
             check_dimensions(model)
             if "muon" not in type(optimizer).__name__.lower():
                 import_deepspeeds_muon()
-            if isinstance(self.accelerator, CUDAAccelerator):
-                return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
-            engine, zero, _, _ = deepspeed.initialize(
-                args=argparse.Namespace(device_rank=self.local_rank),  # a CPU device has no index to take it from
-                config=self.config,
-                model=model,
-                model_parameters=[p for p in model.parameters() if p.requires_grad],
-                optimizer=optimizer,
-                lr_scheduler=lr_scheduler,
-                dist_init_required=False,
-            )
-            return engine, zero
+            trained = [p for p in model.parameters() if p.requires_grad]
+            count = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+            _buckets(self.config["zero_optimization"], self.sharding, count)
+            with _one_kind_of_optimizer():
+                if isinstance(self.accelerator, CUDAAccelerator):
+                    return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+                engine, zero, _, _ = deepspeed.initialize(
+                    args=argparse.Namespace(device_rank=self.local_rank),  # a CPU device has no index to take it from
+                    config=self.config,
+                    model=model,
+                    model_parameters=trained,
+                    optimizer=optimizer,
+                    lr_scheduler=lr_scheduler,
+                    dist_init_required=False,
+                )
+                return engine, zero
 
     return ZeroStrategy

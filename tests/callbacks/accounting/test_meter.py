@@ -81,6 +81,9 @@ def test_communication_follows_the_zero_paper(strategy, parameters, accumulate):
     sent = communication_bytes(strategy, parameters, 2, 4, accumulate)
     times = {"ddp": 2, "zero1": 2, "zero2": accumulate + 1, "zero3": 3 * accumulate}[strategy]
     assert sent == pytest.approx(times * parameters * 2 * 3 / 4)
+    scattered = {"ddp": 2, "zero1": 1, "zero2": accumulate, "zero3": accumulate}[strategy]
+    in_float32 = communication_bytes(strategy, parameters, 2, 4, accumulate, 4)
+    assert in_float32 - sent == pytest.approx(scattered * parameters * 2 * 3 / 4)
     assert communication_bytes(strategy, parameters, 2, 1, accumulate) == 0
     assert communication_bytes("single", parameters, 2, 4, accumulate) == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from shoestring.callbacks.contract import Effect
 from shoestring.cluster.load import load_cluster
 from shoestring.recipes import load_recipe
+from shoestring.strategies import LARGEST_BUCKET, Sharding
 from shoestring.trainer import Plan, plan
 from shoestring.trainer.cli.app import main
 from shoestring.trainer.jobs.submit import job_for
@@ -25,6 +27,8 @@ GIB = 2**30
 LLAMA = "model_type: llama, num_key_value_heads: 8, vocab_size: 128256, hidden_size"
 LLAMA_8B = f"{{{LLAMA}: 4096, num_hidden_layers: 32, num_attention_heads: 32, intermediate_size: 14336}}"
 LLAMA_70B = f"{{{LLAMA}: 8192, num_hidden_layers: 80, num_attention_heads: 64, intermediate_size: 28672}}"
+IN_BF16 = "strategy.gradient_dtype=bf16"
+ROUGH = Sharding(gradient_dtype="bf16")
 LORA = "model.adapter={kind: lora, rank: 16}"
 P8, P70 = 8.03e9, 70.55e9  # parameters, as published
 TOKENS = 4096
@@ -56,7 +60,7 @@ def logits(vocabulary: int = 128256, tokens: int = TOKENS) -> float:
 
 def test_8b_in_full_on_eight_is_what_was_derived() -> None:
     """ZeRO-2: 16-bit weights whole; gradients, masters and two moments by eight; then logits, or copies of the step."""
-    made = planned(LLAMA_8B, 8, "strategy.name=zero2")
+    made = planned(LLAMA_8B, 8, "strategy.name=zero2", IN_BF16)
     states = 2 * P8 + (2 + 4 + 8) * P8 / 8
     assert states / GIB == pytest.approx(28, rel=0.02)
     step = states + (4 + 4) * P8 / 8
@@ -70,10 +74,18 @@ def test_8b_in_full_on_eight_is_what_was_derived() -> None:
     assert 9e9 < terms["activations"] + terms["logits"] < 10e9
 
 
+def test_gradients_summed_in_float32_are_twice_as_large_and_need_no_copy_to_be_stepped() -> None:
+    made = planned(LLAMA_8B, 8, "strategy.name=zero2")
+    states = 2 * P8 + (4 + 4 + 8) * P8 / 8
+    assert made.predictions["state_bytes"] == pytest.approx(states, rel=0.01)
+    loss = states + logits() + 2 * 4096 * 32 * TOKENS
+    assert alive(made) == pytest.approx(max(states + 4 * P8 / 8, loss) + 1.25 * GIB, rel=0.02)
+
+
 def test_8b_in_full_on_eight_with_zero3_is_what_was_derived() -> None:
-    made = planned(LLAMA_8B, 8, "strategy.name=zero3")
-    states, gathered, bucket = 16 * P8 / 8, 2 * 1e9, 2 * 5e8
-    assert 17.5 < (states + gathered + bucket) / GIB < 20
+    made = planned(LLAMA_8B, 8, "strategy.name=zero3", IN_BF16)
+    states, gathered, bucket = 16 * P8 / 8, 2 * 1e9, 2 * 1e8
+    assert 16.5 < (states + gathered + bucket) / GIB < 20
     terms = made.predictions["memory_terms"]
     found = made.predictions["state_bytes"] + terms["gathered layers"] + terms["communication buckets"]
     assert found == pytest.approx(states + gathered + bucket, rel=0.15)
@@ -109,8 +121,8 @@ def test_8b_in_full_on_one_is_refused_with_changes_that_fit() -> None:
 
 def test_70b_in_full_on_eight_is_refused_with_changes_that_fit() -> None:
     said = refused(LLAMA_70B, 8)
-    states = (2 + 2 + 4 + 8 + 4 + 4) * P70 / 8  # with ZeRO-3, and the copies of the step
-    assert f"needs {states / GIB + 1.25:.0f}" in said
+    states = (2 + 4 + 4 + 8 + 4 + 4) * P70 / 8  # with ZeRO-3, and the copies of the step
+    assert f"needs {states / GIB + 1.25:.1f} GiB a device" in said
     proposals_fit(said, LLAMA_70B, 8)
 
 
@@ -180,7 +192,9 @@ STATES = ("weights", "master weights", "optimizer states", "gradients")
     [("ddp", 16, 16), ("zero1", 4 + 12 / 2, 8 + 12 / 2), ("zero2", 2 + 14 / 2, 4 + 16 / 2), ("zero3", 16 / 2, 20 / 2)],
 )
 def test_states_of_every_strategy(strategy: str, bf16: float, fp32: float) -> None:
-    assert megabytes(needed(MILLION, strategy), *STATES) == bf16
+    assert megabytes(needed(MILLION, strategy, sharding=ROUGH), *STATES) == bf16
+    more = {"ddp": 0, "zero1": 2}.get(strategy, 2 / 2)  # where gradients are summed in float32
+    assert megabytes(needed(MILLION, strategy), *STATES) == bf16 + more
     assert megabytes(needed(MILLION, strategy, precision="fp32"), *STATES) == fp32
     assert megabytes(needed(MILLION, strategy, optimizer=2.0), "optimizer states") == (2 if strategy == "ddp" else 1)
 
@@ -191,10 +205,42 @@ def test_copies() -> None:
     assert megabytes(needed(MILLION, "ddp"), "autocast copies") == 2
     assert megabytes(needed(MILLION, "ddp", precision="fp32"), "autocast copies") == 0
     assert megabytes(needed(MILLION, "zero2"), "autocast copies") == 0
-    assert megabytes(needed(MILLION, "zero2"), "communication buckets") == 1000
-    assert megabytes(needed(MILLION, "zero2", accelerator="cpu"), "communication buckets") == 2
     assert megabytes(needed(MILLION, "zero3"), "gathered layers") == 2
     assert megabytes(needed(MILLION, "ddp", fused=True), "optimizer's temporary copy") == 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "bytes_"),
+    [
+        ("zero2", {}, 2 + 4),  # in 16 bits side by side, and summed in float32
+        ("zero2", {"gradient_dtype": "bf16"}, 2),
+        ("zero2", {"overlap": True}, 2 + 2 + 4),
+        ("zero1", {}, 4 + 4),
+        ("zero3", {}, 4 + 4),
+        ("zero3", {"overlap": True}, 4 + 4),
+        ("zero3", {"gradient_dtype": "bf16"}, 2),
+    ],
+)
+def test_buckets_are_as_large_as_they_are_asked_to_be(strategy: str, settings: dict[str, Any], bytes_: int) -> None:
+    def counted(count: int | str, accelerator: str = "cuda", size: Size = MILLION) -> float:
+        sharding = Sharding(reduce_bucket=count, **settings)  # type: ignore[arg-type]
+        return megabytes(needed(size, strategy, sharding=sharding, accelerator=accelerator), "communication buckets")
+
+    assert counted("auto") == counted("auto", "cpu") == bytes_, "as large as the model"
+    assert counted(5 * 10**8) == 500 * bytes_, "allocated whole"
+    assert counted(5 * 10**8, "cpu") == bytes_, "and not touched"
+    large = replace(MILLION, parameters=10**9, trainable=10**9)
+    assert counted("auto", size=large) == LARGEST_BUCKET / 1e6 * bytes_
+
+
+def test_what_is_offloaded_is_summed_where_deepspeed_sums_it() -> None:
+    """ZeRO-2 sums in float32 on the device, and in 16 bits on the host; ZeRO-3 always on the host."""
+    fine, rough = (needed(MILLION, "zero2", offload="optimizer", sharding=s) for s in (Sharding(), ROUGH))
+    assert (megabytes(fine, "gradients"), megabytes(rough, "gradients")) == (2, 0)
+    third = needed(MILLION, "zero3", offload="optimizer")
+    assert megabytes(third, "gradients") == 0
+    host = {term.name: term.bytes / 1e6 for term in third.host}
+    assert host["gradients of all micro-batches"] == host["offloaded gradients"] == 4
 
 
 @pytest.mark.parametrize(("base", "each"), [("fp32", 4), ("bf16", 2), ("int8", 1.005), ("nf4", 0.516)])
