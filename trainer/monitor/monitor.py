@@ -32,6 +32,7 @@ from ...callbacks.parameters.buffers import agree_buffers
 from ...callbacks.parameters.shards import lay_out_plainly
 from ..checkpoint import format as checkpoint
 from ..checkpoint import random_states
+from ..checkpoint.buckets import settle_buckets
 from ..checkpoint.saver import CannotResume, no_room, same_samples
 from ..ledger import read_summary
 from ..ledger.verdict import problems
@@ -175,6 +176,7 @@ class Monitor(ReshapeListener, pl.Callback):
         root = self.checkpoints.saver.root
         if not self.resume and account.agreement.gather(checkpoint.steps(root))[0]:
             raise CannotResume(f"{self.records.run_dir} holds a run: resume it, or choose another run directory")
+        settle_buckets(trainer.strategy.model, trainer.world_size)
         self._resume(trainer, pl_module)
         self.epochs.restored(trainer, account.horizon)
         self.nonfinite.open(trainer)
@@ -232,6 +234,7 @@ class Monitor(ReshapeListener, pl.Callback):
         return self.afterwards.add_to(upcoming, self.account) if self.afterwards is not None else upcoming
 
     def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        settle_buckets(trainer.strategy.model, trainer.world_size)
         self.account.reshaped(trainer)
         self.totals.trainable = sum(where.numel for where in shards_of(trainer, pl_module).slices.values())
         self.records.event("reshape", step=self.account.clock.step, trainable=self.totals.trainable)
