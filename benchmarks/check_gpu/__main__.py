@@ -42,8 +42,8 @@ STEPS = [  # name, script, limit in seconds; what is expected on an H100 stands 
     Step("train-zero2", HERE / "models.py", 60, "1.2B llama, 10 steps, ZeRO-2"),  # 30
     Step("train-zero3", HERE / "models.py", 60, "1.2B llama, 10 steps, ZeRO-3"),  # 30
     Step("train-zero2-offload", HERE / "models.py", 80, "1.2B llama, 2 steps, ZeRO-2 with offload"),  # 40
-    Step("lora-bf16", HERE / "models.py", 60, "3B LoRA on a bf16 base, 3 steps"),  # 25
-    Step("lora-nf4", HERE / "models.py", 60, "3B LoRA on an nf4 base, 3 steps"),  # 30
+    Step("lora-bf16", HERE / "models.py", 80, "3B LoRA on a bf16 base, 3 steps"),  # 40
+    Step("lora-nf4", HERE / "models.py", 80, "3B LoRA on an nf4 base, 3 steps"),  # 40
     Step("attention", HERE / "attention.py", 60, "kernels of attention, 4096 tokens, forward and backward"),  # 20
     Step("checkpoint", HERE / "checkpoints.py", 70, "0.5B: copy, write, fsync and hash of a checkpoint"),  # 40
     Step("energy", HERE / "energy.py", 30, "energy against the driver's power"),  # 15

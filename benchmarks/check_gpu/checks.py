@@ -32,8 +32,8 @@ class Checks:
         self._write()
 
     def holds(self, what: str, truth: Any) -> None:
-        """Note whether something that should hold does."""
-        self._checks[what] = bool(truth)
+        """Note whether something that should hold does; noted twice, it has to hold both times."""
+        self._checks[what] = bool(truth) and self._checks.get(what, True) is True
         self._write()
 
     def needs(self, what: str, lacking: str = "CUDA") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -37,10 +38,10 @@ def train(found: Checks, strategy: str, offload: str = "none") -> None:
         tokens_per_second=micro * length / second, first_step_after_seconds=times.first - BEGAN,
         peak_gib=peak_bytes / 2**30, planned_gib=planned / 2**30, allocated_before_gib=times.allocated / 2**30,
         terms={term.name: term.bytes / 2**30 for term in made.fitted.memory.at(made.fitted.memory.moment)},
-        tflops=flops / 1e12, loss=summary["metrics"].get("loss"), seconds=summary["seconds"],
+        tflops=flops / 1e12, loss=times.loss, seconds=summary["seconds"],
         data_wait=summary.get("data_wait"),
     )  # fmt: skip
-    found.holds(f"trains {steps} steps", summary["steps"] == steps)
+    found.holds(f"trains {steps} steps, its loss finite", summary["steps"] == steps and math.isfinite(times.loss))
     found.holds_on_cuda("its peak is within what was planned", lambda: torch.cuda.max_memory_reserved() <= planned)
     if offload == "none":
         if found.cuda:
@@ -67,7 +68,7 @@ def lora(found: Checks, dtype: str, bytes_a_weight: float) -> None:
         allocated_before_gib=times.allocated / 2**30, seconds_a_step=statistics.median(times.seconds[1:]),
         first_step_after_seconds=times.first - BEGAN,
     )  # fmt: skip
-    found.holds("trains 3 steps", summary["steps"] == 3)
+    found.holds("trains 3 steps, its loss finite", summary["steps"] == 3 and math.isfinite(times.loss))
     found.holds(
         "its weights are kept in the bytes that were claimed, to 5 %", abs(times.bytes_kept / expected - 1) < 0.05
     )

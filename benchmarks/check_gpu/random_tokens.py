@@ -77,6 +77,7 @@ class StepTimes(pl.Callback):
     def __init__(self) -> None:
         self.first: float | None = None  # on the clock
         self.seconds: list[float] = []
+        self.loss = float("nan")  # of the last micro-batch
         self.allocated = 0  # bytes before the first step
         self.bytes_kept = 0  # of all parameters of the module
 
@@ -92,7 +93,7 @@ class StepTimes(pl.Callback):
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        now = time.perf_counter()
+        now, self.loss = time.perf_counter(), float(outputs["loss"])
         self.first = now if self.first is None else self.first
         self.seconds.append(now - self._began)
         self._began = now
