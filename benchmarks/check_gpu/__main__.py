@@ -1,6 +1,6 @@
 """What this project claims and no CPU can show: ten checks on one CUDA device, within ten minutes, without a network.
 
-    python benchmarks/check_gpu [--device cuda|cpu] [--wheels DIR] [--only NAME ...] [--out FILE]
+    python benchmarks/check_gpu [--device cuda|cpu] [--wheels DIR] [--only NAME ...] [--out FILE] [--patience N]
 
 A Python with torch for the device is enough where `--wheels` names a folder with wheels of all that is missing (made
 elsewhere: `python -m pip wheel -w DIR .`). Each step is a process of its own with a limit of its own; after each comes
@@ -59,8 +59,10 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
     parser.add_argument("--only", nargs="*", choices=[step.name for step in steps], metavar="NAME")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default benchmarks/results/gpu-<name>.json")
     parser.add_argument("--seconds", type=float, help="for all steps together; default 600 on a GPU")
+    parser.add_argument("--patience", type=float, help="what limits are multiplied with; default 1 on a GPU, else 10")
     given = parser.parse_args(arguments)
-    began, results, patience = time.monotonic(), [], PATIENCE if given.device == "cpu" else 1
+    began, results = time.monotonic(), []
+    patience = given.patience or (PATIENCE if given.device == "cpu" else 1)
     seconds = given.seconds or patience * SECONDS
     with tempfile.TemporaryDirectory(prefix="check-gpu-") as scratch:
         env = environment(given.device, Path(scratch), given.wheels)

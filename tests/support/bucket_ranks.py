@@ -39,7 +39,8 @@ def main(folder: Path) -> None:
         ddp = model(**options)
         before = torch.random.get_rng_state()
         if settled:
-            settle_buckets(ddp, WORLD)
+            with torch.no_grad():  # as where a model is reshaped
+                settle_buckets(ddp, WORLD)
         left = [p.grad for p in ddp.parameters() if p.grad is not None]
         assert not left and torch.equal(before, torch.random.get_rng_state()), "nothing is left of it"
         sums = [summed(ddp, x) for _ in range(STEPS)]

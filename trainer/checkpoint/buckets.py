@@ -29,17 +29,19 @@ def settle_buckets(model: Any, world_size: int) -> None:
     """Bring DDP's buckets to the order that they keep. Collective: one sum of zeros over the ranks.
 
     Nothing happens to other models, to two ranks, whose sums have one order, or where DDP looks for unused parameters
-    and keeps its first order. A communication hook of the user's own is not called: it may keep what it sees.
+    and keeps its first order. A static graph is left to be seen first in a real step, and a communication hook of the
+    user's own is not called, for it may keep what it sees: such runs resume up to rounding.
     """
     if not isinstance(model, DistributedDataParallel) or world_size < 3:
         return
-    if model.find_unused_parameters or getattr(model, "_comm_hooks", None):
+    if model.find_unused_parameters or model.static_graph or getattr(model, "_comm_hooks", None):
         return
     trained = [p for p in model.module.parameters() if p.requires_grad]
     module, sends = model.module, model.broadcast_buffers
     model.module, model.broadcast_buffers = _Zero(trained), False
     try:
-        model().backward()
+        with torch.enable_grad():
+            model().backward()
     finally:
         model.module, model.broadcast_buffers = module, sends
     for p in trained:
