@@ -10,7 +10,7 @@ NUMERICAL := tests/callbacks tests/contracts/test_ranks.py tests/contracts/test_
 # torch's cache of compiled kernels does not ask for which instructions they are
 OWN_KERNELS = TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d)
 
-.PHONY: quickstart test chaos test-cpus test-cluster test-gpu lint docs bench clean
+.PHONY: quickstart test chaos test-cpus test-cluster test-gpu check-gpu lint docs bench clean
 
 # torch first: where pip has a CPU build of its own, the rest then keeps it
 $(READY): pyproject.toml
@@ -48,6 +48,11 @@ test-cluster: $(READY)
 
 test-gpu: $(READY)
 	SHOESTRING_TEST_DEVICE=cuda $(BIN)/python -m pytest -rs tests/contracts/test_ranks.py
+
+# ten checks on one CUDA device, within ten minutes and without a network; ARGS="--device cpu" runs them tiny, on none.
+# Where there is only a Python with torch: python benchmarks/check_gpu --wheels DIR
+check-gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/check_gpu $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

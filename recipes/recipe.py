@@ -42,6 +42,7 @@ class Recipe(Section):
         techniques: By name, with their settings.
         optimizer: With its learning rate's schedule.
         precision: auto | fp32 | bf16 | fp16.
+        deterministic: The same bits again on a GPU, too, which costs speed; a CPU gives them anyway.
         strategy: How model and states are spread over devices.
         cluster: What a device is and costs.
         tracking: Where the run is recorded.
@@ -67,6 +68,7 @@ class Recipe(Section):
     ] = Field((), description=f"a list, each item {TECHNIQUE}")
     optimizer: OptimizerSpec = OptimizerSpec.model_construct()
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    deterministic: bool = Field(False, description="true | false: the same bits on a GPU, too, at the price of speed")
     strategy: StrategySpec = StrategySpec.model_construct()
     cluster: ClusterSpec = ClusterSpec.model_construct()
     tracking: TrackingSpec = TrackingSpec.model_construct()

@@ -22,7 +22,7 @@ RANKS = 2 if DEVICE == "cpu" or torch.cuda.device_count() > 1 else 1
 STRATEGIES = {"single": 1, **dict.fromkeys(("ddp", "zero1", "zero2", "zero3"), RANKS)}
 SEVERAL = [name for name, world in STRATEGIES.items() if world > 1]
 ZERO = [name for name in STRATEGIES if name.startswith("zero")]
-CASES = ["absent", *names()]
+CASES = [case for case in ("absent", *names()) if ranks.wanted(case)]
 # how far 12 steps under one strategy may drift from those under another: sums are taken in another order
 FP32, BF16 = 2e-5, 6e-2
 # A float that lies between two codes may fall to either: it then moves by 1/127 of its token's largest, and losses by
@@ -103,7 +103,7 @@ def test_a_schedule_in_tokens_does_not_depend_on_when_is_saved(ran):
         assert resumed["final"] == whole["final"]
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [case for case in CASES if case != "absent"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_strength_zero_equals_absence(strategy, name, ran):
     for noop, absent in zip(ran(strategy, name, "noop"), ran(strategy, "absent", "short"), strict=True):
@@ -272,7 +272,7 @@ def test_offload_resumes_bit_for_bit(strategy, ran):
 def test_offloaded_masks_and_clipping(strategy, ran):
     reports = ran(strategy, "offload", "clipped")
     for kind in ("masters", "moments", "gradients", "copies"):
-        assert [report["leaks"][kind] for report in reports] == [0, 0], kind
+        assert [report["leaks"][kind] for report in reports] == [0] * len(reports), kind
     assert drift(losses(ran("single", "masks", "clipped")), losses(reports)) < FP32
 
 
@@ -285,4 +285,4 @@ def test_clipping_sees_masked_gradients(strategy, ran):
 def test_nothing_blocks_in_the_step(ran):
     """Signals, budget and counters cost one asynchronous sum a step; DDP's own reduction is not Python's."""
     for report in ran("ddp", "collectives", "per_step"):
-        assert report == {"all_reduce": 1.0}
+        assert report == ({"all_reduce": 1.0} if RANKS > 1 else {}), "alone, there is nothing to sum"

@@ -80,7 +80,7 @@ def train(
         accumulate_grad_batches=ACCUMULATE, val_check_interval=8,
         callbacks=[Mishaps(folder, list(mishaps)), *callbacks], **options,
     )  # fmt: skip
-    trainer.fit(toy(dropout=dropout), loader(2, num_workers=workers), held_out())
+    trainer.fit(toy(dropout=dropout), loader(max(2, devices), num_workers=workers), held_out())
     return trainer
 
 
@@ -88,7 +88,8 @@ def kill_and_compare(folder: Path, strategy: str, devices: int, names: tuple[str
     """The run that is killed the first time, and then the same run without a mishap."""
     for run, mishaps in (("broken", (mishap,)), ("whole", ())):
         techniques = tuple(technique_class(name).example() for name in names)
-        train(folder / run, strategy=strategy, devices=devices, techniques=techniques, mishaps=mishaps)
+        workers = 2 if devices < 3 else 0  # processes are what many ranks have enough of
+        train(folder / run, strategy=strategy, devices=devices, techniques=techniques, mishaps=mishaps, workers=workers)
 
 
 def stretch(folder: Path, number: int, strategy: str, devices: int, crash: int | None) -> None:

@@ -32,6 +32,7 @@ from ...callbacks.parameters.accessor import shards_of
 from ...callbacks.parameters.buffers import agree_buffers
 from ...callbacks.parameters.shards import lay_out_plainly
 from ..checkpoint import random_states
+from ..checkpoint.buckets import settle_buckets
 from ..checkpoint.saver import no_room, same_samples
 from ..ledger import read_summary
 from ..ledger.verdict import problems
@@ -177,6 +178,7 @@ class Monitor(ReshapeListener, pl.Callback):
         forget()
         self.records.open(trainer)
         self.checkpoints.open(trainer, self.records, self._about)
+        settle_buckets(trainer.strategy.model, trainer.world_size)
         # of a recipe's run the records have compared more than could be seen here
         accept = self.accept_changes or self.records.recipe is not None
         if (restored := self.checkpoints.restore(trainer, pl_module, self.resume, accept)) is not None:
@@ -228,6 +230,7 @@ class Monitor(ReshapeListener, pl.Callback):
         return self.afterwards.add_to(upcoming, self.account) if self.afterwards is not None else upcoming
 
     def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        settle_buckets(trainer.strategy.model, trainer.world_size)
         self.account.reshaped(trainer)
         self.totals.trainable = sum(where.numel for where in shards_of(trainer, pl_module).slices.values())
         self.records.event("reshape", step=self.account.clock.step, trainable=self.totals.trainable)

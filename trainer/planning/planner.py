@@ -153,6 +153,8 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     strategy, devices = choose_strategy(recipe, target, size, optimizer, fit, chosen)
     check_settings(recipe, strategy, techniques)
     fitted = _batch(recipe, fit(strategy, devices), sized, chosen)
+    if target.accelerator == "cuda" or recipe.deterministic:
+        chosen.append(_deterministic(recipe.deterministic, target))
     budget = Budget(**recipe.budget.model_dump())
     check_budget(recipe, budget, size)
     if budget.epochs is not None:
@@ -237,6 +239,17 @@ def _batch(recipe: Recipe, fit: Fit, sized: bool, chosen: list[Choice]) -> Fit:
         raise RecipeError([recipe.problem("data.micro_batch_size", micro, text)])
     chosen.append(Choice("batch", f"{total} = {micro} x {world} ranks x {own // micro} accumulated", why))
     return with_micro(fit, micro, total)
+
+
+def _deterministic(wanted: bool, target: Target) -> Choice:
+    """Whether a resumed run gives the bits of one that was never interrupted, and what that costs."""
+    if target.accelerator != "cuda":
+        why = "changes nothing on a CPU, which gives the same bits anyway"
+    elif wanted:
+        why = "resumes to the bit; the backward of attention and of embeddings is slower"
+    else:
+        why = "the fastest kernels; a resumed run may differ in the last bits, unless deterministic: true"
+    return Choice("deterministic", "true" if wanted else "false", why)
 
 
 def _price(recipe: Recipe, device: Hardware, chosen: list[Choice]) -> tuple[float, float | None]:

@@ -87,6 +87,7 @@ def fit(
     from ..tasks.optimizers.cards import optimizer_card
     from ..tasks.own_code_checks import CheckBatch, check_own_module
     from .deliverables import Deliverables, describe
+    from .determinism import deterministic_algorithms
     from .inputs import inputs_of, keep_or_compare
     from .out_of_memory import explained
     from .trainer import Trainer
@@ -174,7 +175,7 @@ def fit(
     data = task.datamodule if task.train is None else TaskData(task, plan.micro_batch, recipe.data.workers)
     if recipe.tracking.profile is not None:
         trainer.callbacks.insert(0, Profile(int(recipe.tracking.profile), run_dir))  # type: ignore[attr-defined]
-    with explained(plan):
+    with explained(plan), deterministic_algorithms(recipe.deterministic):
         trainer.fit(task.module, datamodule=data, startup_seconds=time.monotonic() - began)
     if not trainer.is_global_zero:
         return None

@@ -57,6 +57,18 @@ def test_a_parameter_without_gradient_has_none_and_takes_none(stepped):
     assert module[1].bias.grad is None
 
 
+@pytest.mark.parametrize(("counts_there", "device"), [(True, "meta"), (False, "cpu")])
+def test_the_count_of_steps_is_restored_to_where_the_optimizer_keeps_it(counts_there, device):
+    """A fused or capturable optimizer counts on the device, any other on the host; "meta" is a second device."""
+    module = nn.Linear(3, 4, bias=False, device="meta")
+    optimizer = torch.optim.AdamW(module.parameters(), capturable=counts_there)
+    moments = {"exp_avg": torch.zeros(12, device="meta"), "exp_avg_sq": torch.zeros(12, device="meta")}
+    Shards(module, [optimizer]).restore("weight", moments, {"step": torch.tensor(3.0)})
+    kept = optimizer.state[module.weight]
+    assert kept["step"].device.type == device
+    assert {kept[name].device.type for name in moments} == {"meta"}
+
+
 def test_state_is_restored_where_the_optimizer_has_not_stepped_yet(stepped):
     module, _, shards = stepped
     state = {k: v.clone() for k, v in shards.state("1.weight").items()}
