@@ -10,7 +10,7 @@ from shoestring.recipes import Recipe
 from shoestring.trainer.planning.planner import plan
 from shoestring.trainer.run.verify.verify import Runs
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
 
 
 def main(recipes: dict[str, Recipe], folder: Path, here: Path, only: dict[str, list[str]]) -> None:

@@ -188,6 +188,7 @@ def test_what_gets_no_gradient_but_rounding_is_compared_before_training_alone() 
     assert different(gradient={"b": noise}, weight={"b": ones}, final={"b": ones}) == []
     assert [d.name for d in different(gradient={"b": noise}, initial={"b": ones})] == ["b"]
     assert [d.kind for d in different(weight={"b": ones}, final={"b": ones})] == ["weight", "final"]
+    assert [d.kind for d in different(gradient={"b": ones}, weight={"b": ones})] == ["gradient", "weight"]
 
 
 def test_one_decision_in_a_hundred_may_fall_otherwise() -> None:

@@ -100,8 +100,12 @@ def by_rounding(seen: Seen, other: Seen, dtype: str) -> set[str]:
     their size makes steps of them that are as large as any.
     """
     mine, theirs = seen.tensors.get("gradient", {}), other.tensors.get("gradient", {})
-    own = {name: _off(mine.get(name), theirs[name], _size(theirs[name])) for name in theirs}
-    names = {name for name, off in own.items() if NOISE * TOLERANCES[dtype]["gradient"] < off < inf}
+    sizes, allowed = {name: _size(value) for name, value in theirs.items()}, TOLERANCES[dtype]["gradient"]
+    least, names = SMALL * _mean(sizes.values()), set()
+    for name, size in sizes.items():
+        equal = _off(mine.get(name), theirs[name], max(size, least)) <= allowed
+        if equal and _off(mine.get(name), theirs[name], size) > NOISE * allowed:
+            names.add(name)
     return names | {name for name in other.tensors.get("state", {}) if name.rpartition(" ")[2] in names}
 
 
