@@ -15,7 +15,10 @@ def page_text() -> str:
         "and its gradient of 4 bytes each; ZeRO shares them out among ranks. A plan refuses an optimizer under a "
         "strategy that is not listed.",
         table(["name", "what it does", "bytes a parameter", "paper", "strategies"], rows),
-        "`adamw`, `adam` and `sgd` step in one pass over memory (torch's fused kernels) on CPUs and on CUDA.",
+        "`adamw`, `adam` and `sgd` step in one pass over memory (torch's fused kernels) on CPUs and on CUDA, and copy "
+        "nothing. The others hold a copy of what they step at a time, which a plan counts.",
+        "`muon` and `adafactor` read matrices as wholes: under ZeRO a matrix is gathered for its step, one at a time, "
+        "and their results are those of one device. `muon` computes in float32 on a CPU, in bfloat16 on CUDA.",
         "`schedule_free_adamw` needs no falling learning rate: unless `optimizer.schedule` is given, the rate is "
         "constant after its warmup, and the budget may end at any moment. Validation and the final weights are those "
         "of the averaged point; checkpoints hold what is needed to go on.",
@@ -26,7 +29,10 @@ def page_text() -> str:
 
 
 def _bytes(card: OptimizerCard) -> str:
-    return f"{card.state_bytes:.3g}" if card.state_bytes else "two vectors a matrix"
+    if not card.state_bytes:
+        return "two vectors a matrix"
+    other = "" if card.matrix_bytes is None else f"{card.matrix_bytes:.3g} of hidden matrices, else "
+    return f"{other}{card.state_bytes:.3g}"
 
 
 def _paper(card: OptimizerCard) -> str:

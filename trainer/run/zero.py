@@ -35,10 +35,16 @@ class UnknownStrategy(ShoestringError):
 
 
 def make_strategy(
-    name: str, *, accelerator: str, offload: str = "none", options: Mapping[str, Any] | None = None
+    name: str,
+    *,
+    accelerator: str,
+    offload: str = "none",
+    options: Mapping[str, Any] | None = None,
+    in_backward: bool = False,
 ) -> Strategy | str:
     """The Lightning strategy for `name` on `accelerator` ("cpu" or "cuda"); `options` go to its constructor.
 
+    `in_backward`: parameters step one by one, and DDP keeps no buckets of gradients.
     `offload`: "optimizer" keeps optimizer state in host memory (ZeRO-2/3), "parameters" also the weights (ZeRO-3).
     """
     if name not in OFFLOADS:
@@ -56,7 +62,9 @@ def make_strategy(
     if name == "ddp":
         from pytorch_lightning.strategies import DDPStrategy
 
-        return DDPStrategy(process_group_backend=backend, **(options or {}))
+        from .step_in_backward import ReducedInBackward
+
+        return (ReducedInBackward if in_backward else DDPStrategy)(process_group_backend=backend, **(options or {}))
     from ..machine.extensions import prepare_environment
 
     prepare_environment(name, offload, accelerator)
@@ -91,7 +99,9 @@ def _zero_class() -> type[Strategy]:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from ...callbacks.parameters.accessor import shards_of_engine
     from ..machine.imports import import_deepspeeds_muon
+    from ..tasks.optimizers.wholes import WholeStepping
 
     class ZeroStrategy(DeepSpeedStrategy):
         """DeepSpeedStrategy that also runs on CPUs over gloo."""
@@ -121,8 +131,14 @@ def _zero_class() -> type[Strategy]:
             self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
         ) -> tuple[Any, Any]:
             check_dimensions(model)
-            if "muon" not in type(optimizer).__name__.lower():
+            if not type(optimizer).__module__.startswith("deepspeed."):
                 import_deepspeeds_muon()
+            engine, zero = self._engine(model, optimizer, lr_scheduler)
+            if isinstance(optimizer, WholeStepping):
+                optimizer.shards = shards_of_engine(model, engine).held
+            return engine, zero
+
+        def _engine(self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any) -> tuple[Any, Any]:
             if isinstance(self.accelerator, CUDAAccelerator):
                 return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
             engine, zero, _, _ = deepspeed.initialize(
