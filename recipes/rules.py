@@ -85,6 +85,20 @@ def some_budget(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("budget", f"at least one of {', '.join(keys)}", hint, "no limit")
 
 
+@depends_on("optimizer", "strategy", "precision")
+def one_gradient_at_a_time(recipe: Recipe) -> Iterator[Broken]:
+    if not recipe.optimizer.in_backward:
+        return
+    if recipe.optimizer.clip is not None:
+        yield Broken("optimizer.clip", "null with optimizer.in_backward", "the norm of all gradients is not known then")
+    if recipe.strategy.name not in ("auto", "single", "ddp"):
+        hint = "ZeRO shares out gradients, and frees them by itself"
+        yield Broken("strategy.name", "auto | single | ddp with optimizer.in_backward", hint)
+    if recipe.precision == "fp16":
+        hint = "its loss scale is judged by all gradients"
+        yield Broken("precision", "auto | fp32 | bf16 with optimizer.in_backward", hint)
+
+
 @depends_on("goal")
 def one_bound(recipe: Recipe) -> Iterator[Broken]:
     if recipe.goal and (recipe.goal.above is None) == (recipe.goal.below is None):

@@ -212,6 +212,9 @@ class OptimizerSpec(Section):
     nonfinite_steps: Count = Field(
         10, description="a whole number from 1: so many steps without a finite loss or gradients end the run"
     )
+    in_backward: bool = Field(
+        False, description="true | false: each parameter steps in backward, and one gradient is alive at a time"
+    )
     schedule: Literal["linear", "cosine", "wsd", "rex", "constant"] = "linear"
     warmup: Annotated[str, _duration(zero=True)] = Field("2%", description=amounts.DURATION)
 

@@ -15,6 +15,8 @@ from itertools import product
 from ..contract import IncompatibleTechniques, Technique
 from .interactions import INTERACTIONS, Rule
 
+_OF_STEPS = frozenset({"gradients", "optimizer"})
+
 
 @dataclass(frozen=True)
 class Composition:
@@ -86,6 +88,11 @@ def _fits(technique: Technique, facts: frozenset[str]) -> None:
     if unmet := technique.needs() - facts:
         raise IncompatibleTechniques(
             f"{technique!r} needs {_list(unmet)}, but this run has {_list(facts)}. Drop it or change the run."
+        )
+    if "step-in-backward" in facts and (card.writes | card.reads & _OF_STEPS) & (_OF_STEPS | {"modules"}):
+        raise IncompatibleTechniques(
+            f"{card.name} reads or changes whole gradients, states or modules, and a step in backward "
+            "(optimizer.in_backward) has one gradient at a time. Drop one of them."
         )
     if refused := card.refuses & facts:
         raise IncompatibleTechniques(f"{card.name} does not work with {_list(refused)}. Drop one of them.")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-from torch import Tensor
+from torch import Tensor, nn
 
 from .shards import NoShard, Shards
+
+if TYPE_CHECKING:
+    from .zero_shards import ZeroShards
 
 
 def shards_of(trainer: pl.Trainer, module: pl.LightningModule) -> Shards:
@@ -73,6 +77,15 @@ def _open(trainer: pl.Trainer, module: pl.LightningModule) -> Shards:
         if any(type(p).__name__ == "DTensor" for p in module.parameters()):
             raise NoShard("parameters sharded as DTensor are not supported yet; use ddp or zero1/2/3")
         return Shards(module, list(trainer.optimizers))
+    return shards_of_engine(module, engine)
+
+
+def shards_of_engine(module: nn.Module, engine: Any) -> ZeroShards:
+    """The accessor to what a DeepSpeed engine holds of a module.
+
+    Raises:
+        NoShard: It shares out nothing.
+    """
     stage = engine.zero_optimization_stage()
     if stage == 0:
         raise NoShard("DeepSpeed stage 0 keeps no masters; use ddp, or zero1")

@@ -29,6 +29,9 @@ class NoShard(ShoestringError):
     """The strategy keeps its parameters where no accessor can reach."""
 
 
+OF_A_WHOLE = "whole "  # how states begin that go with a whole parameter, on each rank that has a part of it
+
+
 @dataclass(frozen=True)
 class Slice:
     """Which elements of a flattened parameter this rank holds: [offset, offset + length) of `numel`."""
@@ -44,6 +47,41 @@ class Slice:
     def cut(self, whole: Tensor) -> Tensor:
         """This rank's elements of a tensor shaped like the parameter."""
         return whole.reshape(-1)[self.offset : self.offset + self.length]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a flat tensor of ZeRO, which its optimizer steps, has of one parameter.
+
+    Attributes:
+        name: The parameter's.
+        where: Which of its elements they are: none, where other ranks have it.
+        start: Where in the flat tensor they begin.
+        shared: Several ranks have a part of it.
+        shards: The accessor.
+        device: Where the model is, while the optimizer's step may be on the host.
+    """
+
+    name: str
+    where: Slice
+    start: int
+    shared: bool
+    shards: Shards
+    device: torch.device
+
+    def narrow(self, flat: Tensor) -> Tensor:
+        """Their view [length] of a tensor laid out as the flat one."""
+        return flat.view(-1).narrow(0, self.start, self.where.length)
+
+    def whole(self, local: Tensor) -> Tensor:
+        """The parameter's whole tensor from every rank's part. Collective where it is shared."""
+        if not self.shared:
+            return local.view(self.where.shape)
+        return self.shards.gather_slice(self.where, local).to(local.device)
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over its parts. Collective where it is shared."""
+        return self.shards.total(value.to(self.device)) if self.shared else value
 
 
 def lay_out_plainly(module: nn.Module) -> None:

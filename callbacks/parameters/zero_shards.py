@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .shards import NoShard, Shards, Slice
+from .shards import OF_A_WHOLE, Held, NoShard, Shards, Slice
 
 
-class _Zero(Shards):
+class ZeroShards(Shards):
     """What ZeRO-1/2 and ZeRO-3 share: flat fp32 masters of which a parameter's slice is a narrow view."""
 
     replicated = False
@@ -21,6 +21,7 @@ class _Zero(Shards):
         self.engine = engine
         self.zero = engine.optimizer
         super().__init__(module, [self.zero.optimizer])
+        self._held: dict[Tensor, dict[str, Held]] = {}
 
     def _flat(self, name: str) -> tuple[Tensor, int] | None:
         """The flat master that holds this rank's slice, and where in it; None if the slice is empty."""
@@ -57,7 +58,9 @@ class _Zero(Shards):
         if (at := self._entries_at(name)) is None:
             return {}
         flat, entries = at
-        return {k: v for k, v in entries.items() if not (torch.is_tensor(v) and v.shape == flat.shape)}
+        small = {k: v for k, v in entries.items() if not (torch.is_tensor(v) and v.shape == flat.shape)}
+        others = {k for k in small if k.startswith(OF_A_WHOLE) and not k.endswith(f"@{name}")}
+        return {k.removesuffix(f"@{name}"): v for k, v in small.items() if k not in others}
 
     def restore(self, name: str, state: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         if (at := self._entries_at(name)) is None:
@@ -67,7 +70,29 @@ class _Zero(Shards):
             if key not in entries:
                 entries[key] = torch.zeros_like(flat.data, dtype=value.dtype)
             self._narrow(name, entries[key]).copy_(value)
-        self._restore_scalars(entries, scalars, flat)
+        named = {k + f"@{name}" if k.startswith(OF_A_WHOLE) else k: v for k, v in scalars.items()}
+        self._restore_scalars(entries, named, flat)
+
+    def held(self, flat: Tensor) -> dict[str, Held]:
+        """All parameters of a flat tensor that the optimizer steps, in one order on all ranks.
+
+        Collective when first asked about a tensor: ranks tell each other what they have of each.
+        """
+        if flat not in self._held:
+            members = {id(p) for p in self._members(flat)}
+            names = [name for name, p in self.parameters.items() if id(p) in members]
+            have = torch.tensor([float(self.slices[name].length > 0) for name in names], device=self.engine.device)
+            dist.all_reduce(have)
+            self._held[flat] = {}
+            for name, ranks in zip(names, have.tolist(), strict=True):
+                place = self._flat(name)
+                start = 0 if place is None else place[1]
+                self._held[flat][name] = Held(name, self.slices[name], start, ranks > 1, self, self.engine.device)
+        return self._held[flat]
+
+    def _members(self, flat: Tensor) -> list[nn.Parameter]:
+        """The parameters of which a flat tensor, of this rank or of another one, has a part."""
+        raise NotImplementedError
 
     def _renorm(self, name: str, norm: Tensor) -> None:
         """Offloaded: clipping reads norms that were taken when the gradient left the device."""
@@ -88,7 +113,7 @@ class _Zero(Shards):
         return whole.view(where.shape).to(local.dtype)
 
 
-class Zero12Shards(_Zero):
+class Zero12Shards(ZeroShards):
     """ZeRO-1/2: every rank holds all low-precision weights, and masters and states of a flat partition."""
 
     def _slice(self, p: nn.Parameter) -> Slice:
@@ -120,6 +145,10 @@ class Zero12Shards(_Zero):
         if self.zero.cpu_offload and (view := self.gradient(name)) is not None:
             self._renorm(name, view.double().norm(2))
 
+    def _members(self, flat: Tensor) -> list[nn.Parameter]:
+        groups = zip(self.zero.single_partition_of_fp32_groups, self.zero.bit16_groups, strict=True)
+        return next(members for partition, members in groups if partition is flat)
+
     def whole(self, name: str) -> Tensor:
         p = self.parameters[name]
         # in full precision every rank's copy is the master itself
@@ -129,7 +158,7 @@ class Zero12Shards(_Zero):
         self.zero.update_lp_params()
 
 
-class Zero3Shards(_Zero):
+class Zero3Shards(ZeroShards):
     """ZeRO-3: every parameter is cut into equal pieces, one a rank, the last ones padded."""
 
     def _slice(self, p: nn.Parameter) -> Slice:
@@ -169,6 +198,10 @@ class Zero3Shards(_Zero):
         view.copy_(value)
         if self.zero.offload_optimizer:
             self._renorm(name, self.zero._constant_buffered_norm2(view))
+
+    def _members(self, flat: Tensor) -> list[nn.Parameter]:
+        groups = zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_groups, strict=True)
+        return next(members for partition, members in groups if partition is flat)
 
     def publish(self) -> None:
         for group in range(len(self.zero.fp16_groups)):

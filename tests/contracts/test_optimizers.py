@@ -22,9 +22,8 @@ RANKS = 2 if DEVICE == "cpu" or torch.cuda.device_count() > 1 else 1
 STRATEGIES = {name: 1 if name == "single" else RANKS for name in OFFLOADS}
 LEGAL = [(strategy, name) for strategy in STRATEGIES for name in OPTIMIZERS if strategy in OPTIMIZERS[name].strategies]
 SEVERAL = [(strategy, name) for strategy, name in LEGAL if STRATEGIES[strategy] > 1]
-# A moment that lies between two codes may fall to either, and blocks of shards are others than blocks of matrices;
-# Muon computes in bfloat16, and makes steps of one length of singular values that are all but 0
-DRIFT = {"adamw8bit": 2e-3, "muon": 1e-3}
+# A moment that lies between two codes may fall to either, and blocks of shards are others than blocks of matrices
+DRIFT = {"adamw8bit": 2e-3}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def ran(tmp_path_factory):
     def train(strategy):
         folder = tmp_path_factory.mktemp(strategy)
         world = STRATEGIES[strategy]
-        succeed(optimizer_ranks.main, strategy, folder, world=world, folder=folder, timeout=300)
+        succeed(optimizer_ranks.main, strategy, folder, world=world, folder=folder, timeout=500)
         return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world)], folder
 
     def case(strategy, name):
@@ -64,10 +63,10 @@ def apart(ran, strategy, name) -> float:
 
 def resumes(reports) -> bool:
     for report in reports:
-        whole, (first, second) = report["whole"], report["halves"]
-        if first["losses"] + second["losses"] != whole["losses"]:
+        whole, resumed = report["whole"], report["resumed"]
+        if resumed["losses"] != whole["losses"][optimizer_ranks.HALF :]:
             return False
-        if any(second[key] != whole[key] for key in ("final", "states")):
+        if any(resumed[key] != whole[key] for key in ("final", "states")):
             return False
     return True
 
@@ -84,7 +83,7 @@ def test_trains(strategy, name, ran):
 @pytest.mark.parametrize(("strategy", "name"), LEGAL)
 def test_resumes_bit_for_bit(strategy, name, ran):
     reports = ran(strategy, name)
-    assert len(reports[0]["halves"][1]["losses"]) == optimizer_ranks.STEPS - optimizer_ranks.HALF
+    assert len(reports[0]["resumed"]["losses"]) == optimizer_ranks.STEPS - optimizer_ranks.HALF
     assert resumes(reports)
 
 
@@ -93,14 +92,38 @@ def test_trains_like_one_device(strategy, name, ran):
     assert apart(ran, strategy, name) < DRIFT.get(name, 1e-6)
 
 
-@pytest.mark.parametrize(("strategy", "name"), [case for case in SEVERAL if case[0] != "ddp"])
-def test_ranks_share_its_state(strategy, name, ran):
-    alone = ran("single", name)[0]["whole"]["held"]
-    each = [report["whole"]["held"] for report in ran(strategy, name)]
-    assert max(each) < 0.55 * alone and sum(each) > (0.3 if name == "adamw8bit" else 0.99) * alone
+@pytest.mark.parametrize(("strategy", "name"), LEGAL)
+def test_holds_the_bytes_that_its_card_says(strategy, name, ran):
+    """Of all ranks together, each of which has at most its share and what pads it."""
+    shapes = [p.shape for p in optimizer_ranks.Net(None).parameters()]
+    card, world = OPTIMIZERS[name], STRATEGIES[strategy]
+    claimed = sum(n.numel() * (card.bytes_of_matrices if len(n) > 1 else card.state_bytes) for n in shapes)
+    copies = world if strategy == "ddp" else 1
+    whole = strategy in ("single", "ddp")
+    if name == "adafactor":  # two vectors a matrix, on each rank that has a part of it; a vector is kept itself
+        claimed = sum(4.0 * (sum(n) if len(n) > 1 else n.numel()) for n in shapes)
+    if name == "adamw8bit" and whole:  # small ones stay as they are
+        claimed += sum((8 - card.state_bytes) * n.numel() for n in shapes if n.numel() < 4096)
+    held = [report["whole"]["held"] for report in ran(strategy, name)]
+    most = 1.7 if name == "adafactor" and not whole else 1.03
+    assert 0.99 * copies * claimed <= sum(held) <= most * copies * claimed
+    assert max(held) < (0.55 if not whole and name != "adafactor" else 1.03) * claimed
 
 
-@pytest.mark.parametrize(("strategy", "name"), [c for c in LEGAL if c[0] in ("single", "zero2") and c[1] != "muon"])
+@pytest.mark.parametrize(("strategy", "masters", "weights"), [
+    ("single", 0, 1), ("ddp", 0, 1), ("zero1", 1, 1), ("zero2", 1, 1), ("zero3", 1, 0.5),
+])  # fmt: skip
+def test_masters_and_gradients_are_bytes_of_their_own(strategy, masters, weights, ran):
+    """4 a parameter each in float32, beside the state; what ZeRO shares out is counted over its ranks."""
+    four = sum(4 * p.numel() for p in optimizer_ranks.Net(None).parameters())
+    each = [report["whole"] for report in ran(strategy, "adamw")]
+    assert sum(report["masters"] for report in each) == pytest.approx(masters * four, rel=0.01)
+    shared = 1 if strategy.startswith("zero") else len(each)
+    assert sum(report["gradients"] for report in each) == pytest.approx(shared * four, rel=0.01)
+    assert all(report["weights"] == pytest.approx(weights * four, rel=0.01) for report in each)
+
+
+@pytest.mark.parametrize(("strategy", "name"), [case for case in LEGAL if case[0] == "zero2" and case[1] != "muon"])
 def test_what_is_pruned_stays_zero(strategy, name, ran):
     """Weights, and what the optimizer keeps of them, are zero together: its step then moves neither."""
     ran(strategy, name)
@@ -113,10 +136,10 @@ def test_what_is_pruned_stays_zero(strategy, name, ran):
 def test_blocks_of_shards_go_with_no_others(ran, monkeypatch):
     folder = ran.folder("zero2")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    went_on = optimizer_ranks.train("single", "lion", folder / "lion-halves", optimizer_ranks.STEPS + 2, 4)
+    went_on = optimizer_ranks.train("single", "lion", folder / "lion-again", optimizer_ranks.STEPS + 2, 4)
     assert len(went_on["losses"]) == 4, "two steps of two micro-batches each"
     with pytest.raises(OtherShards, match="in blocks of shards of zero1 or zero2 on 2 ranks, and this run has whole"):
-        optimizer_ranks.train("single", "adamw8bit", folder / "adamw8bit-halves", optimizer_ranks.STEPS + 2, 4)
+        optimizer_ranks.train("single", "adamw8bit", folder / "adamw8bit-again", optimizer_ranks.STEPS + 2, 4)
 
 
 def test_what_is_wrong_with_an_optimizer_is_found(ran):

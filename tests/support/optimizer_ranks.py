@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+import shutil
 import traceback
 import warnings
 from pathlib import Path
+from time import sleep
 
 import pytorch_lightning as pl
 import torch
@@ -73,6 +75,11 @@ class Recorder(pl.Callback):
     def __init__(self) -> None:
         self.seen = {"losses": [], "validations": []}
 
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        shards = shards_of(trainer, pl_module)
+        gradients = [shards.gradient(name) for name in shards.slices] if shards.at_boundary() else []
+        self.seen["gradients"] = sum(4 * grad.numel() for grad in gradients if grad is not None)
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.seen["losses"].append(float(outputs["loss"]))
 
@@ -82,7 +89,10 @@ class Recorder(pl.Callback):
     def on_train_end(self, trainer, pl_module) -> None:
         shards = shards_of(trainer, pl_module)
         kept = [v for o in shards.optimizers for entries in o.state.values() for v in entries.values()]
-        self.seen["held"] = sum(v.numel() * v.element_size() for v in kept if torch.is_tensor(v))
+        self.seen["held"] = sum(v.numel() * v.element_size() for v in kept if torch.is_tensor(v) and v.numel() > 1)
+        self.seen["masters"] = sum(shards.master(name).nbytes for name in shards.slices) * (not shards.replicated)
+        stored = [getattr(p, "ds_tensor", p).numel() for p in pl_module.parameters()]
+        self.seen["weights"] = 4 * sum(stored)
         of_all = {name: shards.state(name) | shards.scalars(name) for name in shards.slices}
         self.seen["states"] = fingerprint(
             {f"{name} {key}": torch.as_tensor(v) for name, kept in of_all.items() for key, v in kept.items()}
@@ -96,8 +106,8 @@ def train(strategy: str, name: str, run_dir: Path, steps: int, micro: int | None
     averaged = [AveragedPoint(settings.betas[0])] if optimizer_card(name).averages else []
     trainer = Trainer(
         strategy=strategy, devices=world, run_dir=run_dir, ledger=False, accelerator=DEVICE, callbacks=averaged,
-        checkpoint_every=None, max_steps=steps, max_epochs=-1, num_sanity_val_steps=0, val_check_interval=HALF,
-        gradient_clip_val=1.0, **options,
+        max_steps=steps, max_epochs=-1, num_sanity_val_steps=0, val_check_interval=HALF,
+        **{"checkpoint_every": None, "gradient_clip_val": 1.0, **options},
     )  # fmt: skip
     trainer.callbacks.append(recorder)
     torch.manual_seed(7)
@@ -110,10 +120,14 @@ def train(strategy: str, name: str, run_dir: Path, steps: int, micro: int | None
 
 def one(strategy: str, name: str, folder: Path) -> dict:
     label = name.rpartition(":")[2]
-    whole = train(strategy, name, folder / f"{label}-whole", STEPS)
-    first = train(strategy, name, folder / f"{label}-halves", HALF)
-    second = train(strategy, name, folder / f"{label}-halves", STEPS)
-    return {"whole": whole, "halves": [first, second]}
+    whole, again = folder / f"{label}-whole", folder / f"{label}-again"
+    seen = train(strategy, name, whole, STEPS, checkpoint_every=f"{HALF} steps")
+    if os.environ["RANK"] == "0":  # as a run that was killed after its half
+        shutil.copytree(whole, folder / label, ignore=shutil.ignore_patterns(f"{STEPS:09d}", "latest", "final*"))
+        (folder / label).rename(again)
+    while not again.exists():
+        sleep(0.01)
+    return {"whole": seen, "resumed": train(strategy, name, again, STEPS)}
 
 
 def main(strategy: str, folder: Path) -> None:
@@ -128,7 +142,7 @@ def main(strategy: str, folder: Path) -> None:
         except Exception:
             results[label] = {"error": traceback.format_exc()}
             print(traceback.format_exc(), flush=True)
-    for name in names if strategy in ("single", "zero2") else ():
+    for name in names if strategy == "zero2" else ():  # whose shards have parts of several parameters
         if name not in GradualPruning.card.refuses:
             pruning = GradualPruning(sparsity=0.6, start="10%", end="50%", every=1, skip=["net.4.*"])
             train(strategy, name, folder / f"{name}-pruned", STEPS, techniques=[pruning])

@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from ... import ShoestringError
 from ...callbacks.contract import SampleTable, Technique
 from ...callbacks.parameters.accessor import shards_anew
-from ...callbacks.parameters.shards import Shards, Slice
+from ...callbacks.parameters.shards import OF_A_WHOLE, Shards, Slice
 from . import format as checkpoint
 from .format import Piece, Pieces
 from .random_states import rng_state
@@ -201,7 +201,8 @@ def _layout(trainer: pl.Trainer, shards: Shards) -> str:
 
 def _check_blocks(saved: str | None, now: str, scalars: Mapping[str, Mapping[str, Any]]) -> None:
     """Vectors beside a state, such as the scales of its blocks, cannot be cut anew."""
-    vectors = (v for values in scalars.values() for v in values.values() if torch.is_tensor(v) and v.numel() > 1)
+    kept = ((key, v) for values in scalars.values() for key, v in values.items() if torch.is_tensor(v))
+    vectors = (v for key, v in kept if v.numel() > 1 and not key.startswith(OF_A_WHOLE))
     if saved != now and next(vectors, None) is not None:
         raise OtherShards(
             f"the checkpoint's optimizer keeps state in blocks of {saved}, and this run has {now}. "

@@ -246,11 +246,12 @@ def _cpuinfo(*keys: str) -> str:
 
 def run_facts(
     strategy: Any, accelerator: str, offload: str = "none", optimizer: str | None = None, *,
-    bf16: bool | None = None, fp16: bool | None = None,
+    bf16: bool | None = None, fp16: bool | None = None, in_backward: bool = False,
 ) -> frozenset[str]:  # fmt: skip
     """What techniques may need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", …, "offload".
 
     bf16, fp16: whether the device computes in that type; None: as this machine's.
+    in_backward: parameters step in backward: "step-in-backward".
     """
     if bf16 is None or fp16 is None:
         bf16, fp16 = (machine := facts()).bf16, machine.fp16
@@ -263,6 +264,8 @@ def run_facts(
         names.add(f"zero-{strategy[-1]}" if strategy.startswith("zero") else strategy)
     if offload != "none":
         names.add("offload")
+    if in_backward:
+        names.add("step-in-backward")
     if optimizer:
         names.add(optimizer)
     return frozenset(names)

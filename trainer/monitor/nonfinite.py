@@ -4,6 +4,7 @@ A step whose gradients hold a NaN or an infinity changes nothing: no weight, no 
 DeepSpeed and fp16's scaler do so themselves; elsewhere the gradients are looked at once they are averaged over ranks,
 so all ranks decide alike. On a CPU that is a look at one number. On a GPU the number stays there: torch's fused
 optimizers read it (`found_inf`), and the host a step later. Only for other optimizers on a GPU does the host wait.
+Where parameters step in backward, each is asked by itself: those that had theirs before have moved.
 """
 
 from __future__ import annotations
@@ -66,6 +67,15 @@ class NonFiniteSteps:
                         p.grad = None  # which every optimizer passes over
                 return
         self._plain(module, optimizer)
+
+    def one_is(self, gradient: Tensor) -> bool:
+        """Whether a gradient that is stepped by itself is finite; one that is not makes the step under way such a one.
+
+        On a GPU the host waits for the answer.
+        """
+        finite = isfinite(torch.linalg.vector_norm(gradient, inf).item())
+        self._skipped = self._skipped or not finite
+        return finite
 
     def step_ends(self, loss: Tensor | None, step: int, batch: int) -> bool:
         """Whether this step was not finite on this rank; on a GPU, the step before."""

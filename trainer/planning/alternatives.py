@@ -144,7 +144,8 @@ def _tried(
 def _micro(fit: Fit, total: int) -> tuple[_Change[int], Fit] | None:
     """The largest micro-batch, of at most the asked one, with which these inputs fit."""
     asked, own = fit.inputs.micro, total // fit.inputs.world
-    for micro in sorted((n for n in range(1, min(asked, own) + 1) if own % n == 0), reverse=True):
+    least = own if fit.inputs.in_backward else 1  # which accumulates nothing
+    for micro in sorted((n for n in range(least, min(asked, own) + 1) if own % n == 0), reverse=True):
         tried = with_micro(fit, micro, total)
         if tried.fits:
             if micro == asked:
@@ -202,7 +203,7 @@ def _ways(made: Inputs, asked: Inputs, optimizer: OptimizerCard, chosen: bool) -
             continue
         alone = made.world == 1 and offload == "none" and strategy != asked.strategy  # nothing to share, or to move
         idle = any(made.sharding.foreign_to(strategy))  # a key of the recipe that would be refused there
-        if idle or (zero and (optimizer.whole_parameters or alone)):
+        if idle or (zero and (optimizer.whole_parameters or alone or asked.in_backward)):
             continue
         words, kind, cost = [], "", 0.1 * int(strategy[-1]) if zero else 0.0
         if strategy != asked.strategy or (chosen and made.world > 1):

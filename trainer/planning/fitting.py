@@ -11,6 +11,7 @@ from ... import ShoestringError
 from ...callbacks.contract import Effect, Technique, Workload
 from ...recipes import Recipe
 from ...strategies import Sharding
+from ..tasks.optimizers.cards import OptimizerCard
 from ..tasks.weight_dtypes import kept_in
 from .activations import Checkpointing
 from .memory import Inputs, Memory, Term, memory
@@ -54,7 +55,7 @@ def fit_of(inputs: Inputs, target: Target) -> Fit:
 
 
 def inputs_of(
-    recipe: Recipe, target: Target, size: Size, optimizer: float, techniques: Sequence[Technique]
+    recipe: Recipe, target: Target, size: Size, optimizer: OptimizerCard, techniques: Sequence[Technique]
 ) -> Callable[..., Inputs]:
     """Make a function of strategy, devices, nodes, micro and accumulate: all else that decides memory is the recipe's.
 
@@ -62,7 +63,7 @@ def inputs_of(
         recipe: What was asked for.
         target: What is planned for.
         size: The model's counts.
-        optimizer: Bytes that it keeps of a trained parameter.
+        optimizer: The card of its optimizer.
         techniques: The recipe's, and those that follow from it.
     """
     by_name: dict[str, Any] = {t.card.name: t for t in techniques}
@@ -80,8 +81,7 @@ def inputs_of(
             accelerator=target.accelerator, precision=precision, base=base_dtype(recipe, precision),
             optimizer=optimizer, checkpointing=Checkpointing(again.every, again.mode) if again else Checkpointing(),
             adapter_dtype=adapter.dtype if adapter else "compute", dropout=bool(adapter and adapter.dropout),
-            chunked_loss=chunked,
-            sharding=sharding_of(recipe),
+            chunked_loss=chunked, in_backward=recipe.optimizer.in_backward, sharding=sharding_of(recipe),
             effect=reduce(times, effects, Effect()), shared_extra="distillation" not in by_name,
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from ...callbacks.contract import Effect
 from ...strategies import Sharding, bucket
 from ..tasks.chunks import Chunked, chunks_of
+from ..tasks.optimizers.cards import OPTIMIZERS, OptimizerCard
 from .activations import BYTES, Checkpointing, block_bytes, logits_bytes
 from .sizes import Size
 
@@ -92,14 +93,14 @@ class Inputs:
         accelerator: "cuda" or "cpu".
         precision: fp32 | bf16 | fp16, of the computation.
         base: What a frozen weight is kept in: a key of `FROZEN_BYTES`.
-        optimizer: Bytes it keeps of a trained parameter.
+        optimizer: What it keeps of a parameter, and what its step copies.
         checkpointing: Which blocks are computed again in backward.
         adapter_dtype: compute | float32.
         dropout: Adapters drop parts of their inputs.
         effect: Of all other techniques together.
         shared_extra: What techniques keep beside the states is split as these are; a teacher is not.
+        in_backward: Each parameter steps in backward, and its gradient is freed.
         chunked_loss: Whether logits exist in parts only, as the recipe says; False where something needs them whole.
-        fused: The optimizer needs no copy of what it steps.
         sharding: How ZeRO sums gradients and communicates.
     """
 
@@ -114,15 +115,15 @@ class Inputs:
     accelerator: str
     precision: str
     base: str = "fp32"
-    optimizer: float = 8.0
+    optimizer: OptimizerCard = OPTIMIZERS["adamw"]
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
     adapter_dtype: str = "compute"
     dropout: bool = False
     effect: Effect = field(default_factory=Effect)
     shared_extra: bool = True
     chunked_loss: Chunked = False
-    fused: bool = False
     sharding: Sharding = field(default_factory=Sharding)
+    in_backward: bool = False
 
     @property
     def world(self) -> int:
@@ -183,10 +184,30 @@ def _states(run: Inputs) -> Iterable[Term]:
         yield Term("frozen weights", frozen_bytes(run) * weights)
     if run.offload == "none":
         yield Term("master weights", 4 * trained * share if stage else 0.0)
-        yield Term("optimizer states", run.optimizer * trained * share)
-        yield Term("gradients", summed(run) * trained * gradients, held)
+        yield Term("optimizer states", _optimizer_states(run) * share)
+        alive = min(trained, float(size.largest)) if run.in_backward else trained * gradients
+        yield Term("gradients", summed(run) * alive, ("backward",) if run.in_backward else held)
     elif stage == 2 and summed(run) != own:  # summed on the device, and sent to the host when it is to step
         yield Term("gradients", summed(run) * trained * gradients, held)
+
+
+def _optimizer_states(run: Inputs) -> float:
+    """Of all trained parameters. What is trained beside a frozen model are matrices in its blocks."""
+    size, card = run.size, run.optimizer
+    trained = float(size.trainable or 0)
+    matrices = trained if trained < (size.parameters or 0) else min(trained, float(size.inside))
+    return matrices * card.bytes_of_matrices + (trained - matrices) * card.state_bytes
+
+
+def _stepped(run: Inputs) -> float:
+    """Elements that the optimizer copies at a time: ZeRO makes one parameter of all that a rank has."""
+    size, stepped = run.size, run.optimizer.copies_of
+    trained = float(size.trainable or 0)
+    whole = trained / run.world if run.stage else trained
+    if isinstance(stepped, int):
+        return min(whole, float(stepped))
+    for_each = stepped == "all" and run.accelerator == "cuda" and run.offload == "none" and not run.in_backward
+    return whole if for_each or (run.stage and stepped != "matrix") else min(trained, float(size.largest))
 
 
 def frozen_bytes(run: Inputs) -> float:
@@ -204,7 +225,7 @@ def _copies(run: Inputs) -> Iterable[Term]:
     size, stage, own = run.size, run.stage, run.own
     trained, parameters = float(size.trainable or 0), float(size.parameters or 0)
     share = 1 / run.world if stage else 1.0
-    if run.strategy == "ddp" and run.world > 1:
+    if run.strategy == "ddp" and run.world > 1 and not run.in_backward:
         yield Term("gradient buckets", own * trained)
     if stage:
         yield Term("communication buckets", _buckets(run), ("backward",))
@@ -214,8 +235,8 @@ def _copies(run: Inputs) -> Iterable[Term]:
     if run.offload == "none":
         again = stage and not (stage == 2 and summed(run) != own)  # summed in parts, they are what is stepped
         yield Term("gradients in float32", 4 * trained * share if again else 0.0, ("step",))
-        stepped = trained * share if stage or run.accelerator == "cuda" else min(trained, float(size.largest))
-        yield Term("optimizer's temporary copy", 0.0 if run.fused or not run.optimizer else 4 * stepped, ("step",))
+        copied, at = run.optimizer.copied_bytes * _stepped(run), "backward" if run.in_backward else "step"
+        yield Term("optimizer's temporary copy", copied, (at,))
 
 
 def _buckets(run: Inputs) -> float:
@@ -276,14 +297,15 @@ def _techniques(run: Inputs, device: Iterable[Term]) -> Term:
 
 
 def _offloaded(run: Inputs) -> list[Term]:
-    """Of one rank, in host memory: 16 bytes of a trained parameter for AdamW, 18 with its weights."""
+    """Of one rank, in host memory, where its step is: 16 bytes of a parameter for AdamW, 18 with its weights."""
     trained = float(run.size.trainable or 0) / run.world
     if run.offload == "none":
         return []
     terms = [
         Term("offloaded master weights", 4 * trained),
         Term("offloaded gradients", 4 * trained),
-        Term("offloaded optimizer states", run.optimizer * trained),
+        Term("offloaded optimizer states", _optimizer_states(run) / run.world),
+        Term("offloaded optimizer's temporary copy", run.optimizer.copied_bytes * _stepped(run)),
     ]
     if run.stage == 3:
         terms.append(Term("gradients of all micro-batches", summed(run) * trained))

@@ -142,7 +142,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     optimizer = choose_optimizer(recipe)
     said: list[Choice] = []
     techniques = _techniques(recipe, target, optimizer, said)
-    make = inputs_of(recipe, target, size, optimizer.state_bytes, techniques)
+    make = inputs_of(recipe, target, size, optimizer, techniques)
     nodes, least = recipe.strategy.nodes, recipe.data.micro_batch_size
     least = 1 if least == "auto" else least
 
@@ -165,7 +165,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         techniques,
         run_facts(
             strategy, target.accelerator, recipe.strategy.offload, recipe.optimizer.name,
-            bf16=target.bf16, fp16=target.fp16,
+            bf16=target.bf16, fp16=target.fp16, in_backward=recipe.optimizer.in_backward,
         ),
     )  # fmt: skip
     for reason in composition.reasons:
@@ -224,7 +224,13 @@ def _batch(recipe: Recipe, fit: Fit, sized: bool, chosen: list[Choice]) -> Fit:
             [recipe.problem("data.batch_size", total, f"a multiple of the {world} ranks", "change it or the devices")]
         )
     own = total // world
-    if setting != "auto":
+    if recipe.optimizer.in_backward:
+        micro, why = own, "optimizer.in_backward accumulates nothing"
+        if setting not in ("auto", own):
+            text = f"auto or {own} with optimizer.in_backward"
+            hint = "gradients of several micro-batches would have to be kept"
+            raise RecipeError([recipe.problem("data.micro_batch_size", setting, text, hint)])
+    elif setting != "auto":
         micro, why = setting, "the recipe says so"
     elif not sized:
         # a module of the user's own mostly has loaders of its own, which make whole batches

@@ -61,7 +61,7 @@ def predict(
         "kwh_per_step": cost["kwh"],
     }
     step = {"steps": 1.0, "tokens": tokens, "samples": recipe.data.batch_size, "flops": flops}
-    trained = (4 + inputs.optimizer) * float(size.trainable or 0) / (world if inputs.stage else 1)
+    trained = (4 + inputs.optimizer.state_bytes) * float(size.trainable or 0) / (world if inputs.stage else 1)
     written = trained + 4 * (2 * size.parameters - (size.trainable or 0))  # a checkpoint, and the weights alone
     around = ASSUMED_STARTUP[inputs.strategy] + written / ASSUMED_DISK
     if recipe.evaluation.at_end and recipe.evaluation.batches:

@@ -102,6 +102,8 @@ def _possible(recipe: Recipe, world: int, optimizer: OptimizerCard) -> list[str]
     wanted, offload, name = recipe.strategy.name, recipe.strategy.offload, recipe.optimizer.name
     able = [each for each, offloads in OFFLOADS.items() if offload in offloads]
     able = [each for each in able if each == "single" or world > 1 or each.startswith("zero")]
+    if recipe.optimizer.in_backward:
+        able = [each for each in able if not each.startswith("zero")]
     whole = [each for each in able if each in optimizer.strategies]
     if not whole or (wanted != "auto" and wanted in able and wanted not in whole):
         where = f"strategy.name {wanted}" if whole else f"strategy.offload {offload}"

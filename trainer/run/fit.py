@@ -154,6 +154,7 @@ def fit(
         log_every=recipe.tracking.log_every,
         hang_after=recipe.strategy.hang_after,
         nonfinite_steps=recipe.optimizer.nonfinite_steps,
+        step_in_backward=recipe.optimizer.in_backward,
         records=records,
         accelerator="gpu" if plan.accelerator == "cuda" else "cpu",
         accumulate_grad_batches=plan.accumulate,

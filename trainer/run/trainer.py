@@ -53,6 +53,7 @@ from ..monitor.records import Records
 from ..monitor.stragglers import Stragglers
 from .arguments import accelerator, dtype, fold, started_by_hand, strategy_name
 from .options import LightningOptions
+from .step_in_backward import in_backward
 from .zero import make_strategy
 
 log = logging.getLogger("shoestring")
@@ -97,6 +98,7 @@ class Trainer(pl.Trainer):
             where. "auto" is 20 times the slowest batch of the last hundred, at least two minutes.
         nonfinite_steps: A step whose gradients are not finite is skipped; so many, or as many losses, end the run.
         accept_changes: Resume with other techniques or another optimizer than the run was begun with, too.
+        step_in_backward: Each parameter steps as soon as backward has its gradient: one of them is alive at a time.
         records: Where the run is written down, if not as `run_dir`, `ledger` and `wandb` say.
         **lightning: All other arguments of `pl.Trainer`.
 
@@ -136,6 +138,7 @@ class Trainer(pl.Trainer):
         hang_after: str = "auto",
         nonfinite_steps: int = 10,
         accept_changes: bool = False,
+        step_in_backward: bool = False,
         records: Records | None = None,
         **lightning: Unpack[LightningOptions],
     ) -> None:
@@ -147,11 +150,18 @@ class Trainer(pl.Trainer):
         name = strategy_name(strategy, devices, num_nodes)
         own_schedule = budget and not any(t.card.name == "lr_schedule" for t in techniques)
         chosen = [*techniques, _default_schedule()] if own_schedule else list(techniques)
-        composition = compose(chosen, run_facts(name, kind, offload))
+        composition = compose(chosen, run_facts(name, kind, offload, in_backward=step_in_backward))
         settings = fold(composition.techniques, options)
         made = strategy
         if isinstance(name, str) and name in OFFLOADS:
-            made = make_strategy(name, accelerator=kind, offload=offload, settings=settings, sharding=sharding)
+            made = make_strategy(
+                name,
+                accelerator=kind,
+                offload=offload,
+                settings=settings,
+                sharding=sharding,
+                in_backward=step_in_backward,
+            )
         if budget and not options.keys() & {"max_epochs", "max_steps"}:
             options["max_epochs"] = math.ceil(budget.epochs or -1)
         self.seed = seed
@@ -176,6 +186,8 @@ class Trainer(pl.Trainer):
             nonfinite_steps=nonfinite_steps,
             accept_changes=accept_changes,
         )
+        clip = options.get("gradient_clip_val")
+        stepping = in_backward(name, settings, clip, self.monitor.nonfinite) if step_in_backward else []
         given = options.pop("callbacks", None) or []
         given = [given] if isinstance(given, pl.Callback) else list(given)
         options.setdefault("logger", False)
@@ -189,7 +201,7 @@ class Trainer(pl.Trainer):
             num_nodes=num_nodes,
             precision=settings.precision,
             accumulate_grad_batches=settings.accumulate_grad_batches,
-            callbacks=[*given, *composition.techniques, self.monitor],
+            callbacks=[*given, *composition.techniques, *stepping, self.monitor],
             **options,
         )
         self.fit_loop.__class__ = _EndedLoop

@@ -38,10 +38,11 @@ class UnknownStrategy(ShoestringError):
 
 def make_strategy(
     name: str, *, accelerator: str, offload: str = "none", settings: Settings | None = None,
-    sharding: Sharding | None = None,
+    sharding: Sharding | None = None, in_backward: bool = False,
 ) -> Strategy | str:  # fmt: skip
     """The Lightning strategy for `name` on `accelerator` ("cpu" or "cuda").
 
+    `in_backward`: parameters step one by one, and DDP keeps no buckets of gradients.
     `offload`: "optimizer" keeps optimizer state in host memory (ZeRO-2/3), "parameters" also the weights (ZeRO-3).
     `settings`: their `strategy_options` go to its constructor; `sharding`: how ZeRO communicates.
     """
@@ -64,7 +65,10 @@ def make_strategy(
     if name == "ddp":
         from pytorch_lightning.strategies import DDPStrategy
 
-        return DDPStrategy(process_group_backend=backend, **settings.strategy_options)
+        from .step_in_backward import ReducedInBackward
+
+        kind = ReducedInBackward if in_backward else DDPStrategy
+        return kind(process_group_backend=backend, **settings.strategy_options)
     from ..machine.extensions import prepare_environment
 
     prepare_environment(name, offload, accelerator)
@@ -148,7 +152,9 @@ def _zero_class() -> type[Strategy]:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from ...callbacks.parameters.accessor import shards_of_engine
     from ..machine.imports import import_deepspeeds_muon
+    from ..tasks.optimizers.wholes import WholeStepping
 
     class ZeroStrategy(DeepSpeedStrategy):
         """DeepSpeedStrategy that also runs on CPUs over gloo."""
@@ -182,8 +188,14 @@ def _zero_class() -> type[Strategy]:
             self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
         ) -> tuple[Any, Any]:
             check_dimensions(model)
-            if "muon" not in type(optimizer).__name__.lower():
+            if not type(optimizer).__module__.startswith("deepspeed."):
                 import_deepspeeds_muon()
+            engine, zero = self._engine(model, optimizer, lr_scheduler)
+            if isinstance(optimizer, WholeStepping):
+                optimizer.shards = shards_of_engine(model, engine).held
+            return engine, zero
+
+        def _engine(self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any) -> tuple[Any, Any]:
             trained = [p for p in model.parameters() if p.requires_grad]
             count = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
             _buckets(self.config["zero_optimization"], self.sharding, count)

@@ -22,6 +22,7 @@ from shoestring.trainer.planning.alternatives import SHOWN
 from shoestring.trainer.planning.fitting import CannotFit
 from shoestring.trainer.planning.memory import Inputs, Memory, memory
 from shoestring.trainer.planning.sizes import Size
+from shoestring.trainer.tasks.optimizers.cards import OPTIMIZERS, OptimizerCard
 
 GIB = 2**30
 LLAMA = "model_type: llama, num_key_value_heads: 8, vocab_size: 128256, hidden_size"
@@ -59,11 +60,11 @@ def logits(vocabulary: int = 128256, tokens: int = TOKENS) -> float:
 
 
 def test_8b_in_full_on_eight_is_what_was_derived() -> None:
-    """ZeRO-2: 16-bit weights whole; gradients, masters and two moments by eight; then logits, or copies of the step."""
+    """ZeRO-2: 16-bit weights whole; gradients, masters and two moments by eight; then logits, or the step."""
     made = planned(LLAMA_8B, 8, "strategy.name=zero2", IN_BF16)
     states = 2 * P8 + (2 + 4 + 8) * P8 / 8
     assert states / GIB == pytest.approx(28, rel=0.02)
-    step = states + (4 + 4) * P8 / 8
+    step = states + 4 * P8 / 8  # gradients in float32; AdamW is fused, and copies nothing
     entries = 2 * 4096 * 32 * TOKENS  # what enters each block, in 16 bits
     loss = states + logits() + entries
     assert alive(made) == pytest.approx(max(step, loss) + 1.25 * GIB, rel=0.02)
@@ -114,14 +115,23 @@ def test_8b_lora_on_a_base_in_16_bits_is_what_was_derived() -> None:
 
 def test_8b_in_full_on_one_is_refused_with_changes_that_fit() -> None:
     said = refused(LLAMA_8B, 1)
-    assert "needs 150.3 GiB a device, and h100-sxm has 79.2 GiB" in said  # 4 + 4 + 8, and 4 to step them
+    kept = (4 + 4 + 8) * P8  # gradients stay from one micro-batch to the next; the fused step copies nothing
+    copies, entries = 2 * (P8 - 128256 * 4096), 4 * 4096 * 32 * TOKENS  # in 16 bits of all but embeddings; float32
+    loss = kept + copies + entries + logits()
+    assert (
+        f"needs {loss / GIB + 0.75:.1f} GiB a device, and h100-sxm has 79.2 GiB. At its fullest moment, the loss"
+        in said
+    )
     assert "optimizer states 59.8 GiB, weights 29.9 GiB, gradients 29.9 GiB" in said
     proposals_fit(said, LLAMA_8B, 1)
+    block = 1.3  # computed again in backward, where gradients come to be
+    once = refused(LLAMA_8B, 1, "data.batch_size=1")
+    assert f"needs {(kept + entries) / GIB + block + 0.75:.1f} GiB a device" in once and "moment, the backward" in once
 
 
 def test_70b_in_full_on_eight_is_refused_with_changes_that_fit() -> None:
     said = refused(LLAMA_70B, 8)
-    states = (2 + 4 + 4 + 8 + 4 + 4) * P70 / 8  # with ZeRO-3, and the copies of the step
+    states = (2 + 4 + 4 + 8 + 4) * P70 / 8  # with ZeRO-3, and gradients in float32 for the step
     assert f"needs {states / GIB + 1.25:.1f} GiB a device" in said
     proposals_fit(said, LLAMA_70B, 8)
 
@@ -196,7 +206,12 @@ def test_states_of_every_strategy(strategy: str, bf16: float, fp32: float) -> No
     more = {"ddp": 0, "zero1": 2}.get(strategy, 2 / 2)  # where gradients are summed in float32
     assert megabytes(needed(MILLION, strategy), *STATES) == bf16 + more
     assert megabytes(needed(MILLION, strategy, precision="fp32"), *STATES) == fp32
-    assert megabytes(needed(MILLION, strategy, optimizer=2.0), "optimizer states") == (2 if strategy == "ddp" else 1)
+    lion = OPTIMIZERS["lion"]
+    assert megabytes(needed(MILLION, strategy, optimizer=lion), "optimizer states") == (4 if strategy == "ddp" else 2)
+    muon = megabytes(needed(MILLION, strategy, optimizer=OPTIMIZERS["muon"]), "optimizer states")
+    assert muon * (1 if strategy == "ddp" else 2) == pytest.approx(0.8 * 4 + 0.2 * 8), "AdamW outside of blocks"
+    adapted = megabytes(needed(ADAPTED, strategy, optimizer=OPTIMIZERS["muon"]), "optimizer states")
+    assert adapted * (1 if strategy == "ddp" else 2) == pytest.approx(0.04), "all that trains are matrices in blocks"
 
 
 def test_copies() -> None:
@@ -206,7 +221,45 @@ def test_copies() -> None:
     assert megabytes(needed(MILLION, "ddp", precision="fp32"), "autocast copies") == 0
     assert megabytes(needed(MILLION, "zero2"), "autocast copies") == 0
     assert megabytes(needed(MILLION, "zero3"), "gathered layers") == 2
-    assert megabytes(needed(MILLION, "ddp", fused=True), "optimizer's temporary copy") == 0
+
+
+COPY = "optimizer's temporary copy"
+
+
+@pytest.mark.parametrize(
+    ("name", "on_cuda", "on_cpu", "of_a_shard"),
+    [("adamw", 0, 0, 0), ("sgd", 0, 0, 0), ("lion", 0.04, 0.04, 2), ("schedule_free_adamw", 0.04, 0.04, 2),
+     ("adamw8bit", 16, 16, 8), ("adafactor", 0.08, 0.08, 0.08), ("muon", 0.2, 0.2, 0.2)],
+)  # fmt: skip
+def test_the_step_copies_what_the_optimizer_steps_at_a_time(
+    name: str, on_cuda: float, on_cpu: float, of_a_shard: float
+) -> None:
+    """Nothing, one parameter, a rank's whole shard, or a chunk, which here is larger than the model."""
+    card = OPTIMIZERS[name]
+    assert megabytes(needed(MILLION, "ddp", optimizer=card), COPY) == on_cuda
+    assert megabytes(needed(MILLION, "ddp", optimizer=card, accelerator="cpu"), COPY) == on_cpu
+    assert megabytes(needed(MILLION, "zero2", optimizer=card), COPY) == of_a_shard
+    moved = needed(MILLION, "zero2", optimizer=card, offload="optimizer")
+    assert megabytes(moved, COPY) == 0
+    host = {term.name: term.bytes for term in moved.host}
+    assert host["offloaded " + COPY] == 2 * of_a_shard * 1e6, "of two ranks"
+
+
+def test_a_step_in_backward_has_one_gradient_and_no_buckets() -> None:
+    for strategy in ("single", "ddp"):
+        need = needed(MILLION, strategy, accumulate=1, in_backward=True, optimizer=OptimizerCard(make="own"))
+        assert megabytes(need, "gradients") == megabytes(need, COPY) == 0.04, "of the largest matrix"
+        assert megabytes(need, "gradient buckets") == 0
+        assert {"gradients", COPY} <= {term.name for term in need.at("backward")}
+        assert not {"gradients", COPY} & {term.name for term in need.at("step")}
+
+
+def test_an_optimizer_of_somebody_else_is_thought_to_step_as_torchs_do() -> None:
+    """All parameters together on CUDA, where torch loops over lists of them; one at a time on a CPU."""
+    own = OptimizerCard(make="own")
+    assert megabytes(needed(MILLION, "ddp", optimizer=own), COPY) == 4
+    assert megabytes(needed(MILLION, "ddp", optimizer=own, accelerator="cpu"), COPY) == 0.04
+    assert megabytes(needed(MILLION, "zero2", optimizer=own), COPY) == 2
 
 
 @pytest.mark.parametrize(

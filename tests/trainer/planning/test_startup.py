@@ -34,7 +34,7 @@ REFUSED = {
     "two writers": ["techniques=[rigl, set]"],
     "a rule": ["techniques=[quantization_aware, weight_clustering]"],
     "not here": ["precision=fp16"],
-    "optimizer": ["optimizer.name=muon", "strategy.name=zero2", "strategy.devices=2"],
+    "optimizer": ["optimizer.name=moun", "strategy.name=zero2", "strategy.devices=2"],
     "teacher": ["techniques=[{distillation: {teacher: ''}}]"],
     "dtype": ["techniques=[{distillation: {teacher_dtype: float8}}]"],
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal
 
 from .... import ShoestringError
 from ....own_code import import_code, is_code
@@ -27,22 +27,35 @@ class OptimizerCard:
         make: Builds it from named parameters and the recipe's optimizer section; or the name of such a function in
             `optimizers.py`; or a `torch.optim.Optimizer` class, which gets groups and the learning rate.
         state_bytes: What it keeps of a trained parameter, beside the weight and its gradient; an upper bound.
-        whole_parameters: It reads a parameter's shape, which ZeRO flattens away: not for zero1, zero2, zero3.
+        matrix_bytes: The same of a hidden matrix's parameters, where that is less.
+        copied_bytes: What its step holds beside that, for each element that it steps at a time; 0 where it is fused.
+        copies_of: What it steps at a time: "all" on CUDA, which is how torch's own do, and one parameter on a CPU;
+            one "parameter", which under ZeRO is a rank's whole shard; one "matrix" there too; or so many elements.
+        whole_parameters: It reads a parameter's shape, which ZeRO flattens away: not for zero1, zero2, zero3, unless it
+            is made of `WholeStepping`, which gathers.
         averages: Its result is an average of its path, which `AveragedPoint` puts in place; the rate need not fall.
         does: What is particular about it, in one line.
         paper: Its arXiv number, or where else it is described.
 
     Example:
-        >>> optimizer_card("muon").strategies
+        >>> OptimizerCard(make="own", whole_parameters=True).strategies
         ['single', 'ddp']
     """
 
     make: str | Callable[..., Any]
     state_bytes: float = 8.0
+    matrix_bytes: float | None = None
+    copied_bytes: float = 4.0
+    copies_of: Literal["all", "parameter", "matrix"] | int = "all"
     whole_parameters: bool = False
     averages: bool = False
     does: str = ""
     paper: str = ""
+
+    @property
+    def bytes_of_matrices(self) -> float:
+        """What it keeps of a hidden matrix's parameter."""
+        return self.state_bytes if self.matrix_bytes is None else self.matrix_bytes
 
     @property
     def strategies(self) -> list[str]:
@@ -51,33 +64,49 @@ class OptimizerCard:
 
 
 OPTIMIZERS: dict[str, OptimizerCard] = {
-    "adamw": OptimizerCard(make="adamw", does="Adam with decay beside the gradient", paper="1711.05101"),
+    "adamw": OptimizerCard(
+        make="adamw", copied_bytes=0, does="Adam with decay beside the gradient", paper="1711.05101"
+    ),
     "adam": OptimizerCard(
-        make="adam", does="steps by the gradient's mean over its root mean square", paper="1412.6980"
+        make="adam",
+        copied_bytes=0,
+        does="steps by the gradient's mean over its root mean square",
+        paper="1412.6980",
     ),
     "sgd": OptimizerCard(  # of momentum, which may be off
-        make="sgd", state_bytes=4, does="the gradient, with momentum", paper="1609.04747"
+        make="sgd", state_bytes=4, copied_bytes=0, does="the gradient, with momentum", paper="1609.04747"
     ),
-    "lion": OptimizerCard(make="lion", state_bytes=4, does="the sign of a momentum", paper="2302.06675"),
-    "adamw8bit": OptimizerCard(  # two bytes, and two scales of four bytes in 256 elements
-        make="adamw8bit", state_bytes=2 + 8 / 256, does="AdamW with moments of 8 bits in blocks", paper="2110.02861"
+    "lion": OptimizerCard(
+        make="lion", state_bytes=4, copies_of="parameter", does="the sign of a momentum", paper="2302.06675"
+    ),
+    "adamw8bit": OptimizerCard(  # two bytes, and two scales of four bytes in 256 elements; a chunk in float32
+        make="adamw8bit",
+        state_bytes=2 + 8 / 256,
+        copied_bytes=16,
+        copies_of=2**20,
+        does="AdamW with moments of 8 bits in blocks",
+        paper="2110.02861",
     ),
     "schedule_free_adamw": OptimizerCard(
         make="schedule_free_adamw",
         averages=True,
+        copies_of="parameter",
         does="AdamW that averages its path in place of a falling learning rate",
         paper="2405.15682",
     ),
     "adafactor": OptimizerCard(  # two vectors a matrix
         make="adafactor",
         state_bytes=0,
-        whole_parameters=True,
+        copied_bytes=8,
+        copies_of="matrix",
         does="the second moment as a row and a column for each matrix",
         paper="1804.04235",
     ),
     "muon": OptimizerCard(  # 4 of hidden matrices, 8 of AdamW's share
         make="muon",
-        whole_parameters=True,
+        matrix_bytes=4,
+        copied_bytes=20,
+        copies_of="matrix",
         does="orthogonal steps for hidden matrices, AdamW for the rest",
         paper="2502.16982",
     ),

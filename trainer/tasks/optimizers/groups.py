@@ -28,5 +28,7 @@ def decay_groups(parameters: Named, weight_decay: float) -> list[dict[str, Any]]
     """Parameter groups: matrices with decay, everything of fewer dimensions without. Empty groups are left out."""
     decayed = [p for _, p in parameters if len(shape_of(p)) >= 2]
     plain = [p for _, p in parameters if len(shape_of(p)) < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0},
+    ]  # fmt: skip
     return [group for group in groups if group["params"]]

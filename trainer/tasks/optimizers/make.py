@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from ...data.errors import TaskError
+from .adafactor import Adafactor
 from .adamw8bit import AdamW8bit
 from .cards import optimizer_card
 from .groups import Named, decay_groups, decay_of
 from .lion import Lion
 from .muon import MuonWithAdamW
-from .of_torch import adafactor, adam, adamw, sgd
+from .of_torch import adam, adamw, sgd
 from .schedule_free import ScheduleFreeAdamW
 
 
@@ -54,6 +55,10 @@ def schedule_free_adamw(parameters: Named, s: Any) -> torch.optim.Optimizer:
 
 def adamw8bit(parameters: Named, s: Any) -> torch.optim.Optimizer:
     return AdamW8bit(decay_groups(parameters, decay_of(s)), lr=s.lr, betas=tuple(s.betas), eps=s.eps)
+
+
+def adafactor(parameters: Named, s: Any) -> torch.optim.Optimizer:
+    return Adafactor(parameters, s)
 
 
 def muon(parameters: Named, s: Any) -> torch.optim.Optimizer:

@@ -3,76 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import sqrt
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .groups import Named, decay_of, shape_of
 from .of_torch import adamw
-from .stepping import CannotStep
+from .wholes import MATRICES, Part, WholeStepping
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # coefficients of a Newton-Schulz step, steepest at 0
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
+class MuonWithAdamW(WholeStepping):
     """Muon for the hidden weight matrices, AdamW for embeddings, the output layer and everything not 2-D, as one.
 
+    The momentum is split among ranks as weights are. Under ZeRO its direction is gathered, one matrix at a time, and
+    made orthogonal by each rank that has a part of the matrix: under ZeRO-1 and ZeRO-2 mostly one.
+
     Source: Jordan et al., Muon (2024), and Liu et al., arXiv 2502.16982, whose scaling lets both share one learning
-    rate. Two torch optimizers do the work; they share this one's `state` and parameter groups, so schedules and
-    checkpoints see a single optimizer. Raises `CannotStep` where a parameter is not whole (ZeRO shards).
+    rate.
+
+    Args:
+        parameters: By name.
+        settings: The recipe's optimizer section.
+
+    Raises:
+        CannotStep: In its step, where another strategy than ours has cut the matrices.
     """
 
     def __init__(self, parameters: Named, settings: Any) -> None:
-        matrices = [(n, p) for n, p in parameters if _is_hidden_matrix(n, p)]
+        matrices = [p for n, p in parameters if _is_hidden_matrix(n, p)]
         others = [(n, p) for n, p in parameters if not _is_hidden_matrix(n, p)]
-        self._parts: list[torch.optim.Optimizer] = []
+        groups: list[dict[str, Any]] = []
         if matrices:
             momentum, decay = settings.momentum or 0.95, decay_of(settings)
-            muon = torch.optim.Muon(
-                [p for _, p in matrices],
-                lr=settings.lr,
-                momentum=momentum,
-                weight_decay=decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-            self._parts.append(muon)
-        if others:
-            self._parts.append(adamw(others, settings))
-        super().__init__([group for part in self._parts for group in part.param_groups], {"lr": settings.lr})
-        self._share()
+            groups.append({"params": matrices, "momentum": momentum, "weight_decay": decay, MATRICES: True})
+        self._adamw = adamw(others, settings) if others else None
+        super().__init__([*groups, *(self._adamw.param_groups if self._adamw else ())], {"lr": settings.lr})
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, and hand the restored groups and state back to the two parts."""
-        super().__setstate__(state)
-        self._share()
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both parts."""
         loss = None
-        if closure is not None:
+        if closure is not None:  # it sets gradients to zero, of all groups
             with torch.enable_grad():
                 loss = closure()
-        for part in self._parts:
-            if isinstance(part, torch.optim.Muon):
-                _check_whole(part.param_groups)
-            part.step()
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if group.get(MATRICES)]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        others = [group for group in groups if not group.get(MATRICES)]
+        if self._adamw is not None and others:
+            self._adamw.state, self._adamw.param_groups = self.state, others
+            self._adamw.step()
         return loss
 
-    def _share(self) -> None:
-        groups = iter(self.param_groups)
-        for part in self._parts:
-            part.state = self.state
-            part.param_groups = [next(groups) for _ in part.param_groups]
+    def update_part(self, part: Part, group: dict[str, Any]) -> None:
+        """Momentum, its Nesterov direction made orthogonal, and a step as long as AdamW's would be."""
+        average, keep, rate = part.elementwise("momentum_buffer"), group["momentum"], group["lr"]
+        average.lerp_(part.grad, 1.0 - keep)
+        direction = part.whole(torch.lerp(part.grad, average, keep))
+        if part.empty:
+            return
+        part.weight.mul_(1.0 - rate * group["weight_decay"])
+        move = part.cut(orthogonal(direction.to(part.device))).to(part.weight.device, part.weight.dtype)
+        part.weight.add_(move, alpha=-rate * 0.2 * sqrt(max(part.shape)))
+
+
+def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The matrix [n, m] with all singular values near 1: between 0.7 and 1.2.
+
+    Computed in bfloat16 on CUDA, as the paper does, and in float32 on CPUs, where that is as fast.
+    """
+    a, b, c = QUINTIC
+    x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    x = x.T if len(matrix) > matrix.shape[1] else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if len(matrix) > matrix.shape[1] else x
 
 
 def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     outer = ("embed", "wte", "wpe", "lm_head", "classifier", "score")
     return len(shape_of(parameter)) == 2 and not any(word in name for word in outer)
-
-
-def _check_whole(groups: list[dict[str, Any]]) -> None:
-    for group in groups:
-        if any(p.ndim != 2 for p in group["params"]):
-            raise CannotStep(
-                "optimizer.name muon needs whole weight matrices, and ZeRO gives it flat shards. "
-                "Use strategy.name single or ddp, or optimizer.name adamw."
-            )

@@ -22,11 +22,6 @@ def sgd(parameters: Named, s: Any) -> torch.optim.Optimizer:
     return _fused(torch.optim.SGD, parameters, s, momentum=s.momentum)
 
 
-def adafactor(parameters: Named, s: Any) -> torch.optim.Optimizer:
-    # its eps is a pair with another meaning: keep its own
-    return torch.optim.Adafactor(decay_groups(parameters, decay_of(s)), lr=s.lr)
-
-
 def _fused(cls: Callable[..., torch.optim.Optimizer], parameters: Named, s: Any, **own: Any) -> torch.optim.Optimizer:
     able = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for _, p in parameters)
     made = cls(decay_groups(parameters, decay_of(s)), lr=s.lr, fused=able or None, **own)

@@ -12,6 +12,7 @@ from shoestring.callbacks.optimization.averaged_point import averaged_point
 from shoestring.trainer.tasks.optimizers.adamw8bit import AdamW8bit, decode, encode
 from shoestring.trainer.tasks.optimizers.lion import Lion
 from shoestring.trainer.tasks.optimizers.make import build_optimizer
+from shoestring.trainer.tasks.optimizers.muon import orthogonal
 from shoestring.trainer.tasks.optimizers.schedule_free import ScheduleFreeAdamW
 from shoestring.trainer.tasks.optimizers.stepping import CannotStep
 
@@ -130,3 +131,43 @@ def test_bytes_survive_a_state_dict_and_small_parameters_have_none() -> None:
             assert torch.equal(torch.as_tensor(value), loaded) and torch.as_tensor(value).dtype == loaded.dtype
     assert restored.state[other.weight]["exp_avg"].dtype == torch.uint8
     assert restored.state[other.bias]["exp_avg"].dtype == torch.float32
+
+
+def beside_torchs(name: str, reference: type[torch.optim.Optimizer], **own: object) -> float:
+    """How far apart ours and torch's are after five steps, as a share of how far they went."""
+    settings = SimpleNamespace(name=name, lr=0.01, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8, momentum=0.9)
+    weights = [gradients(1, 33, 65)[0], gradients(1, 40, 12)[0]]
+    ours, theirs = ([nn.Parameter(weight.clone()) for weight in weights] for _ in range(2))
+    optimizers = build_optimizer([(f"w{i}", p) for i, p in enumerate(ours)], settings), reference(theirs, **own)
+    for step in range(5):
+        for optimizer, parameters in zip(optimizers, (ours, theirs), strict=True):
+            for p in parameters:
+                p.grad = gradients(5, *p.shape)[step] * (1 + step)
+            optimizer.step()
+    apart = max(float((a - b).detach().norm()) for a, b in zip(ours, theirs, strict=True))
+    return apart / max(float((a - b).detach().norm()) for a, b in zip(ours, weights, strict=True))
+
+
+def test_adafactor_is_torchs() -> None:
+    assert beside_torchs("adafactor", torch.optim.Adafactor, lr=0.01, weight_decay=0.1) < 1e-5
+
+
+def test_muon_is_torchs_which_computes_in_bfloat16() -> None:
+    own = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
+    assert beside_torchs("muon", torch.optim.Muon, **own) < 0.02
+    matrix = gradients(1, 24, 60)[0]
+    for each in (matrix, matrix.T):
+        values = torch.linalg.svdvals(orthogonal(each))
+        assert float(values.min()) > 0.6 and float(values.max()) < 1.3
+        assert orthogonal(each).shape == each.shape
+
+
+def test_what_is_not_whole_is_refused() -> None:
+    for name in ("muon", "adafactor"):
+        settings = SimpleNamespace(name=name, lr=0.1, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8, momentum=0.9)
+        optimizer = build_optimizer([("w", nn.Parameter(torch.ones(3, 4)))], settings)
+        flat = nn.Parameter(torch.ones(12))
+        flat.grad = torch.ones(12)
+        optimizer.param_groups[0]["params"] = [flat]
+        with pytest.raises(CannotStep, match="needs whole matrices, and the strategy gives it flat shards"):
+            optimizer.step()
