@@ -198,7 +198,7 @@ def whole_micro_batches(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("data.micro_batch_size", f"a divisor of data.batch_size ({batch}), or auto", hint)
 
 
-@depends_on("strategy", "precision")
+@depends_on("strategy")
 def strategy_fits(recipe: Recipe) -> Iterator[Broken]:
     strategy = recipe.strategy
     for key, number in (("devices", strategy.devices), ("nodes", strategy.nodes)):
@@ -210,8 +210,12 @@ def strategy_fits(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("strategy.offload", allowed, f"offloading {strategy.offload} needs {' or '.join(needed)}")
     if isinstance(strategy.allgather_bucket, int) and strategy.allgather_bucket % 2:
         yield Broken("strategy.allgather_bucket", "auto, or an even number of elements")
-    if strategy.name != "auto":
-        yield from settings_without_use(recipe, strategy.name, recipe.precision)
+
+
+@depends_on("strategy", "precision")
+def settings_fit(recipe: Recipe) -> Iterator[Broken]:
+    if recipe.strategy.name != "auto":
+        yield from settings_without_use(recipe, recipe.strategy.name, recipe.precision)
 
 
 def settings_without_use(recipe: Recipe, strategy: str, precision: str) -> Iterator[Broken]:
