@@ -240,7 +240,7 @@ def strategy_fits(recipe: Recipe) -> Iterator[Broken]:
 
 
 @depends_on("strategy", "precision")
-def settings_are_used(recipe: Recipe) -> Iterator[Broken]:
+def settings_fit(recipe: Recipe) -> Iterator[Broken]:
     if recipe.strategy.name != "auto":
         yield from settings_without_use(recipe, recipe.strategy.name, recipe.precision)
 
