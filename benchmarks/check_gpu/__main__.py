@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from processes import Step, run, verdict
+from subprocesses import Step, run, verdict
 from wheels import install
 
 HERE = Path(__file__).resolve().parent

@@ -20,15 +20,15 @@ def contracts(found: Checks, strategy: str) -> None:
         found.needs("the suite", "pytest")
         return
     env = {**os.environ, "SHOESTRING_TEST_CASES": "" if found.cuda else "absent,gradual_pruning,weight_averaging"}
-    chosen = [] if found.cuda else ["trains_alike or resumes_bit or strength_zero"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=line"]
+    chosen = [] if found.cuda else ["trains_alike or test_resumes_bit or strength_zero"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore", "--tb=line"]
     command += ["-k", " and ".join([strategy, *(f"({part})" for part in chosen)]), "tests/contracts/test_ranks.py"]
     ended = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(ended.stdout[-20000:], flush=True)
     counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)", ended.stdout)}
     failed = re.findall(r"^FAILED (\S+)", ended.stdout, re.MULTILINE)
     found.figure(**counts, failures=failed[:20])
-    found.holds(f"the suite passes ({counts.get('passed', 0)} tests)", ended.returncode == 0)
+    found.holds("the suite passes", ended.returncode == 0 and counts.get("passed", 0) > 0)
     if not found.cuda:
         found.needs("all techniques on a GPU")
 
