@@ -141,6 +141,8 @@ class AveragesFirstShard(Technique, pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
         shards = shards_of(trainer, pl_module)
         now = {name: shards.whole(name).detach().flatten()[: s.length].clone() for name, s in shards.slices.items()}
         self.averages = {name: value.lerp(now[name], 0.1) for name, value in getattr(self, "averages", now).items()}

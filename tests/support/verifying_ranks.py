@@ -21,15 +21,15 @@ def main(recipes: dict[str, Recipe], folder: Path, here: Path, only: dict[str, l
     """
     os.chdir(here)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    verdicts = {}
-    for name, recipe in recipes.items():
-        run = Runs(recipe, plan(recipe), 4, print)
+    launched = {key: os.environ.pop(key) for key in LAUNCHED}
+    runs = {name: Runs(recipe, plan(recipe), 4, print) for name, recipe in recipes.items()}
+    for name, run in runs.items():
         run.folder = folder / name
-        launched = {key: os.environ.pop(key) for key in LAUNCHED}
-        if rank == 0:
+        if rank == 0:  # before there is a process group, in which others would be waited for
             run.begin()
-        os.environ.update(launched)
+    os.environ.update(launched)
+    for name, run in runs.items():
         run.on_ranks(world, only.get(name))
-        verdicts[name] = run.verdict().as_dict()
     if rank == 0:
+        verdicts = {name: run.verdict().as_dict() for name, run in runs.items()}
         (folder / "verdict.json").write_text(json.dumps(verdicts))
