@@ -8,6 +8,7 @@ from math import inf
 
 from ...own_code import CannotImport
 from ...recipes import Recipe, RecipeError
+from ...recipes.adapters import KINDS
 from ...strategies import OFFLOADS
 from ..tasks.optimizers.cards import OptimizerCard, UnknownOptimizer, optimizer_card
 from .fitting import Fit, gib
@@ -85,6 +86,8 @@ def _possible(recipe: Recipe, world: int, optimizer: OptimizerCard) -> list[str]
     wanted, offload, name = recipe.strategy.name, recipe.strategy.offload, recipe.optimizer.name
     able = [each for each, offloads in OFFLOADS.items() if offload in offloads]
     able = [each for each in able if each == "single" or world > 1 or each.startswith("zero")]
+    if recipe.model.adapter is not None and not KINDS[recipe.model.adapter.kind].sharded:
+        able = [each for each in able if each != "zero3"]
     whole = [each for each in able if each in optimizer.strategies]
     if not whole or (wanted != "auto" and wanted in able and wanted not in whole):
         where = f"strategy.name {wanted}" if whole else f"strategy.offload {offload}"
