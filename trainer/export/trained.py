@@ -134,9 +134,11 @@ def rebuilt(recipe: Recipe, run_dir: Path, run_id: str = "", task: Task | None =
     from ..tasks import build_task
     from .trained_rounding import trained_rounding
 
-    task = build_task(recipe, workdir=run_dir, prepared=task.prepared if task is not None else None)
-    _reshape(task.module, recipe, run_dir)
     outside = base_of_final(run_dir / WEIGHTS)
+    floats = outside["floats"] if outside is not None else "fp32"  # a frozen base is what it was trained beside
+    prepared = task.prepared if task is not None else None
+    task = build_task(recipe, workdir=run_dir, precision=floats, prepared=prepared)
+    _reshape(task.module, recipe, run_dir)
     again = base.of_module(task.module)
     base.require(outside, again.identity if again is not None else None, run_dir / WEIGHTS)
     try:
@@ -144,6 +146,7 @@ def rebuilt(recipe: Recipe, run_dir: Path, run_id: str = "", task: Task | None =
     except SafetensorError as error:
         raise _damaged(run_dir, str(error)) from None
     factored = bool(ranks_in(task.module, saved))
+    task.module.float()  # in which it is merged and read
     weights = merged_state(task.module, saved)  # others read plain layers
     left_out = again.weights if outside is not None and again is not None else frozenset()
     _load(task.module, weights, run_dir / WEIGHTS, left_out)

@@ -246,11 +246,12 @@ def _cpuinfo(*keys: str) -> str:
 
 def run_facts(
     strategy: Any, accelerator: str, offload: str = "none", optimizer: str | None = None, *,
-    bf16: bool | None = None, fp16: bool | None = None,
+    bf16: bool | None = None, fp16: bool | None = None, quantized: bool = False,
 ) -> frozenset[str]:  # fmt: skip
     """What techniques may need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", …, "offload".
 
-    bf16, fp16: whether the device computes in that type; None: as this machine's.
+    bf16, fp16: whether the device computes in that type; None: as this machine's. quantized: the base's weights are
+    kept as codes ("model.dtype nf4 or int8").
     """
     if bf16 is None or fp16 is None:
         bf16, fp16 = (machine := facts()).bf16, machine.fp16
@@ -265,6 +266,8 @@ def run_facts(
         names.add("offload")
     if optimizer:
         names.add(optimizer)
+    if quantized:
+        names.add("model.dtype nf4 or int8")
     return frozenset(names)
 
 

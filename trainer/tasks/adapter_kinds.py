@@ -90,6 +90,8 @@ def take_from_base(adapted: nn.Module, start: str) -> None:
         codes = base if isinstance(base, QuantizedLinear) else None
         if codes is not None:
             part.base_layer = codes.plain()
+        else:  # olora changes it where it is, and a base that was changed is told by its place
+            base.weight.data = base.weight.data.clone()
         begin: Any = getattr(part, f"{start.split('_')[0]}_init")
         with torch.no_grad():
             begin("default", *([start] if start != "olora" else []))

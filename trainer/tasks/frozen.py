@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..checkpoint.base import FrozenBase, digest_of_files, digest_of_tensors
 from ..data.carried import resolve_name
 from ..data.paths import model_folder
@@ -37,10 +39,11 @@ def frozen_base(recipe: Recipe, adapted: nn.Module, before: Mapping[int, int]) -
         if not p.requires_grad and before.get(id(p)) == p.data_ptr()
     }
     size = sum(p.nbytes for p in kept.values())
+    floats = "bf16" if any(p.dtype == torch.bfloat16 for p in kept.values()) else "fp32"
     if recipe.model.name is None:
         digest = digest_of_tensors(kept)
-        return FrozenBase(f"model.config with seed {recipe.seed}", frozenset(kept), size, lambda: digest)
+        return FrozenBase(f"model.config with seed {recipe.seed}", frozenset(kept), size, lambda: digest, floats)
     files = weight_files(model_folder(resolve_name(recipe.model.name), "model.name"))
     if not files:
         return None
-    return FrozenBase(recipe.model.name, frozenset(kept), size, lambda: digest_of_files(files))
+    return FrozenBase(recipe.model.name, frozenset(kept), size, lambda: digest_of_files(files), floats)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import adapted as support
 import pytest
 import torch
 from fits import llama
+from safetensors.torch import load_file
 
 from shoestring.recipes import RecipeError, recipe_from
 from shoestring.recipes.adapters import KINDS
 from shoestring.recipes.schema import AdapterSpec
 from shoestring.trainer.data.errors import TaskError
+from shoestring.trainer.export.trained import open_run
 from shoestring.trainer.planning.sizes import size_of
+from shoestring.trainer.tasks.adapter_kinds import FROM_BASE
 from shoestring.trainer.tasks.lora import add_adapter, merge_adapter
 from shoestring.trainer.tasks.quantized import QuantizedLinear
 from shoestring.trainer.tasks.quantized_loading import make_quantized
@@ -116,3 +121,27 @@ def test_kinds_that_do_not_go_together_are_refused(model, strategy, said):
     with pytest.raises(RecipeError) as error:
         recipe_from(values)
     assert said in " ".join(str(error.value).split())
+
+
+RESUMED: list[tuple[dict[str, Any], str]] = [
+    *(({"kind": kind}, "fp32") for kind in KINDS if kind != "lora"),
+    ({"kind": "lora", "rslora": True, "dropout": 0.1}, "nf4"), ({"kind": "lora", "start": "pissa"}, "fp32"),
+    ({"kind": "lora", "start": "pissa"}, "nf4"), ({"kind": "lora", "start": "olora"}, "fp32"),
+    ({"kind": "dora"}, "nf4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "dtype"), RESUMED, ids=lambda each: named(each) if isinstance(each, dict) else each)
+def test_every_kind_resumes_to_the_bit(form, dtype, tmp_path):
+    """What a start has taken out of the base is saved with it, and so is the rest."""
+    config = {"model_type": "llama", **support.SHAPE, "num_hidden_layers": 1}
+    support.whole_and_resumed(tmp_path, {"config": config, "adapter": form, "dtype": dtype}, "single")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert json.loads((broken / "summary.json").read_text())["resumed_from"] == 4
+    assert (whole / "final.safetensors").read_bytes() == (broken / "final.safetensors").read_bytes()
+    saved = load_file(whole / "final.safetensors")
+    assert any(name.endswith("up_proj.base_layer.weight") for name in saved) == (form.get("start") in FROM_BASE)
+    trained = open_run(whole)
+    with torch.no_grad():
+        apart = trained.as_run.eval()(input_ids=IDS).logits
+        assert (trained.model(input_ids=IDS).logits - apart).abs().max() < 1e-5
