@@ -79,6 +79,7 @@ def take_from_base(adapted: nn.Module, start: str) -> None:
             users[id(p)] = users.get(id(p), 0) + 1
     layers: Any = [(name, part) for name, part in adapted.named_modules() if isinstance(part, LoraLayer)]
     part: Any
+    places: list[torch.Tensor] = []
     for name, part in layers:
         base: Any = part.base_layer
         if not isinstance(base, nn.Linear) or users[id(base.weight)] > 1:
@@ -90,7 +91,8 @@ def take_from_base(adapted: nn.Module, start: str) -> None:
         codes = base if isinstance(base, QuantizedLinear) else None
         if codes is not None:
             part.base_layer = codes.plain()
-        else:  # olora changes it where it is, and a base that was changed is told by its place
+        else:  # olora changes it where it is, and a base that was changed is told by its place: nobody may take that
+            places.append(base.weight.data)
             base.weight.data = base.weight.data.clone()
         begin: Any = getattr(part, f"{start.split('_')[0]}_init")
         with torch.no_grad():
