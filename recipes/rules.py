@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ..own_code import is_code
 from ..spelling import did_you_mean, distance
 from ..strategies import OFFLOADS, SETTINGS
+from .adapters import KINDS
 from .recipe import Recipe
 from .schema import BudgetSpec
 
@@ -153,6 +154,31 @@ def adapter_fits(recipe: Recipe) -> Iterator[Broken]:
     if recipe.model.adapter and recipe.model.task not in TEXT_TASKS:
         hint = "remove it, or change model.task"
         yield Broken("model.adapter", f"adapters for {' and '.join(TEXT_TASKS)}, not for {recipe.model.task}", hint)
+
+
+@depends_on("model.adapter", "model.dtype", "strategy.name", "strategy.offload")
+def adapter_kind_fits(recipe: Recipe) -> Iterator[Broken]:
+    adapter = recipe.model.adapter
+    if adapter is None:
+        return
+    kind = KINDS[adapter.kind]
+    for key in sorted(adapter.model_fields_set - {"kind", "targets", *kind.keys}):
+        if getattr(adapter, key) == type(adapter).model_fields[key].default:
+            continue
+        named = " | ".join(name for name, each in KINDS.items() if key in each.keys)
+        yield Broken(
+            f"model.adapter.{key}", f"{key} for kind {named}", f"it has no effect on {adapter.kind}: remove it"
+        )
+    if recipe.model.dtype in ("nf4", "int8") and not kind.quantized:
+        able = " | ".join(name for name, each in KINDS.items() if each.quantized)
+        hint = (
+            f"{adapter.kind} takes its shape or its values from the weights, of which {recipe.model.dtype} keeps codes"
+        )
+        yield Broken("model.adapter.kind", f"{able} beside model.dtype {recipe.model.dtype}", hint)
+    if recipe.strategy.name == "zero3" and not kind.sharded:
+        sharded = " | ".join(name for name, each in KINDS.items() if each.sharded)
+        hint = f"{adapter.kind} uses weights outside of the layers that ZeRO-3 gathers them for: use zero2 or ddp"
+        yield Broken("model.adapter.kind", f"{sharded} with strategy.name zero3", hint)
 
 
 @depends_on("model.task", "model.dtype", "model.adapter", "strategy.name", "precision")

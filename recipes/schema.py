@@ -71,9 +71,12 @@ class TokenizerSpec(Section):
 
 
 class AdapterSpec(Section):
-    """LoRA (arXiv 2106.09685): train `rank`-sized updates beside frozen weights, scaled by `alpha / rank`."""
+    """Small updates of frozen weights that are trained in their place, and can be merged into them (`adapters.KINDS`).
 
-    kind: Literal["lora"] = "lora"
+    LoRA, the first of them, adds products of two matrices of `rank`, scaled by `alpha / rank`.
+    """
+
+    kind: Literal["lora", "dora", "loha", "lokr", "gralora", "miss", "hra", "ia3"] = "lora"
     rank: Count = Field(8, description="a whole number from 1")
     alpha: Positive = Field(16.0, description="a number above 0")
     dropout: Share = Field(0.0, description="a number from 0 to below 1")
@@ -83,6 +86,12 @@ class AdapterSpec(Section):
     # computing them in float32 costs more activation memory than full fine-tuning in bf16, hence not the default
     dtype: Literal["compute", "float32"] = Field(
         "compute", description="compute | float32: what adapters compute in; their weights are float32 in any case"
+    )
+    rslora: bool = Field(False, description="true | false: scaled by alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    start: Literal["zero", "gaussian", "orthogonal", "olora", "pissa"] = Field(
+        "zero",
+        description="zero | gaussian | orthogonal | olora | pissa: what LoRA begins with; olora (arXiv 2406.01775) and "
+        "pissa (arXiv 2404.02948) take it out of the base, which is then saved with the adapters",
     )
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytorch_lightning as pl
 from checks import Checks, main
 from random_tokens import LLAMA_HALF_B, TINY, StepTimes, recipe_of, run
-from safetensors.torch import load_file
 from toy import fingerprint
 
+from shoestring.trainer.checkpoint.weights import load_weights
 from shoestring.trainer.machine.signals import Preempted
 
 
@@ -50,7 +50,7 @@ def resume(found: Checks) -> None:
         found.holds("SIGTERM ends it with 85", code == 85)
         _, summary = run(recipe, f"{label}-broken", saves=True)
         found.holds("it is resumed in the middle", 0 < summary["resumed_from"] < steps)
-        finals = [fingerprint(load_file(Path(f"{label}-{kind}") / "final.safetensors")) for kind in ("whole", "broken")]
+        finals = [fingerprint(load_weights(Path(f"{label}-{kind}") / "final")) for kind in ("whole", "broken")]
         same[wanted], seconds[wanted] = finals[0] == finals[1], statistics.median(times.seconds[2:])
         found.figure(**{f"{label}_seconds_a_step": seconds[wanted], f"{label}_is_bit_equal": same[wanted]})
     if found.cuda:

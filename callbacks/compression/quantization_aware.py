@@ -75,6 +75,7 @@ class QuantizationAware(Technique, pl.Callback):
         saves={"size"},
         reads={"weights"},
         writes={"numerics"},
+        refuses={"model.dtype nf4 or int8"},  # whose weights are codes already
     )
 
     weight_bits: int | None = 8

@@ -49,7 +49,7 @@ def owners(module: nn.Module, skip: Sequence[str] = ()) -> dict[str, list[nn.Mod
     aliases: dict[int, list[str]] = {}
     for prefix, layer in module.named_modules(remove_duplicate=False):
         weight = layer._parameters.get("weight") if isinstance(layer, KINDS) else None
-        if weight is None or id(weight) in embeddings:
+        if weight is None or id(weight) in embeddings or not weight.is_floating_point():  # codes are no weights
             continue
         aliases.setdefault(id(weight), []).append(f"{prefix}.weight" if prefix else "weight")
         if all(known is not layer for known in by_weight.setdefault(id(weight), [])):

@@ -93,7 +93,8 @@ class StructuredPruning(Technique, pl.Callback):
         paper="1608.08710",
         saves={"flops", "time", "memory", "communication", "size"},
         writes={"modules", "weights", "optimizer", "activations"},
-        refuses={"muon", "adafactor", "adamw8bit"},  # their states go with no element
+        # the states of these optimizers go with no element; codes of a quantized base with no row and column
+        refuses={"muon", "adafactor", "adamw8bit", "model.dtype nf4 or int8"},
     )
 
     ratio: float = 0.5

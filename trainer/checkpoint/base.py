@@ -37,17 +37,19 @@ class FrozenBase:
         weights: Their names in the LightningModule.
         bytes: That they have.
         digest: Gives the sha256 of what they are made from, or of themselves. Reads as many bytes.
+        floats: "fp32" or "bf16": what those that are no codes were in.
     """
 
     source: str
     weights: frozenset[str]
     bytes: int
     digest: Callable[[], str]
+    floats: str = "fp32"
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        return {"source": self.source, "sha256": self.digest(), "bytes": self.bytes}
+        return {"source": self.source, "sha256": self.digest(), "bytes": self.bytes, "floats": self.floats}
 
 
 def of_module(module: Any) -> FrozenBase | None:

@@ -223,6 +223,7 @@ def base_of_weights(folder: Path) -> dict[str, Any] | None:
     """The base that weights were trained beside and do not hold; None where they hold everything."""
     try:
         base = json.loads((_found(folder) / MANIFEST).read_bytes())["base"]
-        return {"source": str(base["source"]), "sha256": str(base["sha256"]), "bytes": int(base["bytes"])}
+        known = {"source": str(base["source"]), "sha256": str(base["sha256"]), "bytes": int(base["bytes"])}
+        return {**known, "floats": "bf16" if base.get("floats") == "bf16" else "fp32"}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -20,7 +20,7 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, 
 
 def export(
     run: RunName,
-    to: Annotated[str, typer.Option("--to", help="hf, torch, onnx or gguf-ready-safetensors.")],
+    to: Annotated[str, typer.Option("--to", help="hf, torch, onnx, gguf-ready-safetensors or peft.")],
     out: Annotated[Path | None, typer.Option("--out", help="A folder; default RUN/export/<format>.")] = None,
     quantize: Annotated[
         str | None, typer.Option("--quantize", help="int8, int8-vnni, int4, float16, bfloat16, trained.")

@@ -148,9 +148,11 @@ def rebuilt(
     from .trained_rounding import trained_rounding
 
     file = run_dir / weights
-    task = build_task(recipe, workdir=run_dir, prepared=task.prepared if task is not None else None)
-    _reshape(task.module, recipe, run_dir)
     outside = base_of_weights(file)
+    floats = outside["floats"] if outside is not None else "fp32"  # a frozen base is what it was trained beside
+    prepared = task.prepared if task is not None else None
+    task = build_task(recipe, workdir=run_dir, precision=floats, prepared=prepared)
+    _reshape(task.module, recipe, run_dir)
     again = base.of_module(task.module)
     base.require(outside, again.identity if again is not None else None, file)
     try:
@@ -158,6 +160,7 @@ def rebuilt(
     except SafetensorError as error:
         raise _damaged(run_dir, str(error)) from None
     factored = bool(ranks_in(task.module, saved))
+    task.module.float()  # in which it is merged and read
     state = merged_state(task.module, saved)  # others read plain layers
     left_out = again.weights if outside is not None and again is not None else frozenset()
     _load(task.module, state, file, left_out)

@@ -4,6 +4,7 @@
     hf, gguf-ready          transformers' reload with the model in memory          0
     torch                   the reload with the model, rounded the same in memory  0
     onnx                    ONNX Runtime with the model in memory                  1e-4
+    peft                    PEFT's reload, on the base, with the model in memory   1e-5
     onnx --quantize int8    ONNX Runtime with the emulation of its arithmetic      2e-2
 
 In ONNX files "int8" has weights within 7 bits, which every CPU multiplies right; "int8-vnni" has all 8, half the
@@ -30,13 +31,13 @@ from typing import Any
 import torch
 
 from ...callbacks.compression.fake_quantization import PRODUCT_BITS
-from . import hf, onnx_file, torch_file
+from . import hf, onnx_file, peft_file, torch_file
 from .encodings import Codebook, Grid
 from .quality import quality
 from .runtimes import LogitsFunction, eager, relative_error, sample
 from .trained import AS_TRAINED, BEST, MANIFEST, CannotExport, Trained, manifest_of
 
-FORMATS = ("hf", "torch", "onnx", "gguf-ready-safetensors")
+FORMATS = ("hf", "torch", "onnx", "gguf-ready-safetensors", "peft")
 QUANTIZED = {
     "torch": ("int8", "int4", "float16", "bfloat16", AS_TRAINED), "onnx": ("int8", "int8-vnni", AS_TRAINED),
     "hf": (AS_TRAINED,),
@@ -94,9 +95,10 @@ def export(
     if quantize == AS_TRAINED:
         trained = trained.as_trained()
         _check_trained(trained, to)
+    adapter = peft_file.adapter_of(trained) if to == "peft" else None
     # which may merge its adapters from here on
     before = None if trained.changed else _loss(eager(trained.as_run.eval()), trained)
-    form = _format(trained, to, quantize, sparse, traced)
+    form = _peft_format(trained, adapter) if adapter else _format(trained, to, quantize, sparse, traced)
     with whole(out) as folder:
         notes = form.write(folder)
         if quantize is None and trained.rounding is not None:
@@ -198,6 +200,14 @@ def _format(trained: Trained, to: str, quantize: str | None, sparse: bool, trace
     return Format(
         lambda f: onnx_file.write(trained, f, products, traced=traced), onnx_file.reload,
         lambda: onnx_file.expected(trained, products), 2e-2 if quantize else 1e-4,
+    )  # fmt: skip
+
+
+def _peft_format(trained: Trained, adapter: peft_file.Adapter) -> Format:
+    """The adapters alone, which PEFT loads on the base."""
+    return Format(
+        lambda f: peft_file.write(trained, adapter, f), lambda f: peft_file.reload(trained, f),
+        lambda: hf.expected(trained), 1e-5,
     )  # fmt: skip
 
 

@@ -246,12 +246,13 @@ def _cpuinfo(*keys: str) -> str:
 
 def run_facts(
     strategy: Any, accelerator: str, offload: str = "none", optimizer: str | None = None, *,
-    bf16: bool | None = None, fp16: bool | None = None, in_backward: bool = False,
+    bf16: bool | None = None, fp16: bool | None = None, in_backward: bool = False, quantized: bool = False,
 ) -> frozenset[str]:  # fmt: skip
     """What techniques may need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", …, "offload".
 
     bf16, fp16: whether the device computes in that type; None: as this machine's.
     in_backward: parameters step in backward: "step-in-backward".
+    quantized: the base's weights are kept as codes: "model.dtype nf4 or int8".
     """
     if bf16 is None or fp16 is None:
         bf16, fp16 = (machine := facts()).bf16, machine.fp16
@@ -268,6 +269,8 @@ def run_facts(
         names.add("step-in-backward")
     if optimizer:
         names.add(optimizer)
+    if quantized:
+        names.add("model.dtype nf4 or int8")
     return frozenset(names)
 
 

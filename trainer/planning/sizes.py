@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from ...recipes import Recipe
+from ...recipes.adapters import KINDS
 from .configurations import configuration_of
 
 CLASSES = {"python-packages": 10}  # of data that this package brings
@@ -68,7 +69,9 @@ def _transformer(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden:
     trainable = parameters
     if (adapter := recipe.model.adapter) is not None:
         targets = None if adapter.targets == "all-linear" else adapter.targets
-        trainable = int(layers * adapter.rank * _adapted(targets, hidden, queries, share, intermediate, gated))
+        adapted = _adapted(targets, hidden, queries, share, intermediate, gated)
+        trained = KINDS[adapter.kind].trained
+        trainable = layers * sum(trained(adapter.rank, inputs, outputs) for inputs, outputs in adapted)
         parameters += trainable
     return Size(
         parameters=parameters, trainable=trainable, active=int(inside + head), layers=layers, hidden=hidden,
@@ -80,17 +83,17 @@ def _transformer(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden:
 
 def _adapted(
     targets: Sequence[str] | None, hidden: int, queries: int, share: float, intermediate: int, gated: bool
-) -> float:
+) -> list[tuple[int, int]]:
     """Inputs and outputs of the adapted matrices of a block; None: of all."""
-    keys = queries * share
-    widths = {"q": hidden + queries, "k": hidden + keys, "v": hidden + keys, "o": queries + hidden}
-    widths |= {"up": hidden + intermediate, "down": intermediate + hidden}
-    widths |= {"gate": hidden + intermediate} if gated else {}
+    keys = int(queries * share)
+    widths = {"q": (hidden, queries), "k": (hidden, keys), "v": (hidden, keys), "o": (queries, hidden)}
+    widths |= {"up": (hidden, intermediate), "down": (intermediate, hidden)}
+    widths |= {"gate": (hidden, intermediate)} if gated else {}
     if targets is None:
-        return sum(widths.values())
+        return list(widths.values())
     names = {"query": "q", "key": "k", "value": "v", "out": "o", "fc1": "up", "fc2": "down", "c_fc": "up"}
     parts = [each.rpartition(".")[2].removesuffix("_proj") for each in targets]
-    return sum(widths.get(names.get(part, part), 2 * hidden) for part in parts)
+    return [widths.get(names.get(part, part), (hidden, hidden)) for part in parts]
 
 
 def _norms_and_biases(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden: int, intermediate: int) -> int:

@@ -9,6 +9,7 @@ from math import inf
 from ...callbacks.contract import Technique
 from ...own_code import CannotImport
 from ...recipes import Recipe, RecipeError
+from ...recipes.adapters import KINDS
 from ...recipes.rules import settings_without_use
 from ...strategies import OFFLOADS
 from ..tasks.optimizers.cards import OptimizerCard, UnknownOptimizer, optimizer_card
@@ -104,6 +105,8 @@ def _possible(recipe: Recipe, world: int, optimizer: OptimizerCard) -> list[str]
     able = [each for each in able if each == "single" or world > 1 or each.startswith("zero")]
     if recipe.optimizer.in_backward:
         able = [each for each in able if not each.startswith("zero")]
+    if recipe.model.adapter is not None and not KINDS[recipe.model.adapter.kind].sharded:
+        able = [each for each in able if each != "zero3"]
     whole = [each for each in able if each in optimizer.strategies]
     if not whole or (wanted != "auto" and wanted in able and wanted not in whole):
         where = f"strategy.name {wanted}" if whole else f"strategy.offload {offload}"

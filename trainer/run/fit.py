@@ -86,6 +86,7 @@ def fit(
     from ..tasks.build import TaskData, build_task
     from ..tasks.optimizers.cards import optimizer_card
     from ..tasks.own_code_checks import CheckBatch, check_own_module
+    from ..tasks.shared_weights import keep_from_sending
     from .deliverables import Deliverables, describe
     from .determinism import deterministic_algorithms
     from .inputs import inputs_of, keep_or_compare
@@ -102,6 +103,8 @@ def fit(
     inputs = inputs_of(recipe, task)
     changed = keep_or_compare(run_dir, inputs, task.keep_tokenizer, accept=accept_changes, first=is_first())
     local_ranks.release()
+    if plan.nodes == 1:
+        keep_from_sending(task.module)
     check_own_module(recipe, task.module)
     left_out = {key: task.facts[key] for key in ("rows_without_text", "rows_cut") if task.facts.get(key)}
     if is_first():

@@ -113,7 +113,7 @@ def build_task(recipe: Recipe, *, workdir: Path, precision: str = "fp32", prepar
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)  # not torch.manual_seed: that reseeds the GPUs, too
         data = prepared or prepare(recipe, cache_root(workdir), kept_tokenizer(workdir))
-        task = _build(recipe, data, kept_in(recipe.model, precision))
+        task = _build(recipe, data, kept_in(recipe.model, precision), cache_root(workdir))
     counts = {
         "parameters": weights_in(task.module),
         "trainable": sum(p.numel() for p in task.module.parameters() if p.requires_grad),
@@ -126,9 +126,9 @@ def build_task(recipe: Recipe, *, workdir: Path, precision: str = "fp32", prepar
     return replace(task, datamodule=TaskData(task, size, recipe.data.workers))
 
 
-def _build(recipe: Recipe, data: Prepared, kept: Kept) -> Task:
+def _build(recipe: Recipe, data: Prepared, kept: Kept, cache: Path) -> Task:
     kind, began = recipe.model.task, monotonic()
-    module, facts = (_own if is_code(kind) else MODULES[kind])(recipe, data, kept)
+    module, facts = (_own if is_code(kind) else MODULES[kind])(recipe, data, kept, cache)
     facts = {**data.facts, **facts}
     validates = type(module).validation_step is not pl.LightningModule.validation_step
     held = data.validation if validates else None  # a user's module need not look at it
@@ -138,8 +138,8 @@ def _build(recipe: Recipe, data: Prepared, kept: Kept) -> Task:
     )  # fmt: skip
 
 
-def _language(recipe: Recipe, data: Prepared, kept: Kept) -> tuple[pl.LightningModule, dict[str, Any]]:
-    model, base = _hub_model(recipe, data, kept)
+def _language(recipe: Recipe, data: Prepared, kept: Kept, cache: Path) -> tuple[pl.LightningModule, dict[str, Any]]:
+    model, base = _hub_model(recipe, data, kept, cache)
     opening = [] if data.tokenizer is None else framing(data.tokenizer, packed=recipe.data.pack)[0]
     module = CausalLM(
         model, recipe.optimizer, isolated=data.isolated, opening=tuple(opening), chunked_loss=recipe.model.chunked_loss
@@ -148,21 +148,21 @@ def _language(recipe: Recipe, data: Prepared, kept: Kept) -> tuple[pl.LightningM
     return module, {"model_type": model.config.model_type}
 
 
-def _sequences(recipe: Recipe, data: Prepared, kept: Kept) -> tuple[pl.LightningModule, dict[str, Any]]:
-    classes, (model, base) = _classes(data), _hub_model(recipe, data, kept)
+def _sequences(recipe: Recipe, data: Prepared, kept: Kept, cache: Path) -> tuple[pl.LightningModule, dict[str, Any]]:
+    classes, (model, base) = _classes(data), _hub_model(recipe, data, kept, cache)
     module = Classifier(model, recipe.optimizer, classes)
     module.frozen_base = base
     return module, {"model_type": model.config.model_type}
 
 
-def _images(recipe: Recipe, data: Prepared, kept: Kept) -> tuple[pl.LightningModule, dict[str, Any]]:
+def _images(recipe: Recipe, data: Prepared, kept: Kept, cache: Path) -> tuple[pl.LightningModule, dict[str, Any]]:
     classes, shape = _classes(data), tuple(data.train[0]["pixel_values"].shape)
     config = dict(recipe.model.config or {})
     model = build_image_model(config, shape, len(classes))
     return Classifier(model, recipe.optimizer, classes), {"model_type": config["kind"]}
 
 
-def _own(recipe: Recipe, data: Prepared, kept: Kept) -> tuple[pl.LightningModule, dict[str, Any]]:
+def _own(recipe: Recipe, data: Prepared, kept: Kept, cache: Path) -> tuple[pl.LightningModule, dict[str, Any]]:
     module = call_code(recipe.model.task, recipe.model.args, "model.task")
     if not isinstance(module, pl.LightningModule):
         raise TaskError(f"model.task: {recipe.model.task} returned a {type(module).__name__}, not a LightningModule.")
@@ -184,7 +184,7 @@ def _classes(data: Prepared) -> Sequence[str]:
     return data.classes
 
 
-def _hub_model(recipe: Recipe, data: Prepared, kept: Kept) -> tuple[Any, FrozenBase | None]:
+def _hub_model(recipe: Recipe, data: Prepared, kept: Kept, cache: Path) -> tuple[Any, FrozenBase | None]:
     """The Hugging Face model of a text task, with its adapter, and what need not be saved of it."""
     model: Any = build_model(
         recipe.model,
@@ -193,6 +193,7 @@ def _hub_model(recipe: Recipe, data: Prepared, kept: Kept) -> tuple[Any, FrozenB
         sequence_length=recipe.data.sequence_length,
         classes=data.classes,
         kept=kept,
+        cache=cache,
     )
     if recipe.model.adapter is None:
         return model, None

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from ..checkpoint.base import FrozenBase, digest_of_files, digest_of_tensors
 from ..data.carried import resolve_name
 from ..data.paths import model_folder
+from .mapped_files import weight_files
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ...recipes import Recipe
-
-_FORMATS = ("*.safetensors", "*.bin")  # transformers takes the first that is there
 
 
 def places(model: nn.Module) -> dict[int, int]:
@@ -39,23 +39,11 @@ def frozen_base(recipe: Recipe, adapted: nn.Module, before: Mapping[int, int]) -
         if not p.requires_grad and before.get(id(p)) == p.data_ptr()
     }
     size = sum(p.nbytes for p in kept.values())
+    floats = "bf16" if any(p.dtype == torch.bfloat16 for p in kept.values()) else "fp32"
     if recipe.model.name is None:
         digest = digest_of_tensors(kept)
-        return FrozenBase(f"model.config with seed {recipe.seed}", frozenset(kept), size, lambda: digest)
+        return FrozenBase(f"model.config with seed {recipe.seed}", frozenset(kept), size, lambda: digest, floats)
     files = weight_files(model_folder(resolve_name(recipe.model.name), "model.name"))
     if not files:
         return None
-    return FrozenBase(recipe.model.name, frozenset(kept), size, lambda: digest_of_files(files))
-
-
-def weight_files(name: str) -> list[Path]:
-    """The files with the weights of a model folder, or of a hub id that has been downloaded."""
-    folder = Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(name, local_files_only=True))
-        except (OSError, ValueError):  # of another kind of cache
-            return []
-    return next((files for pattern in _FORMATS if (files := sorted(folder.glob(pattern)))), [])
+    return FrozenBase(recipe.model.name, frozenset(kept), size, lambda: digest_of_files(files), floats)

@@ -1,21 +1,23 @@
-"""Low-rank adapters by PEFT: the base is frozen, two small matrices per linear layer are trained.
+"""Adapters by PEFT: the base is frozen, and small updates of its linear layers are trained.
 
-Source: Hu et al., LoRA, arXiv 2106.09685. PEFT keeps adapters in float32 by default, which stores a float32 copy of
-every adapted layer's input: 65.5 bytes per hidden value and layer of a bf16 Llama against 43.2 for full fine-tuning
-and 39.6 with bf16 adapters. Here adapters are float32 weights as well, whatever the base is, as all that trains; but
-they compute in what the run computes in, unless the recipe says `dtype: float32`.
+Source: Hu et al., LoRA, arXiv 2106.09685; `recipes.adapters` has those of the other kinds. PEFT keeps adapters in
+float32 by default, which stores a float32 copy of every adapted layer's input: 65.5 bytes per hidden value and layer of
+a bf16 Llama against 43.2 for full fine-tuning and 39.6 with bf16 adapters. Here adapters are float32 weights as well,
+whatever the base is, as all that trains; but they compute in what the run computes in, unless the recipe says `dtype:
+float32`.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...recipes.schema import AdapterSpec
 from ..data.errors import unknown
+from .adapter_kinds import FROM_BASE, config_of, shapes_shown, take_from_base
 from .quantized import dequantize
 
 if TYPE_CHECKING:
@@ -25,21 +27,16 @@ if TYPE_CHECKING:
 
 def add_adapter(model: PreTrainedModel, adapter: AdapterSpec, task: str) -> PeftModel:
     """Wrap a model so that only adapters (and a new classification head) are trained."""
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
     _check_targets(model, adapter.targets)
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM if task == "causal-lm" else TaskType.SEQ_CLS,
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # any number: it is divided by r
-        lora_dropout=adapter.dropout,
-        target_modules=adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
-    )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), shapes_shown(model, adapter):
         # PEFT 0.21 reads a name that transformers 5 has renamed
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+        adapted: Any = get_peft_model(model, config_of(adapter, task), autocast_adapter_dtype=False)
+    if adapter.start in FROM_BASE:
+        take_from_base(adapted, FROM_BASE[adapter.start])
     for p in adapted.parameters():
         if p.requires_grad:
             p.data = p.data.float()  # PEFT makes them in the base's dtype, and rounds every step of a bf16 weight away
@@ -49,7 +46,7 @@ def add_adapter(model: PreTrainedModel, adapter: AdapterSpec, task: str) -> Peft
             part.cast_input_dtype_enabled = False  # or PEFT makes a float32 copy of the input
             for matrix in (*part.lora_A.values(), *part.lora_B.values()):
                 matrix.__class__ = matrix_class
-    return adapted
+    return adapted  # type: ignore[no-any-return]
 
 
 def adapter_names(model: torch.nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -81,24 +78,21 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
     A weight that an adapted layer shares with others (an output layer tied to embeddings) becomes its own first: the
     adapter was trained for that layer alone. Quantized layers become float32 ones.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     dequantize(model)
     users: dict[int, int] = {}
     for part in model.modules():
         for p in part._parameters.values():
             users[id(p)] = users.get(id(p), 0) + 1
     for part in model.modules():
-        base = getattr(part, "base_layer", None) if getattr(part, "lora_A", None) or _embeds(part) else None
+        base: Any = part.base_layer if isinstance(part, BaseTunerLayer) else None
         weight = None if base is None else base._parameters.get("weight")
         if base is not None and weight is not None and users[id(weight)] > 1:
             base.weight = torch.nn.Parameter(weight.detach().clone(), weight.requires_grad)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*no longer tied after merging.*")
         return model.merge_and_unload()  # type: ignore[no-any-return, operator]
-
-
-def _embeds(part: torch.nn.Module) -> bool:
-    """Whether it is an embedding with an adapter."""
-    return bool(getattr(part, "lora_embedding_A", None))
 
 
 def _check_targets(model: torch.nn.Module, targets: str | Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from ..data.carried import resolve_name as resolve_name
 from ..data.errors import TaskError, unknown
 from ..data.paths import model_folder
-from .mapped_files import pages_given_back
+from .mapped_files import pages_given_back, weight_files
 from .positions import first_position
 from .weight_dtypes import FLOAT32, Kept
 
@@ -40,20 +41,23 @@ def build_model(
     sequence_length: int,
     classes: Sequence[str] | None = None,
     kept: Kept = FLOAT32,
+    cache: Path | None = None,
 ) -> PreTrainedModel:
     """A model for `task` ("causal-lm" or "sequence-classification"), its sizes checked against the data's.
 
     model: the recipe's model section. tokenizer: None where a user's own data brings token numbers. classes: names of
-    the classes, in the order of their numbers. kept: what its weights are kept in. Raises `TaskError` where the model
-    cannot be had, does not fit the task, or is too small for the vocabulary or the length.
+    the classes, in the order of their numbers. kept: what its weights are kept in. cache: where
+    a quantized base is kept for all ranks and later starts. Raises `TaskError` where the model cannot be had, does not
+    fit the task, or is too small for the vocabulary or the length.
     """
     labels = {} if classes is None else _label_settings(classes)
     if model.attention in ("flash", "flex") and not torch.cuda.is_available():
         raise TaskError(f"model.attention: {model.attention} needs a CUDA device; on a CPU there are sdpa and eager.")
     if model.name is not None:
-        built = _pretrained(model_folder(resolve_name(model.name), "model.name"), task, labels, kept, model.attention)
+        name = model_folder(resolve_name(model.name), "model.name")
+        built = _pretrained(name, task, labels, kept, model.attention, cache)
     else:
-        built = _from_config(model_config(model.config, task, tokenizer, labels), task, kept, model.attention)
+        built = _from_config(model_config(model.config, task, tokenizer, labels), task, kept, model.attention, cache)
     _check_sizes(built, tokenizer, sequence_length)
     built.config.use_cache = False
     if tokenizer is not None:
@@ -90,7 +94,9 @@ def _direction(task: str, keys: Iterable[str]) -> dict[str, bool]:
     return {"is_decoder": True} if task == "causal-lm" and "is_decoder" in keys else {}
 
 
-def _pretrained(name: str, task: str, labels: dict[str, Any], kept: Kept, attention: str) -> PreTrainedModel:
+def _pretrained(
+    name: str, task: str, labels: dict[str, Any], kept: Kept, attention: str, cache: Path | None
+) -> PreTrainedModel:
     from transformers import AutoConfig
 
     try:
@@ -98,10 +104,16 @@ def _pretrained(name: str, task: str, labels: dict[str, Any], kept: Kept, attent
         if config.model_type not in _model_types(task):
             raise TaskError(f"model.name {name!r} is a {config.model_type}, which transformers has no {task} form of.")
         settings = {**labels, **_direction(task, vars(config))}
+        make: Any = partial(_with_attention, attention, _auto_class(task).from_pretrained, name, **settings)
+        load = partial(make, output_loading_info=True, dtype=kept.dtype)
+        if kept.codes is not None and cache is not None and (files := weight_files(name)):
+            from .quantized_base import pretrained_base
+
+            config = AutoConfig.from_pretrained(name, **settings)
+            new = partial(_with_attention, attention, _auto_class(task).from_config, config, dtype=kept.dtype)
+            with _quietly():
+                return pretrained_base(name, files, load, new, kept, cache)
         with _quietly(), pages_given_back():
-            make = _auto_class(task).from_pretrained
-            settings = {**settings, "output_loading_info": True, "dtype": kept.dtype}
-            load: Any = partial(_with_attention, attention, make, name, **settings)
             if kept.codes is None:
                 model, found = load()
             else:
@@ -116,14 +128,16 @@ def _pretrained(name: str, task: str, labels: dict[str, Any], kept: Kept, attent
         raise TaskError(f"model.name: cannot load {name!r}: {str(error).splitlines()[0]}") from error
 
 
-def _from_config(config: PreTrainedConfig, task: str, kept: Kept, attention: str) -> PreTrainedModel:
+def _from_config(
+    config: PreTrainedConfig, task: str, kept: Kept, attention: str, cache: Path | None
+) -> PreTrainedModel:
     try:
         make = partial(_with_attention, attention, _auto_class(task).from_config, config, dtype=kept.dtype)
         if kept.codes is None:
             return make()
-        from .quantized_loading import make_quantized
+        from .quantized_base import new_base
 
-        return make_quantized(make, kept.codes)
+        return new_base(make, kept, cache)
     except (ValueError, TypeError, AssertionError) as error:  # sizes that do not divide, and the like
         raise TaskError(f"model.config of {config.model_type}: {error}") from error
 

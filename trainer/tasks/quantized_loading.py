@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.errors import TaskError
 from .quantized import CODECS, QuantizedLinear
@@ -22,22 +22,49 @@ if TYPE_CHECKING:
 _METHOD = "shoestring"
 
 
-def load_quantized(load: Callable[..., tuple[PreTrainedModel, Any]], kind: str) -> tuple[PreTrainedModel, Any]:
-    """What `load` loads, a `from_pretrained` that tells what it has found, with its linear layers in `kind`."""
+Keep = Callable[[Tensor], Tensor]
+
+
+def load_quantized(
+    load: Callable[..., tuple[PreTrainedModel, Any]], kind: str, keep: Keep | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """What `load` loads, a `from_pretrained` that tells what it has found, with its linear layers in `kind`.
+
+    keep: gives what is to be kept in the place of each quantized part.
+    """
     config_class, quantizer = _registered()
-    model, found = load(quantization_config=config_class(kind))
+    model, found = load(quantization_config=config_class(kind, keep))
     quantizer.remove_quantization_config(model)  # the model is saved merged, and in full
     return _checked(model), found
 
 
-def make_quantized(make: Callable[[], PreTrainedModel], kind: str) -> PreTrainedModel:
-    """What `make` makes, a model with new weights, with its linear layers in `kind`."""
-    with torch.device("meta"):
-        model = make()
-    skipped = _kept_whole(model)
-    _fill(model, model, "", lambda name, layer: _quantizes(name, layer, skipped), kind)
+def make_quantized(make: Callable[[], PreTrainedModel], kind: str, keep: Keep | None = None) -> PreTrainedModel:
+    """What `make` makes, a model with new weights, with its linear layers in `kind`; `keep` as for `load_quantized`."""
+    model, skipped = _on_meta(make)
+    _fill(model, model, "", lambda name, layer: _quantizes(name, layer, skipped), kind, keep)
     model.tie_weights()
     return _checked(model)
+
+
+def empty_quantized(make: Callable[[], PreTrainedModel], kind: str) -> PreTrainedModel:
+    """What `make` makes, on the meta device, with its linear layers in `kind`. `fill` gives it what it lacks."""
+    model, skipped = _on_meta(make)
+    for path, layer in list(model.named_modules()):
+        if _quantizes(path, layer, skipped):
+            model.set_submodule(path, QuantizedLinear(layer, kind))  # type: ignore[arg-type]
+    return _checked(model)
+
+
+def fill(model: PreTrainedModel) -> None:
+    """Draw and compute what a model still has on the meta device: new heads, and buffers that no file has."""
+    model.tie_weights()
+    _fill(model, model, "", lambda name, layer: False, "")
+
+
+def _on_meta(make: Callable[[], PreTrainedModel]) -> tuple[PreTrainedModel, list[str]]:
+    with torch.device("meta"):
+        model = make()
+    return model, _kept_whole(model)
 
 
 def _checked(model: PreTrainedModel) -> PreTrainedModel:
@@ -62,15 +89,22 @@ def _quantizes(name: str, layer: nn.Module, skipped: list[str]) -> bool:
     return type(layer) is nn.Linear and should_convert_module(name, skipped)
 
 
-def _fill(module: nn.Module, owner: Any, path: str, wanted: Callable[[str, nn.Module], bool], kind: str) -> None:
+def _fill(
+    module: nn.Module,
+    owner: Any,
+    path: str,
+    wanted: Callable[[str, nn.Module], bool],
+    kind: str,
+    keep: Keep | None = None,
+) -> None:
     """Give a module on the meta device its weights, children first, and quantize each child once it has them."""
     from transformers import PreTrainedModel
 
     for name, child in list(module.named_children()):
         where = f"{path}.{name}" if path else name
-        _fill(child, child if isinstance(child, PreTrainedModel) else owner, where, wanted, kind)
+        _fill(child, child if isinstance(child, PreTrainedModel) else owner, where, wanted, kind, keep)
         if wanted(where, child):
-            setattr(module, name, QuantizedLinear(child, kind))  # type: ignore[arg-type]
+            setattr(module, name, QuantizedLinear(child, kind, keep))  # type: ignore[arg-type]
     for name, p in module._parameters.items():
         if p is not None and p.is_meta:
             module._parameters[name] = nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad)
@@ -99,13 +133,13 @@ def _register() -> tuple[Any, Any]:
 
     @register_quantization_config(_METHOD)
     class Config(QuantizationConfigMixin):
-        def __init__(self, kind: str = "nf4", **about: Any) -> None:
+        def __init__(self, kind: str = "nf4", keep: Keep | None = None, **about: Any) -> None:
             self.quant_method: Any = _METHOD
-            self.kind = kind
+            self.kind, self.keep = kind, keep
 
     class Quantize(ConversionOps):
-        def __init__(self, kind: str) -> None:
-            self.kind = kind
+        def __init__(self, kind: str, keep: Keep | None) -> None:
+            self.kind, self.keep = kind, keep or (lambda part: part)
 
         def convert(
             self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **about: Any
@@ -113,7 +147,7 @@ def _register() -> tuple[Any, Any]:
             (weight,) = input_dict.values()
             weight = weight[0] if isinstance(weight, list) else weight
             prefix = about["full_layer_name"].removesuffix("weight")
-            return {f"{prefix}{name}": part for name, part in CODECS[self.kind].write(weight).items()}
+            return {f"{prefix}{name}": self.keep(part) for name, part in CODECS[self.kind].write(weight).items()}
 
     @register_quantizer(_METHOD)
     class Quantizer(HfQuantizer):
@@ -131,7 +165,7 @@ def _register() -> tuple[Any, Any]:
             return model
 
         def get_quantize_ops(self) -> Any:
-            return Quantize(self.quantization_config.kind)
+            return Quantize(self.quantization_config.kind, self.quantization_config.keep)
 
         def is_serializable(self) -> bool:
             return False
