@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _METHOD = "shoestring"
+_HEADS = ("classifier", "score")  # which PEFT trains beside adapters
 
 
 Keep = Callable[[Tensor], Tensor]
@@ -35,6 +36,9 @@ def load_quantized(
     config_class, quantizer = _registered()
     model, found = load(quantization_config=config_class(kind, keep))
     quantizer.remove_quantization_config(model)  # the model is saved merged, and in full
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, QuantizedLinear) and f"{path}.weight" in found["missing_keys"]:
+            model.set_submodule(path, _drawn(layer, model))
     return _checked(model), found
 
 
@@ -67,6 +71,14 @@ def _on_meta(make: Callable[[], PreTrainedModel]) -> tuple[PreTrainedModel, list
     return model, _kept_whole(model)
 
 
+def _drawn(layer: QuantizedLinear, owner: Any) -> QuantizedLinear:
+    """The layer with weights as a new model has them: those of a new head, which no file gives."""
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    with torch.no_grad():
+        owner._initialize_weights(plain)
+    return QuantizedLinear(plain if layer.bias is None else plain.to(layer.bias.dtype), layer.kind)
+
+
 def _checked(model: PreTrainedModel) -> PreTrainedModel:
     if not any(isinstance(part, QuantizedLinear) for part in model.modules()):
         raise TaskError(
@@ -77,10 +89,11 @@ def _checked(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _kept_whole(model: PreTrainedModel) -> list[str]:
-    """The output layer and whatever transformers never quantizes."""
+    """The output layer, the head of a classifier, which is trained, and whatever transformers never quantizes."""
     from transformers.quantizers.base import HfQuantizer
 
-    return list(HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ())))
+    heads = [name for name in _HEADS if hasattr(model, name)]
+    return heads + list(HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ())))
 
 
 def _quantizes(name: str, layer: nn.Module, skipped: list[str]) -> bool:
@@ -102,6 +115,10 @@ def _fill(
 
     for name, child in list(module.named_children()):
         where = f"{path}.{name}" if path else name
+        if isinstance(child, QuantizedLinear):
+            if child.weight.is_meta:
+                setattr(module, name, _drawn(child, owner))
+            continue
         _fill(child, child if isinstance(child, PreTrainedModel) else owner, where, wanted, kind, keep)
         if wanted(where, child):
             setattr(module, name, QuantizedLinear(child, kind, keep))  # type: ignore[arg-type]
@@ -162,6 +179,9 @@ def _register() -> tuple[Any, Any]:
             for path, layer in list(model.named_modules()):
                 if _quantizes(path, layer, skipped):
                     model.set_submodule(path, QuantizedLinear(layer, self.quantization_config.kind))
+            for layer in model.modules():
+                if isinstance(layer, QuantizedLinear):
+                    layer._is_hf_initialized = True  # type: ignore[assignment]  # codes are not drawn as weights are
             return model
 
         def get_quantize_ops(self) -> Any:

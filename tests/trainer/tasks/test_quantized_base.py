@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import transformers
 from fits import llama
 
+from shoestring.recipes import recipe_from
 from shoestring.recipes.schema import ModelSpec
+from shoestring.trainer import fit, plan
 from shoestring.trainer.data.errors import TaskError
+from shoestring.trainer.tasks import build_task
 from shoestring.trainer.tasks.models import build_model
 from shoestring.trainer.tasks.quantized import QuantizedLinear
 from shoestring.trainer.tasks.shared_weights import keep_from_sending
@@ -85,3 +91,32 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "quantized").write_text("no folder")
     with pytest.raises(TaskError, match=r"model.dtype: the quantized base cannot be kept in .*quantized"):
         built("causal-lm", "nf4", tmp_path, config=SHAPE)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_layers_that_no_file_has_are_drawn_and_a_new_head_stays_whole(kind: str, tmp_path: Path) -> None:
+    """A classifier beside the files of a masked language model: its pooler is new, and its head is trained."""
+    shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=320, intermediate_size=64, max_position_embeddings=64, **shape)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(f"row {i},{'ab'[i % 2]}" for i in range(80)))
+    tokenizer = {"train": "bpe", "vocab_size": 320}
+    model = {"task": "sequence-classification", "name": str(tmp_path / "bert"), "tokenizer": tokenizer, "dtype": kind}
+    given = recipe_from(
+        {
+            "model": {**model, "adapter": {"rank": 2}}, "budget": {"steps": 2}, "strategy": {"name": "single"},
+            "data": {"source": str(tmp_path / "rows.csv"), "sequence_length": 16, "batch_size": 8, "validation": 0.2},
+            "tracking": {"ledger": False},
+        },
+        "classes",
+    )  # fmt: skip
+    first, again = (dict(build_task(given, workdir=tmp_path).module.named_parameters()) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    module = build_task(given, workdir=tmp_path).module
+    base: Any = module.model.base_model.model  # type: ignore[union-attr]
+    pooler = base.bert.pooler.dense.base_layer
+    assert pooler.dequantized(torch.float32).std() == pytest.approx(0.02, rel=0.2), "as a new model draws it"
+    assert not any("pooler" in name for name in module.frozen_base.weights)  # type: ignore[union-attr]
+    assert base.classifier.modules_to_save.default.weight.is_floating_point()
+    report = fit(plan(given), run_dir=tmp_path / "run")
+    assert report is not None and report.summary["steps"] == 2
