@@ -46,3 +46,10 @@ def test_a_schedule_is_drawn_from_its_seed_and_number():
     assert drawn == [chaos.schedule(5, number) for number in range(300)] != [chaos.schedule(6, n) for n in range(300)]
     assert {fault.place for one in drawn for fault in one.faults} == set(PLACES)
     assert {one.strategy for one in drawn} == set(chaos.WORLDS)
+
+
+def test_asked_to_stop_by_the_sums_of_the_step_that_is_saved(tmp_path):
+    """What is written while training goes on is waited for: only what is published is called saved."""
+    asked = Fault("SIGTERM", "batch", 16, (1,))
+    given = chaos.Schedule(0, "zero2", (), (asked,), (None,))
+    assert chaos.endure(given, tmp_path / "0", chaos.References(tmp_path, chaos.train), []) == 2

@@ -115,9 +115,8 @@ class Checkpoints:
         wait: until it is published, which is also done where it must be; else it is written while training goes on.
         """
         account, step = self.account, self.account.clock.step
-        wait = wait or self._waits(trainer)
         if self.tried_step == step:
-            if wait and self.under_way:
+            if self.under_way and (wait or self._waits(trainer)):
                 self.complete(trainer)
             return
         began = account.spending.windows.enter("checkpoint")
@@ -125,6 +124,7 @@ class Checkpoints:
         agree_buffers(module)
         self._records.sync()
         account.receive(account.agreement.settle())  # the sums of this very step belong to it
+        wait = wait or self._waits(trainer)  # these sums may be what asks to stop
         self.tried_step, account.save_requested, account.spending.mine.save = step, False, 0.0
         write = self.saver.save if wait else self.saver.begin
         self.refusal = write(trainer, module, step, self._about(trainer)) or ""
