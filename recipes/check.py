@@ -15,7 +15,8 @@ from . import tree as trees
 from .errors import RecipeError
 from .fields import allowed, hint, homes, resolve
 from .recipe import Recipe
-from .rules import Broken, broken
+from .rule import Broken
+from .rules import broken
 from .tree import Path, dot, shown
 
 # stands in for required values that are in error, so that the rules between the others can still be checked

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, PrivateAttr
 
 from ..problems import Problem
+from .field_types import SLUG
 from .schema import (
-    SLUG,
     TECHNIQUE,
     BudgetSpec,
     CheckpointSpec,

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from ..own_code import is_code
 from ..spelling import did_you_mean, distance
 from ..strategies import OFFLOADS, SETTINGS
 from .adapters import KINDS
 from .recipe import Recipe
+from .rule import RULES, Broken, depends_on
 from .schema import BudgetSpec
 
 TEXT_TASKS = ("causal-lm", "sequence-classification")
@@ -30,20 +30,6 @@ LOGGED = {  # task -> the metrics of its validation
 }
 
 
-@dataclass(frozen=True)
-class Broken:
-    """A broken rule at `key`; `found` is None for the value as the user wrote it."""
-
-    key: str
-    allowed: str
-    hint: str = ""
-    found: str | None = None
-
-
-Check = Callable[[Recipe], Iterator[Broken]]
-RULES: list[tuple[tuple[str, ...], Check]] = []
-
-
 def broken(recipe: Recipe, allow_code: bool, bad: Callable[[str], bool]) -> Iterator[Broken]:
     """Every rule that `recipe` breaks; `bad` says of a dotted key whether it was found in error already."""
     for reads, check in RULES:
@@ -51,16 +37,6 @@ def broken(recipe: Recipe, allow_code: bool, bad: Callable[[str], bool]) -> Iter
             yield from check(recipe)
     if not allow_code:
         yield from (rule for rule in code(recipe) if not bad(rule.key))
-
-
-def depends_on(*keys: str) -> Callable[[Check], Check]:
-    """Register a rule with the keys that it reads."""
-
-    def register(check: Check) -> Check:
-        RULES.append((keys, check))
-        return check
-
-    return register
 
 
 def code(recipe: Recipe) -> Iterator[Broken]:

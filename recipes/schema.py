@@ -10,57 +10,13 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_serializer
+from pydantic import Field, model_serializer
 from pydantic_core import PydanticCustomError
 
 from ..own_code import CODE
 from ..section import Section as Section
-from ..units import UnitError
 from . import amounts
-
-SLUG = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"  # also a folder's name, so no slashes and no leading dot
-
-Code = Annotated[str, Field(pattern=CODE)]
-Text = Annotated[str, Field(min_length=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1, lt=2**63)]
-
-
-def _said(error: UnitError) -> PydanticCustomError:
-    return PydanticCustomError("amount", "{allowed}", {"allowed": error.allowed, "hint": error.hint})
-
-
-def _duration(zero: bool, word: str | None = None) -> BeforeValidator:
-    def check(value: object) -> object:
-        try:
-            return value if value is None or value == word else amounts.duration(value, zero)
-        except UnitError as error:
-            raise _said(UnitError(f"{word}, or {error.allowed}", error.hint) if word else error) from None
-
-    return BeforeValidator(check)
-
-
-def _amount(base: str, scale: int = 1, whole: bool = False) -> BeforeValidator:
-    def check(value: object) -> object:
-        try:
-            return None if value is None else amounts.amount(value, base, scale, whole)
-        except UnitError as error:
-            raise _said(error) from None
-
-    return BeforeValidator(check)
-
-
-def _judged() -> BeforeValidator:
-    def check(value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        try:
-            return " ".join(amounts.judged_by(value))
-        except UnitError as error:
-            raise _said(error) from None
-
-    return BeforeValidator(check)
+from .field_types import Code, Count, Positive, Share, Text, amount, duration, judged
 
 
 class TokenizerSpec(Section):
@@ -162,15 +118,15 @@ class BudgetSpec(Section):
     training data (parts of one too), FLOPs, kWh.
     """
 
-    usd: Annotated[float | None, _amount("$")] = None
-    hours: Annotated[float | None, _amount("s", 3600)] = None
-    device_hours: Annotated[float | None, _amount("s", 3600)] = None
-    tokens: Annotated[float | None, _amount("tokens", whole=True)] = None
-    samples: Annotated[float | None, _amount("samples", whole=True)] = None
-    steps: Annotated[float | None, _amount("steps", whole=True)] = None
-    epochs: Annotated[float | None, _amount("epochs")] = None
-    flops: Annotated[float | None, _amount("flops")] = None
-    kwh: Annotated[float | None, _amount("kWh")] = None
+    usd: Annotated[float | None, amount("$")] = None
+    hours: Annotated[float | None, amount("s", 3600)] = None
+    device_hours: Annotated[float | None, amount("s", 3600)] = None
+    tokens: Annotated[float | None, amount("tokens", whole=True)] = None
+    samples: Annotated[float | None, amount("samples", whole=True)] = None
+    steps: Annotated[float | None, amount("steps", whole=True)] = None
+    epochs: Annotated[float | None, amount("epochs")] = None
+    flops: Annotated[float | None, amount("flops")] = None
+    kwh: Annotated[float | None, amount("kWh")] = None
 
 
 TECHNIQUE = "a technique's name, or one name with a mapping of settings: `- gradual_pruning: {sparsity: 0.5}`"
@@ -225,7 +181,7 @@ class OptimizerSpec(Section):
         False, description="true | false: each parameter steps in backward, and one gradient is alive at a time"
     )
     schedule: Literal["linear", "cosine", "wsd", "rex", "constant"] = "linear"
-    warmup: Annotated[str, _duration(zero=True)] = Field("2%", description=amounts.DURATION)
+    warmup: Annotated[str, duration(zero=True)] = Field("2%", description=amounts.DURATION)
 
 
 class StrategySpec(Section):
@@ -260,7 +216,7 @@ class StrategySpec(Section):
         description="auto (50 million), or a whole number of elements from 1: weights gathered ahead of their use, "
         "under zero3",
     )
-    hang_after: Literal["auto", "off"] | Annotated[str, _duration(zero=False)] = Field(
+    hang_after: Literal["auto", "off"] | Annotated[str, duration(zero=False)] = Field(
         "auto",
         description='auto (20 times the slowest of the last batches, at least 2 min), off, or a time such as "10 min": '
         "a run that has not moved for so long ends, and says which rank stands where",
@@ -285,7 +241,7 @@ class TrackingSpec(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     project: Text = Field("shoestring", description="a project's name")
     log_every: Count = Field(10, description="a whole number of steps from 1")
-    profile: Annotated[float | None, _amount("steps", whole=True)] = Field(
+    profile: Annotated[float | None, amount("steps", whole=True)] = Field(
         None, description="null, or a number of steps to trace into the run's folder, like 3 steps"
     )
 
@@ -297,16 +253,16 @@ class CheckpointSpec(Section):
     `best` keeps the weights of the best evaluation, too, in best/.
     """
 
-    every: Annotated[str | None, _duration(zero=False, word="auto")] = Field(
+    every: Annotated[str | None, duration(zero=False, word="auto")] = Field(
         "300 s", description=f"auto, or {amounts.DURATION}"
     )
-    mtbf: Annotated[float | None, _amount("s")] = Field(
+    mtbf: Annotated[float | None, amount("s")] = Field(
         None,
         description="null (a day for each node, and what the run itself has met), or the mean time between failures "
         "and preemptions, like 4 h: for every: auto",
     )
     keep: Count = Field(2, description="a whole number from 1")
-    best: Annotated[str | None, _judged()] = Field(None, description=amounts.JUDGED)
+    best: Annotated[str | None, judged()] = Field(None, description=amounts.JUDGED)
     patience: Count | None = Field(
         None,
         description="null, or how many evaluations without a better one by `best` end the run: a whole number from 1",
@@ -316,7 +272,7 @@ class CheckpointSpec(Section):
 class EvaluationSpec(Section):
     """When validation runs, over how many batches (null: all), and a prompt to complete when training is over."""
 
-    every: Annotated[str | None, _duration(zero=False)] = Field(None, description=amounts.DURATION)
+    every: Annotated[str | None, duration(zero=False)] = Field(None, description=amounts.DURATION)
     batches: Count | None = Field(None, description="null, or a whole number from 1")
     at_end: bool = Field(True, description="true | false")
     generate: Text | None = Field(None, description="null, or a prompt to complete")

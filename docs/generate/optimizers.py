@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from shoestring.strategies import OFFLOADS
-from shoestring.trainer.planning.memory import Inputs, memory
+from shoestring.trainer.planning.memory import memory
+from shoestring.trainer.planning.needs import Inputs
 from shoestring.trainer.planning.sizes import Size
 from shoestring.trainer.tasks.optimizers.cards import OPTIMIZERS, OptimizerCard
 

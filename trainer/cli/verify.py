@@ -11,7 +11,7 @@ from .options import AllowCode, AsJson, Overrides, RecipePath, print_json, stdou
 
 if TYPE_CHECKING:
     from ..run.verify.compare import Difference
-    from ..run.verify.verify import Verdict
+    from ..run.verify.verdict import Verdict
 
 Ranks = Annotated[
     int | None, typer.Option("--ranks", min=1, help="The most ranks to run on; default: as planned, at least 2.")

@@ -19,7 +19,7 @@ from ..tasks.optimizers.cards import OptimizerCard, optimizer_card
 from ..tasks.weight_dtypes import kept_in
 from .activations import Checkpointing
 from .fitting import Fit, gib, with_micro
-from .memory import Inputs
+from .needs import Inputs
 from .sizes import size_of
 from .target import Target
 

@@ -14,7 +14,8 @@ from ...strategies import Sharding
 from ..tasks.optimizers.cards import OptimizerCard
 from ..tasks.weight_dtypes import kept_in
 from .activations import Checkpointing
-from .memory import Inputs, Memory, Term, memory
+from .memory import memory
+from .needs import Inputs, Memory, Term
 from .sizes import Size
 from .target import Target
 

@@ -8,137 +8,20 @@ Not all terms are alive at once: the peak is that of the fullest moment of a ste
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
-from ...callbacks.contract import Effect
-from ...strategies import Sharding, bucket
-from ..tasks.chunks import Chunked, chunks_of
-from ..tasks.optimizers.cards import OPTIMIZERS, OptimizerCard
-from .activations import BYTES, Checkpointing, block_bytes, logits_bytes
-from .sizes import Size
+from ...strategies import bucket
+from ..tasks.chunks import chunks_of
+from .activations import BYTES, block_bytes, logits_bytes
+from .needs import Inputs, Memory, Term
 
 FROZEN_BYTES = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.516, "int8": 1.005}  # of a matrix in a block, scales included
 # The weights stream from their files into the shard that keeps them, and a node reads them once. False: every rank
 # builds the whole model in float32 in host memory, and ZeRO moves all of it to the device before it is split.
 STREAMED = False
-MOMENTS = ("loss", "backward", "step")
 LIVE = 1e9  # its stage3_max_live_parameters: what ZeRO-3 leaves gathered
 CONTEXT = {"cuda": 0.75 * 2**30, "cpu": 0.5 * 2**30}  # CUDA context and workspaces; interpreter and libraries
 COMMUNICATOR = 0.5 * 2**30  # NCCL's buffers
 HOST_PROCESS = 2.5 * 2**30  # a rank's interpreter, libraries and pinned buffers, beside a GPU
-FRAGMENTATION = 0.05  # of what the allocator holds
-
-
-@dataclass(frozen=True)
-class Term:
-    """One thing that fills memory: its name, its bytes, and the moments of a step at which it is alive."""
-
-    name: str
-    bytes: float
-    moments: tuple[str, ...] = MOMENTS
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The terms of one device, and those of a node's host memory. On CPUs the two are one."""
-
-    device: tuple[Term, ...]
-    host: tuple[Term, ...]
-    context: float
-
-    def at(self, moment: str) -> tuple[Term, ...]:
-        """What is alive then, the largest first."""
-        alive = [term for term in self.device if moment in term.moments and term.bytes > 0]
-        return tuple(sorted(alive, key=lambda term: -term.bytes))
-
-    @property
-    def moment(self) -> str:
-        """The fullest one."""
-        return max(MOMENTS, key=lambda moment: sum(term.bytes for term in self.at(moment)))
-
-    @property
-    def needed(self) -> float:
-        """Bytes that a device must have: without any fragmentation."""
-        return self.context + sum(term.bytes for term in self.at(self.moment))
-
-    @property
-    def fragmentation(self) -> float:
-        """What an allocator usually loses between its blocks, in bytes."""
-        return FRAGMENTATION * (self.needed - self.context)
-
-    @property
-    def total(self) -> float:
-        """Bytes that a device should have."""
-        return self.needed + self.fragmentation
-
-    @property
-    def host_total(self) -> float:
-        """Bytes of host memory that a node must have."""
-        return sum(term.bytes for term in self.host)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """All that decides what a run's memory holds.
-
-    Attributes:
-        size: The model's counts.
-        length: Tokens of a sample.
-        micro: Samples of a forward pass.
-        accumulate: Micro-batches in an optimizer step.
-        devices: Ranks of a node.
-        nodes: How many there are.
-        strategy: single | ddp | zero1 | zero2 | zero3.
-        offload: none | optimizer | parameters.
-        accelerator: "cuda" or "cpu".
-        precision: fp32 | bf16 | fp16, of the computation.
-        base: What a frozen weight is kept in: a key of `FROZEN_BYTES`.
-        optimizer: What it keeps of a parameter, and what its step copies.
-        checkpointing: Which blocks are computed again in backward.
-        adapter_dtype: compute | float32.
-        dropout: Adapters drop parts of their inputs.
-        effect: Of all other techniques together.
-        shared_extra: What techniques keep beside the states is split as these are; a teacher is not.
-        in_backward: Each parameter steps in backward, and its gradient is freed.
-        chunked_loss: Whether logits exist in parts only, as the recipe says; False where something needs them whole.
-        sharding: How ZeRO sums gradients and communicates.
-    """
-
-    size: Size
-    length: int
-    micro: int
-    accumulate: int
-    devices: int
-    nodes: int
-    strategy: str
-    offload: str
-    accelerator: str
-    precision: str
-    base: str = "fp32"
-    optimizer: OptimizerCard = OPTIMIZERS["adamw"]
-    checkpointing: Checkpointing = field(default_factory=Checkpointing)
-    adapter_dtype: str = "compute"
-    dropout: bool = False
-    effect: Effect = field(default_factory=Effect)
-    shared_extra: bool = True
-    chunked_loss: Chunked = False
-    sharding: Sharding = field(default_factory=Sharding)
-    in_backward: bool = False
-
-    @property
-    def world(self) -> int:
-        """All ranks."""
-        return self.devices * self.nodes
-
-    @property
-    def stage(self) -> int:
-        """Of ZeRO; 0 where it is not used."""
-        return int(self.strategy[-1]) if self.strategy.startswith("zero") else 0
-
-    @property
-    def own(self) -> float:
-        """Bytes of a trained weight as the forward pass finds it: autocast leaves it in float32, ZeRO does not."""
-        return BYTES[self.precision] if self.stage else 4.0
 
 
 def summed(run: Inputs) -> float:

@@ -14,7 +14,7 @@ from ...recipes.rules import settings_without_use
 from ...strategies import OFFLOADS
 from ..tasks.optimizers.cards import OptimizerCard, UnknownOptimizer, optimizer_card
 from .fitting import Fit, gib
-from .memory import MOMENTS
+from .needs import MOMENTS
 from .sizes import Size
 from .target import Target
 

@@ -20,7 +20,8 @@ from shoestring.trainer.jobs.submit import job_for
 from shoestring.trainer.planning.activations import Checkpointing
 from shoestring.trainer.planning.alternatives import SHOWN
 from shoestring.trainer.planning.fitting import CannotFit
-from shoestring.trainer.planning.memory import Inputs, Memory, memory
+from shoestring.trainer.planning.memory import memory
+from shoestring.trainer.planning.needs import Inputs, Memory
 from shoestring.trainer.planning.sizes import Size
 from shoestring.trainer.tasks.optimizers.cards import OPTIMIZERS, OptimizerCard
 
