@@ -40,6 +40,14 @@ CASES = [(flag, value) for flag, values in FLAGS.items() for value in values]
 QUIET_FLAGS = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 
 
+@pytest.fixture(autouse=True)
+def settings_of_the_process():
+    """Lightning sets `deterministic` for the whole process and leaves it: the next test starts as this one did."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = False
+
+
 def test_every_flag_is_tried():
     assert FLAGS.keys() == LightningOptions.__annotations__.keys()
 
