@@ -3,6 +3,7 @@
     final/  model.safetensors, or in parts model-00001-of-00003.safetensors … and model.safetensors.index.json
             adapter_model.safetensors where an adapter has been trained beside a base that is loaded again
             weights.json: size and sha256 of each file, the base, our names of weights that others call otherwise
+    final.safetensors  a link to the weights where they are one file and have our names, for what reads one file
 
 No rank holds more of it than a part. A module says what others call its weights by its method `published_names`.
 """
@@ -13,6 +14,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,7 @@ def save_weights(
                 entries = {file: entry for written, _ in told for file, entry in written.items()}
                 _describe(working, stem, entries, parts, sizes, published, base_identity if base else None)
                 _put_in_place(working, folder)
+                _link(folder, one=len(parts) == 1 and all(ours == theirs for ours, theirs in published.items()))
         except OSError as error:
             refusal = str(error)
         shutil.rmtree(working, ignore_errors=True)
@@ -162,6 +165,17 @@ def _put_in_place(working: Path, folder: Path) -> None:
     working.rename(folder)
     sync_directory(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _link(folder: Path, *, one: bool) -> None:
+    link, fresh = folder.with_name(f"{folder.name}.safetensors"), folder.with_name(f".{folder.name}.link")
+    if not one:
+        link.unlink(missing_ok=True)
+        return
+    fresh.unlink(missing_ok=True)
+    with suppress(OSError):  # a file system without links
+        fresh.symlink_to(Path(folder.name, _file("model", 0, 1)))
+        fresh.replace(link)
 
 
 def _old(folder: Path) -> Path:

@@ -13,6 +13,7 @@ import torch
 import transformers
 import weights_ranks
 from processes import succeed
+from safetensors.torch import load_file
 
 from shoestring.recipes import recipe_from
 from shoestring.trainer import Budget, fit, plan
@@ -51,12 +52,20 @@ def test_what_only_we_can_load_has_no_settings_beside_it(tmp_path: Path) -> None
     open_run(tmp_path / "run")
 
 
+def test_one_file_is_found_by_who_reads_one_file(tmp_path: Path) -> None:
+    small.train(tmp_path / "run", max_steps=1)
+    link = tmp_path / "run" / "final.safetensors"
+    one, kept = load_file(link), load_weights(tmp_path / "run" / "final")
+    assert one.keys() == kept.keys() and all(torch.equal(one[name], kept[name]) for name in kept)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_ranks_write_parts_in_turn(strategy: str, tmp_path: Path) -> None:
     """The parts hold what one file holds, each was written by one rank, and transformers finds them."""
     succeed(weights_ranks.main, strategy, tmp_path, world=2, folder=tmp_path / "logs", timeout=120)
     parts, whole = tmp_path / "parts", tmp_path / "whole"
     together, alone = load_weights(parts), load_weights(whole)
+    assert not parts.with_suffix(".safetensors").exists(), "which is what a link to one file is called"
     assert together.keys() == alone.keys() and all(torch.equal(together[name], alone[name]) for name in alone)
     files = json.loads((parts / "weights.json").read_text())["files"]
     assert len(files) > 4 and weights_problem(parts) is None
@@ -90,4 +99,4 @@ def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path, monkeypatch: p
     assert torch.equal(load_weights(final)["net.weight"], before["net.weight"])
     assert weights.save_weights(trainer, trainer.lightning_module, final, weights_ranks.Alone()) is None
     assert final.exists() and not load_weights(final)["net.weight"].any()
-    assert sorted(p.name for p in tmp_path.glob("final*")) == ["final"]
+    assert sorted(p.name for p in tmp_path.glob("final*")) == ["final", "final.safetensors"]
