@@ -115,6 +115,6 @@ def _vocabulary(module: pl.LightningModule) -> int:
     """How many logits a language model has for a token; 0 where there is no such model."""
     for part in module.modules():
         config = getattr(part, "config", None)
-        if hasattr(config, "get_text_config"):
+        if config is not None and hasattr(config, "get_text_config"):
             return int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
     return 0
