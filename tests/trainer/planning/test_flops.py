@@ -102,7 +102,8 @@ def test_every_shape_is_counted_as_torch_counts_it(name: str, small_chunks: None
     assert (again.counted, again.realised) == (plain.counted + first, theirs) and theirs > plain.realised
     chunked, theirs = both(make(), chunked=True, **options)
     head = 2 * SHAPE["hidden_size"] * VOCABULARY * ROWS  # the last position of a row has no target
-    assert (chunked.counted, chunked.realised) == (plain.counted - 3 * head, theirs)
+    products = 2 if name in ADAPTED else 3  # a frozen output layer has no gradient of its own
+    assert (chunked.counted, chunked.realised) == (plain.counted - products * head, theirs)
     assert chunked.realised - chunked.counted == head * (LENGTH - 1)
 
 
