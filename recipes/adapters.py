@@ -39,6 +39,22 @@ def _near_root(number: int) -> tuple[int, int]:
     return small, number // small
 
 
+def _of_blocks(blocks: int, inputs: int) -> int:
+    """Weights of OFT: a skew matrix for each block of inputs, of which there are as many as divide them evenly."""
+    count = min(
+        (each for each in range(1, inputs + 1) if inputs % each == 0), key=lambda each: (abs(each - blocks), each)
+    )
+    size = inputs // count
+    return count * size * (size - 1) // 2
+
+
+def _of_bases(rank: int, inputs: int, outputs: int) -> int:
+    """Weights of RandLoRA: scales of as many random bases of `rank` as are of full rank together."""
+    few = min(inputs, outputs)
+    bases = -(-few // rank)
+    return bases * (rank + few)
+
+
 _SCALED = ("rank", "alpha")
 _LORA = (*_SCALED, "dropout", "dtype")
 KINDS = {
@@ -50,4 +66,22 @@ KINDS = {
     "miss": AdapterKind("2409.15371", lambda r, i, o: r * o, ("rank", "dropout")),
     "hra": AdapterKind("2405.17484", lambda r, i, o: r * i, quantized=False),
     "ia3": AdapterKind("2205.05638", lambda r, i, o: o, ()),
+    "hira": AdapterKind("2502.07775", lambda r, i, o: r * (i + o), ("rank", "dropout"), quantized=False),
+    "vera": AdapterKind("2310.11454", lambda r, i, o: r + o, ("rank", "dropout")),
+    "randlora": AdapterKind("2502.00987", _of_bases, (*_SCALED, "dropout")),
+    "oft": AdapterKind("2306.07280", lambda r, i, o: _of_blocks(r, i)),
+    "shira": AdapterKind("2406.13175", lambda r, i, o: r * (i + o), quantized=False),
+}
+_TOKENS = "it trains tokens that are put before the input, and there is nothing to merge into the weights"
+REFUSED = {  # PEFT's other kinds, and why a recipe cannot have them
+    "adalora": "it moves ranks between layers while it trains, by calls from the training loop",
+    "boft": "it takes sizes of blocks that divide every layer in the place of a rank: use oft",
+    "c3a": "it takes a size of blocks that divides every layer, and does not begin as the base",
+    "fourierft": "merged, it differs from what was trained by more than 1e-5: its transform is rounded otherwise",
+    "vblora": "its vectors have one length that must divide every layer, and it does not begin as the base",
+    "waveft": "it takes a number of frequencies in the place of a rank: use shira",
+    **dict.fromkeys(("prompt_tuning", "prefix_tuning", "p_tuning", "cpt"), _TOKENS),
+}
+REFUSED_STARTS = {
+    "loftq": "it compares weights with their codes, and here a base is made codes while it is read: use pissa",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
@@ -40,6 +41,17 @@ def amount(base: str, scale: int = 1, whole: bool = False) -> BeforeValidator:
             return None if value is None else amounts.amount(value, base, scale, whole)
         except UnitError as error:
             raise _said(error) from None
+
+    return BeforeValidator(check)
+
+
+def refused(reasons: Mapping[str, str], *allowed: str) -> BeforeValidator:
+    """Of values that are known and cannot be had, say why."""
+
+    def check(value: object) -> object:
+        if isinstance(value, str) and value in reasons:
+            raise _said(UnitError(" | ".join(allowed), f"not {value}: {reasons[value]}"))
+        return value
 
     return BeforeValidator(check)
 

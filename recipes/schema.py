@@ -16,7 +16,8 @@ from pydantic_core import PydanticCustomError
 from ..own_code import CODE
 from ..section import Section as Section
 from . import amounts
-from .field_types import Code, Count, Positive, Share, Text, amount, duration, judged
+from .adapters import KINDS, REFUSED, REFUSED_STARTS
+from .field_types import Code, Count, Positive, Share, Text, amount, duration, judged, refused
 
 
 class TokenizerSpec(Section):
@@ -32,7 +33,12 @@ class AdapterSpec(Section):
     LoRA, the first of them, adds products of two matrices of `rank`, scaled by `alpha / rank`.
     """
 
-    kind: Literal["lora", "dora", "loha", "lokr", "gralora", "miss", "hra", "ia3"] = "lora"
+    kind: Annotated[
+        Literal[
+            "lora", "dora", "loha", "lokr", "gralora", "miss", "hra", "ia3", "hira", "vera", "randlora", "oft", "shira"
+        ],
+        refused(REFUSED, *KINDS),
+    ] = "lora"  # fmt: skip
     rank: Count = Field(8, description="a whole number from 1")
     alpha: Positive = Field(16.0, description="a number above 0")
     dropout: Share = Field(0.0, description="a number from 0 to below 1")
@@ -44,7 +50,10 @@ class AdapterSpec(Section):
         "compute", description="compute | float32: what adapters compute in; their weights are float32 in any case"
     )
     rslora: bool = Field(False, description="true | false: scaled by alpha / sqrt(rank) instead (arXiv 2312.03732)")
-    start: Literal["zero", "gaussian", "orthogonal", "olora", "pissa"] = Field(
+    start: Annotated[
+        Literal["zero", "gaussian", "orthogonal", "olora", "pissa"],
+        refused(REFUSED_STARTS, "zero", "gaussian", "orthogonal", "olora", "pissa"),
+    ] = Field(
         "zero",
         description="zero | gaussian | orthogonal | olora | pissa: what LoRA begins with; olora (arXiv 2406.01775) and "
         "pissa (arXiv 2404.02948) take it out of the base, which is then saved with the adapters",

@@ -6,6 +6,8 @@ afterwards, so it follows sequence length, batch size, freezing and checkpointin
   realised   what the device executed: recomputation included, masked-dense weights at full cost
   counted    what the mathematics needs: no recomputation, products with a masked weight times its density.
              Gradients with respect to a masked weight count in full, since the dense gradient is computed.
+
+What a model is asked aside from its step, once a run (`evaluating`), counts as neither: it is no part of such a step.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..contract import Technique
+from ..forward.isolated_step import is_evaluating
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,10 @@ class FlopCounter(TorchDispatchMode):
             self._copies[storage.data_ptr()] = density, StorageWeakRef(storage)
 
     def _add(self, amount: float, args: Any) -> None:
+        if is_evaluating():
+            return
         self._realised += amount
-        # inside backward, only recomputation runs with gradients enabled
-        recomputed = torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
-        if not recomputed:
+        if not _recomputed():
             self._counted += amount * (self._density(args) if self._densities else 1.0)
 
     def _density(self, args: Any) -> float:
@@ -105,6 +108,17 @@ class FlopCounter(TorchDispatchMode):
                 if storage is not None and not storage.expired():  # else the memory is somebody else's by now
                     return copied
         return 1.0
+
+
+def _recomputed() -> bool:
+    """Whether this is computed in backward only because forward did not keep it.
+
+    Nothing else there runs with gradients enabled, or saves tensors through hooks; the forward of an
+    `autograd.Function` does only the latter.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    return torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 class StepFlops:

@@ -53,6 +53,7 @@ class LowRank(Technique, pl.Callback):
         paper="2103.03936",
         saves={"flops", "memory", "communication", "size"},
         writes={"modules", "weights"},
+        refuses={"model.adapter"},  # the layers that it would replace are frozen
     )
 
     energy: float = 0.9

@@ -14,18 +14,30 @@ from torch import Tensor, nn
 from .training_step import NoLoss
 
 LOGS = ("log", "log_dict")
+_asked = 0  # how many `evaluating` are open
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards every module is in the mode it was in, frozen ones too."""
+    """The model in evaluation mode; afterwards every module is in the mode it was in, frozen ones too.
+
+    What it computes here answers a question about it and is no part of a training step, even if it is asked within one.
+    """
+    global _asked
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    _asked += 1
     try:
         yield
     finally:
+        _asked -= 1
         for module, mode in modes:
             module.training = mode
+
+
+def is_evaluating() -> bool:
+    """Whether a model is in `evaluating`."""
+    return _asked > 0
 
 
 @contextmanager

@@ -202,6 +202,10 @@ class Shards:
         """The whole master weight, in its shape. Collective where no rank has all of it."""
         return self.gather(name, self.master(name))
 
+    def whole_frozen(self, where: Slice, view: Tensor) -> Tensor:
+        """The whole of what `frozen` gave a slice of, in its shape. Collective where frozen parameters are sharded."""
+        return view.view(where.shape)
+
     def gather_slice(self, where: Slice, local: Tensor) -> Tensor:
         """`gather` of a slice that is no parameter's."""
         return local.view(where.shape)

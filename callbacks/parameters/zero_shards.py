@@ -173,6 +173,9 @@ class Zero3Shards(ZeroShards):
             frozen[name] = (where, p.ds_tensor.data.view(-1)[: where.length])  # type: ignore[attr-defined]
         return frozen
 
+    def whole_frozen(self, where: Slice, view: Tensor) -> Tensor:
+        return self.gather_slice(where, view)  # by all ranks: one may have all of it, and another one nothing
+
     def _flats(self) -> list[Tensor | None]:
         return list(self.zero.fp32_partitioned_groups_flat)
 

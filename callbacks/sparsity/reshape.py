@@ -125,8 +125,7 @@ def _gather(trainer: pl.Trainer, shards: Shards) -> Whole:
             for state, dtype in present[name].items()
         }
     for name, (where, view) in shards.frozen().items():
-        held = where.length == where.numel
-        kept.frozen[name] = (view.view(where.shape) if held else shards.gather_slice(where, view)).clone()
+        kept.frozen[name] = shards.whole_frozen(where, view).clone()
     for technique in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(technique, Technique) and (fragments := technique.fragments()):
             kept.fragments[technique.state_key] = {

@@ -47,7 +47,7 @@ class SynFlow(PruneAtInit):
         paper="2006.05467",
         saves={"size"},
         writes={"weights", "gradients", "optimizer"},
-        refuses={"muon"},
+        refuses={"muon", "model.dtype nf4 or int8"},  # codes have no absolute value, which the flow is of
     )
 
     def wanted(self) -> int:

@@ -49,7 +49,7 @@ class Late(Toy):
         built = Toy(dropout=0.0)
         for name, value in vars(built)["_modules"].items():
             setattr(self, name, value)
-        self.positions = built.positions
+        self.positions, self.gain = built.positions, built.gain
         self.register_buffer("seen", built.seen)
         assert lightning.keys() <= vars(self).keys()
 

@@ -1,6 +1,6 @@
 """A foreign LightningModule with its data, small enough to train a hundred times, and awkward on purpose.
 
-Odd sizes (no parameter divides evenly among two ranks), dropout, a frozen parameter, a buffer that training changes,
+Odd sizes (no parameter divides evenly among two ranks), dropout, frozen parameters, a buffer that training changes,
 and samples that are read with a random part: whatever a resumed run fails to restore changes the final weights.
 """
 
@@ -65,12 +65,13 @@ class Toy(pl.LightningModule):
         self.lr, self.optimizer = lr, optimizer
         self.embed = nn.Embedding(VOCAB, WIDTH)
         self.positions = nn.Parameter(torch.randn(LENGTH, WIDTH), requires_grad=False)
+        self.gain = nn.Parameter(torch.ones(1), requires_grad=False)  # one rank has all of it, and the others nothing
         self.blocks = nn.ModuleList(Block(dropout) for _ in range(2))
         self.head = nn.Linear(WIDTH, CLASSES)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids) + self.positions[: ids.shape[1]]
+        x = self.gain * self.embed(ids) + self.positions[: ids.shape[1]]
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean(1))

@@ -80,8 +80,7 @@ def save_weights(
             if name in shards.slices:
                 tensor = shards.whole(name)
             elif name in frozen:
-                where, view = frozen[name]
-                tensor = view.view(where.shape) if where.length == where.numel else shards.gather_slice(where, view)
+                tensor = shards.whole_frozen(*frozen[name])
             else:
                 tensor = buffers[name]
             if mine:

@@ -246,12 +246,14 @@ def _cpuinfo(*keys: str) -> str:
 
 def run_facts(
     strategy: Any, accelerator: str, offload: str = "none", optimizer: str | None = None, *,
-    bf16: bool | None = None, fp16: bool | None = None, in_backward: bool = False, quantized: bool = False,
+    bf16: bool | None = None, fp16: bool | None = None, in_backward: bool = False, adapted: bool = False,
+    quantized: bool = False,
 ) -> frozenset[str]:  # fmt: skip
     """What techniques may need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", …, "offload".
 
     bf16, fp16: whether the device computes in that type; None: as this machine's.
     in_backward: parameters step in backward: "step-in-backward".
+    adapted: the weights are frozen, and adapters beside them are trained: "model.adapter".
     quantized: the base's weights are kept as codes: "model.dtype nf4 or int8".
     """
     if bf16 is None or fp16 is None:
@@ -269,6 +271,8 @@ def run_facts(
         names.add("step-in-backward")
     if optimizer:
         names.add(optimizer)
+    if adapted:
+        names.add("model.adapter")
     if quantized:
         names.add("model.dtype nf4 or int8")
     return frozenset(names)

@@ -166,7 +166,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         run_facts(
             strategy, target.accelerator, recipe.strategy.offload, recipe.optimizer.name,
             bf16=target.bf16, fp16=target.fp16, in_backward=recipe.optimizer.in_backward,
-            quantized=recipe.model.dtype in ("nf4", "int8"),
+            adapted=recipe.model.adapter is not None, quantized=recipe.model.dtype in ("nf4", "int8"),
         ),
     )  # fmt: skip
     for reason in composition.reasons:

@@ -14,6 +14,7 @@ from ...callbacks.accounting.forecast import first_exhausted
 from ...callbacks.contract import Effect, Technique
 from ...recipes import Recipe
 from ..machine.expected_peak import expected_peak
+from ..tasks.chunks import chunks_of
 from .fitting import Fit, times, workload_of
 from .target import Target
 
@@ -47,7 +48,10 @@ def predict(
     world = inputs.world
     workload = workload_of(recipe, size, world)
     effect = reduce(times, (t.predict(workload) for t in techniques), Effect())
-    flops = size.flops_per_token(recipe.data.sequence_length) * tokens * effect.flops
+    each = size.flops_per_token(recipe.data.sequence_length)
+    if chunks_of(size.vocabulary * inputs.micro * inputs.length, inputs.chunked_loss) > 1:
+        each += size.head_flops_per_token
+    flops = each * tokens * effect.flops
     dtype = inputs.precision if inputs.precision == "fp32" or target.bf16 else "fp32"  # what emulates it gains nothing
     reachable = expected_peak(dtype, target.device.name) * ASSUMED_MFU[target.accelerator] * world
     seconds = flops / reachable

@@ -20,6 +20,7 @@ class Size:
 
     `active` are the parameters a token is multiplied with (input embeddings are looked up, not multiplied), `inside`
     those of them in blocks, which a quantized base keeps in few bytes, and `largest` those of the largest matrix.
+    `queries` is how wide the queries of all heads are.
     """
 
     parameters: int | None = None
@@ -30,15 +31,26 @@ class Size:
     intermediate: int = 0
     kv_share: float = 1.0
     heads: int = 0
+    queries: int = 0
     inside: int = 0
     largest: int = 0
     vocabulary: int = 0
     tokens: bool = False  # work is counted in tokens
 
     def flops_per_token(self, length: int) -> float:
-        """Forward and backward: 6 a trained parameter, 4 a frozen one, 12 * layers * hidden * length for attention."""
-        trained = (self.trainable or 0) / max(1, self.parameters or 1)
-        return self.active * (4 + 2 * trained) + 12 * self.layers * self.hidden * length * self.tokens
+        """Forward and backward: 6 a trained parameter, 4 a frozen one, 12 * layers * queries * length for attention.
+
+        A frozen one has no gradient of its own, but hands on that of its input. Adapters are not among the `active`.
+        """
+        trained = float(self.trainable or 0)
+        adapted = trained < (self.parameters or 0)
+        products = 4 * self.active + 6 * trained if adapted else 6 * self.active
+        return products + 12 * self.layers * self.queries * length * self.tokens
+
+    @property
+    def head_flops_per_token(self) -> float:
+        """Of the output layer's forward, which a loss in chunks computes twice."""
+        return 2.0 * self.hidden * self.vocabulary
 
 
 def size_of(recipe: Recipe) -> Size:
@@ -75,7 +87,7 @@ def _transformer(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden:
         parameters += trainable
     return Size(
         parameters=parameters, trainable=trainable, active=int(inside + head), layers=layers, hidden=hidden,
-        intermediate=intermediate, kv_share=share, heads=heads, inside=int(inside),
+        intermediate=intermediate, kv_share=share, heads=heads, queries=queries, inside=int(inside),
         largest=hidden * max(intermediate, vocabulary if trainable == parameters else 0),
         vocabulary=vocabulary if causal else 0, tokens=True,
     )  # fmt: skip

@@ -12,11 +12,13 @@ from ..planning.alternatives import smaller
 from ..planning.fitting import gib
 from ..planning.planner import Plan
 
-_STATES = {  # what is counted, and the terms of the plan that it is compared with
+_TERMS = {  # what is counted, and the terms of the plan that it is compared with
     "weights": ("weights", "frozen weights"),
     "master weights": ("master weights", "offloaded master weights"),
     "gradients": ("gradients",),
     "optimizer states": ("optimizer states", "offloaded optimizer states"),
+    "activations": ("activations", "a block computed again"),
+    "logits": ("logits",),
 }
 
 
@@ -44,9 +46,10 @@ def _message(error: Exception, plan: Plan) -> str:
     planned: Mapping[str, float] = plan.predictions.get("memory_terms", {})
     if counted := getattr(error, "held", None):
         lines.append("This rank held, beside what was planned:")
-        states = {name: sum(planned.get(term, 0.0) for term in terms) for name, terms in _STATES.items()}
-        rest = plan.predictions.get("memory_bytes", 0.0) - sum(states.values()) - planned.get("fragmentation", 0.0)
-        expected = {**states, REST: rest, "fragmentation": planned.get("fragmentation", 0.0)}
+        told = {name: sum(planned.get(term, 0.0) for term in terms) for name, terms in _TERMS.items()}
+        fragments = planned.get("fragmentation", 0.0)
+        rest = sum(planned.values()) - sum(told.values()) - fragments
+        expected = {**told, REST: rest, "fragmentation": fragments}
         lines += [f"  {name}: {gib(value)} (planned {gib(expected[name])})" for name, value in counted.items()]
     else:
         lines.append("It ran out before the first step, while the model and its states were made.")

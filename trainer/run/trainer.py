@@ -39,7 +39,7 @@ from ...callbacks.contract import Technique
 from ...callbacks.optimization.lr_schedule import LRSchedule
 from ...callbacks.sampling.samples import evaluate_evenly
 from ...cluster.config.hardware import hardware
-from ...strategies import OFFLOADS, Sharding
+from ...strategies import Sharding
 from ..checkpoint import format as checkpoint
 from ..checkpoint.saver import CannotResume
 from ..checkpoint.state import check
@@ -85,8 +85,8 @@ class Trainer(pl.Trainer):
         wandb: "offline", "online", a mapping with mode and project, or None.
         checkpoint_every: A duration such as "10 min" or "500 steps"; "auto": what costs least, by what saving costs and
             how often runs are interrupted; None saves at the first and the last step only.
-        offload: none | optimizer | parameters: what ZeRO keeps in host memory.
-        sharding: How ZeRO sums gradients, and how much it communicates at once.
+        offload: none | optimizer | parameters: what ZeRO keeps in host memory. A strategy object has its own.
+        sharding: How ZeRO sums gradients, and how much it communicates at once. A strategy object has its own.
         mtbf: Mean seconds between failures and preemptions, for "auto"; None: a day for each node at first.
         keep_checkpoints: How many of the newest stay.
         best: Keep the weights of the best evaluation too, in best/: "max val_accuracy", "min val_loss".
@@ -104,6 +104,7 @@ class Trainer(pl.Trainer):
 
     Raises:
         IncompatibleTechniques: Techniques do not go together, or not with this run.
+        UnknownStrategy: `offload` or `sharding` asks for what the strategy does not have, or is not ours to set.
 
     Example:
         >>> from shoestring.callbacks import RigL
@@ -152,16 +153,9 @@ class Trainer(pl.Trainer):
         chosen = [*techniques, _default_schedule()] if own_schedule else list(techniques)
         composition = compose(chosen, run_facts(name, kind, offload, in_backward=step_in_backward))
         settings = fold(composition.techniques, options)
-        made = strategy
-        if isinstance(name, str) and name in OFFLOADS:
-            made = make_strategy(
-                name,
-                accelerator=kind,
-                offload=offload,
-                settings=settings,
-                sharding=sharding,
-                in_backward=step_in_backward,
-            )
+        made = make_strategy(
+            name, accelerator=kind, offload=offload, settings=settings, sharding=sharding, in_backward=step_in_backward
+        )
         if budget and not options.keys() & {"max_epochs", "max_steps"}:
             options["max_epochs"] = math.ceil(budget.epochs or -1)
         self.seed = seed

@@ -37,18 +37,22 @@ class UnknownStrategy(ShoestringError):
 
 
 def make_strategy(
-    name: str, *, accelerator: str, offload: str = "none", settings: Settings | None = None,
+    name: str | Strategy, *, accelerator: str, offload: str = "none", settings: Settings | None = None,
     sharding: Sharding | None = None, in_backward: bool = False,
 ) -> Strategy | str:  # fmt: skip
-    """The Lightning strategy for `name` on `accelerator` ("cpu" or "cuda").
+    """The Lightning strategy for `name` on `accelerator` ("cpu" or "cuda"); one that is not ours, as it was given.
 
     `in_backward`: parameters step one by one, and DDP keeps no buckets of gradients.
     `offload`: "optimizer" keeps optimizer state in host memory (ZeRO-2/3), "parameters" also the weights (ZeRO-3).
     `settings`: their `strategy_options` go to its constructor; `sharding`: how ZeRO communicates.
+
+    Raises:
+        UnknownStrategy: Something is asked for that the strategy does not have, or that is not ours to set.
     """
+    if not isinstance(name, str) or name not in OFFLOADS:
+        _only_ours(name, offload, settings or Settings(), sharding)
+        return name
     settings, sharding = settings or Settings(), sharding or Sharding()
-    if name not in OFFLOADS:
-        raise UnknownStrategy(f"strategy {name!r} is not among {', '.join(OFFLOADS)}")
     if offload not in OFFLOADS[name]:
         able = [other for other, offloads in OFFLOADS.items() if offload in offloads]
         raise UnknownStrategy(
@@ -81,6 +85,21 @@ def make_strategy(
         sharding=sharding,
         process_group_backend=backend,
     )
+
+
+def _only_ours(given: str | Strategy, offload: str, settings: Settings, sharding: Sharding | None) -> None:
+    """Raise `UnknownStrategy` where something is asked for that only strategies of our own are made with."""
+    asked = [
+        *[f"offload={offload!r}"] * (offload != "none"),
+        *["sharding=Sharding(…)"] * (sharding is not None),
+        *[f"{key}={value!r}, of a technique," for key, value in settings.strategy_options.items()],
+    ]
+    if asked:
+        kind = repr(given) if isinstance(given, str) else f"a {type(given).__name__} that was made elsewhere"
+        raise UnknownStrategy(
+            f"strategy is {kind}, and {asked[0]} would do nothing: give that strategy its settings where it is made, "
+            f"or name one of {', '.join(OFFLOADS)}"
+        )
 
 
 def _config(stage: int, offload: str, zero: Mapping[str, Any]) -> dict[str, Any]:

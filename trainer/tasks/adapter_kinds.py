@@ -25,6 +25,18 @@ _SETTINGS = {  # kind -> PEFT's class, and its names for `rank`, `alpha` and `dr
     "miss": ("MissConfig", {"rank": "r", "dropout": "miss_dropout"}),
     "hra": ("HRAConfig", {"rank": "r"}),
     "ia3": ("IA3Config", {}),
+    "hira": ("HiraConfig", {"rank": "r", "dropout": "hira_dropout"}),
+    "vera": ("VeraConfig", {"rank": "r", "dropout": "vera_dropout"}),
+    "randlora": ("RandLoraConfig", {"rank": "r", "alpha": "randlora_alpha", "dropout": "randlora_dropout"}),
+    "oft": ("OFTConfig", {"rank": "r"}),
+    "shira": ("ShiraConfig", {"rank": "r"}),
+}
+_FIXED: dict[str, dict[str, Any]] = {  # what else PEFT is told
+    "ia3": {"feedforward_modules": []},  # scales of outputs alone
+    "vera": {"save_projection": False},  # random matrices that a fixed seed makes again
+    "randlora": {"save_projection": False},
+    "oft": {"oft_block_size": 0},  # by their number
+    "shira": {"random_seed": 0},  # which weights are trained
 }
 FROM_BASE = {"olora": "olora", "pissa": "pissa_niter_16"}  # start -> PEFT's name
 
@@ -38,12 +50,11 @@ def config_of(adapter: AdapterSpec, task: str) -> PeftConfig:
     if name == "LoraConfig":
         start: Any = adapter.start if adapter.start in ("gaussian", "orthogonal") else True
         settings |= {"use_dora": adapter.kind == "dora", "use_rslora": adapter.rslora, "init_lora_weights": start}
-    if adapter.kind == "ia3":
-        settings["feedforward_modules"] = []  # scales of outputs alone
     return getattr(peft, name)(  # type: ignore[no-any-return]
         task_type=peft.TaskType.CAUSAL_LM if task == "causal-lm" else peft.TaskType.SEQ_CLS,
         target_modules=adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
         **settings,
+        **_FIXED.get(adapter.kind, {}),
     )
 
 

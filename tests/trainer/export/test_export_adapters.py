@@ -12,6 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from shoestring.trainer import fit, plan
+from shoestring.trainer.export.candidates import Candidate, low_rank
+from shoestring.trainer.export.compress import Limits, search
+from shoestring.trainer.export.measure_target import open_target
+from shoestring.trainer.export.measurement import MeasureOptions, measure
+from shoestring.trainer.export.quality import quality
 from shoestring.trainer.export.runtimes import eager, relative_error, sample
 from shoestring.trainer.export.trained import CannotExport, open_run
 from shoestring.trainer.export.write import export
@@ -75,3 +80,31 @@ def test_what_is_no_adapter_on_its_own_is_refused(model: dict[str, Any], said: s
     with pytest.raises(CannotExport, match=said):
         export(open_run(run_dir), "peft", out=tmp_path / "peft")
     assert export(open_run(run_dir), "hf", out=tmp_path / "hf").error == 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "nf4"])
+def test_a_run_with_adapters_is_measured_and_compressed_merged(dtype: str, tmp_path: Path) -> None:
+    """What it is worth is what it was worth with its adapters apart; what it takes are its adapters and their base."""
+    run_dir = run(tmp_path, {"dtype": dtype, "name": str(adapted.pretrained(tmp_path / "base"))})
+    apart = quality(eager(open_run(run_dir).as_run.eval()), open_run(run_dir))["loss"]
+    options = MeasureOptions(backends=("eager",), shapes=((1, 8),), memory=False, rounds=1)
+    measured = measure(str(run_dir), options)
+    assert measured["loss"] == pytest.approx(apart, rel=1e-5)
+    parameters = 320 * 64 * 2 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+    assert measured["parameters"] == parameters
+    kept = measured["bytes"] / parameters
+    assert 4 < kept < 4.5 if dtype == "fp32" else 1 < kept < 1.5, "embeddings and output layer are whole"
+    ways = (
+        Candidate(name="float32"), Candidate(name="int8", quantize="int8"),
+        Candidate(name="rank", quantize="float16", change=low_rank(0.9)),
+    )  # fmt: skip
+    table = search(open_run(run_dir), Limits(bytes=1e9), candidates=ways, out=tmp_path / "small", shape=(1, 8))
+    before, whole, int8, rank = (*table.before, *table.tried)
+    assert before.bytes == measured["bytes"] and before.loss == whole.loss == pytest.approx(apart, rel=1e-5)
+    assert int8.bytes < whole.bytes / 3 and int8.loss == pytest.approx(apart, rel=1e-2)
+    assert rank.problem is None and rank.bytes < whole.bytes / 2
+    assert table.chosen == min(table.tried, key=lambda tried: (tried.loss, tried.bytes)).name
+    again = open_target(str(tmp_path / "small"))
+    assert quality(eager(again.model), again.trained)["loss"] == pytest.approx(
+        min(t.loss for t in table.tried), rel=1e-5
+    )

@@ -106,12 +106,15 @@ def test_a_start_takes_apart_no_weight_that_another_layer_has():
 @pytest.mark.parametrize(
     ("model", "strategy", "said"),
     [
-        ({"adapter": {"kind": "hra"}, "dtype": "nf4"}, "auto", "gralora | miss | ia3 beside model.dtype nf4"),
+        ({"adapter": {"kind": "hra"}, "dtype": "nf4"}, "auto", "ia3 | vera | randlora | oft beside model.dtype nf4"),
         ({"adapter": {"kind": "ia3", "rank": 2}}, "auto", "it has no effect on ia3"),
         ({"adapter": {"kind": "dora", "start": "pissa"}}, "auto", "start for kind lora"),
         ({"adapter": {"kind": "loha", "dropout": 0.1}}, "auto", "dropout for kind lora | dora | gralora | miss"),
         ({"adapter": {"kind": "dora"}}, "zero3", "lora with strategy.name zero3"),
-        ({"adapter": {"kind": "dorra"}}, "auto", "lora | dora | loha | lokr | gralora | miss | hra | ia3"),
+        ({"adapter": {"kind": "vblora"}}, "auto", "not vblora: its vectors have one length"),
+        ({"adapter": {"kind": "prompt_tuning"}}, "auto", "there is nothing to merge into the weights"),
+        ({"adapter": {"start": "loftq"}, "dtype": "nf4"}, "auto", "not loftq: it compares weights with their codes"),
+        ({"adapter": {"kind": "dorra"}}, "auto", " | ".join(KINDS)),
     ],
 )  # fmt: skip
 def test_kinds_that_do_not_go_together_are_refused(model, strategy, said):
