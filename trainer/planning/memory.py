@@ -65,6 +65,8 @@ def _states(run: Inputs) -> Iterable[Term]:
     if run.offload != "parameters":
         yield Term("weights", own * trained * weights)
         yield Term("frozen weights", frozen_bytes(run) * weights)
+    if stage == 3 and run.sharding.hpz > 1:
+        yield Term("second copy of the weights", (own * trained + frozen_bytes(run)) / run.sharding.hpz)
     if run.offload == "none":
         yield Term("master weights", 4 * trained * share if stage else 0.0)
         yield Term("optimizer states", _optimizer_states(run))
