@@ -28,7 +28,8 @@ def page_text() -> str:
         "plan's figures. The test suite trains with every optimizer under every strategy and counts: states are within "
         "3 % of what is claimed, masters within 1 %. What `soap`, `galore` and `apollo` keep of a whole matrix, here a "
         "square one, is on each rank that has a part of it: under zero1 and zero2 mostly one, under zero3 all. So are "
-        "the two vectors of `adafactor`, which are not counted here.",
+        "the two vectors of `adafactor`, which are not counted here. `benchmarks/results/optimizer_bytes.md` has what "
+        "is claimed and what was counted side by side.",
         table(["", *map(code, OFFLOADS)], [*_common(), *_states()]),
         "## Beside them",
         "`adamw`, `adam` and `sgd` step in one pass over memory (torch's fused kernels) on CPUs and on CUDA, and copy "
