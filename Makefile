@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SLOW_BENCHMARKS := sparsity.py large_then_compressed.py quantization.py low_rank.py distillation.py structured.py \
-	quantized_bases.py
+	quantized_bases.py chunked_loss.py optimizer_bytes.py
 
 # whose results may depend on the CPU's instructions; clocks, budgets and the order of samples do not
 NUMERICAL := $(addprefix tests/callbacks/,compression forward model optimization parameters sparsity) \

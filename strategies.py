@@ -20,7 +20,10 @@ SETTINGS: dict[str, tuple[str, ...]] = {  # of `Sharding`: the strategies that h
     "reduce_bucket": _ZERO,
     "allgather_bucket": ("zero1", "zero2"),
     "prefetch": ("zero3",),
+    "hpz": ("zero3",),
+    "quantized_weights": ("zero3",),
 }
+ON_CUDA = "needs GPUs: DeepSpeed's kernels for it are for CUDA alone"
 LARGEST_BUCKET = 100_000_000  # elements: 200 MB and more, where links are at their full speed long since
 PREFETCH = 50_000_000  # elements: DeepSpeed's own
 
@@ -36,6 +39,9 @@ class Sharding:
         reduce_bucket: Of gradients reduced together; auto: `bucket`.
         allgather_bucket: Of weights gathered together after a step; auto: `bucket`.
         prefetch: Of weights gathered ahead of their use; auto: DeepSpeed's own 50 million.
+        hpz: So many neighbouring ranks hold a second copy of the weights among them, which backward gathers from, so
+            that it does not leave their node (hpZ of ZeRO++, arXiv 2306.10209); 1: no copy.
+        quantized_weights: Weights are gathered in 8 bits (qwZ of ZeRO++); on CUDA only, as DeepSpeed's kernels are.
     """
 
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -43,6 +49,8 @@ class Sharding:
     reduce_bucket: int | Literal["auto"] = "auto"
     allgather_bucket: int | Literal["auto"] = "auto"
     prefetch: int | Literal["auto"] = "auto"
+    hpz: int = 1
+    quantized_weights: bool = False
 
     def overlaps(self, strategy: str, accelerator: str) -> bool:
         """Whether communication overlaps with backward; on a CPU both would want the same cores."""

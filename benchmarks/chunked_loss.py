@@ -1,6 +1,6 @@
 """What a loss in chunks saves: the peak memory of a step and of an evaluation with a vocabulary of 128k.
 
-    python benchmarks/chunked_loss.py [--rounds 3] [--write]
+    python benchmarks/chunked_loss.py [--rounds 3] [--batches 1 4] [--at-once] [--write]
 
 A llama of width 256 and one layer, 128,000 tokens in its vocabulary, tied, in float32, on a batch of 1 x 1,024 tokens
 and of 4 x 1,024. Each figure is a process of its own: the most memory that was resident during two steps (forward and
@@ -15,19 +15,22 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-from report import arguments, measured, page, publish, table
+from report import arguments, measured, page, publish, table, wrapped
 
 VOCABULARY, LENGTH = 128_000, 1024
 
 
-def resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def most_resident() -> int:
+    """The most bytes that were resident since this was asked last; the kernel counts."""
+    with open("/proc/self/status") as file:
+        most = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return most * 1024
 
 
 def one(rows: int, chunked: bool, trains: bool) -> dict[str, float]:
@@ -47,13 +50,9 @@ def one(rows: int, chunked: bool, trains: bool) -> dict[str, float]:
     ids = torch.randint(0, VOCABULARY, (rows, LENGTH))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    loss, before, most, done = NextTokenLoss(chunked), resident(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            most[0] = max(most[0], resident())
-
-    threading.Thread(target=watch, daemon=True).start()
+    loss = NextTokenLoss(chunked)
+    most_resident()
+    before = most_resident()
     for _ in range(2):
         began = time.process_time()
         with torch.set_grad_enabled(trains):
@@ -61,30 +60,38 @@ def one(rows: int, chunked: bool, trains: bool) -> dict[str, float]:
         if trains:
             (total / targets).backward()
         seconds = time.process_time() - began
-    done.set()
-    return {"MiB": (most[0] - before) / 2**20, "seconds": seconds, "loss": float(total / targets)}
+    return {"MiB": (most_resident() - before) / 2**20, "seconds": seconds, "loss": float(total / targets)}
+
+
+def told(case: tuple[int, bool, bool]) -> dict[str, float]:
+    """`one`, from a process of its own."""
+    command = [sys.executable, __file__, "--one", *(str(int(each)) for each in case)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
 def main() -> None:
     parser = arguments("peak memory with and without the loss in chunks")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--at-once", action="store_true", help="all cases of a round; memory does not mind")
     parser.add_argument("--one", nargs=3, type=int, metavar=("ROWS", "CHUNKED", "TRAINS"))
     given = parser.parse_args()
     if given.one:
         print(json.dumps(one(given.one[0], bool(given.one[1]), bool(given.one[2]))))
         return
     rows, worst = [], 0.0
+    cases = [
+        (batch, chunked, trains) for trains in (True, False) for batch in given.batches for chunked in (False, True)
+    ]
+    with ThreadPoolExecutor(len(cases) if given.at_once else 1) as pool:
+        rounds = list(pool.map(told, cases * given.rounds))
+    medians = {
+        case: {key: statistics.median(each[key] for each in rounds[at :: len(cases)]) for key in rounds[0]}
+        for at, case in enumerate(cases)
+    }
     for trains in (True, False):
-        for batch in (1, 4):
-            told: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-            for _ in range(given.rounds):
-                for chunked, results in told.items():
-                    command = [sys.executable, __file__, "--one", str(batch), str(int(chunked)), str(int(trains))]
-                    results.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
-            whole, parts = (
-                {key: statistics.median(r[key] for r in told[chunked]) for key in ("MiB", "seconds", "loss")}
-                for chunked in (False, True)
-            )
+        for batch in given.batches:
+            whole, parts = (medians[batch, chunked, trains] for chunked in (False, True))
             worst = max(worst, abs(whole["loss"] - parts["loss"]) / whole["loss"])
             rows.append(
                 [
@@ -94,15 +101,18 @@ def main() -> None:
                 ]
             )  # fmt: skip
     head = ["", "MiB, whole", "MiB, in chunks", "ratio", "CPU s, whole", "CPU s, in chunks"]
-    about = (
+    about = wrapped(
         "A llama of one layer and width 256 with 128,000 tokens in its vocabulary, in float32. MiB are what a step "
         "(forward and backward) or an evaluation takes at its peak above the model and its gradients. In chunks, the "
-        "output layer's forward is done twice; in a real model it is a small part of the work."
+        "output layer's forward is done twice; in a real model it is a small part of the work. CPU seconds are "
+        "those of the second step."
     )
-    equal = f"The losses differ by at most {worst:.0e} of themselves."
+    equal = (
+        f"The losses differ by at most {worst:.0e} of themselves." if worst else "The losses are the same to the bit."
+    )
+    made = wrapped(measured(f"chunked_loss.py {' '.join(sys.argv[1:])}"))
     publish(
-        page("What a loss in chunks saves", measured("chunked_loss.py --write"), about, table(head, rows), equal),
-        __file__, given.write,
+        page("What a loss in chunks saves", about, table(head, rows), equal, made), __file__, given.write
     )  # fmt: skip
 
 

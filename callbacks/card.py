@@ -33,6 +33,7 @@ Saving = Literal["steps", "flops", "time", "memory", "communication", "data", "s
 
 PARTS: frozenset[str] = frozenset(Part.__args__)  # type: ignore[attr-defined]
 SAVINGS: frozenset[str] = frozenset(Saving.__args__)  # type: ignore[attr-defined]
+MIXING = frozenset({"muon", "soap", "galore"})  # optimizers whose step mixes a matrix's elements: zeros would not stay
 
 
 class Misconfigured(ShoestringError):

@@ -47,6 +47,7 @@ from collections.abc import Hashable, Mapping, Set
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 from ..seeds import derive_seed as derive_seed
+from .card import MIXING as MIXING
 from .card import PARTS as PARTS
 from .card import SAVINGS as SAVINGS
 from .card import BadSetting as BadSetting

@@ -239,6 +239,9 @@ def strategy_fits(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("strategy.offload", allowed, f"offloading {strategy.offload} needs {' or '.join(needed)}")
     if isinstance(strategy.allgather_bucket, int) and strategy.allgather_bucket % 2:
         yield Broken("strategy.allgather_bucket", "auto, or an even number of elements")
+    if strategy.devices != "auto" and strategy.devices * strategy.nodes % strategy.hpz:
+        world = strategy.devices * strategy.nodes
+        yield Broken("strategy.hpz", f"a number that divides all ranks: {world}", "best the devices of a node")
 
 
 @depends_on("strategy", "precision")

@@ -225,6 +225,14 @@ class StrategySpec(Section):
         description="auto (50 million), or a whole number of elements from 1: weights gathered ahead of their use, "
         "under zero3",
     )
+    hpz: Count = Field(
+        1,
+        description="a whole number of ranks from 1, that divides all of them: so many neighbours hold a second copy "
+        "of the weights among them, which backward gathers from within their node, under zero3",
+    )
+    quantized_weights: bool = Field(
+        False, description="true | false: weights are gathered in 8 bits, under zero3 on GPUs"
+    )
     hang_after: Literal["auto", "off"] | Annotated[str, duration(zero=False)] = Field(
         "auto",
         description='auto (20 times the slowest of the last batches, at least 2 min), off, or a time such as "10 min": '

@@ -207,6 +207,8 @@ class Zero3Shards(ZeroShards):
         return next(members for partition, members in groups if partition is flat)
 
     def publish(self) -> None:
+        for p in (*self.parameters.values(), *self._frozen.values()):
+            p.ds_secondary_tensor = None  # type: ignore[attr-defined]  # hpZ's copy is made anew from the first one
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..accounting.clock import clock_of
-from ..contract import BadSetting, Card, Effect, Workload, require
+from ..contract import MIXING, BadSetting, Card, Effect, Workload, require
 from ..parameters.shards import Shards
 from . import distributions, patterns, saliency, schedules
 from .masks import Masking, require_distribution, select, select_blocks, shapes_of
@@ -54,7 +54,7 @@ class GradualPruning(Masking):
         paper="1710.01878",
         saves={"size"},
         writes={"weights", "gradients", "optimizer"},
-        refuses={"muon"},  # its update mixes elements: zeros would not stay
+        refuses=MIXING,  # its update mixes elements: zeros would not stay
     )
 
     sparsity: float = 0.5

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..contract import Card
+from ..contract import MIXING, Card
 from ..forward.isolated_step import loss_of
 from .at_init import PruneAtInit, Weights, gradients_of
 
@@ -48,7 +48,7 @@ class GraSP(PruneAtInit):
         paper="2002.07376",
         saves={"size"},
         writes={"weights", "gradients", "optimizer"},
-        refuses={"muon"},
+        refuses=MIXING,
     )
 
     def scores(self, module: pl.LightningModule, weights: Weights, batches: Sequence[Any]) -> dict[str, Tensor]:

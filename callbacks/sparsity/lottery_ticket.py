@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..accounting.clock import Duration, clock_of
-from ..contract import Card, Effect, Workload, require
+from ..contract import MIXING, Card, Effect, Workload, require
 from ..parameters.shards import Shards
 from . import distributions, schedules
 from .masks import Masking, require_distribution, select
@@ -48,7 +48,7 @@ class LotteryTicket(Masking):
         paper="1803.03635",
         saves={"size"},
         writes={"weights", "gradients", "optimizer"},
-        refuses={"muon", "schedule_free_adamw"},  # zero is no place for its second copy of a weight
+        refuses=MIXING | {"schedule_free_adamw"},  # zero is no place for its second copy of a weight
     )
 
     sparsity: float = 0.8

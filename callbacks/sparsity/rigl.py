@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contract import Card
+from ..contract import MIXING, Card
 from ..parameters.shards import Shards
 from . import saliency
 from .dynamic import DynamicSparse
@@ -41,7 +41,7 @@ class RigL(DynamicSparse):
         paper="1911.11134",
         saves={"size"},
         writes={"weights", "gradients", "optimizer"},
-        refuses={"muon"},
+        refuses=MIXING,
     )
 
     def growth(self, shards: Shards, name: str, step: int) -> Tensor:

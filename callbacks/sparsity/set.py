@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..contract import Card
+from ..contract import MIXING, Card
 from ..parameters.shards import Shards
 from .dynamic import DynamicSparse
 
@@ -37,7 +37,7 @@ class SET(DynamicSparse):
         paper="1707.04780",
         saves={"size"},
         writes={"weights", "gradients", "optimizer"},
-        refuses={"muon"},
+        refuses=MIXING,
     )
 
     def growth(self, shards: Shards, name: str, step: int) -> Tensor:

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ..contract import Card
+from ..contract import MIXING, Card
 from ..forward.isolated_step import loss_of
 from . import saliency
 from .at_init import PruneAtInit, Weights, gradients_of
@@ -40,7 +40,7 @@ class SNIP(PruneAtInit):
         paper="1810.02340",
         saves={"size"},
         writes={"weights", "gradients", "optimizer"},
-        refuses={"muon"},
+        refuses=MIXING,
     )
 
     def scores(self, module: pl.LightningModule, weights: Weights, batches: Sequence[Any]) -> dict[str, Tensor]:

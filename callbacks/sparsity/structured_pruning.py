@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..accounting.clock import Duration, clock_of
-from ..contract import Card, Effect, IncompatibleTechniques, Resuming, Technique, Workload, require
+from ..contract import MIXING, Card, Effect, IncompatibleTechniques, Resuming, Technique, Workload, require
 from ..forward.isolated_step import isolated_training_step, loss_of
 from ..parameters.accessor import shards_of
 from ..parameters.cut import rebuild_model, update_configurations
@@ -94,7 +94,7 @@ class StructuredPruning(Technique, pl.Callback):
         saves={"flops", "time", "memory", "communication", "size"},
         writes={"modules", "weights", "optimizer", "activations"},
         # the states of these optimizers go with no element; codes of a quantized base with no row and column
-        refuses={"muon", "adafactor", "adamw8bit", "model.dtype nf4 or int8"},
+        refuses=MIXING | {"adafactor", "adamw8bit", "adamw4bit", "apollo", "model.dtype nf4 or int8"},
     )
 
     ratio: float = 0.5

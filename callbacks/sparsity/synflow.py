@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..contract import Card, IncompatibleTechniques
+from ..contract import MIXING, Card, IncompatibleTechniques
 from ..forward.isolated_step import loss_of
 from . import saliency, schedules
 from .at_init import PruneAtInit, Weights, gradients_of
@@ -47,7 +47,7 @@ class SynFlow(PruneAtInit):
         paper="2006.05467",
         saves={"size"},
         writes={"weights", "gradients", "optimizer"},
-        refuses={"muon", "model.dtype nf4 or int8"},  # codes have no absolute value, which the flow is of
+        refuses={*MIXING, "model.dtype nf4 or int8"},  # codes have no absolute value, which the flow is of
     )
 
     def wanted(self) -> int:

@@ -6,7 +6,7 @@ from shoestring.strategies import OFFLOADS
 from shoestring.trainer.planning.memory import memory
 from shoestring.trainer.planning.needs import Inputs
 from shoestring.trainer.planning.sizes import Size
-from shoestring.trainer.tasks.optimizers.cards import OPTIMIZERS, OptimizerCard
+from shoestring.trainer.tasks.optimizers.cards import LARGEST_SIDE, OPTIMIZERS, OptimizerCard
 
 from .markdown import code, page, table
 
@@ -26,20 +26,28 @@ def page_text() -> str:
         f"What each of {RANKS} ranks keeps of a trained parameter of a hidden matrix, in fp32 (one rank for `single`). "
         "Weights, masters and gradients are there whatever the optimizer is; its state comes on top. These are the "
         "plan's figures. The test suite trains with every optimizer under every strategy and counts: states are within "
-        "3 % of what is claimed, masters within 1 %. `adafactor` keeps its two vectors, which are not counted here, on "
-        "each rank that has a part of the matrix.",
+        "3 % of what is claimed, masters within 1 %. What `soap`, `galore` and `apollo` keep of a whole matrix, here a "
+        "square one, is on each rank that has a part of it: under zero1 and zero2 mostly one, under zero3 all. So are "
+        "the two vectors of `adafactor`, which are not counted here. `benchmarks/results/optimizer_bytes.md` has what "
+        "is claimed and what was counted side by side.",
         table(["", *map(code, OFFLOADS)], [*_common(), *_states()]),
         "## Beside them",
         "`adamw`, `adam` and `sgd` step in one pass over memory (torch's fused kernels) on CPUs and on CUDA, and copy "
         "nothing. The others hold a copy of what they step at a time, which a plan counts.",
-        "`muon` and `adafactor` read matrices as wholes: under ZeRO a matrix is gathered for its step, one at a time, "
-        "and their results are those of one device. `muon` computes in float32 on a CPU, in bfloat16 on CUDA.",
+        "`muon`, `adafactor`, `soap`, `galore` and `apollo` read matrices as wholes: under ZeRO a matrix is gathered "
+        "for its step, one at a time, and their results are those of one device. `muon` computes in float32 on a CPU, "
+        "in bfloat16 on CUDA. `muon`, `soap` and `galore` mix a matrix's elements: what prunes by masks refuses them.",
+        f"`soap` turns no side of more than {LARGEST_SIDE:,} elements, and its first step finds the bases and moves "
+        "nothing. The rank of `galore` and `apollo` is a quarter of the shorter side, and their projection is made "
+        "anew every 200 steps. Where a gradient has fewer directions than these keep, as with few samples, rounding "
+        "chooses the others: one device and several then part, each as good as the other.",
         "`schedule_free_adamw` needs no falling learning rate: unless `optimizer.schedule` is given, the rate is "
         "constant after its warmup, and the budget may end at any moment. Validation and the final weights are those "
         "of the averaged point; checkpoints hold what is needed to go on.",
         "`adamw8bit` keeps parameters of fewer than 4096 elements in float32. Under ZeRO its blocks are those of the "
         "shards, so such a run resumes with the strategy and the number of ranks that it was saved with. On a CPU "
-        "its step takes about 15 times that of `adamw`.",
+        "its step takes about 15 times that of `adamw`. `adamw4bit` is the same with half a byte for each moment. Both "
+        "are ours: torchao's need `torch.compile`, whose first step takes most of a minute.",
     )
 
 
@@ -68,6 +76,10 @@ def _states() -> list[list[str]]:
 def _bytes(card: OptimizerCard) -> str:
     if not card.state_bytes:
         return "two vectors a matrix"
+    if card.side_bytes:
+        return f"{card.bytes_of_matrices:.3g}, and {card.side_bytes:.3g} an element of the squares of a matrix's sides"
+    if card.whole_bytes:
+        return f"{card.bytes_of_matrices + card.whole_bytes:.3g} of hidden matrices, else {card.state_bytes:.3g}"
     other = "" if card.matrix_bytes is None else f"{card.matrix_bytes:.3g} of hidden matrices, else "
     return f"{other}{card.state_bytes:.3g}"
 

@@ -22,10 +22,13 @@ from shoestring.recipes.schema import OptimizerSpec
 from shoestring.trainer import Trainer
 from shoestring.trainer.checkpoint.weights import load_weights
 from shoestring.trainer.tasks.optimizers.cards import OPTIMIZERS, optimizer_card
+from shoestring.trainer.tasks.optimizers.low_rank import GaLore
 from shoestring.trainer.tasks.optimizers.make import build_optimizer
+from shoestring.trainer.tasks.optimizers.soap import SOAP
 from shoestring.trainer.tasks.optimizers.stepping import Stepping
 
 STEPS, HALF = 8, 4
+STABLE = {"soap": "few_sides", "galore": "few_directions"}  # where the rank of eight samples' gradients is enough
 FAULTY = {"Forgetful": "single", "OfWholes": "zero2"}  # what the suite must find, and where
 
 
@@ -49,6 +52,24 @@ class OfWholes(Stepping):
 
     def update(self, p, grad, state, group):
         p.sub_(grad / grad.norm().clamp(min=1e-6), alpha=group["lr"])
+
+
+class FewSides(SOAP):
+    largest_side = 4
+
+
+class FewDirections(GaLore):
+    share = 16
+
+
+def few_sides(parameters, settings):
+    """Turns only what has eigenvectors that rounding does not choose."""
+    return FewSides(parameters, settings)
+
+
+def few_directions(parameters, settings):
+    """Keeps only singular vectors that rounding does not choose."""
+    return FewDirections(parameters, settings)
 
 
 class Net(pl.LightningModule):
@@ -122,6 +143,8 @@ def one(strategy: str, name: str, folder: Path) -> dict:
     label = name.rpartition(":")[2]
     whole, again = folder / f"{label}-whole", folder / f"{label}-again"
     seen = train(strategy, name, whole, STEPS, checkpoint_every=f"{HALF} steps")
+    if label in STABLE.values():
+        return {"whole": seen}
     if os.environ["RANK"] == "0":  # as a run that was killed after its half
         shutil.copytree(whole, folder / label, ignore=shutil.ignore_patterns(f"{STEPS:09d}", "latest", "final*"))
         (folder / label).rename(again)
@@ -136,6 +159,7 @@ def main(strategy: str, folder: Path) -> None:
     names = {name: name for name in OPTIMIZERS if strategy in OPTIMIZERS[name].strategies}
     faulty = {label: f"optimizer_ranks:{label}" for label in FAULTY if strategy in ("single", FAULTY[label])}
     results = {}
+    faulty |= {label: f"optimizer_ranks:{label}" for label in STABLE.values()}
     for label, name in (names | faulty).items():
         try:
             results[label] = one(strategy, name, folder)

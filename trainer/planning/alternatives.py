@@ -202,7 +202,8 @@ def _ways(made: Inputs, asked: Inputs, optimizer: OptimizerCard, chosen: bool) -
         if strategy == "single" if made.world > 1 else strategy == "ddp":
             continue
         alone = made.world == 1 and offload == "none" and strategy != asked.strategy  # nothing to share, or to move
-        idle = any(made.sharding.foreign_to(strategy))  # a key of the recipe that would be refused there
+        # a key of the recipe that would be refused there
+        idle = any(made.sharding.foreign_to(strategy)) or bool(made.world % made.sharding.hpz)
         if idle or (zero and (optimizer.whole_parameters or alone or asked.in_backward)):
             continue
         words, kind, cost = [], "", 0.1 * int(strategy[-1]) if zero else 0.0

@@ -65,9 +65,11 @@ def _states(run: Inputs) -> Iterable[Term]:
     if run.offload != "parameters":
         yield Term("weights", own * trained * weights)
         yield Term("frozen weights", frozen_bytes(run) * weights)
+    if stage == 3 and run.sharding.hpz > 1:
+        yield Term("second copy of the weights", (own * trained + frozen_bytes(run)) / run.sharding.hpz)
     if run.offload == "none":
         yield Term("master weights", 4 * trained * share if stage else 0.0)
-        yield Term("optimizer states", _optimizer_states(run) * share)
+        yield Term("optimizer states", _optimizer_states(run))
         alive = min(trained, float(size.largest)) if run.in_backward else trained * gradients
         yield Term("gradients", summed(run) * alive, ("backward",) if run.in_backward else held)
     elif stage == 2 and summed(run) != own:  # summed on the device, and sent to the host when it is to step
@@ -75,11 +77,13 @@ def _states(run: Inputs) -> Iterable[Term]:
 
 
 def _optimizer_states(run: Inputs) -> float:
-    """Of all trained parameters. What is trained beside a frozen model are matrices in its blocks."""
+    """Of one rank. What is trained beside a frozen model are matrices in its blocks."""
     size, card = run.size, run.optimizer
     trained = float(size.trainable or 0)
     matrices = trained if trained < (size.parameters or 0) else min(trained, float(size.inside))
-    return matrices * card.bytes_of_matrices + (trained - matrices) * card.state_bytes
+    split = matrices * card.bytes_of_matrices + (trained - matrices) * card.state_bytes
+    whole = matrices * (card.whole_bytes + card.side_bytes * size.sides)  # each rank of ZeRO-3 has a part of all
+    return split / (run.world if run.stage else 1) + whole / (run.world if run.stage in (1, 2) else 1)
 
 
 def _stepped(run: Inputs) -> float:
@@ -187,7 +191,7 @@ def _offloaded(run: Inputs) -> list[Term]:
     terms = [
         Term("offloaded master weights", 4 * trained),
         Term("offloaded gradients", 4 * trained),
-        Term("offloaded optimizer states", _optimizer_states(run) / run.world),
+        Term("offloaded optimizer states", _optimizer_states(run)),
         Term("offloaded optimizer's temporary copy", run.optimizer.copied_bytes * _stepped(run)),
     ]
     if run.stage == 3:

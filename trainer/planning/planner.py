@@ -151,7 +151,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         return fit_of(make(strategy, devices, nodes, least, accumulate), target)
 
     strategy, devices = choose_strategy(recipe, target, size, optimizer, fit, chosen)
-    check_settings(recipe, strategy, techniques)
+    check_settings(recipe, strategy, techniques, devices * nodes, target.accelerator)
     fitted = _batch(recipe, fit(strategy, devices), sized, chosen)
     if target.accelerator == "cuda" or recipe.deterministic:
         chosen.append(_deterministic(recipe.deterministic, target))

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...recipes import Recipe
 from ...recipes.adapters import KINDS
+from ..tasks.optimizers.cards import LARGEST_SIDE
 from .configurations import configuration_of
 
 CLASSES = {"python-packages": 10}  # of data that this package brings
@@ -21,6 +22,7 @@ class Size:
     `active` are the parameters a token is multiplied with (input embeddings are looked up, not multiplied), `inside`
     those of them in blocks, which a quantized base keeps in few bytes, and `largest` those of the largest matrix.
     `queries` is how wide the queries of all heads are.
+    `sides` are the squares of both sides of all trained matrices in blocks over their elements: 2, if they are square.
     """
 
     parameters: int | None = None
@@ -34,6 +36,7 @@ class Size:
     queries: int = 0
     inside: int = 0
     largest: int = 0
+    sides: float = 2.0
     vocabulary: int = 0
     tokens: bool = False  # work is counted in tokens
 
@@ -78,18 +81,19 @@ def _transformer(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden:
     head = hidden * vocabulary if causal else 0
     small = _norms_and_biases(recipe, config, layers, hidden, intermediate)
     parameters = int(inside + small + hidden * vocabulary + (0 if tied or not causal else head))
-    trainable = parameters
+    trainable, sides = parameters, _sides(_adapted(None, hidden, queries, share, intermediate, gated))
     if (adapter := recipe.model.adapter) is not None:
         targets = None if adapter.targets == "all-linear" else adapter.targets
         adapted = _adapted(targets, hidden, queries, share, intermediate, gated)
         trained = KINDS[adapter.kind].trained
         trainable = layers * sum(trained(adapter.rank, inputs, outputs) for inputs, outputs in adapted)
         parameters += trainable
+        sides = _sides([each for i, o in adapted for each in ((i, adapter.rank), (adapter.rank, o))])
     return Size(
         parameters=parameters, trainable=trainable, active=int(inside + head), layers=layers, hidden=hidden,
         intermediate=intermediate, kv_share=share, heads=heads, queries=queries, inside=int(inside),
         largest=hidden * max(intermediate, vocabulary if trainable == parameters else 0),
-        vocabulary=vocabulary if causal else 0, tokens=True,
+        vocabulary=vocabulary if causal else 0, tokens=True, sides=sides,
     )  # fmt: skip
 
 
@@ -106,6 +110,12 @@ def _adapted(
     names = {"query": "q", "key": "k", "value": "v", "out": "o", "fc1": "up", "fc2": "down", "c_fc": "up"}
     parts = [each.rpartition(".")[2].removesuffix("_proj") for each in targets]
     return [widths.get(names.get(part, part), (hidden, hidden)) for part in parts]
+
+
+def _sides(matrices: Sequence[tuple[int, int]]) -> float:
+    """Sides that SOAP does not turn are left out."""
+    squares = sum(side**2 for matrix in matrices for side in matrix if side <= LARGEST_SIDE)
+    return squares / max(1, sum(a * b for a, b in matrices))
 
 
 def _norms_and_biases(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden: int, intermediate: int) -> int:

@@ -11,7 +11,7 @@ from ...own_code import CannotImport
 from ...recipes import Recipe, RecipeError
 from ...recipes.adapters import KINDS
 from ...recipes.rules import settings_without_use
-from ...strategies import OFFLOADS
+from ...strategies import OFFLOADS, ON_CUDA
 from ..tasks.optimizers.cards import OptimizerCard, UnknownOptimizer, optimizer_card
 from .fitting import Fit, gib
 from .needs import MOMENTS
@@ -74,8 +74,14 @@ def choose_strategy(
     return name, count
 
 
-def check_settings(recipe: Recipe, strategy: str, techniques: Sequence[Technique]) -> None:
-    """Refuse keys that do nothing under the strategy and the precision that were chosen."""
+def check_settings(recipe: Recipe, strategy: str, techniques: Sequence[Technique], world: int, on: str) -> None:
+    """Refuse keys that do nothing under the strategy and the precision that were chosen, or not on so many ranks or
+    this accelerator."""
+    if recipe.strategy.quantized_weights and on != "cuda":
+        raise RecipeError([recipe.problem("strategy.quantized_weights", True, "false on a CPU", f"it {ON_CUDA}")])
+    if world % recipe.strategy.hpz:
+        allowed = f"a number that divides all ranks: {world}"
+        raise RecipeError([recipe.problem("strategy.hpz", recipe.strategy.hpz, allowed)])
     precision = next((t.dtype for t in techniques if t.card.name == "mixed_precision"), "fp32")  # type: ignore[attr-defined]
     if unused := list(settings_without_use(recipe, strategy, precision)):
         raise RecipeError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import ShoestringError
 from ...callbacks.contract import Settings
-from ...strategies import OFFLOADS, PREFETCH, SETTINGS, Sharding, bucket
+from ...strategies import OFFLOADS, ON_CUDA, PREFETCH, SETTINGS, Sharding, bucket
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
@@ -62,6 +62,8 @@ def make_strategy(
     for setting in sharding.foreign_to(name):
         able = [other for other in OFFLOADS if other in SETTINGS[setting]]
         raise UnknownStrategy(f"{setting} does nothing with strategy {name!r}: it is for {', '.join(able)}")
+    if sharding.quantized_weights and accelerator != "cuda":
+        raise UnknownStrategy(f"quantized_weights {ON_CUDA}")
     stage = int(name[-1]) if name.startswith("zero") else 0
     backend = "nccl" if accelerator == "cuda" else "gloo"
     if name == "single":
@@ -79,7 +81,7 @@ def make_strategy(
     overlaps = sharding.overlaps(name, accelerator)
     return _zero_class()(
         config={
-            **_config(stage, offload, {"overlap_comm": overlaps, **settings.strategy_options}),
+            **_config(stage, offload, {"overlap_comm": overlaps, **_copies(sharding), **settings.strategy_options}),
             **_sums(sharding.gradient_dtype, settings.precision),
         },
         sharding=sharding,
@@ -114,6 +116,12 @@ def _config(stage: int, offload: str, zero: Mapping[str, Any]) -> dict[str, Any]
         "zero_force_ds_cpu_optimizer": False,  # torch's own optimizer steps offloaded state: nothing to compile
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only prints with it; the loaders decide
     }
+
+
+def _copies(sharding: Sharding) -> dict[str, Any]:
+    """ZeRO++."""
+    hpz = {"zero_hpz_partition_size": sharding.hpz} if sharding.hpz > 1 else {}
+    return {**hpz, **({"zero_quantized_weights": True} if sharding.quantized_weights else {})}
 
 
 def _sums(dtype: str, precision: str) -> dict[str, Any]:
@@ -165,6 +173,7 @@ def _zero_class() -> type[Strategy]:
     import argparse
 
     import deepspeed
+    from deepspeed.utils import groups
     from lightning_fabric.utilities.seed import reset_seed
     from pytorch_lightning.accelerators import CUDAAccelerator
     from pytorch_lightning.strategies import DeepSpeedStrategy
@@ -192,6 +201,7 @@ def _zero_class() -> type[Strategy]:
             super(DeepSpeedStrategy, self).setup_environment()  # its own adds nothing but the CUDA guard
 
         def setup_distributed(self) -> None:
+            groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of an earlier run, where this process had one
             if isinstance(self.accelerator, CUDAAccelerator):
                 super().setup_distributed()
                 return

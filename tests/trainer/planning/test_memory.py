@@ -211,6 +211,11 @@ def test_states_of_every_strategy(strategy: str, bf16: float, fp32: float) -> No
     assert megabytes(needed(MILLION, strategy, optimizer=lion), "optimizer states") == (4 if strategy == "ddp" else 2)
     muon = megabytes(needed(MILLION, strategy, optimizer=OPTIMIZERS["muon"]), "optimizer states")
     assert muon * (1 if strategy == "ddp" else 2) == pytest.approx(0.8 * 4 + 0.2 * 8), "AdamW outside of blocks"
+    kept = [needed(MILLION, strategy, optimizer=OPTIMIZERS[name]) for name in ("soap", "apollo")]
+    soap, apollo = (megabytes(need, "optimizer states") for need in kept)
+    split, whole = (1 if strategy == "ddp" else 2), (2 if strategy in ("zero1", "zero2") else 1)
+    assert soap == pytest.approx(8 / split + 0.8 * 2 * 8 / whole, abs=1e-3), "a side's products and basis, on each rank"
+    assert apollo == pytest.approx(0.2 * 8 / split + 0.8 * 2 / whole, abs=1e-3)
     adapted = megabytes(needed(ADAPTED, strategy, optimizer=OPTIMIZERS["muon"]), "optimizer states")
     assert adapted * (1 if strategy == "ddp" else 2) == pytest.approx(0.04), "all that trains are matrices in blocks"
 

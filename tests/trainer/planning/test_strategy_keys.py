@@ -49,6 +49,18 @@ def test_no_change_is_proposed_that_would_leave_a_key_idle() -> None:
     assert "strategy." in proposed and not any(f"strategy.name={name}" in proposed for name in ("zero1", "zero2"))
 
 
+def test_no_number_of_devices_is_proposed_that_a_second_copy_does_not_go_with() -> None:
+    shape = "{model_type: llama, vocab_size: 128256, hidden_size: 8192, num_hidden_layers: 99, num_attention_heads: 64}"
+    changes = [f"model.config={shape}", "export=null", "cluster.hardware=h100-sxm", "strategy.name=zero3"]
+    changes += ["strategy.devices=3", "data.batch_size=192", "data.micro_batch_size=1"]
+    proposed = {}
+    for hpz in (1, 3):
+        with pytest.raises(CannotFit) as error:
+            plan(load_recipe("quickstart", [*changes, f"strategy.hpz={hpz}"]))
+        proposed[hpz] = str(error.value).split("cheapest first:")[1]
+    assert "strategy.devices=4" in proposed[1] and "strategy.devices=" not in proposed[3]
+
+
 def test_what_the_recipe_says_is_what_the_run_is_made_with() -> None:
     sizes = ["strategy.reduce_bucket=1000", "strategy.allgather_bucket=2000", "strategy.overlap=true"]
     made = plan(load_recipe("quickstart", ["strategy.name=zero2", "strategy.devices=2", *sizes]))

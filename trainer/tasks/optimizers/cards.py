@@ -18,6 +18,8 @@ from ....own_code import import_code, is_code
 from ....spelling import did_you_mean
 from ....strategies import OFFLOADS
 
+LARGEST_SIDE = 10_000  # elements: SOAP does not turn a longer side, whose basis would be larger than the model
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerCard:
@@ -28,6 +30,9 @@ class OptimizerCard:
             `optimizers.py`; or a `torch.optim.Optimizer` class, which gets groups and the learning rate.
         state_bytes: What it keeps of a trained parameter, beside the weight and its gradient; an upper bound.
         matrix_bytes: The same of a hidden matrix's parameters, where that is less.
+        whole_bytes: What it keeps beside that of a hidden matrix's parameter, on every rank that has a part of the
+            matrix: ZeRO-3 does not share it out.
+        side_bytes: The same for each element of a square with a side of such a matrix, for both sides.
         copied_bytes: What its step holds beside that, for each element that it steps at a time; 0 where it is fused.
         copies_of: What it steps at a time: "all" on CUDA, which is how torch's own do, and one parameter on a CPU;
             one "parameter", which under ZeRO is a rank's whole shard; one "matrix" there too; or so many elements.
@@ -45,6 +50,8 @@ class OptimizerCard:
     make: str | Callable[..., Any]
     state_bytes: float = 8.0
     matrix_bytes: float | None = None
+    whole_bytes: float = 0.0
+    side_bytes: float = 0.0
     copied_bytes: float = 4.0
     copies_of: Literal["all", "parameter", "matrix"] | int = "all"
     whole_parameters: bool = False
@@ -87,6 +94,14 @@ OPTIMIZERS: dict[str, OptimizerCard] = {
         does="AdamW with moments of 8 bits in blocks",
         paper="2110.02861",
     ),
+    "adamw4bit": OptimizerCard(  # a byte for both, and two scales of four bytes in 128 elements
+        make="adamw4bit",
+        state_bytes=1 + 8 / 128,
+        copied_bytes=17.1,
+        copies_of=2**20,
+        does="AdamW with moments of 4 bits in blocks",
+        paper="2309.01507",
+    ),
     "schedule_free_adamw": OptimizerCard(
         make="schedule_free_adamw",
         averages=True,
@@ -109,6 +124,32 @@ OPTIMIZERS: dict[str, OptimizerCard] = {
         copies_of="matrix",
         does="orthogonal steps for hidden matrices, AdamW for the rest",
         paper="2502.16982",
+    ),
+    "soap": OptimizerCard(  # the products of a side and their eigenvectors
+        make="soap",
+        side_bytes=8,
+        copied_bytes=16,
+        copies_of="matrix",
+        does="Adam in the eigenbasis of Shampoo for hidden matrices, AdamW for the rest",
+        paper="2409.11321",
+    ),
+    "galore": OptimizerCard(  # a quarter of AdamW's, and a basis
+        make="galore",
+        matrix_bytes=0,
+        whole_bytes=3,
+        copied_bytes=12,
+        copies_of="matrix",
+        does="AdamW within a gradient's first singular vectors for hidden matrices, AdamW for the rest",
+        paper="2403.03507",
+    ),
+    "apollo": OptimizerCard(
+        make="apollo",
+        matrix_bytes=0,
+        whole_bytes=2,
+        copied_bytes=5,
+        copies_of="matrix",
+        does="gradients scaled as AdamW would in a random projection for hidden matrices, AdamW for the rest",
+        paper="2412.05270",
     ),
 }
 

@@ -10,13 +10,15 @@ from torch import nn
 
 from ...data.errors import TaskError
 from .adafactor import Adafactor
-from .adamw8bit import AdamW8bit
+from .adamw8bit import AdamW4bit, AdamW8bit
 from .cards import optimizer_card
 from .groups import Named, decay_groups, decay_of
 from .lion import Lion
+from .low_rank import APOLLO, GaLore
 from .muon import MuonWithAdamW
 from .of_torch import adam, adamw, sgd
 from .schedule_free import ScheduleFreeAdamW
+from .soap import SOAP
 
 
 def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: Any) -> torch.optim.Optimizer:
@@ -57,6 +59,10 @@ def adamw8bit(parameters: Named, s: Any) -> torch.optim.Optimizer:
     return AdamW8bit(decay_groups(parameters, decay_of(s)), lr=s.lr, betas=tuple(s.betas), eps=s.eps)
 
 
+def adamw4bit(parameters: Named, s: Any) -> torch.optim.Optimizer:
+    return AdamW4bit(decay_groups(parameters, decay_of(s)), lr=s.lr, betas=tuple(s.betas), eps=s.eps)
+
+
 def adafactor(parameters: Named, s: Any) -> torch.optim.Optimizer:
     return Adafactor(parameters, s)
 
@@ -65,15 +71,31 @@ def muon(parameters: Named, s: Any) -> torch.optim.Optimizer:
     return MuonWithAdamW(parameters, s)
 
 
+def soap(parameters: Named, s: Any) -> torch.optim.Optimizer:
+    return SOAP(parameters, s)
+
+
+def galore(parameters: Named, s: Any) -> torch.optim.Optimizer:
+    return GaLore(parameters, s)
+
+
+def apollo(parameters: Named, s: Any) -> torch.optim.Optimizer:
+    return APOLLO(parameters, s)
+
+
 __all__ = [
     "adafactor",
     "adam",
     "adamw",
+    "adamw4bit",
     "adamw8bit",
+    "apollo",
     "build_optimizer",
+    "galore",
     "lion",
     "maker",
     "muon",
     "schedule_free_adamw",
     "sgd",
+    "soap",
 ]
