@@ -12,8 +12,10 @@ from typing import Any
 import deepspeed
 import torch
 from allocations import allocations
+from tiny_tasks import Tiny
 
 from shoestring.recipes.schema import AdapterSpec, ModelSpec
+from shoestring.trainer import fit, plan
 from shoestring.trainer.machine.extensions import prepare_environment
 from shoestring.trainer.run.partitioning import partition
 from shoestring.trainer.tasks.models import build_model
@@ -83,3 +85,13 @@ def main(strategy: str, name: str, folder: Path) -> None:
         for kind in (("fp32", "bf16", "nf4") if source == "files" else ("fp32", "bf16"))
     }
     (folder / f"seen-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(results))
+
+
+def train(strategy: str, world: int, folder: Path) -> None:
+    """A few steps of a small recipe, from new weights."""
+    warnings.simplefilter("ignore")
+    recipe = Tiny(folder).recipe(
+        budget={"steps": 3}, data={"micro_batch_size": 4}, strategy={"name": strategy, "devices": world},
+        evaluation={"at_end": False}, tracking={"ledger": False},
+    )  # fmt: skip
+    fit(plan(recipe), run_dir=folder / strategy)

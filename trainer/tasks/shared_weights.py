@@ -128,7 +128,7 @@ def shared_model(folder: Path, make: Callable[[], nn.Module], empty: Callable[[]
     try:
         build_once(folder, build)
     except OSError as error:
-        raise TaskError(f"model.dtype: the weights cannot be kept in {folder}: {error.strerror}.") from error
+        raise TaskError(f"model: the weights cannot be kept in {folder}: {error.strerror}.") from error
     model = empty()
     _map(model, folder / "weights", json.loads((folder / "places.json").read_text()))
     if (folder / "random").exists():

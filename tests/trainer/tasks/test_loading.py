@@ -14,6 +14,7 @@ from loading_ranks import KEPT, SHAPE, built
 from processes import succeed
 
 from shoestring.recipes.schema import ModelSpec
+from shoestring.trainer.checkpoint.weights import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 AT_MOST = 1.3  # of the bytes that are kept
@@ -66,6 +67,15 @@ def test_no_rank_of_zero_3_holds_more_than_its_share_and_one_weight(tmp_path: Pa
             assert found["sums"] == whole, f"{kind}: the same weights as on one device"
             assert found["share"] <= 0.51 * found["whole"] + 1024
             assert found["peak"] <= 1.02 * (found["share"] + found["largest"]), kind
+
+
+def test_a_run_that_cuts_its_weights_trains_those_of_the_run_that_does_not(tmp_path: Path) -> None:
+    for strategy, world in (("single", 1), ("zero3", 2)):
+        succeed(loading_ranks.train, strategy, world, tmp_path, world=world, folder=tmp_path, timeout=300)
+        assert not (tmp_path / strategy / ".passing").exists(), "nobody needs the files once weights are cut"
+    single, zero3 = (load_weights(tmp_path / strategy / "final") for strategy in ("single", "zero3"))
+    assert single.keys() == zero3.keys()
+    assert all(torch.allclose(single[name], zero3[name], atol=1e-5) for name in single)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

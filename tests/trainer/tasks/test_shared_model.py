@@ -89,7 +89,7 @@ def test_what_every_rank_has_mapped_is_sent_to_none(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "bases").write_text("no folder")
-    with pytest.raises(TaskError, match=r"model.dtype: the weights cannot be kept in .*bases"):
+    with pytest.raises(TaskError, match=r"model: the weights cannot be kept in .*bases"):
         built("causal-lm", "nf4", tmp_path, config=SHAPE)
 
 
