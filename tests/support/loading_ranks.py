@@ -44,7 +44,8 @@ def loaded(spec: ModelSpec, kind: str, cuts: bool, folder: Path) -> dict[str, An
     with allocations({file.stat().st_size for file in files}) as seen:
         if not cuts:
             model = built(spec, kind, **({} if spec.adapter is None else {"cache": folder / "cache"}))
-            keep_from_sending(model.requires_grad_(spec.adapter is None))
+            if spec.adapter is not None:
+                keep_from_sending(model.requires_grad_(False))
         else:
             model = built(spec, kind, cache=folder / "cache", passing=folder / "passing")
             zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
