@@ -15,9 +15,6 @@ from .activations import BYTES, block_bytes, logits_bytes
 from .needs import Inputs, Memory, Term
 
 FROZEN_BYTES = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.516, "int8": 1.005}  # of a matrix in a block, scales included
-# The weights stream from their files into the shard that keeps them, and a node reads them once. False: every rank
-# builds the whole model in float32 in host memory, and ZeRO moves all of it to the device before it is split.
-STREAMED = False
 LIVE = 1e9  # its stage3_max_live_parameters: what ZeRO-3 leaves gathered
 CONTEXT = {"cuda": 0.75 * 2**30, "cpu": 0.5 * 2**30}  # CUDA context and workspaces; interpreter and libraries
 COMMUNICATOR = 0.5 * 2**30  # NCCL's buffers
@@ -204,6 +201,15 @@ def _offloaded(run: Inputs) -> list[Term]:
 def _host(run: Inputs) -> Iterable[Term]:
     """Of a node beside what is offloaded: the processes, and the model while it is loaded."""
     yield Term("processes", HOST_PROCESS * run.devices)
-    copies = 1 if STREAMED else run.devices
-    stored = frozen_bytes(run) + run.own * float(run.size.trainable or 0)
-    yield Term("the model while it loads", stored if STREAMED else 4 * float(run.size.parameters or 0) * copies)
+    yield Term("the model while it loads", _loading(run))
+
+
+def _loading(run: Inputs) -> float:
+    """Weights of text models that ZeRO-3 is to cut lie in files, and each rank has one of them in memory at a time. A
+    base in few bits or in bf16 is mapped by all ranks of a node. Anything else each rank builds whole.
+    """
+    size = run.size
+    whole, trained = float(size.parameters or 0), float(size.trainable or 0)
+    if run.base in ("bf16", "nf4", "int8") and trained < whole:
+        return frozen_bytes(run) + 4 * trained * run.devices
+    return 4 * run.devices * (float(size.largest) if run.stage == 3 and size.hidden else whole)

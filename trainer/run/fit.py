@@ -99,7 +99,7 @@ def fit(
     run_dir = Path(run_dir or Path("runs") / recipe.name)
     _writable(run_dir)
     with explained(plan):
-        task = build_task(recipe, workdir=run_dir, precision=plan.precision)
+        task = build_task(recipe, workdir=run_dir, precision=plan.precision, cuts=plan.strategy == "zero3")
     inputs = inputs_of(recipe, task)
     changed = keep_or_compare(run_dir, inputs, task.keep_tokenizer, accept=accept_changes, first=is_first())
     local_ranks.release()

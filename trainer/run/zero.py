@@ -183,6 +183,7 @@ def _zero_class() -> type[Strategy]:
     from ...callbacks.parameters.accessor import shards_of_engine
     from ..machine.imports import import_deepspeeds_muon
     from ..tasks.optimizers.wholes import WholeStepping
+    from .partitioning import forget_files, partition
 
     class ZeroStrategy(DeepSpeedStrategy):
         """DeepSpeedStrategy that also runs on CPUs over gloo."""
@@ -228,6 +229,9 @@ def _zero_class() -> type[Strategy]:
             trained = [p for p in model.parameters() if p.requires_grad]
             count = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
             _buckets(self.config["zero_optimization"], self.sharding, count)
+            if self.zero_stage_3:
+                partition(model, self.config, self.root_device)
+                forget_files(model, first_of_node=self.local_rank == 0)
             with _one_kind_of_optimizer():
                 if isinstance(self.accelerator, CUDAAccelerator):
                     return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)

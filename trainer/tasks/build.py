@@ -66,6 +66,14 @@ class Task:
             keep_tokenizer(self.tokenizer, run_dir)
 
 
+@dataclass(frozen=True)
+class Room:
+    """Where weights are kept on disk: for later starts, and until they are cut."""
+
+    cache: Path
+    passing: Path | None = None
+
+
 class TaskData(pl.LightningDataModule):
     """Plain loaders over a task's data sets, for `pl.Trainer`: shuffled for training, in order for validation.
 
@@ -95,13 +103,16 @@ class TaskData(pl.LightningDataModule):
         )
 
 
-def build_task(recipe: Recipe, *, workdir: Path, precision: str = "fp32", prepared: Prepared | None = None) -> Task:
+def build_task(
+    recipe: Recipe, *, workdir: Path, precision: str = "fp32", prepared: Prepared | None = None, cuts: bool = False
+) -> Task:
     """Build the model and the data of a recipe, the same on every rank.
 
     workdir: a run that has trained there keeps its tokenizer; its `.cache` holds tokenized data and trained tokenizers,
     unless `SHOESTRING_HOME` is set. Any number of processes may call this at once. precision: what is computed in, on
     which it depends what weights are kept in (`weight_dtypes`). prepared: the data of a task of the same recipe, which
-    is not read again.
+    is not read again. cuts: each rank is to keep a part of every weight: until then the weights of text models lie in
+    files of `workdir`, and the module's `passing` says in which folder.
 
     Initial weights are drawn from `recipe.seed`; the caller's random numbers are left as they were. `Task.facts` has
     `model_type, parameters, trainable, train_samples`, and where they apply `validation_samples, vocab_size,
@@ -113,7 +124,8 @@ def build_task(recipe: Recipe, *, workdir: Path, precision: str = "fp32", prepar
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)  # not torch.manual_seed: that reseeds the GPUs, too
         data = prepared or prepare(recipe, cache_root(workdir), kept_tokenizer(workdir))
-        task = _build(recipe, data, kept_in(recipe.model, precision), cache_root(workdir))
+        room = Room(cache_root(workdir), workdir / ".passing" if cuts else None)
+        task = _build(recipe, data, kept_in(recipe.model, precision), room)
     counts = {
         "parameters": weights_in(task.module),
         "trainable": sum(p.numel() for p in task.module.parameters() if p.requires_grad),
@@ -126,9 +138,9 @@ def build_task(recipe: Recipe, *, workdir: Path, precision: str = "fp32", prepar
     return replace(task, datamodule=TaskData(task, size, recipe.data.workers))
 
 
-def _build(recipe: Recipe, data: Prepared, kept: Kept, cache: Path) -> Task:
+def _build(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> Task:
     kind, began = recipe.model.task, monotonic()
-    module, facts = (_own if is_code(kind) else MODULES[kind])(recipe, data, kept, cache)
+    module, facts = (_own if is_code(kind) else MODULES[kind])(recipe, data, kept, room)
     facts = {**data.facts, **facts}
     validates = type(module).validation_step is not pl.LightningModule.validation_step
     held = data.validation if validates else None  # a user's module need not look at it
@@ -138,31 +150,31 @@ def _build(recipe: Recipe, data: Prepared, kept: Kept, cache: Path) -> Task:
     )  # fmt: skip
 
 
-def _language(recipe: Recipe, data: Prepared, kept: Kept, cache: Path) -> tuple[pl.LightningModule, dict[str, Any]]:
-    model, base = _hub_model(recipe, data, kept, cache)
+def _language(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
+    model, base = _hub_model(recipe, data, kept, room)
     opening = [] if data.tokenizer is None else framing(data.tokenizer, packed=recipe.data.pack)[0]
     module = CausalLM(
         model, recipe.optimizer, isolated=data.isolated, opening=tuple(opening), chunked_loss=recipe.model.chunked_loss
     )
-    module.frozen_base = base
+    module.frozen_base, module.passing = base, room.passing
     return module, {"model_type": model.config.model_type}
 
 
-def _sequences(recipe: Recipe, data: Prepared, kept: Kept, cache: Path) -> tuple[pl.LightningModule, dict[str, Any]]:
-    classes, (model, base) = _classes(data), _hub_model(recipe, data, kept, cache)
+def _sequences(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
+    classes, (model, base) = _classes(data), _hub_model(recipe, data, kept, room)
     module = Classifier(model, recipe.optimizer, classes)
-    module.frozen_base = base
+    module.frozen_base, module.passing = base, room.passing
     return module, {"model_type": model.config.model_type}
 
 
-def _images(recipe: Recipe, data: Prepared, kept: Kept, cache: Path) -> tuple[pl.LightningModule, dict[str, Any]]:
+def _images(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
     classes, shape = _classes(data), tuple(data.train[0]["pixel_values"].shape)
     config = dict(recipe.model.config or {})
     model = build_image_model(config, shape, len(classes))
     return Classifier(model, recipe.optimizer, classes), {"model_type": config["kind"]}
 
 
-def _own(recipe: Recipe, data: Prepared, kept: Kept, cache: Path) -> tuple[pl.LightningModule, dict[str, Any]]:
+def _own(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
     module = call_code(recipe.model.task, recipe.model.args, "model.task")
     if not isinstance(module, pl.LightningModule):
         raise TaskError(f"model.task: {recipe.model.task} returned a {type(module).__name__}, not a LightningModule.")
@@ -184,7 +196,7 @@ def _classes(data: Prepared) -> Sequence[str]:
     return data.classes
 
 
-def _hub_model(recipe: Recipe, data: Prepared, kept: Kept, cache: Path) -> tuple[Any, FrozenBase | None]:
+def _hub_model(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[Any, FrozenBase | None]:
     """The Hugging Face model of a text task, with its adapter, and what need not be saved of it."""
     model: Any = build_model(
         recipe.model,
@@ -193,7 +205,8 @@ def _hub_model(recipe: Recipe, data: Prepared, kept: Kept, cache: Path) -> tuple
         sequence_length=recipe.data.sequence_length,
         classes=data.classes,
         kept=kept,
-        cache=cache,
+        cache=room.cache,
+        passing=room.passing,
     )
     if recipe.model.adapter is None:
         return model, None

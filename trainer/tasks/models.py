@@ -20,7 +20,7 @@ import torch
 from ..data.carried import resolve_name as resolve_name
 from ..data.errors import TaskError, unknown
 from ..data.paths import model_folder
-from .mapped_files import pages_given_back, weight_files
+from .mapped_files import all_kept_in, pages_given_back, read_from_files, weight_files
 from .positions import first_position
 from .weight_dtypes import FLOAT32, Kept
 
@@ -42,22 +42,26 @@ def build_model(
     classes: Sequence[str] | None = None,
     kept: Kept = FLOAT32,
     cache: Path | None = None,
+    passing: Path | None = None,
 ) -> PreTrainedModel:
     """A model for `task` ("causal-lm" or "sequence-classification"), its sizes checked against the data's.
 
     model: the recipe's model section. tokenizer: None where a user's own data brings token numbers. classes: names of
     the classes, in the order of their numbers. kept: what its weights are kept in. cache: where
-    a quantized base is kept for all ranks and later starts. Raises `TaskError` where the model cannot be had, does not
-    fit the task, or is too small for the vocabulary or the length.
+    the base of an adapter is kept for all ranks and later starts, unless its files already hold what is kept. passing:
+    where all other weights lie until somebody takes them from there; None: in memory. Raises `TaskError` where the
+    model cannot be had, does not fit the task, or is too small for the vocabulary or the length.
     """
     labels = {} if classes is None else _label_settings(classes)
     if model.attention in ("flash", "flex") and not torch.cuda.is_available():
         raise TaskError(f"model.attention: {model.attention} needs a CUDA device; on a CPU there are sdpa and eager.")
+    again = kept.codes is not None or (model.adapter is not None and kept.floats == "bf16")
+    home = cache / "bases" if again and cache is not None else passing
     if model.name is not None:
         name = model_folder(resolve_name(model.name), "model.name")
-        built = _pretrained(name, task, labels, kept, model.attention, cache)
+        built = _pretrained(name, task, labels, kept, model.attention, home, cache or passing)
     else:
-        built = _from_config(model_config(model.config, task, tokenizer, labels), task, kept, model.attention, cache)
+        built = _from_config(model_config(model.config, task, tokenizer, labels), task, kept, model.attention, home)
     _check_sizes(built, tokenizer, sequence_length)
     built.config.use_cache = False
     if tokenizer is not None:
@@ -95,7 +99,7 @@ def _direction(task: str, keys: Iterable[str]) -> dict[str, bool]:
 
 
 def _pretrained(
-    name: str, task: str, labels: dict[str, Any], kept: Kept, attention: str, cache: Path | None
+    name: str, task: str, labels: dict[str, Any], kept: Kept, attention: str, home: Path | None, cache: Path | None
 ) -> PreTrainedModel:
     from transformers import AutoConfig
 
@@ -106,13 +110,15 @@ def _pretrained(
         settings = {**labels, **_direction(task, vars(config))}
         make: Any = partial(_with_attention, attention, _auto_class(task).from_pretrained, name, **settings)
         load = partial(make, output_loading_info=True, dtype=kept.dtype)
-        if kept.codes is not None and cache is not None and (files := weight_files(name)):
-            from .quantized_base import pretrained_base
+        files = [] if home is None else weight_files(name)
+        as_read = all_kept_in(files, kept) and not _merged(config.model_type)
+        if home is not None and cache is not None and files and not as_read:
+            from .shared_model import pretrained_base
 
             config = AutoConfig.from_pretrained(name, **settings)
             new = partial(_with_attention, attention, _auto_class(task).from_config, config, dtype=kept.dtype)
             with _quietly():
-                return pretrained_base(name, files, load, new, kept, cache)
+                return pretrained_base(name, files, load, new, kept, home, cache)
         with _quietly(), pages_given_back():
             if kept.codes is None:
                 model, found = load()
@@ -121,6 +127,8 @@ def _pretrained(
 
                 model, found = load_quantized(load, kept.codes)
         model.drawn_weights = frozenset(found["missing_keys"])  # a new head: no file gives it again
+        for p in read_from_files(model.parameters()):
+            p.mapped = True  # type: ignore[attr-defined]
         return model  # type: ignore[no-any-return]
     except TaskError:
         raise
@@ -128,18 +136,24 @@ def _pretrained(
         raise TaskError(f"model.name: cannot load {name!r}: {str(error).splitlines()[0]}") from error
 
 
-def _from_config(
-    config: PreTrainedConfig, task: str, kept: Kept, attention: str, cache: Path | None
-) -> PreTrainedModel:
+def _from_config(config: PreTrainedConfig, task: str, kept: Kept, attention: str, home: Path | None) -> PreTrainedModel:
     try:
         make = partial(_with_attention, attention, _auto_class(task).from_config, config, dtype=kept.dtype)
-        if kept.codes is None:
+        if kept.codes is None and home is None:
             return make()
-        from .quantized_base import new_base
+        from .shared_model import new_base
 
-        return new_base(make, kept, cache)
+        return new_base(make, kept, home)
     except (ValueError, TypeError, AssertionError) as error:  # sizes that do not divide, and the like
         raise TaskError(f"model.config of {config.model_type}: {error}") from error
+
+
+def _merged(model_type: str) -> bool:
+    """Whether weights of the model are put together from several of its files, as those of experts are."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    return any(isinstance(each, WeightConverter) for each in get_checkpoint_conversion_mapping(model_type) or ())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -23,10 +24,12 @@ class TaskModule(pl.LightningModule):
     model: called with a batch's tensors by name. optimizer: the recipe's optimizer section. `configure_optimizers`
     returns the optimizer alone: the learning rate is driven from outside, by the budget's clock.
 
-    frozen_base: weights that checkpoints need not hold.
+    frozen_base: weights that checkpoints need not hold. passing: the folder of files in which the weights lie until
+    ZeRO-3 has cut them.
     """
 
     frozen_base: FrozenBase | None = None
+    passing: Path | None = None
 
     def __init__(self, model: torch.nn.Module, optimizer: Any) -> None:
         super().__init__()

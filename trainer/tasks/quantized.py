@@ -102,15 +102,38 @@ def int8_weight(parts: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype)
     return (parts["weight"].float() * parts["weight_steps"].view(torch.float32)[:, None]).view(shape).to(dtype)
 
 
+def nf4_sizes(shape: torch.Size) -> dict[str, tuple[list[int], torch.dtype]]:
+    """Shapes and types of what `nf4_codes` makes of a weight."""
+    blocks = -(-shape.numel() // BLOCK)
+    return {
+        "weight": ([blocks * BLOCK // 2], torch.uint8),
+        "weight_scales": ([blocks], torch.int8),
+        "weight_steps": ([-(-blocks // GROUP) + 1], torch.int32),
+    }
+
+
+def int8_sizes(shape: torch.Size) -> dict[str, tuple[list[int], torch.dtype]]:
+    """Shapes and types of what `int8_codes` makes of a weight."""
+    return {"weight": (list(shape), torch.int8), "weight_steps": ([shape[0]], torch.int32)}
+
+
 @dataclass(frozen=True)
 class Codec:
-    """How weights are written in few bits, and read back."""
+    """How weights are written in few bits, what that takes, and how they are read back."""
 
     write: Callable[[Tensor], dict[str, Tensor]]
+    sizes: Callable[[torch.Size], dict[str, tuple[list[int], torch.dtype]]]
     read: Callable[[dict[str, Tensor], torch.Size, torch.dtype], Tensor]
 
+    def parts(self, weight: Tensor) -> dict[str, Tensor]:
+        """The codes of a weight; of one on the meta device, their shapes alone, which takes no time."""
+        if not weight.is_meta:
+            return self.write(weight)
+        sizes = self.sizes(weight.shape).items()
+        return {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in sizes}
 
-CODECS = {"nf4": Codec(nf4_codes, nf4_weight), "int8": Codec(int8_codes, int8_weight)}
+
+CODECS = {"nf4": Codec(nf4_codes, nf4_sizes, nf4_weight), "int8": Codec(int8_codes, int8_sizes, int8_weight)}
 
 
 class QuantizedLinear(nn.Linear):
@@ -119,7 +142,6 @@ class QuantizedLinear(nn.Linear):
     Args:
         like: The layer that it stands for; its weight is quantized, unless it is on the meta device.
         kind: "nf4" or "int8".
-        keep: Gives what is to be kept in the place of each part; the part itself by default.
 
     Example:
         >>> import torch
@@ -129,12 +151,12 @@ class QuantizedLinear(nn.Linear):
         (2048, torch.Size([64, 64]))
     """
 
-    def __init__(self, like: nn.Linear, kind: str, keep: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, like: nn.Linear, kind: str) -> None:
         nn.Module.__init__(self)  # a Linear's own would make the weight
         self.in_features, self.out_features, self.kind = like.in_features, like.out_features, kind
         self.bias = None if like.bias is None else nn.Parameter(like.bias.detach(), requires_grad=False)
-        for name, part in CODECS[kind].write(like.weight).items():
-            self.register_parameter(name, nn.Parameter(keep(part) if keep else part, requires_grad=False))
+        for name, part in CODECS[kind].parts(like.weight).items():
+            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
 
     @property
     def numel(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.errors import TaskError
 from .quantized import CODECS, QuantizedLinear
@@ -23,18 +23,10 @@ _METHOD = "shoestring"
 _HEADS = ("classifier", "score")  # which PEFT trains beside adapters
 
 
-Keep = Callable[[Tensor], Tensor]
-
-
-def load_quantized(
-    load: Callable[..., tuple[PreTrainedModel, Any]], kind: str, keep: Keep | None = None
-) -> tuple[PreTrainedModel, Any]:
-    """What `load` loads, a `from_pretrained` that tells what it has found, with its linear layers in `kind`.
-
-    keep: gives what is to be kept in the place of each quantized part.
-    """
+def load_quantized(load: Callable[..., tuple[PreTrainedModel, Any]], kind: str) -> tuple[PreTrainedModel, Any]:
+    """What `load` loads, a `from_pretrained` that tells what it has found, with its linear layers in `kind`."""
     config_class, quantizer = _registered()
-    model, found = load(quantization_config=config_class(kind, keep))
+    model, found = load(quantization_config=config_class(kind))
     quantizer.remove_quantization_config(model)  # the model is saved merged, and in full
     for path, layer in list(model.named_modules()):
         if isinstance(layer, QuantizedLinear) and f"{path}.weight" in found["missing_keys"]:
@@ -42,17 +34,19 @@ def load_quantized(
     return _checked(model), found
 
 
-def make_quantized(make: Callable[[], PreTrainedModel], kind: str, keep: Keep | None = None) -> PreTrainedModel:
-    """What `make` makes, a model with new weights, with its linear layers in `kind`; `keep` as for `load_quantized`."""
+def make_quantized(make: Callable[[], PreTrainedModel], kind: str) -> PreTrainedModel:
+    """What `make` makes, a model with new weights, with its linear layers in `kind`."""
     model, skipped = _on_meta(make)
-    _fill(model, model, "", lambda name, layer: _quantizes(name, layer, skipped), kind, keep)
+    _fill(model, model, "", lambda name, layer: _quantizes(name, layer, skipped), kind)
     model.tie_weights()
     return _checked(model)
 
 
-def empty_quantized(make: Callable[[], PreTrainedModel], kind: str) -> PreTrainedModel:
+def empty_model(make: Callable[[], PreTrainedModel], kind: str | None) -> PreTrainedModel:
     """What `make` makes, on the meta device, with its linear layers in `kind`. `fill` gives it what it lacks."""
     model, skipped = _on_meta(make)
+    if kind is None:
+        return model
     for path, layer in list(model.named_modules()):
         if _quantizes(path, layer, skipped):
             model.set_submodule(path, QuantizedLinear(layer, kind))  # type: ignore[arg-type]
@@ -108,7 +102,6 @@ def _fill(
     path: str,
     wanted: Callable[[str, nn.Module], bool],
     kind: str,
-    keep: Keep | None = None,
 ) -> None:
     """Give a module on the meta device its weights, children first, and quantize each child once it has them."""
     from transformers import PreTrainedModel
@@ -119,9 +112,9 @@ def _fill(
             if child.weight.is_meta:
                 setattr(module, name, _drawn(child, owner))
             continue
-        _fill(child, child if isinstance(child, PreTrainedModel) else owner, where, wanted, kind, keep)
+        _fill(child, child if isinstance(child, PreTrainedModel) else owner, where, wanted, kind)
         if wanted(where, child):
-            setattr(module, name, QuantizedLinear(child, kind, keep))  # type: ignore[arg-type]
+            setattr(module, name, QuantizedLinear(child, kind))  # type: ignore[arg-type]
     for name, p in module._parameters.items():
         if p is not None and p.is_meta:
             module._parameters[name] = nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad)
@@ -150,13 +143,13 @@ def _register() -> tuple[Any, Any]:
 
     @register_quantization_config(_METHOD)
     class Config(QuantizationConfigMixin):
-        def __init__(self, kind: str = "nf4", keep: Keep | None = None, **about: Any) -> None:
+        def __init__(self, kind: str = "nf4", **about: Any) -> None:
             self.quant_method: Any = _METHOD
-            self.kind, self.keep = kind, keep
+            self.kind = kind
 
     class Quantize(ConversionOps):
-        def __init__(self, kind: str, keep: Keep | None) -> None:
-            self.kind, self.keep = kind, keep or (lambda part: part)
+        def __init__(self, kind: str) -> None:
+            self.kind = kind
 
         def convert(
             self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **about: Any
@@ -164,7 +157,7 @@ def _register() -> tuple[Any, Any]:
             (weight,) = input_dict.values()
             weight = weight[0] if isinstance(weight, list) else weight
             prefix = about["full_layer_name"].removesuffix("weight")
-            return {f"{prefix}{name}": self.keep(part) for name, part in CODECS[self.kind].write(weight).items()}
+            return {f"{prefix}{name}": part for name, part in CODECS[self.kind].parts(weight).items()}
 
     @register_quantizer(_METHOD)
     class Quantizer(HfQuantizer):
@@ -185,7 +178,7 @@ def _register() -> tuple[Any, Any]:
             return model
 
         def get_quantize_ops(self) -> Any:
-            return Quantize(self.quantization_config.kind, self.quantization_config.keep)
+            return Quantize(self.quantization_config.kind)
 
         def is_serializable(self) -> bool:
             return False

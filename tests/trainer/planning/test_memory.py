@@ -376,3 +376,18 @@ def test_the_named_hardware_is_what_is_planned_for() -> None:
     assert any("this machine has no h100-sxm" in text for text in made.warnings)
     with_fp16 = planned(LLAMA_8B, 8, "precision=fp16")
     assert {choice.what: choice.value for choice in with_fp16.choices}["precision"] == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "base", "adapters", "frozen"),
+    [
+        ("ddp", "fp32", None, 0), ("zero3", "fp32", None, 0), ("ddp", "fp32", 1, 0),
+        ("ddp", "nf4", 1, 0.8e6 * 0.516 + 0.19e6 * 2), ("zero3", "bf16", 1, 0.99e6 * 2),
+    ],
+)  # fmt: skip
+def test_what_a_node_has_to_hold_while_it_loads(strategy: str, base: str, adapters: int | None, frozen: float) -> None:
+    """Each rank the whole model, or one weight at a time that it cuts, or all ranks one map of the frozen base."""
+    size = replace(ADAPTED if adapters else MILLION, hidden=64)
+    host = {term.name: term.bytes for term in needed(size, strategy, devices=8, base=base).host}
+    of_a_rank = 1e4 if frozen or strategy == "zero3" else 1e6
+    assert host["the model while it loads"] == pytest.approx(frozen + 8 * 4 * of_a_rank)

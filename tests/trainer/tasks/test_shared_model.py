@@ -44,7 +44,7 @@ def test_a_mapped_base_is_the_one_that_was_read(task, dtype, tmp_path):
     llama().save_pretrained(tmp_path / "model")
     name = str(tmp_path / "model")
     alone, *mapped = (built(task, dtype, cache, name=name) for cache in (None, *[tmp_path / "cache"] * 2))
-    assert len(list((tmp_path / "cache" / "quantized").glob("*/weights"))) == 1
+    assert len(list((tmp_path / "cache" / "bases").glob("*/weights"))) == 1
     for other in mapped:
         assert other.drawn_weights == alone.drawn_weights == ({"score.weight"} if task != "causal-lm" else set())
         assert other.next_draw == alone.next_draw, "what is drawn next, such as an adapter, is the same"
@@ -64,7 +64,7 @@ def test_new_weights_are_made_once_for_a_seed_and_a_shape(tmp_path):
     assert first.lm_head.weight is first.model.embed_tokens.weight
     assert torch.isfinite(first(input_ids=torch.arange(1, 9)[None]).logits).all()
     built("causal-lm", "nf4", tmp_path, config={**SHAPE, "hidden_size": 32})
-    assert len(list(tmp_path.glob("quantized/*/weights"))) == 2
+    assert len(list(tmp_path.glob("bases/*/weights"))) == 2
 
 
 def test_writing_to_a_mapped_base_changes_no_file(tmp_path):
@@ -88,8 +88,8 @@ def test_what_every_rank_has_mapped_is_sent_to_none(tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "quantized").write_text("no folder")
-    with pytest.raises(TaskError, match=r"model.dtype: the quantized base cannot be kept in .*quantized"):
+    (tmp_path / "bases").write_text("no folder")
+    with pytest.raises(TaskError, match=r"model: the weights cannot be kept in .*bases"):
         built("causal-lm", "nf4", tmp_path, config=SHAPE)
 
 
