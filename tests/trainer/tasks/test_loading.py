@@ -38,7 +38,7 @@ def seen(strategy: str, world: int, folder: Path) -> list[dict[str, dict[str, An
 
 def test_alone_a_model_takes_little_more_than_what_is_kept(tmp_path: Path) -> None:
     (alone,) = seen("single", 1, tmp_path)
-    assert alone["files fp32"]["peak"] == 0, "it is the map of its file"
+    assert alone["files fp32"]["peak"] < 1e5, "it is the map of its file"
     for kind in ("bf16", "nf4"):
         assert alone[f"files {kind}"]["peak"] <= AT_MOST * alone[f"files {kind}"]["whole"], kind
     assert alone["files nf4"]["whole"] < 0.6 * alone["files bf16"]["whole"]
