@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from ...callbacks.parameters.spread import here
+
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
@@ -52,8 +54,8 @@ def held(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, int]:
 
     def count(tensors: Iterator[Any]) -> int:
         total = 0
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor) and tensor.numel() and tensor.data_ptr() not in seen:
+        for tensor in map(here, (one for one in tensors if isinstance(one, torch.Tensor))):
+            if tensor.numel() and tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
                 total += tensor.untyped_storage().nbytes()
         return total

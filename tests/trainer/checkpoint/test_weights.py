@@ -51,7 +51,7 @@ def test_what_only_we_can_load_has_no_settings_beside_it(tmp_path: Path) -> None
     open_run(tmp_path / "run")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
 def test_ranks_write_parts_in_turn(strategy: str, tmp_path: Path) -> None:
     """The parts hold what one file holds, each was written by one rank, and transformers finds them."""
     succeed(weights_ranks.main, strategy, tmp_path, world=2, folder=tmp_path / "logs", timeout=120)
