@@ -74,6 +74,8 @@ class FullyShardedShards(SpreadShards):
 
     def held(self, stepped: Tensor) -> dict[str, Held]:
         """The parameter of which an optimizer steps a slice."""
+        if stepped not in self._by_slice:  # torch has laid out its slices anew
+            self._by_slice = {here(p): name for name, p in self.parameters.items()}
         name = self._by_slice[stepped]
         p, where = self.parameters[name], self.slices[name]
         return {name: Held(name, where, 0, p.shape[0] > _rows(p), self, self._device())}

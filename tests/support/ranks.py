@@ -31,7 +31,7 @@ CHECKPOINT, CRASH = 5, 6  # step 6 is lost and done again
 FEW = 4  # steps are enough to see strength 0 do something
 OFFLOADS = {"zero2": "optimizer", "zero3": "parameters"}
 # fsdp2 shares its accessor's edits with all others: each technique trains under it, and these resume and do nothing too
-THOROUGH = {"fsdp2": ("gradual_pruning", "weight_averaging", "mixed_precision")}
+THOROUGH = {"fsdp2": ("gradual_pruning", "weight_averaging")}
 CHOSEN = os.environ.get("SHOESTRING_TEST_CASES", "").split(",")  # some of the cases, where time is short; "": all
 
 

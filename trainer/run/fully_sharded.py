@@ -72,15 +72,23 @@ class FullyShardedStrategy(DDPStrategy):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast does, where it is due
         if str(self.precision_plugin.precision).startswith("bf16-mixed"):
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        for block in _apart(module):
+        alone = _apart(module)
+        for block in alone:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         root = _Root(module)
         fully_shard(root, mesh=mesh, mp_policy=policy)
+        root._get_fsdp_state()._lazy_init()  # type: ignore[operator]  # or what is called first would be the root
+        inside = {part for block in alone for part in block.modules()}
+        for part in module.modules():
+            if part not in inside and part._parameters:
+                part.register_forward_pre_hook(lambda part, _: _gather(root, part), prepend=True)
         return root
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
+            for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+                group["fused"] = False  # which DTensors do not have
             if isinstance(optimizer, Stepping):
                 optimizer.steps_slices = True
             if isinstance(optimizer, WholeStepping):
@@ -107,6 +115,12 @@ class FullyShardedStrategy(DDPStrategy):
             f"{filepath}: Lightning's own checkpoints hold whole weights, and under fsdp2 no rank has them. The run "
             "directory has checkpoints, and the weights in final/; or use ddp."
         )
+
+
+def _gather(root: Any, part: nn.Module) -> None:
+    """Gather what is outside of blocks, where a layer is called outside of a step."""
+    if any(hasattr(p, "to_local") for p in part._parameters.values()):
+        root.unshard()
 
 
 def _apart(module: nn.Module) -> list[nn.Module]:
