@@ -22,7 +22,7 @@ class FullyShardedShards(SpreadShards):
     def __init__(self, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         self._sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
         super().__init__(module, optimizers)
-        self._by_slice: dict[Tensor, str] = {here(p): name for name, p in self.parameters.items()}
+        self._names: dict[Tensor, str] = {p: name for name, p in self.parameters.items()}
 
     def _device(self) -> torch.device:
         return next(here(p).device for p in (*self.parameters.values(), *self._frozen.values()))
@@ -60,7 +60,7 @@ class FullyShardedShards(SpreadShards):
     def restore(self, name: str, state: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         p = self.parameters[name]
         assert isinstance(p, DTensor)
-        entries, slices = self._entries(p), any(getattr(o, "steps_slices", False) for o in self.optimizers)
+        entries, slices = self._entries(p), self._stepped_as_slice(p)
         for key, value in state.items():
             kept = value.to(p.device, copy=True).view(here(p).shape)
             entries[key] = kept if slices else DTensor.from_local(
@@ -69,14 +69,20 @@ class FullyShardedShards(SpreadShards):
         named = {k + f"@{name}" if k.startswith(OF_A_WHOLE) else k: v for k, v in scalars.items()}
         self._restore_scalars(entries, named, p)
 
+    def _stepped_as_slice(self, p: nn.Parameter) -> bool:
+        """Whether the optimizer, which says so itself, keeps state of a slice, and not a DTensor's."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if any(p is q for q in group["params"]):
+                    return hasattr(optimizer, "by_slices") and optimizer.by_slices(group)
+        return False
+
     def frozen(self) -> dict[str, tuple[Slice, Tensor]]:
         return {name: (self._slice(p), here(p).view(-1)) for name, p in self._frozen.items()}
 
     def held(self, stepped: Tensor) -> dict[str, Held]:
-        """The parameter of which an optimizer steps a slice."""
-        if stepped not in self._by_slice:  # torch has laid out its slices anew
-            self._by_slice = {here(p): name for name, p in self.parameters.items()}
-        name = self._by_slice[stepped]
+        """The parameter that an optimizer steps: it has a slice of it."""
+        name = self._names[stepped]
         p, where = self.parameters[name], self.slices[name]
         return {name: Held(name, where, 0, p.shape[0] > _rows(p), self, self._device())}
 

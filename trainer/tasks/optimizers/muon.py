@@ -61,6 +61,10 @@ class MuonWithAdamW(WholeStepping):
             self._adamw.step()
         return loss
 
+    def by_slices(self, group: dict[str, Any]) -> bool:
+        """Those of matrices; AdamW's share are DTensors."""
+        return self.steps_slices and bool(group.get(MATRICES))
+
     def update_part(self, part: Part, group: dict[str, Any]) -> None:
         """Momentum, its Nesterov direction made orthogonal, and a step as long as AdamW's would be."""
         average, keep, rate = part.elementwise("momentum_buffer"), group["momentum"], group["lr"]

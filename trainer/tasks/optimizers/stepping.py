@@ -33,7 +33,7 @@ class Stepping(torch.optim.Optimizer):
         with torch.no_grad():
             for group, p in self._with_gradient():
                 if self.steps_slices:
-                    self.update(here(p), here(p.grad), self.state[p], group)
+                    self.update_slice(p, group)
                 else:
                     self.update(p, p.grad, self.state[p], group)
         return loss
@@ -41,6 +41,14 @@ class Stepping(torch.optim.Optimizer):
     def update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Step `p` in place. `state`: what is kept of it, empty before its first step."""
         raise NotImplementedError
+
+    def by_slices(self, group: dict[str, Any]) -> bool:
+        """Whether what is kept of this group's parameters is of slices, for DTensors."""
+        return self.steps_slices
+
+    def update_slice(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Step what this rank holds of a DTensor in place."""
+        self.update(here(p), here(p.grad), self.state[p], group)  # type: ignore[arg-type]
 
     def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Any]]:
         return ((group, p) for group in self.param_groups for p in group["params"] if p.grad is not None)
