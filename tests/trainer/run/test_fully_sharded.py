@@ -71,5 +71,5 @@ def test_what_it_does_not_have_is_refused():
 
 
 def test_a_technique_that_does_not_go_with_it_says_so_in_its_card():
-    with pytest.raises(IncompatibleTechniques, match="structured_pruning does not work with fsdp2"):
+    with pytest.raises(IncompatibleTechniques, match="structured_pruning does not work with 'fsdp2'"):
         compose([StructuredPruning.example()], run_facts("fsdp2", "cpu"))
