@@ -12,7 +12,9 @@ OFFLOADS: dict[str, tuple[str, ...]] = {
     "zero1": ("none",),
     "zero2": ("none", "optimizer"),
     "zero3": ("none", "optimizer", "parameters"),
+    "fsdp2": ("none",),
 }
+ASKED_FOR = frozenset({"fsdp2"})  # what no plan chooses or proposes by itself
 _ZERO = ("zero1", "zero2", "zero3")
 SETTINGS: dict[str, tuple[str, ...]] = {  # of `Sharding`: the strategies that have it
     "gradient_dtype": _ZERO,

@@ -196,14 +196,14 @@ class OptimizerSpec(Section):
 class StrategySpec(Section):
     """The distribution of the model and its state over devices. `auto` leaves the choice to the plan."""
 
-    name: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = "auto"
+    name: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = "auto"
     devices: Literal["auto"] | Count = Field("auto", description="auto, or a whole number from 1: devices per node")
     nodes: Count = Field(1, description="a whole number from 1")
     offload: Literal["none", "optimizer", "parameters"] = "none"
     gradient_dtype: Literal["fp32", "bf16"] = Field(
         "fp32",
         description="fp32 | bf16: what gradients are summed in, over micro-batches and ranks, under zero1 | zero2 | "
-        "zero3 in bf16; ddp and single sum them in what the weights are kept in",
+        "zero3 in bf16; ddp, single and fsdp2 sum them in what the weights are kept in",
     )
     overlap: bool | Literal["auto"] = Field(
         "auto",

@@ -62,8 +62,8 @@ class FlopCounter(TorchDispatchMode):
     """`with FlopCounter() as counter: step()` -> `counter.flops`.
 
     `densities` maps a parameter's storage pointer to the share of its elements that are not masked; copies of its shape
-    inherit it for as long as they live. Under ZeRO-3 gathered weights have other pointers, so there masked weights
-    count as dense.
+    inherit it for as long as they live. Under ZeRO-3 and FSDP2 gathered weights have other pointers, so there masked
+    weights count as dense.
     """
 
     def __init__(self, densities: Mapping[int, float] | None = None) -> None:
@@ -178,4 +178,5 @@ class StepFlops:
     def _densities(self) -> dict[int, float]:
         kept = {name: density for t in self._techniques for name, density in t.densities().items()}
         named = self._module.named_parameters() if kept else ()
-        return {p.untyped_storage().data_ptr(): kept[name] for name, p in named if name in kept}
+        here = ((name, p) for name, p in named if name in kept and not hasattr(p, "to_local"))
+        return {p.untyped_storage().data_ptr(): kept[name] for name, p in here}

@@ -142,10 +142,11 @@ def communication_bytes(
     """Bytes each rank sends per optimizer step, from the strategy's collectives (ZeRO, arXiv 1910.02054 §7).
 
     DDP and ZeRO-1 all-reduce or reduce-scatter + all-gather 2P; DeepSpeed's ZeRO-2 reduce-scatters every micro-batch,
-    (A + 1)P; ZeRO-3 gathers twice and scatters once per micro-batch, 3PA. Times the ring factor (N - 1) / N. What is
-    scattered are gradients, of `gradient_bytes` if they are not as large as weights; DDP sends nothing else.
+    (A + 1)P; ZeRO-3 and FSDP2 gather twice and scatter once per micro-batch, 3PA. Times the ring factor (N - 1) / N.
+    What is scattered are gradients, of `gradient_bytes` if they are not as large as weights; DDP sends nothing else.
     """
     times = {"ddp": (2, 0), "zero1": (1, 1), "zero2": (accumulate, 1), "zero3": (accumulate, 2 * accumulate)}
+    times["fsdp2"] = times["zero3"]
     gradients, weights = times.get(strategy, (0, 0))
     sent = gradients * (gradient_bytes or bytes_each) + weights * bytes_each
     return float(sent * parameters * (world - 1) / world)

@@ -13,6 +13,7 @@ from torch import nn
 from ... import ShoestringError
 from ..contract import Card, Effect, IncompatibleTechniques, Technique, Workload, require
 from ..parameters.layers import check_skip
+from ..parameters.spread import in_parts
 from .factors import apply_low_rank, factorable, merge_, ranks_for_budget, ranks_for_energy, singular_values
 
 log = logging.getLogger("shoestring")
@@ -117,8 +118,7 @@ class LowRank(Technique, pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         replaced, self._replaced = getattr(self, "_replaced", {}), {}
-        sharded = any(hasattr(p, "ds_tensor") for p in pl_module.parameters())  # ZeRO-3: no rank has a whole factor
-        if not (self.keep_factors or sharded):
+        if not (self.keep_factors or in_parts(pl_module)):
             merge_(pl_module, replaced)
 
     # -- what others may ask ----------------------------------------------------------------------------------------

@@ -74,8 +74,10 @@ def cut(trainer: pl.Trainer, module: pl.LightningModule, wholes: Mapping[str, Te
 def _open(trainer: pl.Trainer, module: pl.LightningModule) -> Shards:
     engine = getattr(trainer.strategy, "deepspeed_engine", None)
     if engine is None:
-        if any(type(p).__name__ == "DTensor" for p in module.parameters()):
-            raise NoShard("parameters sharded as DTensor are not supported yet; use ddp or zero1/2/3")
+        if any(hasattr(p, "to_local") for p in module.parameters()):
+            from .fully_sharded import FullyShardedShards
+
+            return FullyShardedShards(module, list(trainer.optimizers))
         return Shards(module, list(trainer.optimizers))
     return shards_of_engine(module, engine)
 

@@ -1,8 +1,9 @@
-"""The sharded-state accessor: weights, gradients, optimizer state under one device, DDP and ZeRO-1/2/3 (offload too).
+"""The sharded-state accessor: weights, gradients, optimizer state on one device, under DDP, ZeRO-1/2/3 and FSDP2.
 
 Under every strategy each rank holds, of every trainable parameter, one contiguous slice of its flattened elements:
-all of it on one device and under DDP, a piece (maybe empty) under ZeRO. The accessor gives that slice of the master
-weight, of the gradient and of each optimizer state as a 1-D view: what is written there is what the optimizer uses.
+all of it on one device and under DDP, a piece (maybe empty) under ZeRO and FSDP2. The accessor gives that slice of the
+master weight, of the gradient and of each optimizer state as a 1-D view: what is written there is what the optimizer
+uses.
 
 Two facts make local edits exact without communication:
   * edits made at the accumulation boundary, before the step, reach every copy, because the step itself refreshes the
@@ -114,6 +115,7 @@ class Shards:
     """
 
     replicated = True  # every rank holds all elements
+    layout = "whole parameters"  # what a rank has of each, in words
 
     def __init__(self, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         lay_out_plainly(module)

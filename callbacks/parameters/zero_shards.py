@@ -9,13 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .shards import OF_A_WHOLE, Held, NoShard, Shards, Slice
+from .shards import OF_A_WHOLE, Held, NoShard, Slice
+from .spread import SpreadShards
 
 
-class ZeroShards(Shards):
+class ZeroShards(SpreadShards):
     """What ZeRO-1/2 and ZeRO-3 share: flat fp32 masters of which a parameter's slice is a narrow view."""
-
-    replicated = False
 
     def __init__(self, module: nn.Module, engine: Any) -> None:
         self.engine = engine
@@ -30,6 +29,9 @@ class ZeroShards(Shards):
     def _flats(self) -> list[Tensor | None]:
         """All flat masters; None where one is not in memory."""
         raise NotImplementedError
+
+    def _device(self) -> torch.device:
+        return self.engine.device  # type: ignore[no-any-return]
 
     def _home(self) -> torch.device:
         """Where masters lie: the host's memory, if they are offloaded. Empty slices lie there too."""
@@ -101,20 +103,11 @@ class ZeroShards(Shards):
     def at_boundary(self) -> bool:
         return bool(self.engine.is_gradient_accumulation_boundary())
 
-    def total(self, values: Tensor) -> Tensor:
-        staged = values.to(self.engine.device)  # NCCL takes nothing from the host, where masters may lie
-        dist.all_reduce(staged)
-        return staged.to(values.device)
-
-    def gather_slice(self, where: Slice, local: Tensor) -> Tensor:
-        whole = torch.zeros(where.numel, dtype=_summable(local.dtype), device=self.engine.device)
-        where.cut(whole).copy_(local)
-        dist.all_reduce(whole)  # slices do not overlap, so the sum is the whole
-        return whole.view(where.shape).to(local.dtype)
-
 
 class Zero12Shards(ZeroShards):
     """ZeRO-1/2: every rank holds all low-precision weights, and masters and states of a flat partition."""
+
+    layout = "shards of zero1 or zero2"
 
     def _slice(self, p: nn.Parameter) -> Slice:
         mapping = p._hp_mapping  # type: ignore[attr-defined]
@@ -160,6 +153,8 @@ class Zero12Shards(ZeroShards):
 
 class Zero3Shards(ZeroShards):
     """ZeRO-3: every parameter is cut into equal pieces, one a rank, the last ones padded."""
+
+    layout = "shards of zero3"
 
     def _slice(self, p: nn.Parameter) -> Slice:
         piece = p.ds_tensor.numel()  # type: ignore[attr-defined]
@@ -215,7 +210,3 @@ class Zero3Shards(ZeroShards):
             persistent = self.zero.persistent_parameters
             persistent[0].partition(persistent)  # what is whole already would not be gathered again
             persistent[0].all_gather(persistent)
-
-
-def _summable(dtype: torch.dtype) -> torch.dtype:
-    return torch.uint8 if dtype == torch.bool else dtype

@@ -94,7 +94,8 @@ class StructuredPruning(Technique, pl.Callback):
         saves={"flops", "time", "memory", "communication", "size"},
         writes={"modules", "weights", "optimizer", "activations"},
         # the states of these optimizers go with no element; codes of a quantized base with no row and column
-        refuses=MIXING | {"adafactor", "adamw8bit", "adamw4bit", "apollo", "model.dtype nf4 or int8"},
+        # under fsdp2 no rank has the whole layers that are cut
+        refuses=MIXING | {"adafactor", "adamw8bit", "adamw4bit", "apollo", "model.dtype nf4 or int8", "fsdp2"},
     )
 
     ratio: float = 0.5

@@ -64,6 +64,7 @@ def together() -> list[tuple[str, ...]]:
 
 ALONE = [("single", 1, group) for group in [(), *((name,) for name in names())]]
 TOGETHER = [(strategy, 2, group) for strategy in ("ddp", "zero2") for group in [(), *together()]]
+TOGETHER.append(("fsdp2", 2, ()))
 # where more than two ranks add numbers, the last bit depends on the order
 OF_FOUR = [(strategy, 4, ()) for strategy in ("ddp", "zero2")]
 

@@ -104,7 +104,8 @@ def test_holds_the_bytes_that_its_card_says(strategy, name, ran):
     copies = world if strategy == "ddp" else 1
     cut = strategy not in ("single", "ddp")
     if name in IN_BYTES:  # what is small stays as it is: parameters, or under ZeRO the shard of all vectors
-        small = [n.numel() for n in shapes if (len(n) < 2 if cut else n.numel() < 4096)]
+        whole_ones = strategy in ("single", "ddp", "fsdp2")
+        small = [n.numel() for n in shapes if (n.numel() < 4096 if whole_ones else len(n) < 2)]
         split += (8 - card.state_bytes) * sum(small)
     if name == "adafactor":  # a vector is kept itself
         split = 4.0 * sum(n.numel() for n in shapes if len(n) < 2)
@@ -134,14 +135,14 @@ def kept_whole(name: str, rows: int, columns: int) -> float:
 
 
 @pytest.mark.parametrize(("strategy", "masters", "weights"), [
-    ("single", 0, 1), ("ddp", 0, 1), ("zero1", 1, 1), ("zero2", 1, 1), ("zero3", 1, 0.5),
+    ("single", 0, 1), ("ddp", 0, 1), ("zero1", 1, 1), ("zero2", 1, 1), ("zero3", 1, 0.5), ("fsdp2", 1, 0.5),
 ])  # fmt: skip
 def test_masters_and_gradients_are_bytes_of_their_own(strategy, masters, weights, ran):
     """4 a parameter each in float32, beside the state; what ZeRO shares out is counted over its ranks."""
     four = sum(4 * p.numel() for p in optimizer_ranks.Net(None).parameters())
     each = [report["whole"] for report in ran(strategy, "adamw")]
     assert sum(report["masters"] for report in each) == pytest.approx(masters * four, rel=0.01)
-    shared = 1 if strategy.startswith("zero") else len(each)
+    shared = len(each) if strategy in ("single", "ddp") else 1
     assert sum(report["gradients"] for report in each) == pytest.approx(shared * four, rel=0.01)
     assert all(report["weights"] == pytest.approx(weights * four, rel=0.01) for report in each)
 

@@ -23,6 +23,7 @@ from shoestring.trainer.tasks.quantized_loading import make_quantized
 
 STEPS, CRASH, EVERY = 6, 4, 3
 KINDS = {"single": ("nf4", "int8", "bf16"), "ddp": ("nf4",), "zero2": ("nf4", "bf16"), "zero3": ("nf4",)}
+KINDS["fsdp2"] = ("bf16", "nf4")
 
 
 def rows() -> list[dict[str, torch.Tensor]]:

@@ -18,6 +18,7 @@ from toy import DEVICE, fingerprint
 from shoestring.callbacks import GradualPruning
 from shoestring.callbacks.optimization.averaged_point import AveragedPoint
 from shoestring.callbacks.parameters.accessor import shards_of
+from shoestring.callbacks.parameters.spread import here
 from shoestring.recipes.schema import OptimizerSpec
 from shoestring.trainer import Trainer
 from shoestring.trainer.checkpoint.weights import load_weights
@@ -110,9 +111,9 @@ class Recorder(pl.Callback):
     def on_train_end(self, trainer, pl_module) -> None:
         shards = shards_of(trainer, pl_module)
         kept = [v for o in shards.optimizers for entries in o.state.values() for v in entries.values()]
-        self.seen["held"] = sum(v.numel() * v.element_size() for v in kept if torch.is_tensor(v) and v.numel() > 1)
+        self.seen["held"] = sum(here(v).nbytes for v in kept if torch.is_tensor(v) and v.numel() > 1)
         self.seen["masters"] = sum(shards.master(name).nbytes for name in shards.slices) * (not shards.replicated)
-        stored = [getattr(p, "ds_tensor", p).numel() for p in pl_module.parameters()]
+        stored = [getattr(p, "ds_tensor", here(p)).numel() for p in pl_module.parameters()]
         self.seen["weights"] = 4 * sum(stored)
         of_all = {name: shards.state(name) | shards.scalars(name) for name in shards.slices}
         self.seen["states"] = fingerprint(

@@ -22,6 +22,7 @@ from toy import ACCUMULATE, DEVICE, STEPS, Explode, Exploded, fingerprint, held_
 from shoestring.callbacks.catalog.registry import make, names, technique_class
 from shoestring.callbacks.contract import Technique
 from shoestring.callbacks.parameters.accessor import shards_of
+from shoestring.callbacks.parameters.spread import here
 from shoestring.trainer import Trainer
 from shoestring.trainer.checkpoint.weights import load_weights
 from shoestring.trainer.ledger import read
@@ -29,7 +30,19 @@ from shoestring.trainer.ledger import read
 CHECKPOINT, CRASH = 5, 6  # step 6 is lost and done again
 FEW = 4  # steps are enough to see strength 0 do something
 OFFLOADS = {"zero2": "optimizer", "zero3": "parameters"}
+# fsdp2 shares its accessor's edits with all others: each technique trains under it, and these resume and do nothing too
+THOROUGH = {"fsdp2": ("gradual_pruning", "weight_averaging")}
 CHOSEN = os.environ.get("SHOESTRING_TEST_CASES", "").split(",")  # some of the cases, where time is short; "": all
+
+
+def thorough(strategy: str, name: str) -> bool:
+    """Whether a technique is also crashed and resumed under a strategy, and trained at strength 0."""
+    return name in THOROUGH.get(strategy, (name,))
+
+
+def refused(strategy: str, name: str) -> bool:
+    """Whether a technique's card says that it does not go with a strategy."""
+    return strategy in technique_class(name).card.refuses
 
 
 def wanted(case: str) -> bool:
@@ -78,6 +91,8 @@ class Recorder(pl.Callback):
             p = shards.parameters[name]
             if hasattr(p, "ds_tensor"):  # ZeRO-3 keeps this rank's piece, the others all of it
                 self._leak("copies", p.ds_tensor.view(-1)[: mask.numel()], mask)
+            elif hasattr(p, "to_local"):
+                self._leak("copies", here(p).view(-1), mask)
             else:
                 self._leak("copies", p.data, shards.gather(name, mask))
 
@@ -86,7 +101,7 @@ class Recorder(pl.Callback):
         shards = shards_of(trainer, pl_module)
         masters = {name: shards.gather(name, shards.master(name)) for name in shards.slices}
         held = sum(
-            value.numel() * value.element_size()
+            here(value).numel() * value.element_size()
             for optimizer in shards.optimizers for entries in optimizer.state.values()
             for value in entries.values() if torch.is_tensor(value)
         )  # fmt: skip
@@ -96,7 +111,8 @@ class Recorder(pl.Callback):
             "copies": str(next(iter(shards.parameters.values())).dtype),
             "whole": all(where.length == where.numel for where in shards.slices.values()),
         }
-        if not hasattr(next(iter(shards.parameters.values())), "ds_tensor"):
+        first = next(iter(shards.parameters.values()))
+        if not (hasattr(first, "ds_tensor") or hasattr(first, "to_local")):  # each rank has a copy of all
             self.facts["here"] = fingerprint({n: p.data + 0.0 for n, p in shards.parameters.items()})  # -0 is 0
             self.facts["rounded"] = fingerprint({n: m.to(shards.parameters[n].dtype) + 0.0 for n, m in masters.items()})
         kept = {
@@ -152,6 +168,8 @@ class Group:
 
     def technique(self, name: str) -> dict:
         cls = technique_class(name)
+        if not thorough(self.strategy, name):
+            return {"whole": self.train(f"{name}-whole", cls.example(), dropout=0.0)}
         # without dropout, so that one training is compared both with its resumption and with one device
         return {
             **self.resume(name, lambda: [cls.example()], dropout=0.0),
@@ -245,7 +263,10 @@ def main(strategy: str, folder: Path) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     group = Group(strategy, folder)
     cases = {"absent": group.absent, **{name: (lambda name=name: group.technique(name)) for name in names()}}
-    cases |= {"masks": group.masks, "topology": group.topology}
+    cases = {name: case for name, case in cases.items() if name == "absent" or not refused(strategy, name)}
+    cases["masks"] = group.masks
+    if strategy not in THOROUGH:
+        cases["topology"] = group.topology
     if strategy in OFFLOADS:
         cases["offload"] = group.offload
     if strategy in ("single", "ddp"):  # DeepSpeed has no double precision

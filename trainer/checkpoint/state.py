@@ -1,7 +1,7 @@
 """What a checkpoint holds of a run, taken from and put back into live objects.
 
 Parameter-shaped state goes through the sharded-state accessor as slices; everything else is plain data. The same code
-serves one device, DDP and ZeRO-1/2/3, and any change between them.
+serves one device, DDP, ZeRO-1/2/3 and FSDP2, and any change between them.
 """
 
 from __future__ import annotations
@@ -193,10 +193,7 @@ def _restore_parameters(shards: Shards, pieces: Pieces, scalars: Mapping[str, Ma
 
 def _layout(trainer: pl.Trainer, shards: Shards) -> str:
     """Which parts of flattened parameters a rank has, in words."""
-    if shards.replicated:
-        return "whole parameters"
-    stage = "zero3" if type(shards).__name__ == "Zero3Shards" else "zero1 or zero2"
-    return f"shards of {stage} on {trainer.world_size} ranks"
+    return shards.layout if shards.replicated else f"{shards.layout} on {trainer.world_size} ranks"
 
 
 def _check_blocks(saved: str | None, now: str, scalars: Mapping[str, Mapping[str, Any]]) -> None:

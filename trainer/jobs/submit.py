@@ -55,7 +55,7 @@ def job_for(
     if loaded.strategy.name == "single" and tasks > 1:
         raise ClusterError(
             f"{loaded.where('strategy.name')}: strategy.name: found single; allowed with {nodes} nodes x {devices} "
-            "devices: auto | ddp | zero1 | zero2 | zero3"
+            "devices: auto | ddp | zero1 | zero2 | zero3 | fsdp2"
         )
     _divides(loaded, nodes, devices)
     _fits(loaded)

@@ -249,8 +249,9 @@ def run_facts(
     bf16: bool | None = None, fp16: bool | None = None, in_backward: bool = False, adapted: bool = False,
     quantized: bool = False,
 ) -> frozenset[str]:  # fmt: skip
-    """What techniques may need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", …, "offload".
+    """What techniques may need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", …, "fsdp2".
 
+    offload: what is kept in host memory: "offload".
     bf16, fp16: whether the device computes in that type; None: as this machine's.
     in_backward: parameters step in backward: "step-in-backward".
     adapted: the weights are frozen, and adapters beside them are trained: "model.adapter".

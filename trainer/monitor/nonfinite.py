@@ -15,8 +15,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ...callbacks.parameters.spread import here
 from ..checkpoint.saver import NotFinite
 
 
@@ -56,9 +58,9 @@ class NonFiniteSteps:
             if (grad := p.grad) is not None
         ]
         if grads:
-            norms = torch._foreach_norm(grads, inf)
-            largest = torch.stack(norms).max()
-            if largest.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
+            sharded = hasattr(grads[0], "to_local")
+            largest = _largest_of_all(grads) if sharded else _largest(grads)
+            if largest.is_cuda and not sharded and getattr(optimizer, "_step_supports_amp_scaling", False):
                 self._flag = optimizer.found_inf = (~largest.isfinite()).float()
             elif not isfinite(largest.item()):
                 self._skipped = True
@@ -100,6 +102,19 @@ class NonFiniteSteps:
                 f"{self.limit}: the run has stopped. The newest checkpoint is from before or has finite weights. Lower "
                 "the learning rate, clip gradients, or look at the batches that the warnings name."
             )
+
+
+def _largest(grads: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(grads, inf)).max()
+
+
+def _largest_of_all(grads: list[Tensor]) -> Tensor:
+    """Of gradients that ranks hold parts of. Collective."""
+    held = [part for grad in grads if (part := here(grad)).numel()]
+    largest = _largest(held).float() if held else torch.zeros((), device=here(grads[0]).device)
+    finite = largest.isfinite().float()  # how ranks would find the largest with a NaN among them is not said
+    dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return torch.where(finite > 0, 0.0, inf)
 
 
 class _Later:

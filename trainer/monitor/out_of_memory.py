@@ -12,6 +12,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from ...callbacks.parameters.spread import here
+
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
@@ -54,8 +56,8 @@ def held(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, int]:
 
     def count(tensors: Iterable[Any]) -> int:
         total = 0
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.numel():
+        for tensor in map(here, (one for one in tensors if isinstance(one, Tensor))):
+            if tensor.numel():
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in seen:
                     seen.add(storage.data_ptr())

@@ -14,7 +14,7 @@ from ...callbacks.catalog.registry import declare
 from ...callbacks.contract import IncompatibleTechniques, Technique
 from ...recipes import Recipe
 from ...recipes.schema import AdapterSpec, ModelSpec
-from ...strategies import OFFLOADS
+from ...strategies import ASKED_FOR, OFFLOADS
 from ..tasks.optimizers.cards import OptimizerCard, optimizer_card
 from ..tasks.weight_dtypes import kept_in
 from .activations import Checkpointing
@@ -199,12 +199,14 @@ def _ways(made: Inputs, asked: Inputs, optimizer: OptimizerCard, chosen: bool) -
     """Strategies with their offloads that go with so many devices and the optimizer."""
     for strategy, offload in ((name, each) for name, offloads in OFFLOADS.items() for each in offloads):
         zero = strategy.startswith("zero")
+        if strategy in ASKED_FOR and strategy != asked.strategy:
+            continue
         if strategy == "single" if made.world > 1 else strategy == "ddp":
             continue
         alone = made.world == 1 and offload == "none" and strategy != asked.strategy  # nothing to share, or to move
         # a key of the recipe that would be refused there
         idle = any(made.sharding.foreign_to(strategy)) or bool(made.world % made.sharding.hpz)
-        if idle or (zero and (optimizer.whole_parameters or alone or asked.in_backward)):
+        if idle or (strategy not in ("single", "ddp") and (optimizer.whole_parameters or alone or asked.in_backward)):
             continue
         words, kind, cost = [], "", 0.1 * int(strategy[-1]) if zero else 0.0
         if strategy != asked.strategy or (chosen and made.world > 1):

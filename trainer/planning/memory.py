@@ -13,6 +13,7 @@ from ...strategies import bucket
 from ..tasks.chunks import chunks_of
 from .activations import BYTES, block_bytes, logits_bytes
 from .needs import Inputs, Memory, Term
+from .sizes import Size
 
 FROZEN_BYTES = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.516, "int8": 1.005}  # of a matrix in a block, scales included
 LIVE = 1e9  # its stage3_max_live_parameters: what ZeRO-3 leaves gathered
@@ -60,7 +61,7 @@ def _states(run: Inputs) -> Iterable[Term]:
     gradients = share if stage >= 2 else 1.0
     held = ("loss", "backward", "step") if run.accumulate > 1 else ("backward", "step")
     if run.offload != "parameters":
-        yield Term("weights", own * trained * weights)
+        yield Term("weights", 0.0 if run.by_rows else own * trained * weights)
         yield Term("frozen weights", frozen_bytes(run) * weights)
     if stage == 3 and run.sharding.hpz > 1:
         yield Term("second copy of the weights", (own * trained + frozen_bytes(run)) / run.sharding.hpz)
@@ -91,6 +92,8 @@ def _stepped(run: Inputs) -> float:
     if isinstance(stepped, int):
         return min(whole, float(stepped))
     for_each = stepped == "all" and run.accelerator == "cuda" and run.offload == "none" and not run.in_backward
+    if run.by_rows and not for_each:  # DTensors stay parameters of their own
+        return min(trained, float(size.largest)) / run.world
     return whole if for_each or (run.stage and stepped != "matrix") else min(trained, float(size.largest))
 
 
@@ -99,8 +102,9 @@ def frozen_bytes(run: Inputs) -> float:
     size = run.size
     frozen = float((size.parameters or 0) - (size.trainable or 0))
     matrices = min(frozen, float(size.inside))
-    whole = BYTES[run.precision] if run.stage or run.base != "fp32" else 4.0
-    quantized = min(FROZEN_BYTES[run.base], whole) if run.stage else FROZEN_BYTES[run.base]
+    cast = run.stage and not run.by_rows  # ZeRO's engine keeps all weights in what it computes in
+    whole = BYTES[run.precision] if cast or run.base != "fp32" else 4.0
+    quantized = min(FROZEN_BYTES[run.base], whole) if cast else FROZEN_BYTES[run.base]
     return matrices * quantized + (frozen - matrices) * whole
 
 
@@ -113,12 +117,14 @@ def _copies(run: Inputs) -> Iterable[Term]:
         yield Term("gradient buckets", own * trained)
     if stage:
         yield Term("communication buckets", _buckets(run), ("backward",))
-    if stage == 3:
+    if run.by_rows:
+        yield Term("gathered layers", own * _gathered(size), ("loss", "backward"))
+    elif stage == 3:
         yield Term("gathered layers", own * min(LIVE, parameters), ("loss", "backward"))
     yield from _cast(run)
     if run.offload == "none":
-        again = stage and not (stage == 2 and summed(run) != own)  # summed in parts, they are what is stepped
-        yield Term("gradients in float32", 4 * trained * share if again else 0.0, ("step",))
+        stepped = run.by_rows or (stage == 2 and summed(run) != own)  # summed in parts, they are what is stepped
+        yield Term("gradients in float32", 4 * trained * share if stage and not stepped else 0.0, ("step",))
         copied, at = run.optimizer.copied_bytes * _stepped(run), "backward" if run.in_backward else "step"
         yield Term("optimizer's temporary copy", copied, (at,))
 
@@ -126,11 +132,20 @@ def _copies(run: Inputs) -> Iterable[Term]:
 def _buckets(run: Inputs) -> float:
     """Where gradients lie side by side to be reduced, and their copy in what they are summed in."""
     trained = float(run.size.trainable or 0)
+    if run.by_rows:  # the gradient of what is gathered, and what it is summed in
+        return min(trained, _gathered(run.size)) * (run.own + summed(run))
     asked = run.sharding.reduce_bucket
     count = bucket(trained) if asked == "auto" else min(asked, trained) if run.accelerator == "cpu" else asked
     kept = run.own if run.stage == 2 else summed(run)
     twice = 2 if run.stage < 3 and run.sharding.overlaps(run.strategy, run.accelerator) else 1
     return count * (kept * twice + (summed(run) if summed(run) != run.own else 0.0))
+
+
+def _gathered(size: Size) -> float:
+    """Weights that are whole at a time under FSDP2: a block, the next one, the buffer of its gather, and all outside of
+    blocks, which stays from forward to backward."""
+    parameters = float(size.parameters or 0)
+    return min(parameters, parameters - size.inside + 3 * size.inside / max(1, size.layers))
 
 
 def _cast(run: Inputs) -> Iterable[Term]:

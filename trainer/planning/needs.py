@@ -74,7 +74,7 @@ class Inputs:
         accumulate: Micro-batches in an optimizer step.
         devices: Ranks of a node.
         nodes: How many there are.
-        strategy: single | ddp | zero1 | zero2 | zero3.
+        strategy: single | ddp | zero1 | zero2 | zero3 | fsdp2.
         offload: none | optimizer | parameters.
         accelerator: "cuda" or "cpu".
         precision: fp32 | bf16 | fp16, of the computation.
@@ -118,8 +118,13 @@ class Inputs:
 
     @property
     def stage(self) -> int:
-        """Of ZeRO; 0 where it is not used."""
-        return int(self.strategy[-1]) if self.strategy.startswith("zero") else 0
+        """Of ZeRO; FSDP2 splits what its third does; 0 where nothing is split."""
+        return 3 if self.by_rows else int(self.strategy[-1]) if self.strategy.startswith("zero") else 0
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether FSDP2 splits: masters are all that ranks have of weights, and a block is gathered at a time."""
+        return self.strategy == "fsdp2"
 
     @property
     def own(self) -> float:

@@ -40,7 +40,7 @@ class Plan:
         budget: Its limits.
         declared: Its techniques in the order in which they act, as far as a plan needs them.
         accelerator: "cuda" or "cpu".
-        strategy: single | ddp | zero1 | zero2 | zero3.
+        strategy: single | ddp | zero1 | zero2 | zero3 | fsdp2.
         offload: none | optimizer | parameters: what ZeRO keeps in host memory.
         devices: Per node.
         nodes: How many there are.

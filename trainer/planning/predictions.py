@@ -20,7 +20,7 @@ from .target import Target
 
 ASSUMED_MFU = {"cuda": 0.35, "cpu": 0.5}  # until the run has measured its own
 # seconds from the command's first line to the first step with data that is prepared, and bytes a second to a disk
-ASSUMED_STARTUP = {"single": 5.0, "ddp": 8.0, "zero1": 12.0, "zero2": 12.0, "zero3": 12.0}
+ASSUMED_STARTUP = {"single": 5.0, "ddp": 8.0, "zero1": 12.0, "zero2": 12.0, "zero3": 12.0, "fsdp2": 8.0}
 ASSUMED_DISK = 5e8
 STATES = ("weights", "frozen weights", "master weights", "optimizer states", "gradients", "techniques")
 

@@ -11,7 +11,7 @@ from ...own_code import CannotImport
 from ...recipes import Recipe, RecipeError
 from ...recipes.adapters import KINDS
 from ...recipes.rules import settings_without_use
-from ...strategies import OFFLOADS, ON_CUDA
+from ...strategies import ASKED_FOR, OFFLOADS, ON_CUDA
 from ..tasks.optimizers.cards import OptimizerCard, UnknownOptimizer, optimizer_card
 from .fitting import Fit, gib
 from .needs import MOMENTS
@@ -108,9 +108,10 @@ def _possible(recipe: Recipe, world: int, optimizer: OptimizerCard) -> list[str]
     """What goes with the optimizer and the offload that were asked for; an error where nothing does."""
     wanted, offload, name = recipe.strategy.name, recipe.strategy.offload, recipe.optimizer.name
     able = [each for each, offloads in OFFLOADS.items() if offload in offloads]
-    able = [each for each in able if each == "single" or world > 1 or each.startswith("zero")]
+    able = [each for each in able if each == wanted or each not in ASKED_FOR]
+    able = [each for each in able if each == "single" or world > 1 or each != "ddp"]
     if recipe.optimizer.in_backward:
-        able = [each for each in able if not each.startswith("zero")]
+        able = [each for each in able if each in ("single", "ddp")]
     if recipe.model.adapter is not None and not KINDS[recipe.model.adapter.kind].sharded:
         able = [each for each in able if each != "zero3"]
     whole = [each for each in able if each in optimizer.strategies]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ... import IncompatibleTechniques
 from ...callbacks.contract import Settings
+from .same_start import same_start
 
 if TYPE_CHECKING:
     from ..monitor.nonfinite import NonFiniteSteps
@@ -91,6 +92,4 @@ class ReducedInBackward(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Begin with the weights of rank 0, as DDP does."""
-        model = self.model
-        for tensor in (*model.parameters(), *model.buffers()):  # type: ignore[union-attr]
-            dist.broadcast(tensor.detach(), src=0)
+        same_start(self.model)  # type: ignore[arg-type]

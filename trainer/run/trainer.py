@@ -73,7 +73,7 @@ class Trainer(pl.Trainer):
     Args:
         budget: Ends the run, annealed, when the first limit is reached.
         techniques: Composed and ordered by their cards.
-        strategy: single | ddp | zero1 | zero2 | zero3 | auto, or anything Lightning knows.
+        strategy: single | ddp | zero1 | zero2 | zero3 | fsdp2 | auto, or anything Lightning knows.
         devices: Per node: a number, a list, or "auto".
         num_nodes: How many nodes take part.
         seed: Of the order of samples and of everything random in techniques.
@@ -156,6 +156,8 @@ class Trainer(pl.Trainer):
         made = make_strategy(
             name, accelerator=kind, offload=offload, settings=settings, sharding=sharding, in_backward=step_in_backward
         )
+        if name == "fsdp2":
+            options["inference_mode"] = False  # weights that are gathered in it could not be trained
         if budget and not options.keys() & {"max_epochs", "max_steps"}:
             options["max_epochs"] = math.ceil(budget.epochs or -1)
         self.seed = seed

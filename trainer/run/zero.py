@@ -1,4 +1,4 @@
-"""Strategies by name: single, ddp, zero1, zero2, zero3, on GPUs (NCCL) and on CPUs (gloo), with offload.
+"""Strategies by name: single, ddp, zero1, zero2, zero3, fsdp2, on GPUs (NCCL) and on CPUs (gloo), with offload.
 
 Lightning's DeepSpeedStrategy refuses any accelerator but CUDA by a guard, not by inability; the subclass below steps
 past the guard, so every ZeRO path runs, and is tested, on machines without a GPU.
@@ -17,19 +17,6 @@ from ...strategies import OFFLOADS, ON_CUDA, PREFETCH, SETTINGS, Sharding, bucke
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
     from torch.nn import Module
-
-
-class CannotShard(ShoestringError):
-    """DeepSpeed cannot take a parameter apart."""
-
-
-def check_dimensions(module: Module) -> None:
-    """Raise `CannotShard` where a parameter has no dimension: DeepSpeed fails on it while it sends the model around."""
-    if scalars := [name for name, p in module.named_parameters() if p.ndim == 0]:
-        raise CannotShard(
-            f"parameter {scalars[0]} is a number without dimensions, which ZeRO cannot shard. Give it the shape [1] "
-            "(torch.ones(1)), or use ddp."
-        )
 
 
 class UnknownStrategy(ShoestringError):
@@ -75,6 +62,12 @@ def make_strategy(
 
         kind = ReducedInBackward if in_backward else DDPStrategy
         return kind(process_group_backend=backend, **settings.strategy_options)
+    if name == "fsdp2":
+        if settings.precision.startswith("16"):
+            raise UnknownStrategy("fp16 has a loss scale, which fsdp2 does not keep alike on ranks: use bf16, or zero3")
+        from .fully_sharded import FullyShardedStrategy
+
+        return FullyShardedStrategy(process_group_backend=backend, **settings.strategy_options)
     from ..machine.extensions import prepare_environment
 
     prepare_environment(name, offload, accelerator)
@@ -184,6 +177,7 @@ def _zero_class() -> type[Strategy]:
     from ..machine.imports import import_deepspeeds_muon
     from ..tasks.optimizers.wholes import WholeStepping
     from .partitioning import forget_files, partition
+    from .same_start import check_dimensions
 
     class ZeroStrategy(DeepSpeedStrategy):
         """DeepSpeedStrategy that also runs on CPUs over gloo."""
@@ -217,7 +211,7 @@ def _zero_class() -> type[Strategy]:
         def _setup_model_and_optimizer(
             self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
         ) -> tuple[Any, Any]:
-            check_dimensions(model)
+            check_dimensions(model, "ZeRO")
             if not type(optimizer).__module__.startswith("deepspeed."):
                 import_deepspeeds_muon()
             engine, zero = self._engine(model, optimizer, lr_scheduler)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shoestring.callbacks.parameters.shards import NoShard, Shards
-from shoestring.trainer.run.zero import CannotShard, check_dimensions
+from shoestring.trainer.run.same_start import CannotShard, check_dimensions
 
 
 def convolutions() -> nn.Sequential:
@@ -48,7 +48,7 @@ def test_zero_refuses_a_parameter_without_dimensions_by_name():
     module = nn.Module()
     module.inner = nn.Module()
     module.inner.scale = nn.Parameter(torch.ones(1))
-    check_dimensions(module)
+    check_dimensions(module, "ZeRO")
     module.inner.temperature = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(CannotShard, match=r"parameter inner\.temperature is a number without dimensions"):
-        check_dimensions(module)
+        check_dimensions(module, "ZeRO")

@@ -3,10 +3,14 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from small import QUIET, Small, loader
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from shoestring.callbacks.parameters.accessor import cut, shards_of
+from shoestring.callbacks.parameters.fully_sharded import FullyShardedShards
 from shoestring.callbacks.parameters.shards import NoShard, Shards, Slice
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
@@ -117,18 +121,16 @@ def test_the_accessor_of_a_run_is_opened_once_and_belongs_to_its_model():
 
 
 def test_what_it_cannot_reach_it_says():
-    class DTensor(nn.Parameter):
-        pass
-
-    class Sharded(Small):
-        def __init__(self):
-            super().__init__()
-            self.net.weight = DTensor(self.net.weight.data)
-            self.net.weight.__class__ = DTensor
-
-    trainer = pl.Trainer(max_steps=1, callbacks=[Peek()], **SILENT)
-    with pytest.raises(NoShard, match="use ddp or zero1/2/3"):
-        trainer.fit(Sharded(), loader())
+    """DTensors of another kind than FSDP2's, as tensor parallelism has them."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        columns = distribute_tensor(torch.ones(4, 2), init_device_mesh("cpu", (1,)), [Shard(1)])
+        module = nn.Linear(2, 4, bias=False)
+        module.weight = nn.Parameter(columns)
+        with pytest.raises(NoShard, match=r"shape \(4, 2\) is .*dim=1.* what is split by rows alone"):
+            FullyShardedShards(module, [])
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (None, "cpu")])

@@ -59,7 +59,7 @@ def test_one_file_is_found_by_who_reads_one_file(tmp_path: Path) -> None:
     assert one.keys() == kept.keys() and all(torch.equal(one[name], kept[name]) for name in kept)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
 def test_ranks_write_parts_in_turn(strategy: str, tmp_path: Path) -> None:
     """The parts hold what one file holds, each was written by one rank, and transformers finds them."""
     succeed(weights_ranks.main, strategy, tmp_path, world=2, folder=tmp_path / "logs", timeout=120)

@@ -33,7 +33,7 @@ def test_a_step_without_finite_gradients_changes_nothing_and_is_told(tmp_path: P
 
 def test_strategies_skip_alike(tmp_path: Path) -> None:
     """One rank's loss is NaN, so all ranks' gradients are."""
-    succeed(poisoned.main, ["ddp", "zero2", "zero3"], tmp_path, world=2, folder=tmp_path, timeout=120)
+    succeed(poisoned.main, ["ddp", "zero2", "zero3", "fsdp2"], tmp_path, world=2, folder=tmp_path, timeout=120)
     for rank in range(2):
         report = json.loads((tmp_path / f"rank-{rank}.json").read_text())
         for strategy, seen in report.items():

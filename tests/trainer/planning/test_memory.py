@@ -95,6 +95,20 @@ def test_8b_in_full_on_eight_with_zero3_is_what_was_derived() -> None:
     assert alive(made) == pytest.approx(states + gathered + logits() + entries + 1.25 * GIB, rel=0.15)
 
 
+def test_8b_in_full_on_eight_with_fsdp2_is_what_was_derived() -> None:
+    """Masters, gradients and moments in float32 by eight; whole: three blocks, the embeddings, and their gradients."""
+    made = planned(LLAMA_8B, 8, "strategy.name=fsdp2")
+    terms = made.predictions["memory_terms"]
+    assert made.predictions["state_bytes"] == pytest.approx((4 + 4 + 8) * P8 / 8, rel=0.01)
+    outside = 2 * 128256 * 4096
+    whole = outside + 3 * (P8 - outside) / 32
+    assert terms["gathered layers"] == pytest.approx(2 * whole, rel=0.01)
+    assert terms["communication buckets"] == pytest.approx((2 + 4) * whole, rel=0.01)
+    assert "gradients in float32" not in terms and "weights" not in terms
+    adapters = planned(LLAMA_8B, 8, "strategy.name=fsdp2", LORA).predictions["memory_terms"]
+    assert adapters["frozen weights"] == pytest.approx(2 * P8 / 8, rel=0.01)
+
+
 def test_8b_lora_on_one_is_what_was_derived() -> None:
     made = planned(LLAMA_8B, 1, LORA, "model.dtype=fp32")
     base, adapters = 4 * P8, 16 * 42e6

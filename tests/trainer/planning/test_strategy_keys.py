@@ -20,6 +20,10 @@ from shoestring.trainer.planning.fitting import CannotFit
         (["strategy.name=zero3", "strategy.allgather_bucket=1000"], "only with strategy.name zero1 | zero2"),
         (["strategy.name=zero2", "strategy.allgather_bucket=1001"], "auto, or an even number of elements"),
         (["strategy.name=zero2", "strategy.gradient_dtype=bf16", "precision=fp32"], "fp32 with precision fp32"),
+        (["strategy.name=fsdp2", "strategy.reduce_bucket=1000"], "only with strategy.name zero1 | zero2 | zero3"),
+        (["strategy.name=fsdp2", "strategy.offload=optimizer"], "none with strategy.name fsdp2"),
+        (["strategy.name=fsdp2", "precision=fp16"], "auto | fp32 | bf16 with strategy.name fsdp2"),
+        (["strategy.name=fsdp2", "optimizer.in_backward=true"], "auto | single | ddp with optimizer.in_backward"),
     ],
 )
 def test_a_key_that_would_do_nothing_is_refused(changes: list[str], said: str) -> None:
@@ -38,6 +42,18 @@ def test_it_is_refused_where_the_plan_chooses_what_leaves_it_idle() -> None:
     ]  # no accelerator: computed in float32
     with pytest.raises(RecipeError, match="fp32 with precision fp32"):
         plan(load_recipe("quickstart", slow))
+
+
+def test_fsdp2_is_taken_only_where_it_is_asked_for() -> None:
+    assert plan(load_recipe("quickstart", ["strategy.name=fsdp2", "strategy.devices=2"])).strategy == "fsdp2"
+    assert plan(load_recipe("quickstart", ["strategy.name=fsdp2", "strategy.devices=1"])).strategy == "fsdp2"
+    shape = "{model_type: llama, vocab_size: 128256, hidden_size: 8192, num_hidden_layers: 80, num_attention_heads: 64}"
+    given = [f"model.config={shape}", "export=null", "cluster.hardware=h100-sxm", "strategy.devices=8"]
+    given += ["data.micro_batch_size=1"]
+    for name in ("auto", "zero3"):
+        with pytest.raises(CannotFit) as error:
+            plan(load_recipe("quickstart", [*given, f"strategy.name={name}"]))
+        assert "cheapest first:" in str(error.value) and "fsdp2" not in str(error.value)
 
 
 def test_no_change_is_proposed_that_would_leave_a_key_idle() -> None:

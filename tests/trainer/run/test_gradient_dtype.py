@@ -7,7 +7,8 @@ import pytest
 from processes import succeed
 
 ZERO = [("zero1", "none"), ("zero2", "none"), ("zero2", "optimizer"), ("zero3", "none"), ("zero3", "parameters")]
-CASES = [("ddp", "none", "fp32", "auto"), *((*case, dtype, "auto") for case in ZERO for dtype in ("fp32", "bf16"))]
+CASES = [*((each, "none", "fp32", "auto") for each in ("ddp", "fsdp2"))]
+CASES += [*((*case, dtype, "auto") for case in ZERO for dtype in ("fp32", "bf16"))]
 CASES += [(f"zero{stage}", "none", "fp32", "small") for stage in (1, 2, 3)]
 BF16 = 2.0**-8  # half the distance of numbers near 1
 FP32 = 2.0**-24

@@ -9,7 +9,7 @@ import pytest
 from processes import succeed
 
 
-@pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("ddp", 2), ("zero2", 2), ("zero3", 2)])
+@pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("ddp", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2)])
 def test_adapters_beside_a_base_in_few_bits_resume_exactly(strategy, world, tmp_path):
     succeed(kept_base_ranks.main, strategy, world, tmp_path, world=world, folder=tmp_path)
     seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(world)]

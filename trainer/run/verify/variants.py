@@ -34,7 +34,7 @@ class Variant:
         axis: What it changes: repetition | accumulation | ranks | sharding | packing; empty for what others are
             compared with.
         against: The name of the variant it must equal.
-        strategy: single | ddp | zero1 | zero2 | zero3.
+        strategy: single | ddp | zero1 | zero2 | zero3 | fsdp2.
         ranks: How many take part.
         micro: Samples per rank and forward pass.
         accumulate: Micro-batches in a step.

@@ -36,7 +36,7 @@ class OptimizerCard:
         copied_bytes: What its step holds beside that, for each element that it steps at a time; 0 where it is fused.
         copies_of: What it steps at a time: "all" on CUDA, which is how torch's own do, and one parameter on a CPU;
             one "parameter", which under ZeRO is a rank's whole shard; one "matrix" there too; or so many elements.
-        whole_parameters: It reads a parameter's shape, which ZeRO flattens away: not for zero1, zero2, zero3, unless it
+        whole_parameters: It reads a parameter's shape, which sharding takes away: for single and ddp alone, unless it
             is made of `WholeStepping`, which gathers.
         averages: Its result is an average of its path, which `AveragedPoint` puts in place; the rate need not fall.
         does: What is particular about it, in one line.
@@ -67,7 +67,7 @@ class OptimizerCard:
     @property
     def strategies(self) -> list[str]:
         """The strategies that it is legal under."""
-        return [name for name in OFFLOADS if not (self.whole_parameters and name.startswith("zero"))]
+        return [name for name in OFFLOADS if not self.whole_parameters or name in ("single", "ddp")]
 
 
 OPTIMIZERS: dict[str, OptimizerCard] = {

@@ -52,6 +52,10 @@ class HiddenMatrices(WholeStepping):
             self._adamw.step()
         return loss
 
+    def by_slices(self, group: dict[str, Any]) -> bool:
+        """Those of matrices; AdamW's share are DTensors."""
+        return self.steps_slices and bool(group.get(MATRICES))
+
 
 def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     outer = ("embed", "wte", "wpe", "lm_head", "classifier", "score")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ....callbacks.parameters.shards import OF_A_WHOLE, Held
+from ....callbacks.parameters.spread import here
 from .stepping import CannotStep, Stepping
 
 MATRICES = "matrices"  # of a parameter group: all its parameters have two dimensions and more
@@ -86,6 +87,10 @@ class WholeStepping(Stepping):
         for part in self._parts(p, grad, state, group):
             self.update_part(part, group)
 
+    def update_slice(self, p: Tensor, group: dict[str, Any]) -> None:
+        """One step of a DTensor, whose whole is gathered by its parts."""
+        self.update(p, p.grad, self.state[p], group)  # type: ignore[arg-type]
+
     def update_part(self, part: Part, group: dict[str, Any]) -> None:
         """Step `part.weight` in place."""
         raise NotImplementedError
@@ -99,6 +104,7 @@ class WholeStepping(Stepping):
                 )
             yield Part(p, grad, p.shape, state, p)
             return
+        flat, flat_grad = here(p), here(grad)
         for held in self.shards(p).values():
             if held.where.length or held.shared:
-                yield Part(held.narrow(p), held.narrow(grad), held.where.shape, state, p, held)
+                yield Part(held.narrow(flat), held.narrow(flat_grad), held.where.shape, state, flat, held)

@@ -81,7 +81,7 @@ def test_a_misspelt_name_is_a_problem_of_the_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
 def test_a_plan_accepts_what_the_card_names(strategy: str, name: str) -> None:
     if strategy in OPTIMIZERS[name].strategies:
         assert plan(recipe(name, name=strategy, devices=2)).strategy == strategy
