@@ -112,7 +112,9 @@ def _answers(
     sets = samples(train), None if held is None else samples(held)
     _check_not_empty(*sets, data.sequence_length)
     facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **_told(train, held, *sets)}
-    facts["trained_tokens"] = int(sets[0].target_counts.sum())
+    trained = facts["trained_tokens"] = int(sets[0].target_counts.sum())
+    if data.train_on != "all" and trained == facts["train_tokens"] - len(sets[0].rows):
+        raise TaskError("data.source: all tokens are answers, none is asked. If that is meant, set data.train_on: all.")
     if sets[1] is not None:
         facts["baselines"] = baselines(sets[0], sets[1], len(tokenizer), cache)
     collate = stack if data.pack else PadTokens(tokenizer.pad_token_id)
