@@ -5,7 +5,6 @@ import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
 from safetensors.torch import save_file
 
 from shoestring.recipes import load_recipe
@@ -13,7 +12,7 @@ from shoestring.trainer import Budget, Trainer
 from shoestring.trainer.tasks import build_task
 from shoestring.trainer.tasks.build import TaskData
 
-CHATS, LENGTH = 8, 48
+LENGTH = 72  # tokens: of two chats, or of one long one
 
 
 class Gradient(pl.Callback):
@@ -35,7 +34,7 @@ def gradient(folder: Path, name: str, *, ranks: int, micro: int, pack: bool, sam
         "quickstart",
         [
             f"data.source={folder / 'chats.jsonl'}", "data.validation=0", f"data.sequence_length={LENGTH}",
-            f"data.pack={str(pack).lower()}", f"data.batch_size={samples}",
+            f"data.pack={str(pack).lower()}", f"data.batch_size={samples}", "data.micro_batch_size=auto",
             "model.config={model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, "
             "num_attention_heads: 2, num_key_value_heads: 2}",
             "model.tokenizer={train: bpe, vocab_size: 300}",

@@ -27,7 +27,7 @@ def receipt(tmp_path):
 
 
 def test_counts_and_samples_are_those_of_the_data(receipt):
-    found = receipt(ROWS, "data.pack=false", held=ROWS[:3] + [{"question": "New?", "answer": "Yes."}])
+    found = receipt(ROWS, "data.pack=false", held=[*ROWS[:3], {"question": "New?", "answer": "Yes."}])
     assert (found.samples, found.documents, found.validation_samples, found.duplicates) == (20, 20, 4, 3)
     trained = "".join(text for text, is_trained in found.shown[0] if is_trained)
     assert trained == "It is 0.<|endoftext|>"
@@ -49,8 +49,9 @@ def test_what_is_shown_marks_what_is_trained(receipt, capsys, monkeypatch):
 
 
 def test_rows_that_are_left_out_are_counted(receipt):
-    far = {"question": "long " * 40, "answer": "never seen"}
-    found = receipt([*ROWS, far, {"question": "Say much", "answer": "much " * 40}], "data.pack=false")
+    noise = "".join(chr(33 + i * 37 % 90) for i in range(200))  # which no token spells several characters of
+    far, long = {"question": noise, "answer": "never seen"}, {"question": "Say much", "answer": noise}
+    found = receipt([*ROWS, far, long], "data.pack=false")
     assert found.left_out == {"rows_cut": 2, "rows_without_target": 1} and found.documents == 21
 
 
@@ -69,7 +70,7 @@ def test_data_of_which_nothing_or_everything_is_trained_on_is_refused(receipt, r
 def test_classes_and_images_have_one_too(receipt, tmp_path):
     rows = [{"text": f"good {i}" if i % 3 else f"bad {i}", "label": "yes" if i % 3 else "no"} for i in range(12)]
     (tmp_path / "labelled.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    changes = ["data.validation=0", f"data.source={tmp_path / 'labelled.jsonl'}"]
+    changes = ["data.validation=0", "goal=null", f"data.source={tmp_path / 'labelled.jsonl'}"]
     found = receipt_of(load_recipe("finetune-minilm", changes), tmp_path / "run")
     assert found.classes == {"no": 4, "yes": 8} and found.shown[0][-1] == (" → no", True)
     digits = receipt_of(load_recipe("digits", []), tmp_path / "images")
