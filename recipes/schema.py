@@ -93,10 +93,24 @@ class DataSpec(Section):
     source: Text = Field(
         description="python-stdlib | python-packages | digits | a path or glob | a hub name | your own module:attr"
     )
-    format: Literal["auto", "text", "json", "csv", "parquet", "hub", "builtin"] = "auto"
+    format: Literal[
+        "auto", "text", "json", "csv", "parquet", "hub", "builtin",
+        "plain", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer",
+    ] = Field(
+        "auto",
+        description="auto | text | json | csv | parquet | hub | builtin: where rows come from; or what they are: plain "
+        "(a column of texts) | messages | sharegpt | alpaca | prompt-completion | question-answer",
+    )  # fmt: skip
     split: Text = Field("train", description="the name of a split")
     text_column: Text = Field("text", description="the name of a column")
     label_column: Text = Field("label", description="the name of a column")
+    train_on: Literal["answers", "last", "all"] = Field(
+        "answers",
+        description="answers | last | all: of chats and of prompts with completions, which tokens are trained on",
+    )
+    chat_template: Text | None = Field(
+        None, description="null (the tokenizer's own, or a simple one), or a chat template in Jinja"
+    )
     validation: Share | Text = Field(0.05, description="the fraction held out, from 0 to below 1, or a path")
     sequence_length: Count = Field(256, description="a whole number of tokens from 1")
     pack: bool = Field(True, description="true | false")

@@ -15,6 +15,7 @@ from ...exits import FAILURE
 from . import jobs as job_commands
 from . import models as model_commands
 from . import runs as run_commands
+from .data import data
 from .options import AllowCode, AsJson, Overrides, RecipePath, as_json_text, print_json
 from .verify import verify
 
@@ -109,6 +110,7 @@ def plan(
 
 
 app.command()(verify)
+app.command()(data)
 
 
 @recipes_app.command("list")

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..ledger.verdict import used
+from .data import show_receipt
 
 if TYPE_CHECKING:
     from ..ledger import RunRow
@@ -128,6 +129,10 @@ class Bar:
             )  # fmt: skip
             self._task = self._bar.add_task("preparing", total=None, share="")  # moves to and fro
             self._bar.start()
+
+    def receipt(self, receipt: Mapping[str, Any]) -> None:
+        """Show what is about to be learnt."""
+        show_receipt(receipt)
 
     def step(self, row: Mapping[str, Any]) -> None:
         self._last.update(row)

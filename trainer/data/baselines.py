@@ -9,12 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from .cache import build_once, digest
-from .tokens import Blocks, Documents
+from .packing import Texts
 
 
-def baselines(
-    train: Blocks | Documents, validation: Blocks | Documents, vocabulary: int, cache: Path | None = None
-) -> dict[str, float]:
+def baselines(train: Texts, validation: Texts, vocabulary: int, cache: Path | None = None) -> dict[str, float]:
     """`uniform` and `unigram` losses on exactly the targets that `val_loss` is measured on.
 
     cache: where the first to ask leaves them: counting reads all tokens.
@@ -51,7 +49,7 @@ def unigram(train: np.ndarray, validation: np.ndarray) -> float:
     return float(-(validation * np.log(frequencies)).sum() / validation.sum())
 
 
-def target_counts(data: Blocks | Documents, vocabulary: int) -> np.ndarray:
+def target_counts(data: Texts, vocabulary: int) -> np.ndarray:
     """Return how often each token is a target [V], in int64."""
     counts = np.zeros(vocabulary, dtype=np.int64)
     for start in range(0, len(data), 1000):

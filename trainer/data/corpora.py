@@ -56,7 +56,7 @@ class Corpus:
 
     texts: the documents, in a fixed order. labels: one per text, or None. groups: one per text, or None where each
     text stands for itself. fingerprint: equal exactly when the content is; the caches are keyed by it. skipped: rows of
-    the source that have no text and are left out.
+    the source that have no text and are left out. shaped: the texts are rows in their canonical form (see `shapes`).
     """
 
     texts: Sequence[str]
@@ -64,6 +64,7 @@ class Corpus:
     groups: Sequence[str] | None
     fingerprint: str
     skipped: int = 0
+    shaped: bool = False
 
     def take(self, indices: Sequence[int]) -> Corpus:
         """The corpus at these indices, in this order."""
@@ -72,6 +73,7 @@ class Corpus:
             labels=None if self.labels is None else [self.labels[i] for i in indices],
             groups=None if self.groups is None else [self.groups[i] for i in indices],
             fingerprint=digest([self.fingerprint, ",".join(map(str, indices))]),
+            shaped=self.shaped,
         )
 
 

@@ -15,6 +15,13 @@ SUFFIXES = {
     "csv": (".csv", ".tsv"),
     "parquet": (".parquet",),
 }
+# what rows are, in files of any kind that has columns; see `shapes`
+SHAPED = ("plain", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer")
+
+
+def file_format(wanted: str) -> str | None:
+    """The format of files that `data.format` names; None where it names none: files then tell by their endings."""
+    return wanted if wanted in SUFFIXES else None
 
 
 def format_of(path: Path) -> str | None:

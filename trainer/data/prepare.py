@@ -14,15 +14,17 @@ from torch.utils.data import default_collate
 from ...own_code import is_code
 from .baselines import baselines
 from .cache import digest
+from .chats import Answers, with_template
 from .corpora import Corpus, digits
 from .custom import call_code
 from .errors import TaskError
 from .images import Images
+from .packing import Packed, Texts
 from .rows import PIECE
 from .sources import load_corpus
 from .split import balance, split, split_indices
 from .tokenizers import EncodeCut, encode_plain, framing, load_tokenizer, tokenizer_key
-from .tokens import Blocks, Documents, PadTokens, stack, store_tokens
+from .tokens import Blocks, Documents, PadTokens, stack, store_answers, store_tokens
 
 if TYPE_CHECKING:
     from ...recipes import Recipe
@@ -66,6 +68,8 @@ def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     isolated = bool(args.pop("pack_isolation", True)) and data.pack
     train, held = _corpora(data, args, cache, labelled=False)
     tokenizer = load_tokenizer(recipe.model, train, cache=cache, own=own)
+    if train.shaped:
+        return _answers(recipe, cache, train, held, tokenizer, isolated)
     frame = framing(tokenizer, packed=data.pack)
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -82,6 +86,35 @@ def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     sets = samples(train, keep_tail=False), None if held is None else samples(held, keep_tail=True)
     _check_not_empty(sets[0], sets[1], data.sequence_length)
     facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **_told(train, held, *sets)}
+    if sets[1] is not None:
+        facts["baselines"] = baselines(sets[0], sets[1], len(tokenizer), cache)
+    collate = stack if data.pack else PadTokens(tokenizer.pad_token_id)
+    return Prepared(*sets, collate, tokenizer, isolated=isolated, unit="tokens", facts=facts)
+
+
+def _answers(
+    recipe: Recipe, cache: Path, train: Corpus, held: Corpus | None, tokenizer: Any, isolated: bool
+) -> Prepared:
+    """Chats, and prompts with their completions: some of their tokens are trained on."""
+    data = recipe.data
+    if held is not None and not held.shaped:
+        raise TaskError("data.validation has texts, and data.source chats or prompts with completions.")
+    with_template(tokenizer, data.chat_template)
+    answers = Answers(tokenizer, data.train_on)
+    key = digest([tokenizer_key(tokenizer), f"{tokenizer.chat_template} {data.train_on}"])
+
+    def samples(corpus: Corpus) -> Packed | Documents:
+        store = store_answers(corpus, answers, key=key, vocabulary=len(tokenizer), cache=cache)
+        if data.pack:
+            return Packed(store, data.sequence_length, isolate=isolated, pad=tokenizer.pad_token_id)
+        return Documents(store, data.sequence_length, group_by_length=data.group_by_length)
+
+    sets = samples(train), None if held is None else samples(held)
+    _check_not_empty(*sets, data.sequence_length)
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **_told(train, held, *sets)}
+    trained = facts["trained_tokens"] = int(sets[0].target_counts.sum())
+    if data.train_on != "all" and trained == facts["train_tokens"] - len(sets[0].rows):
+        raise TaskError("data.source: all tokens are answers, none is asked. If that is meant, set data.train_on: all.")
     if sets[1] is not None:
         facts["baselines"] = baselines(sets[0], sets[1], len(tokenizer), cache)
     collate = stack if data.pack else PadTokens(tokenizer.pad_token_id)
@@ -195,7 +228,7 @@ def _collate_of(train: Any, tokenizer: Any) -> Callable[..., Any]:
     return PadTokens(0 if tokenizer is None else tokenizer.pad_token_id)  # padding is masked: its number is not seen
 
 
-def _check_not_empty(train: Blocks | Documents, validation: Blocks | Documents | None, length: int) -> None:
+def _check_not_empty(train: Texts, validation: Texts | None, length: int) -> None:
     for name, part in (("training", train), ("validation", validation)):
         if part is not None and len(part) == 0:
             raise TaskError(
@@ -204,22 +237,23 @@ def _check_not_empty(train: Blocks | Documents, validation: Blocks | Documents |
             )
 
 
-def _token_facts(train: Blocks | Documents, validation: Blocks | Documents | None) -> dict[str, Any]:
+def _token_facts(train: Texts, validation: Texts | None) -> dict[str, Any]:
     facts = {**_sizes(train, validation), "train_tokens": _tokens(train)}
     return facts if validation is None else {**facts, "validation_tokens": _tokens(validation)}
 
 
-def _tokens(data: Blocks | Documents) -> int:
-    if isinstance(data, Documents):
+def _tokens(data: Texts) -> int:
+    if not isinstance(data, Blocks):
         return int(data.token_counts.sum())
     return int(data.target_counts.sum()) + len(data)
 
 
-def _told(train: Corpus, held: Corpus | None, *sets: Blocks | Documents | None) -> dict[str, Any]:
+def _told(train: Corpus, held: Corpus | None, *sets: Texts | None) -> dict[str, Any]:
     """What the texts are, and what of them is not trained on, if any: rows without text, cut at `sequence_length`."""
     counts = {
         "rows_without_text": train.skipped + (held.skipped if held else 0),
-        "rows_cut": sum(part.cut for part in sets if isinstance(part, Documents)),
+        "rows_cut": sum(part.cut for part in sets if part is not None and not isinstance(part, Blocks)),
+        "rows_without_target": sum(part.without_target for part in sets if isinstance(part, Packed | Documents)),
     }
     left_out = {name: count for name, count in counts.items() if count}
     return {"data_digest": _digest(train, held), **left_out}

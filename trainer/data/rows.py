@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -30,10 +30,16 @@ SAMPLES = ("document", "paragraph", "line")
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns to read; label: None where texts are trained on alone."""
+    """The columns to read. label: None where texts are trained on alone. others: of rows that are more than a text."""
 
     text: str
     label: str | None = None
+    others: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> list[str]:
+        """Their names."""
+        return [self.text, *self.others, *([] if self.label is None else [self.label])]
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Place:
 
 # a row before it is checked: its place, and its values by column
 Row = tuple[Place, Mapping[str, Any]]
+# the columns to read of those that a file has
+Choose = Callable[[Collection[str]], Columns]
 
 
 def check_arguments(kind: str, args: Mapping[str, Any]) -> None:
@@ -60,18 +68,18 @@ def check_arguments(kind: str, args: Mapping[str, Any]) -> None:
         raise unknown("data.args.sample_by", args["sample_by"], SAMPLES)
 
 
-def read_rows(file: Path, kind: str, columns: Columns, args: Mapping[str, Any], *, cut: bool) -> Iterator[Row]:
+def read_rows(file: Path, kind: str, choose: Choose, args: Mapping[str, Any], *, cut: bool) -> Iterator[Row]:
     """The rows of a file in its order. cut: give a long text file in pieces."""
     try:
         if kind == "parquet":
-            yield from _parquet(file, columns)
+            yield from _parquet(file, choose)
         else:
             # utf-8-sig: a byte order mark is none of the text
             with open(file, encoding=args.get("encoding", "utf-8-sig"), newline="" if kind == "csv" else None) as text:
                 if kind == "text":
-                    yield from _text(text, file, columns.text, args.get("sample_by", "document"), cut)
+                    yield from _text(text, file, choose(()).text, args.get("sample_by", "document"), cut)
                 else:
-                    yield from (_json if kind == "json" else _csv)(text, file, columns, args)
+                    yield from (_json if kind == "json" else _csv)(text, file, choose, args)
     except UnicodeDecodeError as error:
         raise TaskError(
             f"data.source: {file} is not {error.encoding.removesuffix('-sig')} "
@@ -84,17 +92,15 @@ def read_rows(file: Path, kind: str, columns: Columns, args: Mapping[str, Any], 
         raise TaskError(f"data.source: cannot read {file}: {error}") from error
 
 
-def text_of(place: Place, row: Mapping[str, Any], column: str) -> str:
-    """The text of a row; raises `TaskError` where there is none."""
+def text_of(place: Place, row: Mapping[str, Any], column: str, key: str = "data.text_column") -> str:
+    """The text of a row; raises `TaskError` where there is none. key: the recipe's, for errors."""
     value = row.get(column)
     if isinstance(value, str):
         return value
     if value is None:
         has = "" if column in row else f" (it has {', '.join(map(repr, row)) or 'nothing'})"
-        raise TaskError(f"data.text_column: {place} has no {column!r}{has}. Take the row out, or give it a text.")
-    raise TaskError(
-        f"data.text_column {column!r}: {place} is {_kind(value)}, found {clip(str(value))}; a text is needed."
-    )
+        raise TaskError(f"{key}: {place} has no {column!r}{has}. Take the row out, or give it a text.")
+    raise TaskError(f"{key} {column!r}: {place} is {kind_of(value)}, found {clip(str(value))}; a text is needed.")
 
 
 def label_of(place: Place, row: Mapping[str, Any], column: str) -> str:
@@ -107,12 +113,15 @@ def label_of(place: Place, row: Mapping[str, Any], column: str) -> str:
     if isinstance(value, str | int | float):
         return str(value)
     raise TaskError(
-        f"data.label_column {column!r}: {place} is {_kind(value)}, found {clip(str(value))}; "
+        f"data.label_column {column!r}: {place} is {kind_of(value)}, found {clip(str(value))}; "
         "a class is a text or a whole number."
     )
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What a value is, in the words of a message."""
+    if value is None:
+        return "missing"
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, int | float):
@@ -166,16 +175,16 @@ def pieces_of(text: str, size: int = PIECE) -> Iterator[str]:
     return iter([text]) if len(text) <= size else pieces(io.StringIO(text, newline=""), size)
 
 
-def _json(text: TextIO, file: Path, columns: Columns, args: Mapping[str, Any]) -> Iterator[Row]:
+def _json(text: TextIO, file: Path, choose: Choose, args: Mapping[str, Any]) -> Iterator[Row]:
     """JSON lines, or one array of objects; with `field`, the array under that key of one object."""
     rows = _json_whole(text, file, args["field"]) if "field" in args else _json_rows(text, file)
     checked = False
     for number, row in rows:
         place = Place(str(file), number)
         if not isinstance(row, Mapping):
-            raise TaskError(f'data.source: {place} is {_kind(row)}; a row is an object such as {{"text": …}}.')
+            raise TaskError(f'data.source: {place} is {kind_of(row)}; a row is an object such as {{"text": …}}.')
         if not checked:
-            _check_columns(f"{place}: ", columns, row)
+            check_columns(f"{place}: ", choose(row), row)
             checked = True
         yield place, row
 
@@ -210,13 +219,13 @@ def _json_whole(text: TextIO, file: Path, field: str | None) -> Iterator[tuple[i
     yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
 
 
-def _csv(text: TextIO, file: Path, columns: Columns, args: Mapping[str, Any]) -> Iterator[Row]:
+def _csv(text: TextIO, file: Path, choose: Choose, args: Mapping[str, Any]) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a field is a document; the default is 128 KiB
     separator = args.get("sep", "\t" if file.suffix.lower() == ".tsv" else ",")
     reader = csv.reader(text, delimiter=separator)
     header = next(reader, [])
     if header:
-        _check_columns(f"{file}: ", columns, header, hint=_other_separator(header, separator))
+        check_columns(f"{file}: ", choose(header), header, hint=_other_separator(header, separator))
     for number, fields in enumerate(reader, 1):
         if not fields:
             continue  # an empty line
@@ -234,16 +243,16 @@ def _other_separator(header: list[str], separator: str) -> str:
     return f" Fields seem to be separated by {found!r}: set data.args: {{sep: {json.dumps(found)}}}." if found else ""
 
 
-def _parquet(file: Path, columns: Columns) -> Iterator[Row]:
+def _parquet(file: Path, choose: Choose) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
-    wanted = [name for name in (columns.text, columns.label) if name is not None]
     try:
         with parquet.ParquetFile(file) as table:
-            _check_columns(f"{file}: ", columns, table.schema_arrow.names)
+            columns = choose(table.schema_arrow.names)
+            check_columns(f"{file}: ", columns, table.schema_arrow.names)
             number = 0
-            for batch in table.iter_batches(1000, columns=wanted):
+            for batch in table.iter_batches(1000, columns=columns.all):
                 for row in batch.to_pylist():
                     number += 1
                     yield Place(str(file), number), row
@@ -251,11 +260,13 @@ def _parquet(file: Path, columns: Columns) -> Iterator[Row]:
         raise TaskError(f"data.source: cannot read {file}: {error}") from error
 
 
-def _check_columns(where: str, columns: Columns, found: Any, hint: str = "") -> None:
-    for key, name in (("text", columns.text), ("label", columns.label)):
-        if name is None or name in found:
+def check_columns(where: str, columns: Columns, found: Any, hint: str = "") -> None:
+    """Raise `TaskError` where a column is not among those found."""
+    for name in columns.all:
+        if name in found:
             continue
+        key = "label_column" if name == columns.label else "format" if columns.others else "text_column"
         nested = isinstance(found, Mapping) and next((k for k, v in found.items() if isinstance(v, list)), None)
         if nested and not hint:
             hint = f" If the rows are under {nested!r}, set data.args: {{field: {nested}}}."
-        raise TaskError(f"{where}{unknown(f'data.{key}_column', name, found)}{hint}")
+        raise TaskError(f"{where}{unknown(f'data.{key}', name, found)}{hint}")

@@ -16,8 +16,9 @@ from . import corpora
 from .cache import build_once, digest, file_digest
 from .corpora import Corpus
 from .errors import TaskError, unknown
-from .paths import find_files, one_format
-from .rows import Columns, Place, Row, check_arguments, label_of, read_rows, text_of
+from .paths import SHAPED, file_format, find_files, one_format
+from .rows import Place, Row, check_arguments, check_columns, label_of, read_rows
+from .shapes import Reading
 
 TEXTS: dict[str, Callable[..., Corpus]] = {
     "python-stdlib": corpora.python_stdlib,
@@ -41,15 +42,17 @@ def load_corpus(
         raise unknown(f"{key} with format: builtin", source, TEXTS)
     if source in TEXTS and data.format in ("auto", "builtin"):
         return _builtin(source, data.limit, args)
-    columns = Columns(data.text_column, data.label_column if labelled else None)
-    wanted = None if data.format in ("auto", "hub", "builtin") else data.format
+    shape = data.format if data.format in SHAPED else None
+    reading = Reading(data.text_column, data.label_column if labelled else None, shape, chats=not labelled)
+    wanted = file_format(data.format)
     files = [] if data.format == "hub" else find_files(source, wanted, key=key)
+    used = digest([reading.key, str(data.limit)])
     if files:
-        rows, content = _file_rows(files, wanted or one_format(files, source), columns, args, cache)
+        rows, content = _file_rows(files, wanted or one_format(files, source), reading, args, cache)
     else:
-        rows, content = _hub_rows(source, data, columns, args)
-    used = digest([content, columns.text, columns.label or "", str(data.limit)])
-    return _kept(rows, columns, data.limit, cache / "rows" / used, used, source)
+        rows, content = _hub_rows(source, data, reading, args)
+    used = digest([content, used])
+    return _kept(rows, reading, data.limit, cache / "rows" / used, used, source)
 
 
 def _builtin(source: str, limit: int | None, args: dict[str, Any]) -> Corpus:
@@ -61,27 +64,26 @@ def _builtin(source: str, limit: int | None, args: dict[str, Any]) -> Corpus:
 
 
 def _file_rows(
-    files: list[Path], kind: str, columns: Columns, args: dict[str, Any], cache: Path
+    files: list[Path], kind: str, reading: Reading, args: dict[str, Any], cache: Path
 ) -> tuple[Iterable[Row], str]:
     check_arguments(kind, args)
     cut = len(files) < FEW_FILES
     content = digest(
         [kind, str(cut), repr(sorted(args.items())), *(f"{f.suffix.lower()} {file_digest(f, cache)}" for f in files)]
     )
-    return (row for file in files for row in read_rows(file, kind, columns, args, cut=cut)), content
+    return (row for file in files for row in read_rows(file, kind, reading.columns, args, cut=cut)), content
 
 
-def _hub_rows(source: str, data: Any, columns: Columns, args: dict[str, Any]) -> tuple[Iterable[Row], str]:
-    if data.format not in ("auto", "hub"):
+def _hub_rows(source: str, data: Any, reading: Reading, args: dict[str, Any]) -> tuple[Iterable[Row], str]:
+    if data.format not in ("auto", "hub", *SHAPED):
         raise TaskError(f"data.source {source!r} is no file here, so data.format: {data.format} cannot read it.")
     table = _load(source, split=data.split, **args)
-    for key, name in (("text", columns.text), ("label", columns.label)):
-        if name is not None and name not in table.column_names:
-            raise unknown(f"data.{key}_column", name, table.column_names)
+    columns = reading.columns(table.column_names)
+    check_columns("", columns, table.column_names)
     names = getattr(table.features[columns.label], "names", None) if columns.label else None
 
     def rows() -> Iterator[Row]:
-        kept = table.select_columns([name for name in (columns.text, columns.label) if name is not None])
+        kept = table.select_columns(columns.all)
         for number, row in enumerate(kept, 1):
             if names and isinstance(label := row[columns.label], int):
                 row[columns.label] = names[label]
@@ -112,21 +114,21 @@ def _cause(error: BaseException) -> str:
 
 
 # -- kept on disk ------------------------------------------------------------------------------------------------------
-def _kept(rows: Iterable[Row], columns: Columns, limit: int | None, folder: Path, key: str, source: str) -> Corpus:
+def _kept(rows: Iterable[Row], reading: Reading, limit: int | None, folder: Path, key: str, source: str) -> Corpus:
     """The corpus of these rows, written to `folder` by the first process that asks."""
     import datasets
 
-    build_once(folder, lambda private: _write(rows, columns, limit, private, source))
+    build_once(folder, lambda private: _write(rows, reading, limit, private, source))
     table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     about = json.loads((folder / "about.json").read_text())
-    labels = None if columns.label is None else list(table["label"])
-    return Corpus(table["text"], labels, None, key, skipped=about["skipped"])
+    labels = None if reading.label is None else list(table["label"])
+    return Corpus(table["text"], labels, None, key, skipped=about["skipped"], shaped=about["shaped"])
 
 
-def _write(rows: Iterable[Row], columns: Columns, limit: int | None, folder: Path, source: str) -> None:
+def _write(rows: Iterable[Row], reading: Reading, limit: int | None, folder: Path, source: str) -> None:
     import pyarrow
 
-    names = ["text", "label"][: 1 if columns.label is None else 2]
+    names = ["text", "label"][: 1 if reading.label is None else 2]
     schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
     classes: dict[str, Place] = {}
     count = skipped = 0
@@ -136,13 +138,13 @@ def _write(rows: Iterable[Row], columns: Columns, limit: int | None, folder: Pat
         for place, row in rows:
             if count == limit:
                 break
-            text = text_of(place, row, columns.text)
+            text = reading.text(place, row)
             if not text.strip():
                 skipped += 1
                 continue
             kept = {"text": _encodable(text)}
-            if columns.label is not None:
-                kept["label"] = label = label_of(place, row, columns.label)
+            if reading.label is not None:
+                kept["label"] = label = label_of(place, row, reading.label)
                 classes.setdefault(label, place)
             held.append(kept)
             count, characters = count + 1, characters + len(text)
@@ -152,9 +154,9 @@ def _write(rows: Iterable[Row], columns: Columns, limit: int | None, folder: Pat
         stream.write_batch(pyarrow.RecordBatch.from_pylist(held, schema=schema))
     if not count:
         raise TaskError(f"data.source: {source} has no text" + (f": all {skipped} rows are empty." if skipped else "."))
-    if columns.label is not None:
-        _check_classes(classes, count, columns.label)
-    (folder / "about.json").write_text(json.dumps({"skipped": skipped}))
+    if reading.label is not None:
+        _check_classes(classes, count, reading.label)
+    (folder / "about.json").write_text(json.dumps({"skipped": skipped, "shaped": reading.shape is not None}))
 
 
 def _encodable(text: str) -> str:

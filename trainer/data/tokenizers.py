@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +104,32 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
         return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
     finally:
         backend.encode_special_tokens = before
+
+
+# of a text's tokens: (number, where its characters begin, where they end)
+Offsets = list[tuple[int, int, int]]
+
+
+def exact_offsets(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[Offsets]]:
+    """Give the tokens of texts and the characters that each stands for; special tokens are read as such.
+
+    White space belongs to its token: a tokenizer's own offsets may leave it out. Raises `TaskError` for a tokenizer
+    without a backend in Rust, which cannot tell characters.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise TaskError(f"the tokenizer {tokenizer.name_or_path!r} cannot tell which characters a token stands for.")
+    from tokenizers import Tokenizer
+
+    rules = json.loads(backend.to_str())
+    rules.update(truncation=None, padding=None, post_processor=None)  # the last one adds tokens and trims offsets
+    copy = Tokenizer.from_str(json.dumps(rules))
+
+    def encode(texts: list[str]) -> list[Offsets]:
+        encoded = copy.encode_batch(texts, add_special_tokens=False)
+        return [[(n, *span) for n, span in zip(each.ids, each.offsets, strict=True)] for each in encoded]
+
+    return encode
 
 
 class EncodeCut:

@@ -1,7 +1,8 @@
 """Texts as token numbers: written once to disk, read by any number of processes, served as samples.
 
-A store is two files: all tokens of all documents end to end, and where each document starts. Two data sets read it:
-`Blocks` cuts the stream into blocks of one length (packing), `Documents` gives one document a sample.
+A store is two files: all tokens of all documents end to end, and where each document starts; and a third one where only
+some tokens are trained on. Data sets that read it: `Blocks` cuts the stream into blocks of one length (packing),
+`Documents` gives one document a sample, and `packing.Packed` fills samples with whole documents.
 
 **How packed documents are kept apart.** Every document opens with a separator token. `position_ids` restart at each
 separator, from which transformers builds a block-diagonal causal mask, so no document attends to another. The only
@@ -28,6 +29,7 @@ from .corpora import BATCH, in_batches
 from .rows import pieces_of
 
 if TYPE_CHECKING:
+    from .chats import Answers
     from .corpora import Corpus
 
 Sample = dict[str, torch.Tensor]
@@ -58,10 +60,41 @@ class TokenStore:
         """Starts of the documents and the end of the last one [D + 1], int64."""
         return np.load(self.folder / "offsets.npy")
 
+    @cached_property
+    def trained(self) -> np.ndarray | None:
+        """Whether each token is trained on [N], memory-mapped; None: all are."""
+        path = self.folder / "trained.bin"
+        if not path.exists():
+            return None
+        return np.memmap(path, dtype=bool, mode="r") if self.meta["tokens"] else np.empty(0, dtype=bool)
+
+    @cached_property
+    def targets_before(self) -> np.ndarray:
+        """How many tokens before each place are trained on [N + 1], int64: a difference counts those between two."""
+        counts = np.zeros(self.meta["tokens"] + 1, dtype=np.int64)
+        np.cumsum(np.ones(len(counts) - 1) if self.trained is None else self.trained, out=counts[1:])
+        return counts
+
     def document(self, index: int, length: int | None = None) -> np.ndarray:
         """The first `length` tokens of a document (all of them without it)."""
         start, end = self.offsets[index : index + 2]
         return self.tokens[start : end if length is None else min(end, start + length)]
+
+    def labels(self, index: int, length: int | None = None) -> np.ndarray:
+        """As `document`, in int64, with `IGNORED` where a token is not trained on; the first never is a target."""
+        ids = self.document(index, length).astype(np.int64)
+        if self.trained is None:
+            return ids
+        start = self.offsets[index]
+        return np.where(self.trained[start : start + len(ids)], ids, IGNORED)
+
+    def target_counts(self, length: int) -> np.ndarray:
+        """Targets of each document cut to `length` tokens [D]: those trained on, but the first."""
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        if self.trained is None:
+            return np.maximum(np.minimum(ends - starts, length) - 1, 0)
+        first = np.minimum(starts + 1, ends)
+        return self.targets_before[np.minimum(ends, starts + length)] - self.targets_before[first]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
@@ -98,6 +131,25 @@ def store_tokens(
                         offsets.append(written)
         np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
         (folder / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "tokens": written, **about()}))
+
+    return TokenStore(build_once(cache / "tokens" / digest([corpus.fingerprint, key]), build))
+
+
+def store_answers(corpus: Corpus, answers: Answers, *, key: str, vocabulary: int, cache: Path) -> TokenStore:
+    """Tokenize a corpus of canonical rows, with what is trained on; see `store_tokens`."""
+
+    def build(folder: Path) -> None:
+        dtype = np.uint16 if vocabulary <= 1 << 16 else np.uint32
+        offsets, written = array("q", [0]), 0
+        with open(folder / "tokens.bin", "wb") as file, open(folder / "trained.bin", "wb") as marks:
+            for batch in in_batches(corpus.texts):
+                for ids, trained in answers(batch):
+                    file.write(np.array(ids, dtype=dtype).tobytes())
+                    marks.write(np.array(trained, dtype=bool).tobytes())
+                    written += len(ids)
+                    offsets.append(written)
+        np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
+        (folder / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "tokens": written}))
 
     return TokenStore(build_once(cache / "tokens" / digest([corpus.fingerprint, key]), build))
 
@@ -198,10 +250,11 @@ class Documents(Dataset[Sample]):
     """One document a sample, cut to `length` tokens: language modelling without packing, or classification.
 
     A sample: `input_ids` [t] and `labels`, either equal to them [t] or, with `labels` given, the class [] as int64.
-    Pair with `PadTokens` to form batches. Documents of one token predict nothing and are left out of the former.
+    Pair with `PadTokens` to form batches. Documents that have no target, within `length`, are left out of the former.
     group_by_length: ask the sampler for batches of alike lengths (see `GlobalBatches`).
 
-    `token_counts` [N] are the tokens of each sample; `cut` is how many documents were longer than `length`.
+    `token_counts` [N] are the tokens of each sample; `cut` is how many documents were longer than `length`,
+    and `without_target` how many of those with answers are left out.
     """
 
     deterministic = True  # a sample is the same each time it is read
@@ -214,8 +267,11 @@ class Documents(Dataset[Sample]):
         whole = np.diff(store.offsets)
         lengths = np.minimum(whole, length)
         self.cut = int((whole > length).sum()) + store.meta.get("cut", 0)
-        self.rows = np.flatnonzero(lengths >= 2) if labels is None else np.arange(len(lengths))
+        targets = store.target_counts(length)
+        self.rows = np.flatnonzero(targets) if labels is None else np.arange(len(lengths))
         self.token_counts = lengths[self.rows]
+        self._targets = targets[self.rows]
+        self.without_target = 0 if store.trained is None else len(targets) - len(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -223,17 +279,18 @@ class Documents(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
         ids = self.store.document(row, self.length).astype(np.int64)
-        labels = torch.from_numpy(ids.copy()) if self.labels is None else self.labels[row]
+        labels = torch.from_numpy(self.store.labels(row, self.length)) if self.labels is None else self.labels[row]
         return {"input_ids": torch.from_numpy(ids), "labels": labels}
 
     @property
     def target_counts(self) -> np.ndarray:
-        """Return how many targets each sample has [len(self)]: its tokens but the first, or its one class."""
-        return self.token_counts - 1 if self.labels is None else np.ones(len(self), dtype=np.int64)
+        """Return how many targets each sample has [len(self)], or that it has one class."""
+        return self._targets if self.labels is None else np.ones(len(self), dtype=np.int64)
 
     def targets(self, index: int) -> np.ndarray:
-        """The tokens that a sample predicts: all but its first."""
-        return self.store.document(self.rows[index], self.length)[1:]
+        """The tokens that a sample predicts."""
+        labels = self.store.labels(self.rows[index], self.length)[1:]
+        return labels[labels != IGNORED]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from ...callbacks.accounting.budget import Budget
 from ...own_code import is_code
 from ...recipes import Recipe, RecipeError
 from ..data.errors import TaskError
-from ..data.paths import CARRIED, find_files, model_folder, one_format
+from ..data.paths import CARRIED, file_format, find_files, model_folder, one_format
 from .sizes import Size
 
 
@@ -21,8 +21,9 @@ def check_present(recipe: Recipe) -> None:
         if not isinstance(source, str) or carried:
             continue
         try:
-            files = find_files(source, None if data.format == "auto" else data.format, key=key)
-            if files and data.format == "auto":
+            kind = file_format(data.format)
+            files = find_files(source, kind, key=key)
+            if files and kind is None:
                 one_format(files, source)
         except TaskError as error:
             problems.append(recipe.problem(key, source, "files on this machine", str(error)))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..monitor.records import Display
 
 log = logging.getLogger(__name__)
+LEFT_OUT = ("rows_without_text", "rows_cut", "rows_without_target")  # of a task's facts
 
 
 class NoRunDirectory(ShoestringError):
@@ -106,9 +107,11 @@ def fit(
     if plan.nodes == 1:
         keep_from_sending(task.module)
     check_own_module(recipe, task.module)
-    left_out = {key: task.facts[key] for key in ("rows_without_text", "rows_cut") if task.facts.get(key)}
+    left_out = {key: task.facts[key] for key in LEFT_OUT if task.facts.get(key)}
     if is_first():
         _say_left_out(recipe, left_out)
+        if display is not None and (receipt := task.receipt()) is not None:
+            display.receipt(receipt.as_dict())
     if weights is not None:
         task.module.load_state_dict(weights)
         task.module.frozen_base = None  # type: ignore[assignment]  # these are not the recipe's own
@@ -218,6 +221,8 @@ def _say_left_out(recipe: Recipe, left_out: Mapping[str, int]) -> None:
     if cut := left_out.get("rows_cut"):
         longer = "is" if cut == 1 else "are"
         log.warning("data: %s %s cut at sequence_length %s", _rows(cut), longer, f"{recipe.data.sequence_length:,}")
+    if lost := left_out.get("rows_without_target"):
+        log.warning("data: %s left out, whose answers begin after %s tokens", _rows(lost), recipe.data.sequence_length)
 
 
 def _rows(count: int) -> str:

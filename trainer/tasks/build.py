@@ -18,6 +18,7 @@ from ..data.custom import call_code
 from ..data.errors import TaskError, unknown
 from ..data.images import build_image_model
 from ..data.prepare import Prepared, prepare
+from ..data.receipt import Receipt, receipt
 from ..data.tokenizers import framing, keep_tokenizer, kept_tokenizer, tokenizer_key
 from .classify import Classifier
 from .frozen import frozen_base, places
@@ -59,6 +60,10 @@ class Task:
     def tokenizer_key(self) -> str:
         """What the tokenizer does, as one word: another one has another."""
         return tokenizer_key(self.tokenizer)
+
+    def receipt(self) -> Receipt | None:
+        """What is about to be learnt, from what is known already; None where a user's datamodule holds the data."""
+        return None if self.prepared is None or self.train is None else receipt(self.prepared, duplicates=False)
 
     def keep_tokenizer(self, run_dir: Path) -> None:
         """Keep it with the run, whose weights are trained for it. Nothing where the task has none."""
@@ -136,6 +141,14 @@ def build_task(
     micro = recipe.data.micro_batch_size
     size = micro if isinstance(micro, int) else recipe.data.batch_size
     return replace(task, datamodule=TaskData(task, size, recipe.data.workers))
+
+
+def data_receipt(recipe: Recipe, *, workdir: Path) -> Receipt:
+    """The receipt of a recipe's data, which is prepared as for a run; no model is built. Raises `TaskError`."""
+    data = prepare(recipe, cache_root(workdir), kept_tokenizer(workdir))
+    if data.train is None:
+        raise TaskError(f"data.source: {recipe.data.source} gave a datamodule of its own, which is not looked into.")
+    return receipt(data)
 
 
 def _build(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> Task:

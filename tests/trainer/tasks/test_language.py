@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from chat_ranks import gradient
+from processes import succeed
+from safetensors.torch import load_file
 
 from shoestring.trainer.data.errors import TaskError
 from shoestring.trainer.data.tokens import Blocks, PadTokens, stack
@@ -254,3 +258,23 @@ def test_rows_are_filled_up_with_the_tokenizers_own_padding(tiny: Any) -> None:
     filled = tail["input_ids"][tail["labels"] == -100]
     assert len(filled) and (filled == task.tokenizer.pad_token_id).all() and task.tokenizer.pad_token_id != 0
     assert task.module.model.config.pad_token_id == task.tokenizer.pad_token_id
+
+
+# -- chats -------------------------------------------------------------------------------------------------------------
+WAYS = {  # ranks, micro-batch, packed
+    "one": (1, 8, False), "micro-batches of 1": (1, 1, False), "2 ranks": (2, 2, False),
+    "2 ranks, micro-batches of 1": (2, 1, False), "packed": (1, 2, True), "packed on 2 ranks": (2, 1, True),
+}  # fmt: skip
+
+
+def test_every_trained_token_of_a_global_batch_weighs_alike(tmp_path: Path) -> None:
+    answers = ["ok", "yes and no and yes", "a", "one two three four five", "b", "no", "maybe so", "c d"]
+    rows = [{"question": "q" * (i + 1), "answer": answer} for i, answer in enumerate(answers)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, (ranks, micro, pack) in WAYS.items():
+        settings = {"ranks": ranks, "micro": micro, "pack": pack, "samples": 4 if pack else len(rows)}
+        succeed(partial(gradient, tmp_path, name, **settings), world=ranks, folder=tmp_path / name)
+    first = load_file(tmp_path / "one.safetensors")
+    for name in WAYS:
+        other = load_file(tmp_path / f"{name}.safetensors")
+        assert max(float((other[key] - first[key]).abs().max()) for key in first) < 1e-6, name

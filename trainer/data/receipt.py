@@ -1,0 +1,138 @@
+"""What a run is about to learn from: before anything is spent, so that a wrong template or column is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .cache import digest
+from .tokens import IGNORED, Documents
+
+if TYPE_CHECKING:
+    from .packing import Texts
+    from .prepare import Prepared
+
+SHOWN = 3  # samples
+SHOWN_TOKENS = 160  # of each
+PERCENTILES = (5, 50, 95, 100)
+
+# text, and whether it is trained on
+Stretch = tuple[str, bool]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The data of a run, counted and shown.
+
+    Attributes:
+        samples: Of the training set; `documents` rows of text are in them.
+        documents: Rows of the training data that have something to train on; 0 where samples are no texts.
+        tokens: Of an epoch, without padding.
+        trained_tokens: Those of them that are targets of the loss.
+        padding: The share of positions that hold no token, in packed samples.
+        lengths: Tokens of a document, by percentile, before any is cut.
+        left_out: How many rows have no text, are cut, or have no answer before they are cut.
+        validation_samples: Held out.
+        duplicates: Documents that are held out and trained on, too; None where nobody has counted them.
+        shown: Some samples as stretches of text, each trained on or not.
+        classes: What is predicted, and how many samples of it there are, where samples have a class.
+    """
+
+    samples: int
+    documents: int
+    tokens: int
+    trained_tokens: int
+    padding: float
+    lengths: Mapping[int, int]
+    left_out: Mapping[str, int]
+    validation_samples: int
+    duplicates: int | None
+    shown: list[list[Stretch]]
+    classes: Mapping[str, int]
+
+    @property
+    def trained_share(self) -> float:
+        """Trained tokens of all tokens; 0 where there are none."""
+        return self.trained_tokens / self.tokens if self.tokens else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The receipt as JSON takes it."""
+        return {**asdict(self), "trained_share": self.trained_share}
+
+
+def receipt(data: Prepared, *, duplicates: bool = True) -> Receipt:
+    """The receipt of prepared data. duplicates: also compare what is held out with what is trained on."""
+    train, held = data.train, data.validation
+    texts = hasattr(train, "store")
+    counts: Mapping[str, int] = {}
+    if data.classes is not None and getattr(train, "labels", None) is not None:
+        numbers, found = np.unique(np.asarray(train.labels), return_counts=True)
+        counts = {data.classes[number]: int(count) for number, count in zip(numbers, found, strict=True)}
+    if not texts:
+        size = len(train) if hasattr(train, "__len__") else 0
+        held_size = len(held) if hasattr(held, "__len__") else 0
+        return Receipt(size, 0, 0, 0, 0.0, {}, _left_out(data), held_size, None, [], counts)
+    lengths = np.diff(train.store.offsets)
+    tokens = data.facts["train_tokens"]
+    positions = 0 if isinstance(train, Documents) else len(train) * train.length
+    return Receipt(
+        samples=len(train),
+        documents=len(lengths) - getattr(train, "without_target", 0),
+        tokens=tokens,
+        trained_tokens=int(train.target_counts.sum()) if data.classes is None else 0,
+        padding=1 - tokens / positions if positions else 0.0,
+        lengths={p: int(np.percentile(lengths, p, method="higher")) for p in PERCENTILES},
+        left_out=_left_out(data),
+        validation_samples=0 if held is None else len(held),
+        duplicates=_duplicates(train, held) if duplicates and held is not None else None,
+        shown=[_stretches(data, index) for index in _spread(len(train))],
+        classes=counts,
+    )
+
+
+def _left_out(data: Prepared) -> dict[str, int]:
+    names = ("rows_without_text", "rows_cut", "rows_without_target")
+    return {name: data.facts[name] for name in names if name in data.facts}
+
+
+def _spread(samples: int) -> list[int]:
+    """The first, the middle and the last."""
+    return sorted({round(i * (samples - 1) / (SHOWN - 1)) for i in range(SHOWN)})
+
+
+def _stretches(data: Prepared, index: int) -> list[Stretch]:
+    """A sample's text in stretches that are, or are not, targets; padding is not shown."""
+    sample = data.train[index]
+    ids, labels = sample["input_ids"][:SHOWN_TOKENS], sample["labels"]
+    if not labels.ndim:
+        name = (data.classes or ())[int(labels)]
+        return [(data.tokenizer.decode(ids), False), (f" → {name}", True)]
+    marks = (labels[: len(ids)] != IGNORED).tolist()
+    marks[0] = False  # nothing stands before it
+    return [
+        (data.tokenizer.decode(some), trained)
+        for some, trained in _runs(ids.tolist(), marks, data.tokenizer.pad_token_id)
+    ]
+
+
+def _runs(ids: list[int], marks: list[bool], pad: int | None) -> Iterator[tuple[list[int], bool]]:
+    start, end = 0, len(ids)
+    while end and ids[end - 1] == pad and not marks[end - 1]:
+        end -= 1
+    for at in range(1, end + 1):
+        if at == end or marks[at] != marks[start]:
+            yield ids[start:at], marks[start]
+            start = at
+
+
+def _duplicates(train: Texts, held: Texts) -> int:
+    """Documents of `held` that are in `train`, token by token."""
+    return len(_documents(held) & _documents(train))
+
+
+def _documents(data: Texts) -> set[str]:
+    store = data.store
+    return {digest([store.document(i).tobytes()]) for i in range(len(store.offsets) - 1)}

@@ -1,0 +1,205 @@
+"""What a row teaches, whatever the shape it comes in: a text, a prompt and its completion, or a chat.
+
+Rows of other people's data sets are recognised by their columns, or named in `data.format`. Each becomes one line of
+JSON, its *canonical* form, which is what is held out, kept on disk and turned into tokens:
+
+    {"prompt": "…", "completion": "…"}                 the completion is trained on
+    {"messages": [{"role": …, "content": …}, …]}       the assistant's messages are, with "tools" where there are some
+
+Source of the shapes: the OpenAI fine-tuning format, FastChat's ShareGPT, Stanford Alpaca.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...problems import clip
+from ...spelling import nearest
+from .errors import TaskError
+from .rows import Columns, Place, kind_of, text_of
+
+ROLES = {
+    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "bing": "assistant",
+    "chatgpt": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "developer": "developer",
+    "tool": "tool", "function": "tool", "observation": "tool",
+}  # fmt: skip
+KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")  # of a message, for its template
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape of rows. needs, takes: the columns that it must have, and those that it reads where they are."""
+
+    needs: tuple[str, ...]
+    read: Callable[[Place, Mapping[str, Any]], dict[str, Any]]
+    takes: tuple[str, ...] = ()
+
+    def canonical(self, place: Place, row: Mapping[str, Any]) -> str:
+        """The row as one line of JSON; raises `TaskError` where it cannot be trained on."""
+        return json.dumps(self.read(place, row), ensure_ascii=False, separators=(",", ":"))
+
+
+def _prompt_completion(place: Place, row: Mapping[str, Any]) -> dict[str, Any]:
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list) or isinstance(completion, list):  # both as messages
+        asked = _messages(place, "prompt", prompt)
+        answered = _messages(place, "completion", completion)
+        return _chat(place, [{**message, "train": False} for message in asked] + answered, row)
+    pair = {name: text_of(place, row, name, key="data.format: prompt-completion") for name in ("prompt", "completion")}
+    return _answered(place, pair, pair["completion"])
+
+
+def _question_answer(place: Place, row: Mapping[str, Any]) -> dict[str, Any]:
+    return _exchange(place, row, "question", "answer", "data.format: question-answer")
+
+
+def _alpaca(place: Place, row: Mapping[str, Any]) -> dict[str, Any]:
+    given = row.get("input")
+    if isinstance(given, str) and given.strip():
+        row = {**row, "instruction": f"{row.get('instruction')}\n\n{given}"}
+    return _exchange(place, row, "instruction", "output", "data.format: alpaca")
+
+
+def _exchange(place: Place, row: Mapping[str, Any], asked: str, answered: str, key: str) -> dict[str, Any]:
+    """One question and its answer, with the turns before them in `history` and a `system` message."""
+    messages = []
+    if isinstance(row.get("system"), str) and row["system"].strip():
+        messages.append({"role": "system", "content": row["system"]})
+    for pair in row.get("history") or ():
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise TaskError(f"{key}: {place}, history, found {clip(str(pair))}; a pair of texts is needed.")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    answer = text_of(place, row, answered, key=key)
+    messages.append({"role": "user", "content": text_of(place, row, asked, key=key)})
+    messages.append({"role": "assistant", "content": answer})
+    return _answered(place, {"messages": messages}, answer)
+
+
+def _of_messages(column: str) -> Callable[[Place, Mapping[str, Any]], dict[str, Any]]:
+    return lambda place, row: _chat(place, _messages(place, column, row.get(column)), row)
+
+
+SHAPES: dict[str, Shape] = {
+    "messages": Shape(("messages",), _of_messages("messages"), ("tools",)),
+    "sharegpt": Shape(("conversations",), _of_messages("conversations"), ("tools", "system")),
+    "alpaca": Shape(("instruction", "output"), _alpaca, ("input", "system", "history")),
+    "prompt-completion": Shape(("prompt", "completion"), _prompt_completion, ("tools",)),
+    "question-answer": Shape(("question", "answer"), _question_answer, ("system",)),
+}
+
+
+def shape_of(columns: Collection[str], text_column: str) -> Shape | None:
+    """The shape of rows with these columns; None: of texts, or of none that is known.
+
+    Raises `TaskError` where there are several, as a column of texts beside one of chats.
+    """
+    found = set(columns)
+    fits = [name for name, shape in SHAPES.items() if found.issuperset(shape.needs)]
+    texts = ["text"] if text_column in found else []
+    if len(fits) + len(texts) > 1:
+        raise TaskError(
+            f"data.format: auto: rows could be read as {' or '.join([*texts, *fits])} (their columns are "
+            f"{', '.join(sorted(found))}). Set data.format to {' or '.join(['plain'] * bool(texts) + fits)}."
+        )
+    return SHAPES[fits[0]] if fits else None
+
+
+class Reading:
+    """How the rows of one source are read: what they are is settled by the first one.
+
+    Args:
+        wanted: The shape that `data.format` names; None: what the columns say.
+        chats: Whether rows may be more than a text.
+    """
+
+    def __init__(self, text_column: str, label: str | None, wanted: str | None, *, chats: bool) -> None:
+        self.text_column, self.label = text_column, label
+        self.shape = SHAPES.get(wanted or "")
+        self._open = chats and wanted is None
+
+    def columns(self, found: Collection[str]) -> Columns:
+        """The columns to read of those that a file has."""
+        if self._open:
+            self.shape, self._open = shape_of(found, self.text_column), False
+        if self.shape is None:
+            return Columns(self.text_column, self.label)
+        takes = tuple(name for name in self.shape.takes if name in found)
+        return Columns(self.shape.needs[0], self.label, (*self.shape.needs[1:], *takes))
+
+    def text(self, place: Place, row: Mapping[str, Any]) -> str:
+        """The row as a text, or in its canonical form."""
+        return text_of(place, row, self.text_column) if self.shape is None else self.shape.canonical(place, row)
+
+    @property
+    def key(self) -> str:
+        """What it asks for, as a part of a cache's key."""
+        return f"{self.text_column} {self.label or ''} {self.shape.needs if self.shape else ''} {self._open}"
+
+
+# -- messages ----------------------------------------------------------------------------------------------------------
+def _chat(place: Place, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> dict[str, Any]:
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
+        raise TaskError(f"data.source: {place} has no message of the assistant to train on.")
+    tools = _json(place, "tools", row.get("tools"))
+    return {"messages": messages, **({"tools": tools} if tools else {})}
+
+
+def _messages(place: Place, column: str, value: Any) -> list[dict[str, Any]]:
+    value = _json(place, column, value)
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else kind_of(value)
+        raise TaskError(f"data.source: {place}, {column!r} is {found}; a list of messages is needed.")
+    return [_message(f"{place}, message {number}", message) for number, message in enumerate(value, 1)]
+
+
+def _message(where: str, message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise TaskError(f"data.source: {where} is {kind_of(message)}; {{role: …, content: …}} is needed.")
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    if not isinstance(role, str) or role not in ROLES:
+        near = nearest(str(role), ROLES)
+        guess = f" Did you mean {near!r}?" if near else ""
+        raise TaskError(f"data.source: {where} has the role {role!r}.{guess} Known: {', '.join(ROLES)}.")
+    read = {"role": ROLES[role], "content": _content(where, content, silent=bool(message.get("tool_calls")))}
+    kept = {name: message[name] for name in KEPT if message.get(name) is not None}
+    trained = message.get("train", message.get("weight", 1))
+    return {**read, **kept} if trained in (True, 1, None) else {**read, **kept, "train": False}
+
+
+def _content(where: str, content: Any, *, silent: bool) -> str:
+    """The text of a message. silent: it calls tools, and need not say anything."""
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+                kind = part.get("type", "?") if isinstance(part, Mapping) else kind_of(part)
+                raise TaskError(f"data.source: {where} has a part of type {kind!r}; only parts of text are read.")
+        return "".join(part["text"] for part in content)
+    if content is None and silent:
+        return ""
+    if not isinstance(content, str):
+        raise TaskError(f"data.source: {where}, content, is {kind_of(content)}; a text is needed.")
+    return content
+
+
+def _json(place: Place, column: str, value: Any) -> Any:
+    """A value that may be spelled as JSON in a column of text, as csv files have it."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise TaskError(f"data.source: {place}, {column!r} is a text and no JSON: {error}") from error
+
+
+def _answered(place: Place, canonical: dict[str, Any], answer: str) -> dict[str, Any]:
+    if not answer.strip():
+        raise TaskError(f"data.source: {place} has an empty answer, so nothing to train on.")
+    return canonical
