@@ -1,22 +1,13 @@
-"""The command about a recipe's data, and the receipt that it and `train` show."""
+"""The command about a recipe's data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.text import Text
 
 from .options import AllowCode, AsJson, Overrides, RecipePath, print_json
-
-TRAINED = "bold green"
-LEFT_OUT = {
-    "rows_without_text": "without text, left out", "rows_cut": "cut at sequence_length",
-    "rows_without_target": "whose answers begin after sequence_length, left out",
-}  # fmt: skip
 
 
 def data(
@@ -36,45 +27,7 @@ def data(
     if as_json:
         print_json(found)
     else:
-        show_receipt(found)
+        from .display import console
+        from .receipt_display import show_receipt
 
-
-def show_receipt(receipt: Mapping[str, Any]) -> None:
-    """Samples with what is trained on marked, by colour or, where there is none, by brackets; then the counts."""
-    from .display import console, number
-
-    for place, stretches in enumerate(receipt["shown"], 1):
-        console.print(f"[dim]sample {place} of those shown:[/]")
-        console.print(marked(stretches, colour=console.is_terminal and console.color_system is not None))
-    lines = [f"{receipt['samples']:,} samples to train on, {receipt['validation_samples']:,} held out"]
-    if receipt["tokens"]:
-        lines[0] += f"; {receipt['documents']:,} documents"
-        tokens = f"{number(receipt['tokens'])} tokens an epoch"
-        if receipt["trained_tokens"]:
-            tokens += f", {receipt['trained_share']:.1%} of them trained on"
-        if receipt["padding"] > 0.001:
-            tokens += f"; {receipt['padding']:.1%} of all positions are padding"
-        lines.append(tokens)
-        names = {"50": "half of them at most", "100": "the longest"}
-        lengths = [f"{names.get(str(p), f'{p} % at most')} {length:,}" for p, length in receipt["lengths"].items()]
-        lines.append(f"tokens of a document: {', '.join(lengths)}")
-    lines += [f"{count:,} rows {LEFT_OUT[name]}" for name, count in receipt["left_out"].items()]
-    if receipt["duplicates"]:
-        lines.append(f"[yellow]{receipt['duplicates']:,} documents are held out and trained on, too[/]")
-    if receipt["classes"]:
-        sizes = sorted(receipt["classes"].items(), key=lambda item: -item[1])
-        shown = ", ".join(f"{escape(name)} {count:,}" for name, count in sizes[:8])
-        lines.append(f"{len(sizes)} classes: {shown}{', …' if len(sizes) > 8 else ''}")
-    for line in lines:
-        console.print(f"data: {line}")
-
-
-def marked(stretches: list[tuple[str, bool]], *, colour: bool) -> Text:
-    """A sample as one text; control characters are spelled out."""
-    text = Text()
-    for part, trained in stretches:
-        shown = "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in part)
-        if trained and not colour:
-            shown = f"⟦{shown}⟧"
-        text.append(shown, style=TRAINED if trained else "dim" if colour else "")
-    return text
+        show_receipt(found, console)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..ledger.verdict import used
-from .data import show_receipt
+from .receipt_display import show_receipt
 
 if TYPE_CHECKING:
     from ..ledger import RunRow
@@ -132,7 +132,7 @@ class Bar:
 
     def receipt(self, receipt: Mapping[str, Any]) -> None:
         """Show what is about to be learnt."""
-        show_receipt(receipt)
+        show_receipt(receipt, console)
 
     def step(self, row: Mapping[str, Any]) -> None:
         self._last.update(row)

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..machine.quiet import quiet
-from ..tasks.build import data_receipt
+from ..tasks.build import Receipt, data_receipt
 
 if TYPE_CHECKING:
     from ...recipes import Recipe
-    from ..data.receipt import Receipt
 
 
 def receipt_of(recipe: Recipe, run_dir: Path | None = None) -> Receipt:

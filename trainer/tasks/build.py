@@ -18,7 +18,8 @@ from ..data.custom import call_code
 from ..data.errors import TaskError, unknown
 from ..data.images import build_image_model
 from ..data.prepare import Prepared, prepare
-from ..data.receipt import Receipt, receipt
+from ..data.receipt import Receipt as Receipt
+from ..data.receipt import receipt
 from ..data.tokenizers import framing, keep_tokenizer, kept_tokenizer, tokenizer_key
 from .classify import Classifier
 from .frozen import frozen_base, places

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from rich.console import Console
 
 from shoestring.recipes import load_recipe
-from shoestring.trainer.cli import display
-from shoestring.trainer.cli.data import show_receipt
+from shoestring.trainer.cli.receipt_display import show_receipt
 from shoestring.trainer.data.errors import TaskError
 from shoestring.trainer.run.receipt import receipt_of
 
@@ -40,9 +40,8 @@ def test_counts_and_samples_are_those_of_the_data(receipt):
     assert (packed.tokens, packed.trained_tokens) == (found.tokens, found.trained_tokens)
 
 
-def test_what_is_shown_marks_what_is_trained(receipt, capsys, monkeypatch):
-    monkeypatch.setattr(display, "console", display.Console(width=200))
-    show_receipt(receipt(ROWS, "data.pack=false").as_dict())
+def test_what_is_shown_marks_what_is_trained(receipt, capsys):
+    show_receipt(receipt(ROWS, "data.pack=false").as_dict(), Console(width=200))
     said = capsys.readouterr().out
     assert "### Assistant:\n⟦It is 0.<|endoftext|>⟧\n" in said
     assert "data: 20 samples to train on, 0 held out; 20 documents" in said and "% of them trained on" in said
