@@ -16,75 +16,9 @@ from pydantic_core import PydanticCustomError
 from ..own_code import CODE
 from ..section import Section as Section
 from . import amounts
-from .adapters import KINDS, REFUSED, REFUSED_STARTS
-from .field_types import Code, Count, Positive, Share, Text, amount, duration, judged, refused
-
-
-class TokenizerSpec(Section):
-    """A tokenizer trained on the run's own data: byte-level BPE, which can spell any text."""
-
-    train: Literal["bpe"] = "bpe"
-    vocab_size: int = Field(4096, ge=258, lt=2**24, description="a whole number from 258: 256 bytes, 2 specials")
-
-
-class AdapterSpec(Section):
-    """Small updates of frozen weights that are trained in their place, and can be merged into them (`adapters.KINDS`).
-
-    LoRA, the first of them, adds products of two matrices of `rank`, scaled by `alpha / rank`.
-    """
-
-    kind: Annotated[
-        Literal[
-            "lora", "dora", "loha", "lokr", "gralora", "miss", "hra", "ia3", "hira", "vera", "randlora", "oft", "shira"
-        ],
-        refused(REFUSED, *KINDS),
-    ] = "lora"  # fmt: skip
-    rank: Count = Field(8, description="a whole number from 1")
-    alpha: Positive = Field(16.0, description="a number above 0")
-    dropout: Share = Field(0.0, description="a number from 0 to below 1")
-    targets: Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] = Field(
-        "all-linear", description="all-linear, or a list of module names like [q_proj, v_proj]"
-    )
-    # computing them in float32 costs more activation memory than full fine-tuning in bf16, hence not the default
-    dtype: Literal["compute", "float32"] = Field(
-        "compute", description="compute | float32: what adapters compute in; their weights are float32 in any case"
-    )
-    rslora: bool = Field(False, description="true | false: scaled by alpha / sqrt(rank) instead (arXiv 2312.03732)")
-    start: Annotated[
-        Literal["zero", "gaussian", "orthogonal", "olora", "pissa"],
-        refused(REFUSED_STARTS, "zero", "gaussian", "orthogonal", "olora", "pissa"),
-    ] = Field(
-        "zero",
-        description="zero | gaussian | orthogonal | olora | pissa: what LoRA begins with; olora (arXiv 2406.01775) and "
-        "pissa (arXiv 2404.02948) take it out of the base, which is then saved with the adapters",
-    )
-
-
-class ModelSpec(Section):
-    """The model to train: a task, and a model to start from (`name`) or a shape to start from scratch (`config`)."""
-
-    task: Literal["causal-lm", "sequence-classification", "image-classification"] | Code = Field(
-        description="causal-lm | sequence-classification | image-classification | your own module:attr"
-    )
-    name: Text | None = Field(None, description="a hub id, a local path or minilm; null for a model from config")
-    config: dict[str, Any] | None = Field(None, description="a mapping, like {model_type: llama, hidden_size: 128}")
-    tokenizer: Text | TokenizerSpec | None = Field(
-        None, description="null (the model's own), a name or path, or {train: bpe, vocab_size: 4096}"
-    )
-    dtype: Literal["auto", "fp32", "bf16", "nf4", "int8"] = Field(
-        "auto",
-        description="auto | fp32 | bf16 | nf4 | int8: what weights are kept in; nf4 and int8 for the frozen base of an "
-        "adapter. auto is bf16 for such a base where the run computes in bf16, else fp32",
-    )
-    adapter: AdapterSpec | None = Field(None, description="null or a mapping like {kind: lora, rank: 8}")
-    attention: Literal["auto", "sdpa", "flash", "flex", "eager"] = Field(
-        "auto", description="auto | sdpa | flash | flex | eager: who computes the attention of a language model"
-    )
-    chunked_loss: bool | Literal["auto"] = Field(
-        "auto",
-        description="auto | true | false: logits of all positions never exist at once; auto where they are large",
-    )
-    args: dict[str, Any] = Field(default={}, description="a mapping of keyword arguments")
+from .field_types import Count, Positive, Share, Text, amount, duration, judged
+from .model_schema import AdapterSpec as AdapterSpec
+from .model_schema import ModelSpec as ModelSpec
 
 
 class DataSpec(Section):

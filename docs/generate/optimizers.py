@@ -47,7 +47,8 @@ def page_text() -> str:
         "`adamw8bit` keeps parameters of fewer than 4096 elements in float32. Under ZeRO its blocks are those of the "
         "shards, so such a run resumes with the strategy and the number of ranks that it was saved with. On a CPU "
         "its step takes about 15 times that of `adamw`. `adamw4bit` is the same with half a byte for each moment. Both "
-        "are ours: torchao's need `torch.compile`, whose first step takes most of a minute.",
+        "are ours, so that masks reach both moments of an element; torchao's compile their step first, which may take "
+        "most of a minute.",
     )
 
 

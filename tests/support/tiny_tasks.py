@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 
 from shoestring.recipes import Recipe, recipe_from
 from shoestring.trainer.data.corpora import of_texts
-from shoestring.trainer.data.tokens import TokenStore, store_tokens
+from shoestring.trainer.data.token_store import TokenStore, store_tokens
 from shoestring.trainer.tasks import Task, build_task
 
 THIRD_PARTY = (  # Lightning's advice about small runs

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .tokens import IGNORED, Blocks, Documents, Sample, TokenStore
+from .token_store import IGNORED, TokenStore
+from .tokens import Blocks, Documents, Sample
 
 
 class Packed(Dataset[Sample]):

@@ -23,8 +23,9 @@ from .packing import Packed, Texts
 from .rows import PIECE
 from .sources import load_corpus
 from .split import balance, split, split_indices
+from .token_store import store_answers, store_tokens
 from .tokenizers import EncodeCut, encode_plain, framing, load_tokenizer, tokenizer_key
-from .tokens import Blocks, Documents, PadTokens, stack, store_answers, store_tokens
+from .tokens import Blocks, Documents, PadTokens, stack
 
 if TYPE_CHECKING:
     from ...recipes import Recipe

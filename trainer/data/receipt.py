@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .cache import digest
-from .tokens import IGNORED, Documents
+from .token_store import IGNORED
+from .tokens import Documents
 
 if TYPE_CHECKING:
     from .packing import Texts

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ...callbacks.forward.isolated_step import evaluating
 from ...callbacks.forward.model_calls import is_watched
 from ..data.errors import TaskError
-from ..data.tokens import IGNORED
+from ..data.token_store import IGNORED
 from .chunks import CHUNK, LARGE, Chunked
 
 PROBED = 16  # tokens on which both ways are compared

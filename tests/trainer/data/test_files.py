@@ -14,7 +14,7 @@ from shoestring.trainer.data import sources
 from shoestring.trainer.data.corpora import BATCH, Corpus, in_batches, of_texts
 from shoestring.trainer.data.errors import TaskError
 from shoestring.trainer.data.paths import find_files
-from shoestring.trainer.data.tokens import store_tokens
+from shoestring.trainer.data.token_store import store_tokens
 
 
 def corpus(tmp_path: Path, source: str | Path, *, labelled: bool = False, **data: Any) -> Corpus:

@@ -12,7 +12,8 @@ from tokenizers_built import built
 from shoestring.trainer.data.chats import Answers
 from shoestring.trainer.data.corpora import of_texts
 from shoestring.trainer.data.packing import Packed, best_fit
-from shoestring.trainer.data.tokens import IGNORED, Documents, store_answers
+from shoestring.trainer.data.token_store import IGNORED, store_answers
+from shoestring.trainer.data.tokens import Documents
 
 
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 30))
