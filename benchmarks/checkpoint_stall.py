@@ -1,14 +1,14 @@
 """How long training stands still for a checkpoint: written before it goes on, and written in the background.
 
-    python benchmarks/checkpoint_stall.py [--million 50] [--saves 6]
+    python benchmarks/checkpoint_stall.py [--million 50] [--saves 6] [--write]
 
 One run of AdamW, whose saves alternate between the two; also the mean step with and without a write beside it.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import sys
 import tempfile
 import warnings
 from itertools import pairwise
@@ -18,6 +18,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from report import arguments, measured, page, publish, table, wrapped
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -66,7 +67,7 @@ class Alternate(pl.Callback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = arguments("how long a checkpoint stops a run")
     parser.add_argument("--million", type=int, default=50)
     parser.add_argument("--saves", type=int, default=6)
     given = parser.parse_args()
@@ -94,12 +95,21 @@ def main() -> None:
         trainer.fit(Wide(given.million), rows)
     for number, (before, after) in enumerate(pairwise(spent)):
         alternate.stalls["written first" if number % 2 else "in the background"].append(after - before)
-    for name, seconds in (alternate.stalls | alternate.steps).items():
-        print(f"{name:18} median {statistics.median(seconds):.3f} s   {[round(s, 3) for s in seconds][:12]}")
-    ratio = statistics.median(alternate.stalls["in the background"]) / statistics.median(
-        alternate.stalls["written first"]
+    medians = {name: statistics.median(seconds) for name, seconds in (alternate.stalls | alternate.steps).items()}
+    ratio = medians["in the background"] / medians["written first"]
+    rows = [[name, f"{1e3 * seconds:,.0f}"] for name, seconds in medians.items()]
+    about = wrapped(
+        f"AdamW on {given.million} million parameters, one device, a checkpoint every {every} steps. The first two "
+        f"rows are how long training stands still for a save, medians of {given.saves // 2} each, in turns; the others "
+        "are a step without and with a write going on beside it."
     )
-    print(f"stall in the background / written first: {ratio:.1%}")
+    publish(
+        page(
+            "How long a run stands still for a checkpoint", about, table(["", "ms"], rows),
+            f"In the background, a save stops the run for {ratio:.1%} of the time that it takes when training waits.",
+            wrapped(measured(f"checkpoint_stall.py {' '.join(sys.argv[1:])}")),
+        ), __file__, given.write,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
