@@ -32,7 +32,7 @@ precision: bf16
 data: {{source: python-stdlib, limit: 40, sequence_length: 64, batch_size: 2, micro_batch_size: 1, validation: 0}}
 optimizer: {{lr: 1e-4}}
 budget: {{steps: {steps}}}
-strategy: {{name: zero2, devices: 2}}
+strategy: {{name: zero2, devices: 2, hang_after: 1 h}}
 cluster: {{hardware: cpu}}
 tracking: {{ledger: false}}
 checkpoint: {{every: 1 h}}

@@ -172,7 +172,7 @@ def sampled(path: Path) -> dict[int, list[int]]:
     [
         [("ddp", 2, 4), ("single", 1, 8), ("ddp", 2, None)],
         [("zero2", 2, 5), ("zero2", 1, None)],
-        [("zero3", 2, 5), ("zero1", 2, 8), ("single", 1, None)],
+        [("zero3", 2, 4), ("fsdp2", 2, 6), ("zero1", 2, 8), ("single", 1, None)],
     ],
     ids=lambda stretches: "-".join(f"{strategy}x{world}" for strategy, world, _ in stretches),
 )

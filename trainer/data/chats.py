@@ -77,6 +77,10 @@ class Answers:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "answers") -> None:
         self.tokenizer, self.train_on = tokenizer, train_on
+        if tokenizer.eos_token_id is None:
+            raise TaskError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token, so a model cannot learn to stop."
+            )
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
@@ -124,7 +128,9 @@ class Answers:
                 return self._special.sub(take, value)
             if isinstance(value, list):
                 return [replaced(item) for item in value]
-            return {key: replaced(item) for key, item in value.items()} if isinstance(value, dict) else value
+            if isinstance(value, dict):  # roles are what a template compares
+                return {key: item if key == "role" else replaced(item) for key, item in value.items()}
+            return value
 
         return replaced(row), marker, texts
 
