@@ -227,7 +227,7 @@ def whole_micro_batches(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("data.micro_batch_size", f"a divisor of data.batch_size ({batch}), or auto", hint)
 
 
-@depends_on("strategy", "precision")
+@depends_on("strategy")
 def strategy_fits(recipe: Recipe) -> Iterator[Broken]:
     strategy = recipe.strategy
     for key, number in (("devices", strategy.devices), ("nodes", strategy.nodes)):
@@ -237,14 +237,18 @@ def strategy_fits(recipe: Recipe) -> Iterator[Broken]:
         allowed = f"{' | '.join(OFFLOADS[strategy.name])} with strategy.name {strategy.name}"
         needed = [name for name, offloads in OFFLOADS.items() if strategy.offload in offloads]
         yield Broken("strategy.offload", allowed, f"offloading {strategy.offload} needs {' or '.join(needed)}")
-    if strategy.name == "fsdp2" and recipe.precision == "fp16":
-        hint = "a loss scale of fp16 is not kept alike on ranks that have different gradients: use bf16, or zero3"
-        yield Broken("precision", "auto | fp32 | bf16 with strategy.name fsdp2", hint)
     if isinstance(strategy.allgather_bucket, int) and strategy.allgather_bucket % 2:
         yield Broken("strategy.allgather_bucket", "auto, or an even number of elements")
     if strategy.devices != "auto" and strategy.devices * strategy.nodes % strategy.hpz:
         world = strategy.devices * strategy.nodes
         yield Broken("strategy.hpz", f"a number that divides all ranks: {world}", "best the devices of a node")
+
+
+@depends_on("strategy", "precision")
+def fsdp2_scales_no_loss(recipe: Recipe) -> Iterator[Broken]:
+    if recipe.strategy.name == "fsdp2" and recipe.precision == "fp16":
+        hint = "a loss scale of fp16 is not kept alike on ranks that have different gradients: use bf16, or zero3"
+        yield Broken("precision", "auto | fp32 | bf16 with strategy.name fsdp2", hint)
 
 
 @depends_on("strategy", "precision")

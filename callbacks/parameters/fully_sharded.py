@@ -46,16 +46,22 @@ class FullyShardedShards(SpreadShards):
         return None if grad is None else here(grad).view(-1)
 
     def state(self, name: str) -> dict[str, Tensor]:
-        return {key: here(v).view(-1) for key, v in self._entries(self.parameters[name]).items() if self._goes(name, v)}
+        return {
+            key: here(v).view(-1) for key, v in self._entries(self.parameters[name]).items() if self._goes(name, key, v)
+        }
 
     def scalars(self, name: str) -> dict[str, Any]:
         entries = self._entries(self.parameters[name])
-        return {k.removesuffix(f"@{name}"): v for k, v in entries.items() if not self._goes(name, v)}
+        return {k.removesuffix(f"@{name}"): v for k, v in entries.items() if not self._goes(name, k, v)}
 
-    def _goes(self, name: str, value: Any) -> bool:
+    def _goes(self, name: str, key: str, value: Any) -> bool:
         """Whether a state goes element by element with a parameter: of its shape, or of the shape of its slice."""
         p = self.parameters[name]
-        return torch.is_tensor(value) and value.shape == (p if isinstance(value, DTensor) else here(p)).shape
+        return (
+            not key.startswith(OF_A_WHOLE)
+            and torch.is_tensor(value)
+            and value.shape == (p if isinstance(value, DTensor) else here(p)).shape
+        )
 
     def restore(self, name: str, state: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         p = self.parameters[name]
@@ -79,6 +85,9 @@ class FullyShardedShards(SpreadShards):
 
     def frozen(self) -> dict[str, tuple[Slice, Tensor]]:
         return {name: (self._slice(p), here(p).view(-1)) for name, p in self._frozen.items()}
+
+    def whole_frozen(self, where: Slice, view: Tensor) -> Tensor:
+        return self.gather_slice(where, view)
 
     def held(self, stepped: Tensor) -> dict[str, Held]:
         """The parameter that an optimizer steps: it has a slice of it."""

@@ -12,7 +12,7 @@ from shoestring.strategies import OFFLOADS, Sharding
 from shoestring.trainer import Trainer
 from shoestring.trainer.run.zero import UnknownStrategy
 
-OURS = "or name one of single, ddp, zero1, zero2, zero3"
+OURS = f"or name one of {', '.join(OFFLOADS)}"
 
 
 class Compressed(MixedPrecision):
