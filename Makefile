@@ -34,13 +34,14 @@ test: $(READY)
 chaos: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/support/chaos.py $(CHAOS)
 
-# as CPUs without AVX-512, and without AVX2, compute; and ONNX Runtime on an emulated Haswell, where QEMU can be installed
+# as CPUs without AVX-512, and without AVX2, compute, where many ranks compute as one does: they are tried once; and ONNX
+# Runtime on an emulated Haswell, where QEMU can be installed
 test-cpus: $(READY)
 	bash tests/support/install_qemu.sh
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(OWN_KERNELS) \
 		$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(NUMERICAL)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(OWN_KERNELS) \
-		$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(NUMERICAL)
+		$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(filter-out %/test_ranks.py,$(NUMERICAL))
 
 # on a real Slurm, sshd and Ray that the tests start on this machine, in network namespaces of their own: Debian, root
 test-cluster: $(READY)
