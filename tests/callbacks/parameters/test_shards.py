@@ -4,6 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from processes import succeed
 from small import QUIET, Small, loader
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -120,17 +121,18 @@ def test_the_accessor_of_a_run_is_opened_once_and_belongs_to_its_model():
     assert peek.shards.state("net.weight")["exp_avg"].any()
 
 
-def test_what_it_cannot_reach_it_says():
+def test_what_it_cannot_reach_it_says(tmp_path):
     """DTensors of another kind than FSDP2's, as tensor parallelism has them."""
+    succeed(split_by_columns, world=1, folder=tmp_path)
+
+
+def split_by_columns():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        columns = distribute_tensor(torch.ones(4, 2), init_device_mesh("cpu", (1,)), [Shard(1)])
-        module = nn.Linear(2, 4, bias=False)
-        module.weight = nn.Parameter(columns)
-        with pytest.raises(NoShard, match=r"shape \(4, 2\) is .*dim=1.* what is split by rows alone"):
-            FullyShardedShards(module, [])
-    finally:
-        dist.destroy_process_group()
+    columns = distribute_tensor(torch.ones(4, 2), init_device_mesh("cpu", (1,)), [Shard(1)])
+    module = nn.Linear(2, 4, bias=False)
+    module.weight = nn.Parameter(columns)
+    with pytest.raises(NoShard, match=r"shape \(4, 2\) is .*dim=1.* what is split by rows alone"):
+        FullyShardedShards(module, [])
 
 
 @pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (None, "cpu")])
