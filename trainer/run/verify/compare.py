@@ -23,6 +23,9 @@ TOLERANCES: dict[str, dict[str, float]] = {
 FLIPPED = 0.01  # of decisions by a threshold, such as masks: rounding lets them fall otherwise
 SMALL = 0.03  # a tensor far smaller than all others is measured by this share of their size
 NOISE = 10  # times what is allowed of all gradients: one that is off by so much of its own size is rounding
+RESOLVED = (
+    1e-3  # times what is allowed: of the size of all gradients, what is smaller is rounding, if it is equal or not
+)
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,17 @@ def compare(seen: Seen, other: Seen, dtype: str) -> list[Difference]:
 def by_rounding(seen: Seen, other: Seen, dtype: str) -> set[str]:
     """Parameters whose gradients are rounding alone, and what techniques keep of these.
 
-    Beside all others they are next to nothing, and the same; beside themselves they differ. An optimizer that adapts to
-    their size makes steps of them that are as large as any.
+    Beside all others they are next to nothing, and the same; beside themselves they differ, or may do so in the next
+    step. An optimizer that adapts to their size makes steps of them that are as large as any.
     """
     mine, theirs = seen.tensors.get("gradient", {}), other.tensors.get("gradient", {})
     sizes, allowed = {name: _size(value) for name, value in theirs.items()}, TOLERANCES[dtype]["gradient"]
-    least, names = SMALL * _mean(sizes.values()), set()
+    mean, names = _mean(sizes.values()), set()
+    least = SMALL * mean
     for name, size in sizes.items():
         equal = _off(mine.get(name), theirs[name], max(size, least)) <= allowed
-        if equal and _off(mine.get(name), theirs[name], size) > NOISE * allowed:
+        apart = _off(mine.get(name), theirs[name], size) > NOISE * allowed
+        if equal and (apart or 0 < size < RESOLVED * allowed * mean):
             names.add(name)
     return names | {name for name in other.tensors.get("state", {}) if name.rpartition(" ")[2] in names}
 
