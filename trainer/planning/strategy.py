@@ -10,7 +10,7 @@ from ...callbacks.contract import Technique
 from ...own_code import CannotImport
 from ...recipes import Recipe, RecipeError
 from ...recipes.adapters import KINDS
-from ...recipes.rules import settings_without_use
+from ...recipes.strategy_rules import settings_without_use
 from ...strategies import ASKED_FOR, OFFLOADS, ON_CUDA
 from ..tasks.optimizers.cards import OptimizerCard, UnknownOptimizer, optimizer_card
 from .fitting import Fit, gib
