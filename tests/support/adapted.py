@@ -11,7 +11,7 @@ import transformers
 from toy import Exploded
 
 from shoestring.files import replace_file
-from shoestring.recipes import recipe_from
+from shoestring.recipes import Recipe, recipe_from
 from shoestring.trainer import fit, plan
 
 SHAPE: dict[str, Any] = {
@@ -65,3 +65,21 @@ def whole_and_resumed(home: Path, model: dict[str, Any], strategy: str) -> None:
         fit(plan(given), run_dir=home / "broken", callbacks=[Crash(5)])
     except Exploded:
         fit(plan(given), run_dir=home / "broken")
+
+
+def classes_beside(folder: Path, **model: Any) -> Recipe:
+    """A recipe of two classes beside a BERT whose files are those of a masked language model: no pooler is in them."""
+    shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=320, intermediate_size=64, max_position_embeddings=64, **shape)
+    transformers.BertForMaskedLM(config).save_pretrained(folder / "bert")
+    (folder / "rows.csv").write_text("text,label\n" + "\n".join(f"row {i},{'ab'[i % 2]}" for i in range(80)))
+    tokenizer = {"train": "bpe", "vocab_size": 320}
+    model = {"task": "sequence-classification", "name": str(folder / "bert"), "tokenizer": tokenizer, **model}
+    return recipe_from(
+        {
+            "model": {**model, "adapter": {"rank": 2}}, "budget": {"steps": 2}, "strategy": {"name": "single"},
+            "data": {"source": str(folder / "rows.csv"), "sequence_length": 16, "batch_size": 8, "validation": 0.2},
+            "tracking": {"ledger": False},
+        },
+        "classes",
+    )  # fmt: skip

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import adapted
 import peft
 import pytest
 import torch
-import transformers
 from processes import succeed
 from safetensors.torch import load_file, save_file
 from toy import Exploded
 
-from shoestring.recipes import recipe_from
 from shoestring.trainer import fit, plan
 from shoestring.trainer.checkpoint import format as checkpoint
 from shoestring.trainer.checkpoint.base import AnotherBase
@@ -111,20 +108,7 @@ def test_a_base_that_a_technique_may_change_is_saved(tmp_path: Path) -> None:
 
 def test_frozen_weights_that_no_file_has_are_saved(tmp_path: Path) -> None:
     """A classifier's pooler, where the files are those of a masked language model."""
-    shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.BertConfig(vocab_size=320, intermediate_size=64, max_position_embeddings=64, **shape)
-    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
-    tokenizer = {"train": "bpe", "vocab_size": 320}
-    model = {"task": "sequence-classification", "name": str(tmp_path / "bert"), "tokenizer": tokenizer}
-    (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(f"row {i},{'ab'[i % 2]}" for i in range(80)))
-    given = recipe_from(
-        {
-            "model": {**model, "adapter": {"rank": 2}}, "budget": {"steps": 2}, "strategy": {"name": "single"},
-            "data": {"source": str(tmp_path / "rows.csv"), "sequence_length": 16, "batch_size": 8, "validation": 0.2},
-            "tracking": {"ledger": False},
-        },
-        "classes",
-    )  # fmt: skip
+    given = adapted.classes_beside(tmp_path)
     fit(plan(given), run_dir=tmp_path / "run")
     newest, _ = checkpoint.newest_intact(tmp_path / "run" / "checkpoints")
     assert newest is not None

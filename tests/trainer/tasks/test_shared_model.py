@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import adapted
 import pytest
 import torch
 import transformers
 from fits import llama
 
-from shoestring.recipes import recipe_from
 from shoestring.recipes.schema import ModelSpec
 from shoestring.trainer import fit, plan
 from shoestring.trainer.data.errors import TaskError
@@ -96,20 +96,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_layers_that_no_file_has_are_drawn_and_a_new_head_stays_whole(kind: str, tmp_path: Path) -> None:
     """A classifier beside the files of a masked language model: its pooler is new, and its head is trained."""
-    shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.BertConfig(vocab_size=320, intermediate_size=64, max_position_embeddings=64, **shape)
-    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
-    (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(f"row {i},{'ab'[i % 2]}" for i in range(80)))
-    tokenizer = {"train": "bpe", "vocab_size": 320}
-    model = {"task": "sequence-classification", "name": str(tmp_path / "bert"), "tokenizer": tokenizer, "dtype": kind}
-    given = recipe_from(
-        {
-            "model": {**model, "adapter": {"rank": 2}}, "budget": {"steps": 2}, "strategy": {"name": "single"},
-            "data": {"source": str(tmp_path / "rows.csv"), "sequence_length": 16, "batch_size": 8, "validation": 0.2},
-            "tracking": {"ledger": False},
-        },
-        "classes",
-    )  # fmt: skip
+    given = adapted.classes_beside(tmp_path, dtype=kind)
     first, again = (dict(build_task(given, workdir=tmp_path).module.named_parameters()) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     module = build_task(given, workdir=tmp_path).module
