@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Thread
 from time import perf_counter, time
 from typing import Any
 
@@ -86,6 +87,8 @@ class Saver:
         refused = self.begin(trainer, module, step, about)
         if refused is None:
             refused = self.complete(trainer)
+        if trainer.global_rank == 0:
+            checkpoint.delete_pruned(self.root)
         if refused is None:
             self.seconds = max(self.seconds, perf_counter() - began)
         return refused
@@ -129,6 +132,7 @@ class Saver:
         self._prove(step, first)
         if first:
             checkpoint.prune(self.root, self.keep, step)
+            Thread(target=checkpoint.delete_pruned, args=(self.root,), name="pruning").start()
         self.report("checkpoint", step=step, seconds_taken=perf_counter() - writing.began)
         return None
 

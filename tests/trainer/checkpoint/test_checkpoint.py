@@ -119,6 +119,18 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         write(tmp_path, step)
     checkpoint.prune(tmp_path, 2, newest=200)
     assert checkpoint.steps(tmp_path) == [30, 200]
+    checkpoint.delete_pruned(tmp_path)
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"000000030", "000000200"}
+
+
+def test_what_a_killed_run_had_not_deleted_to_the_end_goes_before_the_next_is_written(tmp_path: Path) -> None:
+    for step in (1, 5):
+        write(tmp_path, step)
+    checkpoint.prune(tmp_path, 1, newest=5)
+    assert len([p for p in tmp_path.iterdir() if p.is_dir()]) == 2, "out of the way at once, deleted later"
+    assert checkpoint.newest_intact(tmp_path)[0] == tmp_path / "000000005"
+    checkpoint.clear_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["000000005"]
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [31]), (2, [30, 31]), (9, [1, 5, 30, 31])])
