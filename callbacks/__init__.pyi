@@ -35,6 +35,7 @@ from .optimization.weight_averaging import WeightAveraging as WeightAveraging
 
 # system
 from .system.mixed_precision import MixedPrecision as MixedPrecision
+from .system.compiled_blocks import CompiledBlocks as CompiledBlocks
 
 # sparsity
 from .sparsity.structured_pruning import StructuredPruning as StructuredPruning

@@ -164,6 +164,27 @@ INTERACTIONS: tuple[Rule, ...] = (
     ),
     # blocks
     Rule(
+        first=("compiled_blocks",),
+        second=("gradient_checkpointing",),
+        verdict="order",
+        why="what is computed again in backward is the compiled block",
+        source="arXiv 2410.06511 §2.2.3",
+    ),
+    Rule(
+        first=("structured_pruning",),
+        second=("compiled_blocks",),
+        verdict="order",
+        why="blocks are compiled again with the shapes that are left of them",
+        source="arXiv 2410.06511 §2.2.3",
+    ),
+    Rule(
+        first=("compiled_blocks",),
+        second=("early_exit",),
+        verdict="order",
+        why="exits replay what a compiled block returned",
+        source="arXiv 2404.16710",
+    ),
+    Rule(
         first=("structured_pruning",),
         second=("gradient_checkpointing",),
         verdict="order",

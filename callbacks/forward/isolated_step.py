@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -42,7 +43,10 @@ def is_evaluating() -> bool:
 
 @contextmanager
 def isolated_training_step(module: pl.LightningModule) -> Iterator[None]:
-    """Inside, `training_step` logs nothing; buffers, modes and attributes that it adds are afterwards as they were."""
+    """Inside, `training_step` logs nothing; buffers, modes and attributes that it adds are afterwards as they were.
+
+    What is compiled runs uncompiled: it shows every operation, and can be differentiated twice.
+    """
     buffers = [(part, dict(part._buffers)) for part in module.modules()]
     values = [(buffer, buffer.clone()) for buffer in module.buffers()]
     modes = [(part, part.training) for part in module.modules()]
@@ -51,7 +55,8 @@ def isolated_training_step(module: pl.LightningModule) -> Iterator[None]:
     for name in LOGS:
         vars(module)[name] = lambda *_, **__: None
     try:
-        yield
+        with _uncompiled():
+            yield
     finally:
         for left in set(vars(module)) - before:
             delattr(module, left)
@@ -63,6 +68,12 @@ def isolated_training_step(module: pl.LightningModule) -> Iterator[None]:
                 buffer.copy_(value)
         for part, training in modes:
             part.training = training
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    if "torch._dynamo" not in sys.modules:  # which takes seconds to import: nothing is compiled
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def loss_of(module: pl.LightningModule, batch: Any) -> Tensor:

@@ -165,7 +165,7 @@ def on_shards(strategy: str, folder: Path, chunked: bool) -> None:
     next_token.CHUNK, next_token.LARGE = 7 * VOCABULARY, 0
     torch.manual_seed(1)
     config = transformers.LlamaConfig(**{**SIZES, "vocab_size": VOCABULARY})
-    module = CausalLM(transformers.LlamaForCausalLM(config), OptimizerSpec(lr=0.01), chunked_loss=chunked)
+    module = CausalLM(transformers.LlamaForCausalLM(config), OptimizerSpec(name="sgd", lr=0.5), chunked_loss=chunked)
     trainer = Trainer(
         max_steps=2, max_epochs=-1, strategy=strategy, devices=2, accelerator="cpu", ledger=False,
         run_dir=folder / f"run-{chunked}", num_sanity_val_steps=0, val_check_interval=2, accumulate_grad_batches=2,
