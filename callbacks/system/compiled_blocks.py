@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,6 +17,15 @@ from ..forward.blocks import blocks
 BACKENDS = ("inductor", "aot_eager", "eager")
 _VARIANTS = 64  # of one block: shapes, modes, kinds of layer
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
+
+
+def _call(block: nn.Module) -> Callable[..., Any]:
+    """A call of `block` whose code is here: `nn.Module.compile` leaves blocks of torch's own classes as they are."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return block._call_impl(*args, **kwargs)
+
+    return call
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -74,7 +84,9 @@ class CompiledBlocks(Technique, pl.Callback):
         repeated = blocks(pl_module)
         if not repeated:
             raise IncompatibleTechniques(f"compiled_blocks finds no repeated blocks in {type(pl_module).__name__}")
-        options: dict[str, Any] = {"mode": self.mode} if self.backend == "inductor" and self.mode != "default" else {}
+        options: dict[str, Any] = {"backend": self.backend, "dynamic": self.dynamic}
+        if self.backend == "inductor":
+            options["mode"] = self.mode
         # a hook that somebody puts on a layer later must be seen; and what is compiled must not depend on what came
         # first, as it would if blocks ran uncompiled from some number of shapes on
         self._config.enter_context(
@@ -83,8 +95,9 @@ class CompiledBlocks(Technique, pl.Callback):
             )
         )
         for block in repeated[:: self.every]:
-            self._compiled.append((block, vars(block).get("_compiled_call_impl")))
-            block.compile(backend=self.backend, dynamic=self.dynamic, **options)
+            before = vars(block).get("_compiled_call_impl")
+            block._compiled_call_impl = torch.compile(_call(block), **options)
+            self._compiled.append((block, before))
 
     def on_reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         torch.compiler.reset()  # what was compiled for the old shapes
