@@ -46,7 +46,7 @@ def pretrained(folder: Path, **shape: Any) -> Path:
     return folder
 
 
-def recipe(folder: Path, loss: str = "dpo", *, adapter: bool = False, **sections: dict[str, Any]) -> Recipe:
+def recipe(folder: Path, loss: str = "dpo", *, adapter: bool = False, **sections: Any) -> Recipe:
     """A recipe that learns the rows; its sections are changed key by key."""
     values: dict[str, Any] = {
         "model": {
@@ -59,5 +59,5 @@ def recipe(folder: Path, loss: str = "dpo", *, adapter: bool = False, **sections
         "tracking": {"ledger": False}, "checkpoint": {"every": None},
     }  # fmt: skip
     for name, changes in sections.items():
-        values[name] = {**values.get(name, {}), **changes}
+        values[name] = {**values.get(name, {}), **changes} if isinstance(changes, dict) else changes
     return recipe_from(values, "preferred")

@@ -73,6 +73,11 @@ class Preferences(Dataset[Sample]):
             self.target_counts = lengths[self.rows, 0] - 1
         self.reference: torch.Tensor | None = None
 
+    @property
+    def documents(self) -> int:
+        """Rows that are learnt from, a pair or an answer each."""
+        return len(self)
+
     def __len__(self) -> int:
         return len(self.rows)
 
