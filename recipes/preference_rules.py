@@ -35,10 +35,11 @@ def reference_is_there(recipe: Recipe) -> Iterator[Broken]:
     """An adapter that takes its start out of the base leaves none to measure against."""
     model = recipe.model
     loss = model.preference or PreferenceSpec()
-    if model.task == "preference" and model.adapter is not None and loss.kind.reference:
-        if model.adapter.start in FROM_BASE:
-            hint = f"{model.adapter.start} changes the base, which is what {loss.loss} measures against"
-            yield Broken("model.adapter.start", "zero | gaussian | orthogonal", hint)
+    if model.task != "preference" or model.adapter is None or not loss.kind.reference:
+        return
+    if model.adapter.start in FROM_BASE:
+        hint = f"{model.adapter.start} changes the base, which is what {loss.loss} measures against"
+        yield Broken("model.adapter.start", "zero | gaussian | orthogonal", hint)
 
 
 @depends_on("model.task", "data.source")
@@ -46,6 +47,12 @@ def preferences_are_read(recipe: Recipe) -> Iterator[Broken]:
     if recipe.model.task in TASKS and is_code(recipe.data.source):
         hint = "rows have chosen and rejected, and a prompt"
         yield Broken("data.source", f"a path, a hub name or python-docstrings for {recipe.model.task}", hint)
+
+
+@depends_on("model.task", "data.train_on")
+def prompts_are_context(recipe: Recipe) -> Iterator[Broken]:
+    if recipe.model.task in TASKS and recipe.data.train_on == "all":
+        yield Broken("data.train_on", f"answers | last for {recipe.model.task}", "prompts are context alone")
 
 
 @depends_on("model.task", "techniques")

@@ -25,8 +25,8 @@ class DataSpec(Section):
     """The source of the samples, and their batches. `batch_size` is global: samples per optimizer step."""
 
     source: Text = Field(
-        description="python-stdlib | python-packages | python-docstrings | digits | a path or glob | a hub name | your own "
-        "module:attr"
+        description="python-stdlib | python-packages | python-docstrings | digits | a path or glob | a hub name | "
+        "your own module:attr"
     )
     format: Literal[
         "auto", "text", "json", "csv", "parquet", "hub", "builtin",

@@ -1,4 +1,7 @@
-"""What a rank does in the tests of preferences: KTO, which asks all ranks in every step, whole, crashed and resumed."""
+"""What a rank does in the tests of preferences: train whole, and crashed and resumed.
+
+KTO asks all ranks in every step, and measures against kept log-probabilities; DPO against the base of an adapter.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,24 @@ import adapted
 import preferred
 from toy import Exploded
 
+from shoestring.recipes import Recipe
 from shoestring.trainer import fit, plan
+
+LOSSES = ("kto", "dpo")
 
 
 def main(folder: Path) -> None:
-    given = recipe(folder, "zero2", 2)
-    fit(plan(given), run_dir=folder / "whole")
-    with suppress(Exploded):
-        fit(plan(given), run_dir=folder / "broken", callbacks=[adapted.Crash(5)])
-    fit(plan(given), run_dir=folder / "broken")
+    for loss in LOSSES:
+        given = recipe(folder, loss, "zero2", 2)
+        fit(plan(given), run_dir=folder / f"{loss}-whole")
+        with suppress(Exploded):
+            fit(plan(given), run_dir=folder / f"{loss}-broken", callbacks=[adapted.Crash(5)])
+        fit(plan(given), run_dir=folder / f"{loss}-broken")
 
 
-def recipe(folder: Path, strategy: str, devices: int):
+def recipe(folder: Path, loss: str, strategy: str, devices: int) -> Recipe:
     return preferred.recipe(
-        folder, "kto", strategy={"name": strategy, "devices": devices}, budget={"steps": 7},
+        folder, loss, adapter=loss == "dpo", strategy={"name": strategy, "devices": devices}, budget={"steps": 7},
         data={"batch_size": 8, "micro_batch_size": 2 if devices > 1 else 8}, checkpoint={"every": "3 steps"},
         optimizer={"lr": 1e-3},
     )  # fmt: skip

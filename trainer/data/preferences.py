@@ -1,8 +1,8 @@
 """Preferences as samples: two answers to one prompt, or an answer and whether it is wanted.
 
 Tokens of both are in one store (see `token_store`): of sample i, document 2i is the chosen answer after its prompt, and
-2i + 1 the rejected one; or the answer itself, and the prompt with the answer to another one, from which KTO estimates how
-far the model has moved. Prompts are context: answers, and their ends, are what is weighed.
+2i + 1 the rejected one; or the answer itself, and the prompt with the answer to another one, from which KTO estimates
+how far the model has moved. Prompts are context: answers, and their ends, are what is weighed.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Preferences(Dataset[Sample]):
 
     A sample of pairs: `input_ids` and `labels`, each [2, T], chosen first, and `attention_mask` [2, T], 0 where the
     shorter one is padded. A sample of single answers: those of the answer alone, [T], `wanted` [] and `index` [].
-    Labels are `IGNORED` but at the tokens of answers. Either has `reference` [] or [2] once `reference` is set. A sample
-    of which a document has no answer within `length` is left out.
+    Labels are `IGNORED` but at the tokens of answers. Either has `reference` [] or [2] once `reference` is set. A
+    sample of which a document has no answer within `length` is left out.
 
     Args:
         wanted: Of single answers [N], whether each is; None: pairs.
@@ -175,8 +175,8 @@ def prepare_preferences(recipe: Recipe, cache: Path, own: Path | None = None) ->
         )  # fmt: skip
         if not len(made):
             raise TaskError(
-                f"data.sequence_length {data.sequence_length}: no row has an answer within so many tokens. Raise it, or "
-                "shorten the prompts."
+                f"data.sequence_length {data.sequence_length}: no row has an answer within so many tokens. Raise it, "
+                "or shorten the prompts."
             )
         return made
 
@@ -208,4 +208,3 @@ def _check_pairs(corpus: Corpus | None, recipe: Recipe, pairs: bool) -> None:
 
 def _loss(recipe: Recipe) -> str:
     return (recipe.model.preference or PreferenceSpec()).loss
-

@@ -157,7 +157,8 @@ class Reading:
     @property
     def key(self) -> str:
         """What it asks for, as a part of a cache's key."""
-        return f"{self.text_column} {self.label or ''} {self.shape.needs if self.shape else ''} {self._open} {sorted(self._only or ())}"
+        needs, others = self.shape.needs if self.shape else "", " ".join(self._only or ())
+        return f"{self.text_column} {self.label or ''} {needs} {self._open} {others}"
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------

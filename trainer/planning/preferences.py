@@ -13,7 +13,7 @@ def documents(recipe: Recipe) -> int:
 
 
 def forwards_besides(recipe: Recipe) -> int:
-    """Forward passes of as many tokens as are trained on: of a base without its adapter, of KTO's mismatched answers."""
+    """Forward passes over as many tokens as are trained on: of a base without adapter, of KTO's mismatched answers."""
     if recipe.model.task != "preference":
         return 0
     kind = (recipe.model.preference or PreferenceSpec()).kind

@@ -24,7 +24,7 @@ from .reference import CachedReference, frozen_reference
 from .rewards import METRICS, metrics_of, sums_of
 
 
-class Answers(NamedTuple):
+class Scores(NamedTuple):
     """Log-probabilities of answers [R], their tokens [R], and the cross entropy of whole documents [R]."""
 
     log_probabilities: Tensor
@@ -69,7 +69,7 @@ class Preference(CausalLM):
             check_causal(self.model, batch["input_ids"].flatten(0, -2)[0])
         self._unchecked = False
 
-    def answers(self, batch: Batch, *, whole: bool = False) -> Answers:
+    def answers(self, batch: Batch, *, whole: bool = False) -> Scores:
         """What the model makes of documents. whole: the entropies are of all their tokens, else of answers.
 
         batch: `input_ids`, `labels` and `attention_mask`, each [R, T].
@@ -78,7 +78,7 @@ class Preference(CausalLM):
         targets = torch.where(batch["attention_mask"].bool(), ids, IGNORED) if whole else labels
         each = self._loss.by_token(self.model, {"input_ids": ids, "labels": targets})
         answered = labels[:, 1:] != IGNORED
-        return Answers(-(each * answered).sum(1), answered.sum(1), each.sum(1))
+        return Scores(-(each * answered).sum(1), answered.sum(1), each.sum(1))
 
     def referred(self, batch: Batch) -> Tensor:
         """The reference's log-probabilities of documents [R]."""
@@ -154,10 +154,10 @@ class PairwisePreference(Preference):
 class SinglePreference(Preference):
     """Wanted and unwanted answers, by KTO. Batches are of `Preferences` in single answers.
 
-    The loss is the mean over the answers of the global batch. Its divergence is estimated as TRL does, from answers that
-    are put after the prompt of another row, and over the whole global batch, before its first step: so it is the same
-    however the batch is cut into ranks and micro-batches, where TRL's is that of each micro-batch. In a trainer without
-    our order of samples it is of the micro-batches under way.
+    The loss is the mean over the answers of the global batch. Its divergence is estimated as TRL does, from answers put
+    after the prompt of another row, but over the whole global batch, before its first micro-batch: so it is the same
+    however the batch is cut into ranks and micro-batches. TRL's is that of each micro-batch, as is ours in a trainer
+    without our order of samples.
 
     `val_loss` and the metrics are exact over all answers of all ranks: the divergence is that of the whole set,
     `val_accuracy` the share of answers whose log ratio is above it where they are wanted and below where not,
@@ -258,4 +258,3 @@ def _cached(batch: Batch) -> Tensor:
     if "reference" not in batch:
         raise TaskError("the reference's log-probabilities are computed when a fit begins, and none has begun.")
     return batch["reference"]
-

@@ -1,8 +1,8 @@
 """What preferences are measured against: the model that training began with.
 
-With an adapter that is the base without it, which is asked in every step. Where all weights train, its log-probabilities
-are computed once, before the first step: the time is the run's own, of its start. They are kept in the run's folder, for
-a run that goes on has other weights by then.
+With an adapter that is the base without it, which is asked in every step. Where all weights train, its
+log-probabilities are computed once, before the first step: the time is the run's own, of its start. They are kept in
+the run's folder, for a run that goes on has other weights by then.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SAMPLES = 8  # of a batch, where nobody says how many
 def frozen_reference(model: nn.Module) -> Iterator[None]:
     """The model without its adapters, its dropout off and nothing kept for a backward pass.
 
-    PEFT's own `disable_adapter` also makes weights stop and start to train, which DDP and ZeRO have made their plans for.
+    PEFT's own `disable_adapter` also makes weights stop and start to train, and DDP and ZeRO have made plans for these.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

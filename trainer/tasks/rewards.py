@@ -29,8 +29,9 @@ def metrics_of(sums: Sequence[Tensor]) -> dict[str, Tensor]:
 class RewardModel(TaskModule):
     """One number a document, the chosen one's above the rejected one's: Bradley and Terry's model of pairs.
 
-    A classifier of one class gives it, at the last token where it reads from left to right. Batches are of `Preferences`
-    in pairs: `input_ids` and `attention_mask` [B, 2, T]. Logs what `metrics_of` says, exact over all pairs and ranks.
+    A classifier of one class gives it, at the last token where it reads from left to right. Batches are of
+    `Preferences` in pairs: `input_ids` and `attention_mask` [B, 2, T]. Logs what `metrics_of` says, exact over all
+    pairs and ranks.
 
     Source: Christiano et al., arXiv 1706.03741; for language models Stiennon et al., arXiv 2009.01325.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,21 @@ import preference_ranks
 import preferred
 import pytest
 import torch
+from fits import llama
 from processes import succeed
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from shoestring.callbacks.accounting.budget import ImpossibleBudget
+from shoestring.recipes.adapters import KINDS
+from shoestring.recipes.schema import AdapterSpec
 from shoestring.trainer import Report, fit, plan
 from shoestring.trainer.checkpoint.weights import load_weights
 from shoestring.trainer.data.errors import TaskError
 from shoestring.trainer.export.trained import open_run
 from shoestring.trainer.run.verify.verify import verify
 from shoestring.trainer.tasks import build_task
+from shoestring.trainer.tasks.lora import add_adapter
+from shoestring.trainer.tasks.preference import PairwisePreference
 from shoestring.trainer.tasks.reference import FILE, frozen_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -92,6 +99,35 @@ def test_the_reference_of_an_adapter_is_its_base(folder: Path) -> None:
     assert not (folder / "lora" / FILE).exists()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_every_kind_leave_their_base_alone(kind: str) -> None:
+    model, ids = llama().eval(), torch.arange(1, 17)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+    adapted = add_adapter(model, AdapterSpec(kind=kind, **({} if kind == "ia3" else {"rank": 2})), "causal-lm")  # type: ignore[arg-type]
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p += 0.1
+        assert not torch.equal(adapted(input_ids=ids).logits, wanted)
+        with frozen_reference(adapted):
+            assert torch.equal(adapted(input_ids=ids).logits, wanted)
+    assert all(p.requires_grad for p in trained)
+
+
+def test_what_the_reference_costs_is_the_runs_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed, seconds = PairwisePreference._documents, 0.2
+
+    def slowly(module: PairwisePreference, documents: Any) -> torch.Tensor:
+        sleep(seconds)
+        return computed(module, documents)
+
+    monkeypatch.setattr(PairwisePreference, "_documents", slowly)
+    given = preferred.recipe(folder, "ipo", budget={"hours": "1.9 s"}, data={"micro_batch_size": 16})
+    with pytest.raises(ImpossibleBudget, match="starting up alone has taken"):  # ten batches take two seconds
+        fit(plan(given), run_dir=folder / "slow")
+
+
 @pytest.mark.parametrize("loss", ["dpo", "orpo", "kto"])
 def test_a_batch_may_be_cut_in_any_way(loss: str, folder: Path) -> None:
     verdict = verify(preferred.recipe(folder, loss, data={"batch_size": 8}), ranks=1)
@@ -114,22 +150,30 @@ def test_logits_in_chunks_are_the_same(folder: Path, monkeypatch: pytest.MonkeyP
     assert torch.allclose(gradients[0], gradients[1], atol=1e-6) and torch.isfinite(whole).all()
 
 
-def test_ranks_learn_alike_and_resume_to_the_bit(folder: Path) -> None:
-    preferred.pretrained(folder / "model"), preferred.write(folder)
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> Path:
+    preferred.pretrained(folder / "model")
+    preferred.write(folder)
     succeed(preference_ranks.main, folder, world=2, folder=folder / "logs")
-    assert json.loads((folder / "broken" / "summary.json").read_text())["resumed_from"] == 3
-    whole, broken = (load_weights(folder / name / "final") for name in ("whole", "broken"))
-    assert all(torch.equal(whole[name], broken[name]) for name in whole)
-    alone = fit(plan(preference_ranks.recipe(folder, "single", 1)), run_dir=folder / "alone")
-    weights = load_weights(folder / "alone" / "final")
-    assert max(float((weights[name] - whole[name]).abs().max()) for name in whole) < 1e-5
-    found = json.loads((folder / "whole" / "summary.json").read_text())["metrics"]
-    assert found == pytest.approx(alone.summary["metrics"], rel=1e-4, abs=1e-5)
+    return folder
+
+
+@pytest.mark.parametrize("loss", preference_ranks.LOSSES)
+def test_ranks_learn_alike_and_resume_to_the_bit(loss: str, ranks: Path) -> None:
+    summary = json.loads((ranks / f"{loss}-broken" / "summary.json").read_text())
+    assert summary["resumed_from"] == 3
+    whole, broken = (load_weights(ranks / f"{loss}-{name}" / "final") for name in ("whole", "broken"))
+    assert whole and all(torch.equal(whole[name], broken[name]) for name in whole)
+    report = fit(plan(preference_ranks.recipe(ranks, loss, "single", 1)), run_dir=ranks / f"{loss}-alone")
+    alone = load_weights(ranks / f"{loss}-alone" / "final")
+    assert max(float((alone[name] - whole[name]).abs().max()) for name in whole) < 1e-5
+    assert report is not None
+    assert summary["metrics"] == pytest.approx(report.summary["metrics"], rel=1e-4, abs=1e-5)
 
 
 def test_a_run_whose_reference_is_lost_does_not_go_on(dpo: Report, folder: Path) -> None:
     (dpo.run_dir / FILE).rename(folder / "aside.npz")
     more = preferred.recipe(folder, "dpo", evaluation={"every": "5 steps"}, checkpoint={"best": "max val_margin"},
                             budget={"steps": 60})  # fmt: skip
-    with pytest.raises(TaskError, match="has no reference.npz of these data"):
+    with pytest.raises(TaskError, match=r"has no reference\.npz of these data"):
         fit(plan(more), run_dir=dpo.run_dir, accept_changes=True)
