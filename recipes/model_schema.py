@@ -85,6 +85,11 @@ class ModelSpec(Section):
     args: dict[str, Any] = Field(default={}, description="a mapping of keyword arguments")
 
     @property
+    def preferences(self) -> PreferenceSpec:
+        """The section `preference`, or what holds where it is left out."""
+        return self.preference or PreferenceSpec.model_construct()
+
+    @property
     def form(self) -> str:
         """The task that a model is made for: preferences are learnt by language models, rewards by classifiers."""
         return {"preference": "causal-lm", "reward-model": "sequence-classification"}.get(self.task, self.task)

@@ -34,7 +34,7 @@ def preference_fits(recipe: Recipe) -> Iterator[Broken]:
 def reference_is_there(recipe: Recipe) -> Iterator[Broken]:
     """An adapter that takes its start out of the base leaves none to measure against."""
     model = recipe.model
-    loss = model.preference or PreferenceSpec()
+    loss = model.preferences
     if model.task != "preference" or model.adapter is None or not loss.kind.reference:
         return
     if model.adapter.start in FROM_BASE:

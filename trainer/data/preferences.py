@@ -8,7 +8,7 @@ how far the model has moved. Prompts are context: answers, and their ends, are w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ...recipes.preference_schema import PreferenceSpec
 from .cache import digest
 from .chats import Answers, Tokens, with_template
 from .corpora import Corpus
@@ -153,7 +152,7 @@ class _Two:
 
 def prepare_preferences(recipe: Recipe, cache: Path, own: Path | None = None) -> Prepared:
     """The preferences that a recipe names. own: the tokenizer that the run has kept. Raises `TaskError`."""
-    data, section = recipe.data, recipe.model.preference or PreferenceSpec()
+    data, section = recipe.data, recipe.model.preferences
     pairs = section.kind.pairs or recipe.model.task == "reward-model"
     args = dict(data.args or {})
     train, held = corpora_of(data, args, cache, labelled=False, only=PREFERENCES, group=_prompt)
@@ -165,8 +164,7 @@ def prepare_preferences(recipe: Recipe, cache: Path, own: Path | None = None) ->
 
     def samples(corpus: Corpus) -> Preferences:
         before = [answer for answer, _ in answers_of(json.loads(corpus.texts[len(corpus.texts) - 1]))]
-        two: Callable[..., Any] = _Two(answers, pairs, before)
-        store = store_answers(corpus, two, key=key, vocabulary=len(tokenizer), cache=cache)
+        store = store_answers(corpus, _Two(answers, pairs, before), key=key, vocabulary=len(tokenizer), cache=cache)
         wanted = None if pairs else [label for text in corpus.texts for _, label in answers_of(json.loads(text))]
         made = Preferences(
             store, data.sequence_length, wanted=wanted, pad=tokenizer.pad_token_id,
@@ -199,12 +197,8 @@ def _prompt(text: str) -> str:
 def _check_pairs(corpus: Corpus | None, recipe: Recipe, pairs: bool) -> None:
     """Single answers teach KTO alone."""
     if corpus is not None and pairs and "completion" in json.loads(corpus.texts[0]):
-        wanted = recipe.model.task if recipe.model.task == "reward-model" else f"loss {_loss(recipe)}"
+        wanted = recipe.model.task if recipe.model.task == "reward-model" else f"loss {recipe.model.preferences.loss}"
         raise TaskError(
             f"data.source: rows are single answers, each with a label, and {wanted} takes pairs: chosen and rejected. "
             "Set model: {task: preference, preference: {loss: kto}} to learn from them."
         )
-
-
-def _loss(recipe: Recipe) -> str:
-    return (recipe.model.preference or PreferenceSpec()).loss

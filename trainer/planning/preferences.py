@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from ...recipes import Recipe
-from ...recipes.preference_schema import PreferenceSpec
 
 
 def documents(recipe: Recipe) -> int:
     """Documents of a sample that are trained on: both answers of a pair."""
-    task, section = recipe.model.task, recipe.model.preference or PreferenceSpec()
+    task, section = recipe.model.task, recipe.model.preferences
     return 2 if task == "reward-model" or (task == "preference" and section.kind.pairs) else 1
 
 
@@ -16,6 +15,6 @@ def forwards_besides(recipe: Recipe) -> int:
     """Forward passes over as many tokens as are trained on: of a base without adapter, of KTO's mismatched answers."""
     if recipe.model.task != "preference":
         return 0
-    kind = (recipe.model.preference or PreferenceSpec()).kind
+    kind = recipe.model.preferences.kind
     asked = 1 if kind.reference and recipe.model.adapter is not None else 0
     return asked if kind.pairs else 1 + 2 * asked

@@ -13,7 +13,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ...own_code import is_code
-from ...recipes.preference_schema import PreferenceSpec
 from ..data.cache import cache_root
 from ..data.custom import call_code
 from ..data.errors import TaskError, unknown
@@ -195,7 +194,7 @@ def _sequences(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[
 
 def _preferences(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
     model, base = _hub_model(recipe, data, kept, room)
-    section = recipe.model.preference or PreferenceSpec()
+    section = recipe.model.preferences
     cached = None
     if section.kind.reference and recipe.model.adapter is None:
         sets = {"train": data.train, "validation": data.validation}

@@ -133,7 +133,7 @@ def _parts_of(
 ) -> Iterator[Tensor]:
     """What is made of the logits, labels and others of some rows at a time, in so many parts, empty ones too."""
 
-    def of_rows(rows: Tensor, *beside: Tensor | None) -> Tensor:
+    def of_rows(rows: Tensor | None, *beside: Tensor | None) -> Tensor:
         return of_logits(head(rows), *beside)
 
     rows, flat = hidden.flatten(0, 1), labels.flatten()

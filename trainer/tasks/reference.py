@@ -39,14 +39,14 @@ def frozen_reference(model: nn.Module) -> Iterator[None]:
     adapted = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
-    for part in adapted:
-        part._disable_adapters = True
+    for layer in adapted:
+        layer._disable_adapters = True
     try:
         with torch.no_grad():
             yield
     finally:
-        for part in adapted:
-            part._disable_adapters = False
+        for layer in adapted:
+            layer._disable_adapters = False
         for part, training in modes:
             part.training = training
 

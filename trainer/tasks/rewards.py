@@ -53,4 +53,4 @@ class RewardModel(TaskModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log `val_loss` and what the rewards are, equal on all ranks."""
-        self.log_all(metrics_of(self.totals(5)))
+        self.log_all(metrics_of(self.totals(5).unbind()))
