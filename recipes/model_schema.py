@@ -9,6 +9,7 @@ from pydantic import Field
 from ..section import Section
 from .adapters import KINDS, REFUSED, REFUSED_STARTS
 from .field_types import Code, Count, Positive, Share, Text, refused
+from .preference_schema import PreferenceSpec as PreferenceSpec
 
 
 class TokenizerSpec(Section):
@@ -54,8 +55,11 @@ class AdapterSpec(Section):
 class ModelSpec(Section):
     """The model to train: a task, and a model to start from (`name`) or a shape to start from scratch (`config`)."""
 
-    task: Literal["causal-lm", "sequence-classification", "image-classification"] | Code = Field(
-        description="causal-lm | sequence-classification | image-classification | your own module:attr"
+    task: (
+        Literal["causal-lm", "sequence-classification", "image-classification", "preference", "reward-model"] | Code
+    ) = Field(
+        description="causal-lm | sequence-classification | image-classification | preference | reward-model | your own "
+        "module:attr"
     )
     name: Text | None = Field(None, description="a hub id, a local path or minilm; null for a model from config")
     config: dict[str, Any] | None = Field(None, description="a mapping, like {model_type: llama, hidden_size: 128}")
@@ -68,6 +72,9 @@ class ModelSpec(Section):
         "adapter. auto is bf16 for such a base where the run computes in bf16, else fp32",
     )
     adapter: AdapterSpec | None = Field(None, description="null or a mapping like {kind: lora, rank: 8}")
+    preference: PreferenceSpec | None = Field(
+        None, description="null (dpo, where the task is preference), or a mapping like {loss: dpo, beta: 0.1}"
+    )
     attention: Literal["auto", "sdpa", "flash", "flex", "eager"] = Field(
         "auto", description="auto | sdpa | flash | flex | eager: who computes the attention of a language model"
     )
@@ -76,3 +83,13 @@ class ModelSpec(Section):
         description="auto | true | false: logits of all positions never exist at once; auto where they are large",
     )
     args: dict[str, Any] = Field(default={}, description="a mapping of keyword arguments")
+
+    @property
+    def preferences(self) -> PreferenceSpec:
+        """The section `preference`, or what holds where it is left out."""
+        return self.preference or PreferenceSpec.model_construct()
+
+    @property
+    def form(self) -> str:
+        """The task that a model is made for: preferences are learnt by language models, rewards by classifiers."""
+        return {"preference": "causal-lm", "reward-model": "sequence-classification"}.get(self.task, self.task)

@@ -10,23 +10,28 @@ from collections.abc import Callable, Iterator
 
 from ..own_code import is_code
 from ..spelling import did_you_mean, distance
-from . import strategy_rules as strategy_rules  # registers its rules
+from . import preference_rules as preference_rules  # register their rules
+from . import strategy_rules as strategy_rules
 from .adapters import KINDS
 from .recipe import Recipe
 from .rule import RULES, Broken, depends_on
 from .schema import BudgetSpec
 
-TEXT_TASKS = ("causal-lm", "sequence-classification")
+TEXT_TASKS = ("causal-lm", "sequence-classification", "preference", "reward-model")
 BUILTIN_DATA = {  # source -> the tasks it has what it takes for
     "python-stdlib": ("causal-lm",),
     "python-packages": ("sequence-classification", "causal-lm"),
+    "python-docstrings": ("preference", "reward-model"),
     "digits": ("image-classification",),
 }
+REWARDS = ("val_accuracy", "val_margin", "val_chosen_reward", "val_rejected_reward")
 IMAGE_KINDS = ("mlp", "cnn")
 LOGGED = {  # task -> the metrics of its validation
     "causal-lm": ("val_loss", "val_perplexity"),
     "sequence-classification": ("val_loss", "val_accuracy"),
     "image-classification": ("val_loss", "val_accuracy"),
+    "preference": ("val_loss", *REWARDS),
+    "reward-model": ("val_loss", *REWARDS),
 }
 
 
@@ -129,7 +134,7 @@ def some_tokenizer(recipe: Recipe) -> Iterator[Broken]:
 def adapter_fits(recipe: Recipe) -> Iterator[Broken]:
     if recipe.model.adapter and recipe.model.task not in TEXT_TASKS:
         hint = "remove it, or change model.task"
-        yield Broken("model.adapter", f"adapters for {' and '.join(TEXT_TASKS)}, not for {recipe.model.task}", hint)
+        yield Broken("model.adapter", f"adapters for {' | '.join(TEXT_TASKS)}, not for {recipe.model.task}", hint)
 
 
 @depends_on("model.adapter", "model.dtype", "strategy.name", "strategy.offload")
@@ -229,7 +234,7 @@ def whole_micro_batches(recipe: Recipe) -> Iterator[Broken]:
 
 @depends_on("model.task", "evaluation.generate")
 def generate_fits(recipe: Recipe) -> Iterator[Broken]:
-    if recipe.evaluation.generate is not None and recipe.model.task != "causal-lm":
+    if recipe.evaluation.generate is not None and recipe.model.form != "causal-lm":
         yield Broken("evaluation.generate", f"null for {recipe.model.task}", "only a causal-lm completes a prompt")
 
 
@@ -238,7 +243,7 @@ def export_fits(recipe: Recipe) -> Iterator[Broken]:
     task = recipe.model.task
     if recipe.export is not None and not is_code(task) and task not in TEXT_TASKS:
         hint = "leave export out; `shoestring export` writes torch and onnx from the finished run"
-        yield Broken("export.to", f"hf for {' and '.join(TEXT_TASKS)}, not for {task}", hint, recipe.export.to)
+        yield Broken("export.to", f"hf for {' | '.join(TEXT_TASKS)}, not for {task}", hint, recipe.export.to)
 
 
 @depends_on("model.task", "goal", "techniques")

@@ -25,15 +25,18 @@ class DataSpec(Section):
     """The source of the samples, and their batches. `batch_size` is global: samples per optimizer step."""
 
     source: Text = Field(
-        description="python-stdlib | python-packages | digits | a path or glob | a hub name | your own module:attr"
+        description="python-stdlib | python-packages | python-docstrings | digits | a path or glob | a hub name | "
+        "your own module:attr"
     )
     format: Literal[
         "auto", "text", "json", "csv", "parquet", "hub", "builtin",
         "plain", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer",
+        "preference", "unpaired-preference",
     ] = Field(
         "auto",
         description="auto | text | json | csv | parquet | hub | builtin: where rows come from; or what they are: plain "
-        "(a column of texts) | messages | sharegpt | alpaca | prompt-completion | question-answer",
+        "(a column of texts) | messages | sharegpt | alpaca | prompt-completion | question-answer | preference | "
+        "unpaired-preference",
     )  # fmt: skip
     split: Text = Field("train", description="the name of a split")
     text_column: Text = Field("text", description="the name of a column")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from time import perf_counter
 from typing import Any
 
@@ -99,7 +100,7 @@ class Spending:
         self._samples, self._positions, shape, mask = batch_size(batch)
         self._tokens = self._positions
         if lengths is not None and len(shape) > 1:
-            kept = lengths.clip(max=shape[1]).sum()
+            kept = lengths.clip(max=prod(shape[1:])).sum()
             self._tokens = Later(kept) if isinstance(kept, torch.Tensor) else int(kept)
         elif mask is not None:
             self._tokens = Later(mask.sum())

@@ -21,6 +21,7 @@ CHANGES = {
     "train-large-then-compress": [*DATA, *SCRATCH, "model.tokenizer.vocab_size=300"],
     "distill": [*DATA, *SCRATCH],
     "finetune-lora": DATA,
+    "dpo": ["data.limit=100", *SHORT, "data.sequence_length=64"],
     "qat-lora": DATA,
     "finetune-minilm": CLASSIFIER,
     "prune-distill-quantize": CLASSIFIER,

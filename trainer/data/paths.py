@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .errors import TaskError
 
-CARRIED = ("python-stdlib", "python-packages", "digits")  # sources that every machine has
+CARRIED = ("python-stdlib", "python-packages", "python-docstrings", "digits")  # sources that every machine has
 SUFFIXES = {
     "text": (".txt", ".text", ".md", ".rst", ".py", ".tex"),
     "json": (".json", ".jsonl", ".ndjson"),
@@ -16,7 +16,8 @@ SUFFIXES = {
     "parquet": (".parquet",),
 }
 # what rows are, in files of any kind that has columns; see `shapes`
-SHAPED = ("plain", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer")
+SHAPED = ("plain", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "preference",
+          "unpaired-preference")  # fmt: skip
 
 
 def file_format(wanted: str) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +29,7 @@ from .tokens import Blocks, Documents, PadTokens, stack
 
 if TYPE_CHECKING:
     from ...recipes import Recipe
+    from .shapes import Shape
 
 CHARACTERS = 64  # of a token, at most and on average: what lies beyond is not read for a text that is cut
 
@@ -67,7 +68,7 @@ def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
         raise TaskError(f"data.sequence_length {data.sequence_length}: predicting a token takes one before it, so 2.")
     args = dict(data.args or {})
     isolated = bool(args.pop("pack_isolation", True)) and data.pack
-    train, held = _corpora(data, args, cache, labelled=False)
+    train, held = corpora_of(data, args, cache, labelled=False)
     tokenizer = load_tokenizer(recipe.model, train, cache=cache, own=own)
     if train.shaped:
         return _answers(recipe, cache, train, held, tokenizer, isolated)
@@ -86,7 +87,7 @@ def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
 
     sets = samples(train, keep_tail=False), None if held is None else samples(held, keep_tail=True)
     _check_not_empty(sets[0], sets[1], data.sequence_length)
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **_told(train, held, *sets)}
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **told(train, held, *sets)}
     if sets[1] is not None:
         facts["baselines"] = baselines(sets[0], sets[1], len(tokenizer), cache)
     collate = stack if data.pack else PadTokens(tokenizer.pad_token_id)
@@ -112,7 +113,7 @@ def _answers(
 
     sets = samples(train), None if held is None else samples(held)
     _check_not_empty(*sets, data.sequence_length)
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **_told(train, held, *sets)}
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **told(train, held, *sets)}
     trained = facts["trained_tokens"] = int(sets[0].target_counts.sum())
     if data.train_on != "all" and trained == facts["train_tokens"] - len(sets[0].rows):
         raise TaskError("data.source: all tokens are answers, none is asked. If that is meant, set data.train_on: all.")
@@ -124,7 +125,7 @@ def _answers(
 
 def _labelled_texts(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     data = recipe.data
-    train, held = _corpora(data, dict(data.args or {}), cache, labelled=True)
+    train, held = corpora_of(data, dict(data.args or {}), cache, labelled=True)
     if data.source == "python-packages":
         train, held = balance(train), None if held is None else balance(held)
     tokenizer = load_tokenizer(recipe.model, train, cache=cache, own=own)
@@ -142,7 +143,7 @@ def _labelled_texts(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
 
     sets = samples(train), None if held is None else samples(held)
     names = [str(label) for label in classes]
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), "classes": names, **_told(train, held, *sets)}
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), "classes": names, **told(train, held, *sets)}
     return Prepared(*sets, PadTokens(tokenizer.pad_token_id), tokenizer, classes=names, facts=facts)
 
 
@@ -158,7 +159,7 @@ def _digits(recipe: Recipe) -> Prepared:
     train = Images(images[rows], labels[rows])
     validation = Images(images[held], labels[held]) if held else None
     names = [str(digit) for digit in range(10)]
-    return Prepared(train, validation, stack, classes=names, facts={**_sizes(train, validation), "classes": names})
+    return Prepared(train, validation, stack, classes=names, facts={**sizes(train, validation), "classes": names})
 
 
 def _own_data(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
@@ -176,15 +177,21 @@ def _own_data(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
         )
     train, validation = loaded
     classes = _classes_of(train) if "classification" in recipe.model.task else None
-    facts = {**_sizes(train, validation), **({} if classes is None else {"classes": classes})}
+    facts = {**sizes(train, validation), **({} if classes is None else {"classes": classes})}
     return Prepared(train, validation, _collate_of(train, tokenizer), tokenizer, classes, unit=unit, facts=facts)
 
 
-def _corpora(data: Any, args: dict[str, Any], cache: Path, *, labelled: bool) -> tuple[Corpus, Corpus | None]:
-    corpus = load_corpus(data, data.source, args, cache=cache, labelled=labelled)
+def corpora_of(
+    data: Any, args: dict[str, Any], cache: Path, *, labelled: bool, only: Mapping[str, Shape] | None = None,
+    group: Callable[[str], str] | None = None,
+) -> tuple[Corpus, Corpus | None]:  # fmt: skip
+    """What is trained on, and what is held out. only: the shapes that rows may have. group: by which they are split."""
+    corpus = load_corpus(data, data.source, args, cache=cache, labelled=labelled, only=only)
     if isinstance(data.validation, str):
         key = "data.validation"
-        return corpus, load_corpus(data, data.validation, args, cache=cache, labelled=labelled, key=key)
+        return corpus, load_corpus(data, data.validation, args, cache=cache, labelled=labelled, key=key, only=only)
+    if group is not None and corpus.groups is None:
+        corpus = replace(corpus, groups=[group(text) for text in corpus.texts])
     return split(corpus, data.validation) if data.validation else (corpus, None)
 
 
@@ -239,7 +246,7 @@ def _check_not_empty(train: Texts, validation: Texts | None, length: int) -> Non
 
 
 def _token_facts(train: Texts, validation: Texts | None) -> dict[str, Any]:
-    facts = {**_sizes(train, validation), "train_tokens": _tokens(train)}
+    facts = {**sizes(train, validation), "train_tokens": _tokens(train)}
     return facts if validation is None else {**facts, "validation_tokens": _tokens(validation)}
 
 
@@ -249,17 +256,18 @@ def _tokens(data: Texts) -> int:
     return int(data.target_counts.sum()) + len(data)
 
 
-def _told(train: Corpus, held: Corpus | None, *sets: Texts | None) -> dict[str, Any]:
+def told(train: Corpus, held: Corpus | None, *sets: Any) -> dict[str, Any]:
     """What the texts are, and what of them is not trained on, if any: rows without text, cut at `sequence_length`."""
     counts = {
         "rows_without_text": train.skipped + (held.skipped if held else 0),
         "rows_cut": sum(part.cut for part in sets if part is not None and not isinstance(part, Blocks)),
-        "rows_without_target": sum(part.without_target for part in sets if isinstance(part, Packed | Documents)),
+        "rows_without_target": sum(part.without_target for part in sets if hasattr(part, "without_target")),
     }
     left_out = {name: count for name, count in counts.items() if count}
     return {"data_digest": _digest(train, held), **left_out}
 
 
-def _sizes(train: Any, validation: Any) -> dict[str, Any]:
+def sizes(train: Any, validation: Any) -> dict[str, Any]:
+    """How many samples there are."""
     sizes = {"train_samples": len(train)}
     return sizes if validation is None else {**sizes, "validation_samples": len(validation)}

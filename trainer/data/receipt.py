@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .cache import digest
+from .packing import Packed, Texts
 from .token_store import IGNORED
-from .tokens import Documents
+from .tokens import Blocks
 
 if TYPE_CHECKING:
-    from .packing import Texts
+    from torch import Tensor
+
     from .prepare import Prepared
 
 SHOWN = 3  # samples
 SHOWN_TOKENS = 160  # of each
+BETWEEN = "\nrejected instead:\n"
 PERCENTILES = (5, 50, 95, 100)
 
 # text, and whether it is trained on
@@ -78,12 +81,12 @@ def receipt(data: Prepared, *, duplicates: bool = True) -> Receipt:
         return Receipt(size, 0, 0, 0, 0.0, {}, _left_out(data), held_size, None, [], counts)
     lengths = np.diff(train.store.offsets)
     tokens = data.facts["train_tokens"]
-    positions = 0 if isinstance(train, Documents) else len(train) * train.length
+    positions = len(train) * train.length if isinstance(train, Blocks | Packed) else 0
     return Receipt(
         samples=len(train),
-        documents=len(lengths) - getattr(train, "without_target", 0),
+        documents=getattr(train, "documents", len(lengths) - getattr(train, "without_target", 0)),
         tokens=tokens,
-        trained_tokens=int(train.target_counts.sum()) if data.classes is None else 0,
+        trained_tokens=_trained_tokens(data),
         padding=1 - tokens / positions if positions else 0.0,
         lengths={p: int(np.percentile(lengths, p, method="higher")) for p in PERCENTILES},
         left_out=_left_out(data),
@@ -92,6 +95,12 @@ def receipt(data: Prepared, *, duplicates: bool = True) -> Receipt:
         shown=[_stretches(data, index) for index in _spread(len(train))],
         classes=counts,
     )
+
+
+def _trained_tokens(data: Prepared) -> int:
+    if "trained_tokens" in data.facts:
+        return int(data.facts["trained_tokens"])
+    return int(data.train.target_counts.sum()) if data.classes is None else 0
 
 
 def _left_out(data: Prepared) -> dict[str, int]:
@@ -107,10 +116,19 @@ def _spread(samples: int) -> list[int]:
 def _stretches(data: Prepared, index: int) -> list[Stretch]:
     """A sample's text in stretches that are, or are not, targets; padding is not shown."""
     sample = data.train[index]
-    ids, labels = sample["input_ids"][:SHOWN_TOKENS], sample["labels"]
+    if sample["input_ids"].ndim == 2:  # two answers to one prompt
+        chosen, rejected = (_marked(data, *pair) for pair in zip(sample["input_ids"], sample["labels"], strict=True))
+        return [*chosen, (BETWEEN, False), *rejected]
+    ids, labels = sample["input_ids"], sample["labels"]
     if not labels.ndim:
         name = (data.classes or ())[int(labels)]
-        return [(data.tokenizer.decode(ids), False), (f" → {name}", True)]
+        return [(data.tokenizer.decode(ids[:SHOWN_TOKENS]), False), (f" → {name}", True)]
+    shown = _marked(data, ids, labels)
+    return shown if "wanted" not in sample else [*shown, ("\nwanted" if sample["wanted"] else "\nnot wanted", False)]
+
+
+def _marked(data: Prepared, ids: Tensor, labels: Tensor) -> list[Stretch]:
+    ids = ids[:SHOWN_TOKENS]
     marks = (labels[: len(ids)] != IGNORED).tolist()
     marks[0] = False  # nothing stands before it
     return [

@@ -18,7 +18,7 @@ from typing import Any
 
 from ...problems import clip
 from ...spelling import nearest
-from .errors import TaskError
+from .errors import TaskError, unknown
 from .rows import Columns, Place, kind_of, text_of
 
 ROLES = {
@@ -45,8 +45,8 @@ class Shape:
 def _prompt_completion(place: Place, row: Mapping[str, Any]) -> dict[str, Any]:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) or isinstance(completion, list):  # both as messages
-        asked = _messages(place, "prompt", prompt)
-        answered = _messages(place, "completion", completion)
+        asked = messages_of(place, "prompt", prompt)
+        answered = messages_of(place, "completion", completion)
         return _chat(place, [{**message, "train": False} for message in asked] + answered, row)
     pair = {name: text_of(place, row, name, key="data.format: prompt-completion") for name in ("prompt", "completion")}
     return _answered(place, pair, pair["completion"])
@@ -79,7 +79,7 @@ def _exchange(place: Place, row: Mapping[str, Any], asked: str, answered: str, k
 
 
 def _of_messages(column: str) -> Callable[[Place, Mapping[str, Any]], dict[str, Any]]:
-    return lambda place, row: _chat(place, _messages(place, column, row.get(column)), row)
+    return lambda place, row: _chat(place, messages_of(place, column, row.get(column)), row)
 
 
 SHAPES: dict[str, Shape] = {
@@ -91,20 +91,22 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-def shape_of(columns: Collection[str], text_column: str) -> Shape | None:
+def shape_of(columns: Collection[str], text_column: str | None, shapes: Mapping[str, Shape]) -> Shape | None:
     """The shape of rows with these columns; None: of texts, or of none that is known.
+
+    text_column: None where rows of texts are none to choose from.
 
     Raises `TaskError` where there are several, as a column of texts beside one of chats.
     """
     found = set(columns)
-    fits = [name for name, shape in SHAPES.items() if found.issuperset(shape.needs)]
+    fits = [name for name, shape in shapes.items() if found.issuperset(shape.needs)]
     texts = ["text"] if text_column in found else []
     if len(fits) + len(texts) > 1:
         raise TaskError(
             f"data.format: auto: rows could be read as {' or '.join([*texts, *fits])} (their columns are "
             f"{', '.join(sorted(found))}). Set data.format to {' or '.join(['plain'] * bool(texts) + fits)}."
         )
-    return SHAPES[fits[0]] if fits else None
+    return shapes[fits[0]] if fits else None
 
 
 class Reading:
@@ -113,21 +115,40 @@ class Reading:
     Args:
         wanted: The shape that `data.format` names; None: what the columns say.
         chats: Whether rows may be more than a text.
+        only: The shapes that rows must have one of, where a text alone teaches nothing.
+
+    Raises:
+        TaskError: `wanted` is none of the shapes that there are to choose from.
     """
 
-    def __init__(self, text_column: str, label: str | None, wanted: str | None, *, chats: bool) -> None:
-        self.text_column, self.label = text_column, label
-        self.shape = SHAPES.get(wanted or "")
+    def __init__(
+        self, text_column: str, label: str | None, wanted: str | None, *, chats: bool,
+        only: Mapping[str, Shape] | None = None,
+    ) -> None:  # fmt: skip
+        self.text_column, self.label, self._only = text_column, label, only
+        known = {"plain": None, **SHAPES} if only is None else only
+        if wanted is not None and wanted not in known:
+            raise unknown("data.format", wanted, ["auto", *known])
+        self.shape = known.get(wanted or "")
         self._open = chats and wanted is None
 
     def columns(self, found: Collection[str]) -> Columns:
         """The columns to read of those that a file has."""
         if self._open:
-            self.shape, self._open = shape_of(found, self.text_column), False
+            self.shape, self._open = self._recognised(found), False
         if self.shape is None:
             return Columns(self.text_column, self.label)
         takes = tuple(name for name in self.shape.takes if name in found)
         return Columns(self.shape.needs[0], self.label, (*self.shape.needs[1:], *takes))
+
+    def _recognised(self, found: Collection[str]) -> Shape | None:
+        if self._only is None:
+            return shape_of(found, self.text_column, SHAPES)
+        shape = shape_of(found, None, self._only)
+        if shape is None:
+            known = "; or ".join(" and ".join(each.needs) for each in self._only.values())
+            raise TaskError(f"data.source: rows have the columns {', '.join(sorted(found))}; needed are {known}.")
+        return shape
 
     def text(self, place: Place, row: Mapping[str, Any]) -> str:
         """The row as a text, or in its canonical form."""
@@ -136,7 +157,8 @@ class Reading:
     @property
     def key(self) -> str:
         """What it asks for, as a part of a cache's key."""
-        return f"{self.text_column} {self.label or ''} {self.shape.needs if self.shape else ''} {self._open}"
+        needs, others = self.shape.needs if self.shape else "", " ".join(self._only or ())
+        return f"{self.text_column} {self.label or ''} {needs} {self._open} {others}"
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
@@ -146,12 +168,12 @@ def _chat(place: Place, messages: list[dict[str, Any]], row: Mapping[str, Any]) 
         messages = [{"role": "system", "content": system}, *messages]
     if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
         raise TaskError(f"data.source: {place} has no message of the assistant to train on.")
-    tools = _json(place, "tools", row.get("tools"))
+    tools = json_of(place, "tools", row.get("tools"))
     return {"messages": messages, **({"tools": tools} if tools else {})}
 
 
-def _messages(place: Place, column: str, value: Any) -> list[dict[str, Any]]:
-    value = _json(place, column, value)
+def messages_of(place: Place, column: str, value: Any) -> list[dict[str, Any]]:
+    value = json_of(place, column, value)
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else kind_of(value)
         raise TaskError(f"data.source: {place}, {column!r} is {found}; a list of messages is needed.")
@@ -187,7 +209,7 @@ def _content(where: str, content: Any, *, silent: bool) -> str:
     return content
 
 
-def _json(place: Place, column: str, value: Any) -> Any:
+def json_of(place: Place, column: str, value: Any) -> Any:
     """A value that may be spelled as JSON in a column of text, as csv files have it."""
     if not isinstance(value, str):
         return value

@@ -15,14 +15,16 @@ from typing import Any
 from . import corpora
 from .cache import build_once, digest, file_digest
 from .corpora import Corpus
+from .docstrings import python_docstrings
 from .errors import TaskError, unknown
 from .paths import SHAPED, file_format, find_files, one_format
 from .rows import Place, Row, check_arguments, check_columns, label_of, read_rows
-from .shapes import Reading
+from .shapes import Reading, Shape
 
 TEXTS: dict[str, Callable[..., Corpus]] = {
     "python-stdlib": corpora.python_stdlib,
     "python-packages": corpora.python_packages,
+    "python-docstrings": python_docstrings,
 }
 FEW_FILES = 20  # below this, a validation split by whole files would be coarse
 FEW_CLASSES = 20  # so many different labels may each have one row, or be numbers with fractions
@@ -30,20 +32,22 @@ ROWS, CHARACTERS = 1000, 1 << 20  # of one write
 
 
 def load_corpus(
-    data: Any, source: str, args: dict[str, Any], *, cache: Path, labelled: bool, key: str = "data.source"
-) -> Corpus:
+    data: Any, source: str, args: dict[str, Any], *, cache: Path, labelled: bool, key: str = "data.source",
+    only: Mapping[str, Shape] | None = None,
+) -> Corpus:  # fmt: skip
     """The corpus that `data.source` (or a path in `data.validation`) names.
 
     data: the recipe's data section. args: its keyword arguments for the reader. labelled: also read
-    `data.label_column`. key: the recipe's key that names the source, for errors. Raises `TaskError` where the source,
-    its format or a column does not exist, and where a row cannot be trained on.
+    `data.label_column`. key: the recipe's key that names the source, for errors. only: the shapes that rows must have
+    one of. Raises `TaskError` where the source, its format or a column does not exist, and where a row cannot be
+    trained on.
     """
     if data.format == "builtin" and source not in TEXTS:
         raise unknown(f"{key} with format: builtin", source, TEXTS)
     if source in TEXTS and data.format in ("auto", "builtin"):
         return _builtin(source, data.limit, args)
     shape = data.format if data.format in SHAPED else None
-    reading = Reading(data.text_column, data.label_column if labelled else None, shape, chats=not labelled)
+    reading = Reading(data.text_column, data.label_column if labelled else None, shape, chats=not labelled, only=only)
     wanted = file_format(data.format)
     files = [] if data.format == "hub" else find_files(source, wanted, key=key)
     used = digest([reading.key, str(data.limit)])

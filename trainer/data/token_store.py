@@ -21,7 +21,7 @@ from .corpora import BATCH, in_batches
 from .rows import pieces_of
 
 if TYPE_CHECKING:
-    from .chats import Answers
+    from .chats import Tokens
     from .corpora import Corpus
 
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
@@ -126,8 +126,10 @@ def store_tokens(
     return TokenStore(build_once(cache / "tokens" / digest([corpus.fingerprint, key]), build))
 
 
-def store_answers(corpus: Corpus, answers: Answers, *, key: str, vocabulary: int, cache: Path) -> TokenStore:
-    """Tokenize a corpus of canonical rows, with what is trained on; see `store_tokens`."""
+def store_answers(
+    corpus: Corpus, answers: Callable[[list[str]], list[Tokens]], *, key: str, vocabulary: int, cache: Path
+) -> TokenStore:  # fmt: skip
+    """Tokenize a corpus of canonical rows, with what is trained on (`chats.Answers`); see `store_tokens`."""
 
     def build(folder: Path) -> None:
         dtype = np.uint16 if vocabulary <= 1 << 16 else np.uint32

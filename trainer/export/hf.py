@@ -49,7 +49,7 @@ def write(trained: Trained, folder: Path) -> list[str]:
 
 def reload(trained: Trained, folder: Path) -> LogitsFunction:
     """The folder's model through transformers, from the disk alone."""
-    return eager(load(folder, trained.kind))
+    return eager(load(folder, trained.recipe.model.form))
 
 
 def expected(trained: Trained) -> LogitsFunction:

@@ -18,7 +18,7 @@ LogitsFunction = Callable[[Batch], Tensor]  # a batch's tensors by name -> logit
 BACKENDS = ("eager", "compile", "onnxruntime")
 CPU = "shoestring.cpu"  # in an ONNX file's metadata: "vnni" where other CPUs compute its int8 products wrong, or "any"
 EXACT = "session.x64quantprecision"  # lets ONNX Runtime take slower products that are right without VNNI
-NOT_INPUTS = ("labels", "loss_weight")
+NOT_INPUTS = ("labels", "loss_weight", "reference", "wanted", "index")
 
 
 def sample(trained: Trained, rows: int = 4) -> Batch:
@@ -63,8 +63,10 @@ def _batches(trained: Trained, data: Any, order: Sequence[int], rows: int) -> It
 
 
 def inputs(batch: Mapping[str, Tensor]) -> Batch:
-    """The tensors of a batch that a model is called with."""
-    return {name: value for name, value in batch.items() if name not in NOT_INPUTS}
+    """The tensors of a batch that a model is called with; of pairs, each document is a row."""
+    given = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
+    paired = "input_ids" in given and given["input_ids"].ndim == 3
+    return {name: value.flatten(0, 1) for name, value in given.items()} if paired else given
 
 
 def eager(model: nn.Module) -> LogitsFunction:

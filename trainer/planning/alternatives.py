@@ -112,7 +112,7 @@ def _tried(
 ) -> Iterator[Alternative]:
     asked, total = fit.inputs, recipe.data.batch_size
     starts = [_Change(asked)]
-    if recipe.model.adapter is None and recipe.model.task in TEXT_TASKS:
+    if recipe.model.adapter is None and recipe.model.form in TEXT_TASKS:
         adapted = replace(asked, size=size_of(_with_adapter(recipe)))
         starts.append(_Change(adapted, ("model.adapter={kind: lora}",), "adapter", _COSTS["adapter"]))
     for start, precision, again, place in product(

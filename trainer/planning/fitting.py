@@ -16,6 +16,7 @@ from ..tasks.weight_dtypes import kept_in
 from .activations import Checkpointing
 from .memory import memory
 from .needs import Inputs, Memory, Term
+from .preferences import documents
 from .sizes import Size
 from .target import Target
 
@@ -72,12 +73,12 @@ def inputs_of(
     again, mixed = by_name.get("gradient_checkpointing"), by_name.get("mixed_precision")
     precision = mixed.dtype if mixed else "fp32"
     adapter = recipe.model.adapter
-    chunked = recipe.model.chunked_loss if recipe.model.task == "causal-lm" and "distillation" not in by_name else False
+    chunked = recipe.model.chunked_loss if recipe.model.form == "causal-lm" and "distillation" not in by_name else False
 
     def made(strategy: str, devices: int, nodes: int, micro: int, accumulate: int) -> Inputs:
         effects = (t.predict(workload_of(recipe, size, devices * nodes)) for t in others)
         return Inputs(
-            size=size, length=recipe.data.sequence_length if size.tokens else 1, micro=micro, accumulate=accumulate,
+            size=size, length=tokens_of_sample(recipe, size), micro=micro, accumulate=accumulate,
             devices=devices, nodes=nodes, strategy=strategy, offload=recipe.strategy.offload,
             accelerator=target.accelerator, precision=precision, base=base_dtype(recipe, precision),
             optimizer=optimizer, checkpointing=Checkpointing(again.every, again.mode) if again else Checkpointing(),
@@ -87,6 +88,11 @@ def inputs_of(
         )  # fmt: skip
 
     return made
+
+
+def tokens_of_sample(recipe: Recipe, size: Size) -> int:
+    """Tokens of a sample, where work is counted in them; else 1."""
+    return recipe.data.sequence_length * documents(recipe) if size.tokens else 1
 
 
 def sharding_of(recipe: Recipe) -> Sharding:
@@ -101,7 +107,7 @@ def base_dtype(recipe: Recipe, precision: str) -> str:
 
 def workload_of(recipe: Recipe, size: Size, world: int) -> Workload:
     """What techniques predict their effect on."""
-    tokens = recipe.data.batch_size * (recipe.data.sequence_length if size.tokens else 1)
+    tokens = recipe.data.batch_size * tokens_of_sample(recipe, size)
     budget = recipe.budget
     steps = budget.steps or (budget.tokens or 0) / tokens or (budget.samples or 0) / max(1, recipe.data.batch_size)
     return Workload(

@@ -15,7 +15,8 @@ from ...callbacks.contract import Effect, Technique
 from ...recipes import Recipe
 from ..machine.expected_peak import expected_peak
 from ..tasks.chunks import chunks_of
-from .fitting import Fit, times, workload_of
+from .fitting import Fit, times, tokens_of_sample, workload_of
+from .preferences import forwards_besides
 from .target import Target
 
 ASSUMED_MFU = {"cuda": 0.35, "cpu": 0.5}  # until the run has measured its own
@@ -41,7 +42,7 @@ def predict(
         watts: Of a device under load.
     """
     inputs, size = fit.inputs, fit.inputs.size
-    tokens = recipe.data.batch_size * (recipe.data.sequence_length if size.tokens else 1)
+    tokens = recipe.data.batch_size * tokens_of_sample(recipe, size)
     predicted: dict[str, Any] = {"parameters": size.parameters, "trainable": size.trainable}
     if size.parameters is None:
         return predicted
@@ -51,6 +52,7 @@ def predict(
     each = size.flops_per_token(recipe.data.sequence_length)
     if chunks_of(size.vocabulary * inputs.micro * inputs.length, inputs.chunked_loss) > 1:
         each += size.head_flops_per_token
+    each += 2.0 * size.active * forwards_besides(recipe)
     flops = each * tokens * effect.flops
     dtype = inputs.precision if inputs.precision == "fp32" or target.bf16 else "fp32"  # what emulates it gains nothing
     reachable = expected_peak(dtype, target.device.name) * ASSUMED_MFU[target.accelerator] * world

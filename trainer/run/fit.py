@@ -235,7 +235,7 @@ def _import(plan: Plan) -> None:
         from ..tasks import build_task as build_task
         from .trainer import Trainer as Trainer
 
-        if plan.recipe.model.task in ("causal-lm", "sequence-classification"):
+        if plan.recipe.model.form in ("causal-lm", "sequence-classification"):
             from transformers import PreTrainedModel as PreTrainedModel
         if plan.strategy.startswith("zero"):
             from ..machine.extensions import prepare_environment

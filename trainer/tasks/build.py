@@ -17,6 +17,8 @@ from ..data.cache import cache_root
 from ..data.custom import call_code
 from ..data.errors import TaskError, unknown
 from ..data.images import build_image_model
+from ..data.preferences import TASKS as PREFERENCE_TASKS
+from ..data.preferences import prepare_preferences
 from ..data.prepare import Prepared, prepare
 from ..data.receipt import Receipt as Receipt
 from ..data.receipt import receipt
@@ -27,7 +29,10 @@ from .language import CausalLM
 from .lora import add_adapter
 from .models import build_model
 from .own_code_checks import give_optimizer, makes_optimizer
+from .preference import PairwisePreference, SinglePreference
 from .quantized import weights_in
+from .reference import CachedReference
+from .rewards import RewardModel
 from .weight_dtypes import Kept, kept_in
 
 if TYPE_CHECKING:
@@ -74,9 +79,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Room:
-    """Where weights are kept on disk: for later starts, and until they are cut."""
+    """Where weights are kept on disk: for later starts, and until they are cut; and the run's folder."""
 
     cache: Path
+    run: Path
     passing: Path | None = None
 
 
@@ -129,8 +135,8 @@ def build_task(
         raise unknown("model.task", kind, [*MODULES, "module:attr"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)  # not torch.manual_seed: that reseeds the GPUs, too
-        data = prepared or prepare(recipe, cache_root(workdir), kept_tokenizer(workdir))
-        room = Room(cache_root(workdir), workdir / ".passing" if cuts else None)
+        data = prepared or _prepared(recipe, workdir)
+        room = Room(cache_root(workdir), workdir, workdir / ".passing" if cuts else None)
         task = _build(recipe, data, kept_in(recipe.model, precision), room)
     counts = {
         "parameters": weights_in(task.module),
@@ -146,10 +152,15 @@ def build_task(
 
 def data_receipt(recipe: Recipe, *, workdir: Path) -> Receipt:
     """The receipt of a recipe's data, which is prepared as for a run; no model is built. Raises `TaskError`."""
-    data = prepare(recipe, cache_root(workdir), kept_tokenizer(workdir))
+    data = _prepared(recipe, workdir)
     if data.train is None:
         raise TaskError(f"data.source: {recipe.data.source} gave a datamodule of its own, which is not looked into.")
     return receipt(data)
+
+
+def _prepared(recipe: Recipe, workdir: Path) -> Prepared:
+    make = prepare_preferences if recipe.model.task in PREFERENCE_TASKS else prepare
+    return make(recipe, cache_root(workdir), kept_tokenizer(workdir))
 
 
 def _build(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> Task:
@@ -181,6 +192,30 @@ def _sequences(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[
     return module, {"model_type": model.config.model_type}
 
 
+def _preferences(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
+    model, base = _hub_model(recipe, data, kept, room)
+    section = recipe.model.preferences
+    cached = None
+    if section.kind.reference and recipe.model.adapter is None:
+        sets = {"train": data.train, "validation": data.validation}
+        held = {name: each for name, each in sets.items() if each is not None}
+        cached = CachedReference(held, room.run, f"{data.facts['data_digest']} {tokenizer_key(data.tokenizer)}")
+    make = PairwisePreference if section.kind.pairs else SinglePreference
+    module = make(
+        model, recipe.optimizer, section, reference=cached, pad=data.tokenizer.pad_token_id,
+        opening=tuple(framing(data.tokenizer, packed=False)[0]), chunked_loss=recipe.model.chunked_loss,
+    )  # fmt: skip
+    module.frozen_base, module.passing = base, room.passing
+    return module, {"model_type": model.config.model_type}
+
+
+def _rewards(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
+    model, base = _hub_model(recipe, replace(data, classes=["reward"]), kept, room)
+    module = RewardModel(model, recipe.optimizer)
+    module.frozen_base, module.passing = base, room.passing
+    return module, {"model_type": model.config.model_type}
+
+
 def _images(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
     classes, shape = _classes(data), tuple(data.train[0]["pixel_values"].shape)
     config = dict(recipe.model.config or {})
@@ -201,6 +236,8 @@ MODULES: dict[str, Callable[..., tuple[pl.LightningModule, dict[str, Any]]]] = {
     "causal-lm": _language,
     "sequence-classification": _sequences,
     "image-classification": _images,
+    "preference": _preferences,
+    "reward-model": _rewards,
 }
 
 
@@ -214,7 +251,7 @@ def _hub_model(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[
     """The Hugging Face model of a text task, with its adapter, and what need not be saved of it."""
     model: Any = build_model(
         recipe.model,
-        recipe.model.task,
+        recipe.model.form,
         tokenizer=data.tokenizer,
         sequence_length=recipe.data.sequence_length,
         classes=data.classes,
@@ -225,5 +262,5 @@ def _hub_model(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[
     if recipe.model.adapter is None:
         return model, None
     before = places(model)
-    adapted = add_adapter(model, recipe.model.adapter, recipe.model.task)
+    adapted = add_adapter(model, recipe.model.adapter, recipe.model.form)
     return adapted, frozen_base(recipe, adapted, before)

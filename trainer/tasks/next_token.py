@@ -11,7 +11,7 @@ Source of the idea: Wijmans et al., Cut Your Losses in Large-Vocabulary Language
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -65,6 +65,19 @@ class NextTokenLoss:
         logits = model(**inputs).logits[:, :-1]
         return _loss(logits.flatten(0, 1), labels.flatten(), _by_row(weights, labels)), targets
 
+    def by_token(self, model: Any, given: Mapping[str, Tensor]) -> Tensor:
+        """The loss of each target [B, T - 1], 0 where there is none; as of a call, with the same model and `given`."""
+        labels = given["labels"][:, 1:]
+        inputs = {name: value for name, value in given.items() if name != "labels"}
+        rows = _most_rows(model, inputs["input_ids"])
+        if self._in_chunks(model, inputs["input_ids"], rows):
+            decoder, head = _parts(model)
+            hidden = decoder(**inputs)[0][:, :-1]
+            losses = torch.cat(list(_parts_of(_each, head, -(-rows * _vocabulary(model) // CHUNK), hidden, labels)))
+        else:
+            losses = _each(model(**inputs).logits[:, :-1].flatten(0, 1), labels.flatten())
+        return losses.view_as(labels)
+
     def _in_chunks(self, model: Any, ids: Tensor, rows: int) -> bool:
         if not self.chunked or is_watched(model):
             return False
@@ -108,19 +121,27 @@ def _most_rows(model: Any, ids: Tensor) -> int:
 
 
 def _in_parts(head: Any, parts: int, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """The sum of losses [] of hidden states [B, T, H] that meet the output layer in so many parts, empty ones too."""
+    """The sum of losses [] of hidden states [B, T, H] that meet the output layer in so many parts."""
+    total = torch.zeros((), device=hidden.device)
+    for part in _parts_of(_loss, head, parts, hidden, labels, _by_row(weights, labels)):
+        total = total + part
+    return total
 
-    def of_rows(rows: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-        return _loss(head(rows), labels, weights)
 
-    rows, by_row, flat = hidden.flatten(0, 1), _by_row(weights, labels), labels.flatten()
+def _parts_of(
+    of_logits: Callable[..., Tensor], head: Any, parts: int, hidden: Tensor, labels: Tensor, *others: Tensor | None
+) -> Iterator[Tensor]:
+    """What is made of the logits, labels and others of some rows at a time, in so many parts, empty ones too."""
+
+    def of_rows(rows: Tensor | None, *beside: Tensor | None) -> Tensor:
+        return of_logits(head(rows), *beside)
+
+    rows, flat = hidden.flatten(0, 1), labels.flatten()
     size = -(-len(rows) // parts)
-    total = torch.zeros((), device=rows.device)
     for number in range(parts):
         part = slice(number * size, (number + 1) * size)
-        some = (rows[part], flat[part], None if by_row is None else by_row[part])
-        total = total + (checkpoint(of_rows, *some, use_reentrant=False) if rows.requires_grad else of_rows(*some))
-    return total
+        some = (rows[part], flat[part], *(None if other is None else other[part] for other in others))
+        yield checkpoint(of_rows, *some, use_reentrant=False) if rows.requires_grad else of_rows(*some)
 
 
 def _parts(model: Any) -> tuple[Any, Any]:
@@ -146,4 +167,9 @@ def _loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     """Sum of cross entropies [] of logits [N, V] and labels [N]."""
     if weights is None:
         return cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-    return (cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none") * weights).sum()
+    return (_each(logits, labels) * weights).sum()
+
+
+def _each(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropies [N] of logits [N, V] and labels [N]."""
+    return cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
