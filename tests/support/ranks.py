@@ -30,8 +30,10 @@ from shoestring.trainer.ledger import read
 CHECKPOINT, CRASH = 5, 6  # step 6 is lost and done again
 FEW = 4  # steps are enough to see strength 0 do something
 OFFLOADS = {"zero2": "optimizer", "zero3": "parameters"}
-# fsdp2 shares its accessor's edits with all others: each technique trains under it, and these resume and do nothing too
-THOROUGH = {"fsdp2": ("gradual_pruning", "weight_averaging")}
+# fsdp2 shares its accessor's edits with all others, zero1 its accessor with zero2: each technique trains under them, and
+# these resume and do nothing too
+_SOME = ("gradual_pruning", "weight_averaging")
+THOROUGH = {"fsdp2": _SOME, "zero1": _SOME}
 CHOSEN = os.environ.get("SHOESTRING_TEST_CASES", "").split(",")  # some of the cases, where time is short; "": all
 
 
@@ -265,7 +267,7 @@ def main(strategy: str, folder: Path) -> None:
     cases = {"absent": group.absent, **{name: (lambda name=name: group.technique(name)) for name in names()}}
     cases = {name: case for name, case in cases.items() if name == "absent" or not refused(strategy, name)}
     cases["masks"] = group.masks
-    if strategy not in THOROUGH:
+    if strategy != "fsdp2":  # which test_kill_resume.py moves a run to and from
         cases["topology"] = group.topology
     if strategy in OFFLOADS:
         cases["offload"] = group.offload
