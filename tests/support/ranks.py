@@ -30,7 +30,7 @@ from shoestring.trainer.ledger import read
 CHECKPOINT, CRASH = 5, 6  # step 6 is lost and done again
 FEW = 4  # steps are enough to see strength 0 do something
 OFFLOADS = {"zero2": "optimizer", "zero3": "parameters"}
-# fsdp2 shares its accessor's edits with all others, zero1 its accessor with zero2: each technique trains under them, and
+# fsdp2 shares its edits with all others, zero1 its accessor with zero2: each technique trains under them, and
 # these resume and do nothing too
 _SOME = ("gradual_pruning", "weight_averaging")
 THOROUGH = {"fsdp2": _SOME, "zero1": _SOME}

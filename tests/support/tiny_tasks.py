@@ -94,15 +94,15 @@ def tiny(tmp_path: Path) -> Tiny:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache for all of these tests: what one tokenized, another finds."""
     return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(autouse=True)
-def use_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def use_home(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Point the cache there."""
-    monkeypatch.setenv("SHOESTRING_HOME", str(home))
+    monkeypatch.setenv("SHOESTRING_HOME", str(shared_home))
     yield
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_tasks import allow_warnings, home, tiny, use_home
+from tiny_tasks import allow_warnings, shared_home, tiny, use_home
 
-__all__ = ["home", "tiny", "use_home"]  # fixtures
+__all__ = ["shared_home", "tiny", "use_home"]  # fixtures
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
