@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .cache import build_once
 from .corpora import Corpus
 from .errors import BadRow, TaskError
@@ -40,8 +42,8 @@ class KeptTexts(Sequence[str]):
         """A text; for a slice or several numbers, a list of texts."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if not hasattr(index, "__index__"):
-            return [self[i] for i in index]
+        if not isinstance(index, int | np.integer):
+            return [self[i] for i in np.asarray(index).tolist()]
         row = int(index) + (len(self) if index < 0 else 0)
         if not 0 <= row < len(self):
             raise IndexError(f"row {index} of {len(self)}")

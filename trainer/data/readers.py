@@ -250,7 +250,9 @@ def _table(file: Path, kind: str, choose: Choose) -> Iterator[Row]:
                         place = Place(str(file), number)
                         long = any(isinstance(value, str) and len(value) > rows.LONGEST for value in row.values())
                         yield place, too_long(place) if long else row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the system's, not the file's
+            raise
         why = str(error).splitlines()[0]
         raise TaskError(
             f"data.source: cannot read {file}: {why} It is cut off, or no {kind} file: copy or make it anew."
