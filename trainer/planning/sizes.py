@@ -126,7 +126,7 @@ def _norms_and_biases(recipe: Recipe, config: Mapping[str, Any], layers: int, hi
         return 0
     embeddings = (_first(config, "max_position_embeddings") or 512) + (_first(config, "type_vocab_size") or 2)
     norms, biases = (2 * layers + 1) * 2 * hidden, layers * (5 * hidden + intermediate)
-    classes = CLASSES.get(recipe.data.source, 2)
+    classes = CLASSES.get(recipe.data.source or "", 2)
     return embeddings * hidden + norms + biases + hidden * (hidden + 1) + classes * (hidden + 1)  # pooler, classifier
 
 

@@ -12,11 +12,13 @@ import pytest
 from pyarrow import parquet
 
 from shoestring.recipes import load_recipe
+from shoestring.trainer import fit, plan
 from shoestring.trainer.data import rows
 from shoestring.trainer.data.corpora import Corpus
 from shoestring.trainer.data.errors import TaskError
 from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.data.sources import load_corpus
+from shoestring.trainer.run.receipt import receipt_of
 
 GOOD = '{"text": "a", "label": "x"}\n'
 CHAT = {"messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]}
@@ -179,3 +181,20 @@ def test_labels_that_only_validation_has_are_named_with_their_row(tmp_path: Path
     changes = [f"data.source={tmp_path}/train.jsonl", f"data.validation={tmp_path}/held.jsonl", "goal=null"]
     with pytest.raises(TaskError, match=r"classes that training data lacks: \['z'\] \('z' in .*held\.jsonl, row 2\)"):
         prepare(load_recipe("finetune-minilm", changes), tmp_path / "cache")
+
+
+def test_what_is_skipped_stands_in_the_receipt_and_in_the_report(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"line {n} of many"}) for n in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"text": ', "{]", '{"text": 5}']))
+    changes = [
+        f"data.source={tmp_path}/a.jsonl", "data.bad_rows=skip", "data.validation=0", "data.sequence_length=32",
+        "data.batch_size=4", "data.micro_batch_size=auto", "model.tokenizer={train: bpe, vocab_size: 300}",
+        "model.config={model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, "
+        "num_attention_heads: 2, num_key_value_heads: 2}", "budget={steps: 1}", "strategy.name=single",
+        "tracking.ledger=false", "evaluation={at_end: false}", "export=null", "goal=null",
+    ]  # fmt: skip
+    recipe, bad = load_recipe("quickstart", changes), {"not JSON": 2, "'text' is no text": 1}
+    report = fit(plan(recipe), run_dir=tmp_path / "run")
+    assert report is not None and report.as_dict()["left_out"] == {"rows_bad": bad}
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["left_out"] == {"rows_bad": bad}
+    assert receipt_of(recipe, tmp_path / "run").bad_rows == bad
