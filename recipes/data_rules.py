@@ -43,7 +43,7 @@ def source_fits(recipe: Recipe) -> Iterator[Broken]:
     named += [(f"data.sources[{number}].source", one.source) for number, one in enumerate(recipe.data.sources)]
     for key, source in named:
         tasks = BUILTIN_DATA.get(source)
-        if recipe.data.sources and (source == "digits" or is_code(source) or task == "image-classification"):
+        if recipe.data.sources and (source == "digits" or is_code(source)):
             yield Broken(key, "texts: a path | a hub name", "images and code of your own are a data.source, alone")
         elif tasks is None:
             close = {name for name in BUILTIN_DATA if distance(source, name) <= len(name) // 4}

@@ -58,7 +58,8 @@ def prepare(recipe: Recipe, cache: Path, own: Path | None = None) -> Prepared:
     if source == "digits":
         return _digits(recipe)
     if kind == "image-classification":
-        raise TaskError(f"data.source {source!r}: image-classification reads digits, or your own module:attr.")
+        named = source or "null"
+        raise TaskError(f"data.source {named!r}: image-classification reads digits, or your own module:attr.")
     make = _labelled_texts if kind == "sequence-classification" else _language
     return make(recipe, cache, own)
 
@@ -76,10 +77,9 @@ def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
         found = kinds[next(corpus.shaped for corpus in parts.held if corpus.shaped not in shaped)]
         raise TaskError(f"data.validation has {found}, and data.source {kinds[shaped.pop()]}.")
     tokenizer = load_tokenizer(recipe.model, parts.whole, cache=cache, own=own)
-    texts = _plain_samples(recipe, tokenizer, cache, isolated)
-    chats = _answer_samples(recipe, tokenizer, cache, isolated) if True in shaped else texts
-
-    sets = joined(parts, recipe, lambda corpus, keep: (chats if corpus.shaped else texts)(corpus, keep))
+    makers = {True: _answer_samples, False: _plain_samples}
+    make = {kind: makers[kind](recipe, tokenizer, cache, isolated) for kind in shaped}
+    sets = joined(parts, recipe, lambda corpus, keep: make[corpus.shaped](corpus, keep))
     _check_not_empty(*sets, data.sequence_length)
     facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **_told(parts, recipe, *sets)}
     if True in shaped:
