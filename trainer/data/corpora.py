@@ -47,7 +47,7 @@ class Chained(Sequence[str]):
 class Picked(Sequence[str]):
     """A choice of another sequence's texts that copies none of them: a column on disk stays on disk."""
 
-    def __init__(self, base: Any, indices: Sequence[int]) -> None:
+    def __init__(self, base: Any, indices: Sequence[int] | np.ndarray) -> None:
         nested = isinstance(base, Picked)
         self.base = base.base if nested else base
         self.indices = base.indices[np.asarray(indices)] if nested else np.asarray(indices, dtype=np.int64)
@@ -86,7 +86,7 @@ class Corpus:
     bad: Mapping[str, int] = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=dict)
 
-    def take(self, indices: Sequence[int]) -> Corpus:
+    def take(self, indices: Sequence[int] | np.ndarray) -> Corpus:
         """The corpus at these indices, in this order."""
         return Corpus(
             texts=Picked(self.texts, indices),
