@@ -45,6 +45,8 @@ def code(recipe: Recipe) -> Iterator[Broken]:
         if is_code(name):
             yield Broken(key, rule, hint, name)
     free_form = {"model.config": recipe.model.config, "model.args": recipe.model.args, "data.args": recipe.data.args}
+    for number, one in enumerate(recipe.data.sources):
+        free_form[f"data.sources[{number}].args"] = one.args
     for key, values in free_form.items():
         if (values or {}).get("trust_remote_code"):
             yield Broken(f"{key}.trust_remote_code", "true only with --allow-code", hint)

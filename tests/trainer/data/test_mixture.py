@@ -157,6 +157,10 @@ def test_a_run_that_breaks_off_goes_on_with_the_very_samples(folder: Path) -> No
         (["data.sources=[{source: a.txt, weight: 0}]"], r"data\.sources\[0\]\.weight: .*a number above 0"),
         (["data.sources=[{source: a.txt}, {source: digits}]"], r"data\.sources\[1\]\.source: .*images and code"),
         (["data.sources=[{source: 'a:b'}]"], r"data\.sources\[0\]\.source: .*images and code"),
+        (
+            ["data.sources=[{source: a/b, args: {trust_remote_code: true}}]"],
+            r"data\.sources\[0\]\.args\.trust_remote_code: .*true only with --allow-code",
+        ),
     ],
 )
 def test_what_sources_cannot_be_is_said(folder: Path, changes: list[str], said: str) -> None:
