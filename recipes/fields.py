@@ -11,6 +11,7 @@ from ..spelling import did_you_mean, nearest
 from ..yaml_reader import YamlNode, scalar
 from . import tree as trees
 from .recipe import Recipe
+from .schema import TechniqueSpec
 from .tree import Path
 
 OTHER_TOOLS_NAMES = {  # by the names that other tools use
@@ -32,6 +33,9 @@ def resolve(loc: tuple[str | int, ...], tree: YamlNode) -> tuple[Path, type[Base
     for position, part in enumerate(loc):
         if isinstance(part, int):
             exists = trees.find(tree, (*path, part)) is not None
+            if exists and inner not in (None, TechniqueSpec):  # a list of sections
+                path = (*path, part)
+                continue
             return ((*path, part) if exists else path), section, field
         if inner is not None and part in inner.model_fields:
             path, section, field = (*path, part), inner, inner.model_fields[part]

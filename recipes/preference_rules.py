@@ -42,9 +42,13 @@ def reference_is_there(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("model.adapter.start", "zero | gaussian | orthogonal", hint)
 
 
-@depends_on("model.task", "data.source")
+@depends_on("model.task", "data.source", "data.sources")
 def preferences_are_read(recipe: Recipe) -> Iterator[Broken]:
-    if recipe.model.task in TASKS and is_code(recipe.data.source):
+    if recipe.model.task not in TASKS:
+        return
+    if recipe.data.sources:
+        yield Broken("data.sources", f"one data.source for {recipe.model.task}", "write the rows into one file")
+    elif is_code(recipe.data.source or ""):
         hint = "rows have chosen and rejected, and a prompt"
         yield Broken("data.source", f"a path, a hub name or python-docstrings for {recipe.model.task}", hint)
 

@@ -9,8 +9,9 @@ import re
 from collections.abc import Callable, Iterator
 
 from ..own_code import is_code
-from ..spelling import did_you_mean, distance
-from . import preference_rules as preference_rules  # register their rules
+from ..spelling import did_you_mean
+from . import data_rules as data_rules  # register their rules
+from . import preference_rules as preference_rules
 from . import strategy_rules as strategy_rules
 from .adapters import KINDS
 from .recipe import Recipe
@@ -18,12 +19,6 @@ from .rule import RULES, Broken, depends_on
 from .schema import BudgetSpec
 
 TEXT_TASKS = ("causal-lm", "sequence-classification", "preference", "reward-model")
-BUILTIN_DATA = {  # source -> the tasks it has what it takes for
-    "python-stdlib": ("causal-lm",),
-    "python-packages": ("sequence-classification", "causal-lm"),
-    "python-docstrings": ("preference", "reward-model"),
-    "digits": ("image-classification",),
-}
 REWARDS = ("val_accuracy", "val_margin", "val_chosen_reward", "val_rejected_reward")
 IMAGE_KINDS = ("mlp", "cnn")
 LOGGED = {  # task -> the metrics of its validation
@@ -47,13 +42,15 @@ def broken(recipe: Recipe, allow_code: bool, bad: Callable[[str], bool]) -> Iter
 def code(recipe: Recipe) -> Iterator[Broken]:
     """A recipe is data: what would run somebody's code is the caller's to allow, not the file's."""
     rule, hint = "a module:attr only with --allow-code", "pass --allow-code if you trust it"
-    names = [("model.task", recipe.model.task), ("data.source", recipe.data.source)]
+    names = [("model.task", recipe.model.task), ("data.source", recipe.data.source or "")]
     names.append(("optimizer.name", recipe.optimizer.name))
     names += [(f"techniques.{technique.name}", technique.name) for technique in recipe.techniques]
     for key, name in names:
         if is_code(name):
             yield Broken(key, rule, hint, name)
     free_form = {"model.config": recipe.model.config, "model.args": recipe.model.args, "data.args": recipe.data.args}
+    for number, one in enumerate(recipe.data.sources):
+        free_form[f"data.sources[{number}].args"] = one.args
     for key, values in free_form.items():
         if (values or {}).get("trust_remote_code"):
             yield Broken(f"{key}.trust_remote_code", "true only with --allow-code", hint)
@@ -185,20 +182,6 @@ def dtype_fits(recipe: Recipe) -> Iterator[Broken]:
 def args_fit(recipe: Recipe) -> Iterator[Broken]:
     if recipe.model.args and not is_code(recipe.model.task):
         yield Broken("model.args", "args only for a task that is your own module:attr", "shapes go into model.config")
-
-
-@depends_on("model.task", "data.source")
-def source_fits(recipe: Recipe) -> Iterator[Broken]:
-    task, source = recipe.model.task, recipe.data.source
-    tasks = BUILTIN_DATA.get(source)
-    if tasks is None:
-        close = {name for name in BUILTIN_DATA if distance(source, name) <= len(name) // 4}
-        if close:  # taken for a hub name, it would fail after a long search of the network
-            hint = f"{did_you_mean(source, close)} (a file of that name is ./{source})"
-            yield Broken("data.source", f"{' | '.join(BUILTIN_DATA)} | a path | a hub name", hint)
-    elif not is_code(task) and task not in tasks:
-        fitting = ", ".join(name for name, fit in BUILTIN_DATA.items() if task in fit)
-        yield Broken("data.source", f"for {task}: {fitting}, or data of your own")
 
 
 @depends_on("data.validation", "data.source", "goal")

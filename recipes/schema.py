@@ -16,6 +16,9 @@ from pydantic_core import PydanticCustomError
 from ..own_code import CODE
 from ..section import Section as Section
 from . import amounts
+from .data_schema import ColumnsSpec as ColumnsSpec
+from .data_schema import Format
+from .data_schema import SourceSpec as SourceSpec
 from .field_types import Count, Positive, Share, Text, amount, duration, judged
 from .model_schema import AdapterSpec as AdapterSpec
 from .model_schema import ModelSpec as ModelSpec
@@ -24,23 +27,29 @@ from .model_schema import ModelSpec as ModelSpec
 class DataSpec(Section):
     """The source of the samples, and their batches. `batch_size` is global: samples per optimizer step."""
 
-    source: Text = Field(
+    source: Text | None = Field(
+        None,
         description="python-stdlib | python-packages | python-docstrings | digits | a path or glob | a hub name | "
-        "your own module:attr"
+        "your own module:attr; null where data.sources says",
     )
-    format: Literal[
-        "auto", "text", "json", "csv", "parquet", "hub", "builtin",
-        "plain", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer",
-        "preference", "unpaired-preference",
-    ] = Field(
+    sources: Annotated[tuple[SourceSpec, ...], Field(strict=False)] = Field(
+        (), description="a list, each item a mapping like {source: ./chats.jsonl, weight: 0.9}: drawn from by weight"
+    )
+    format: Format = Field(
         "auto",
-        description="auto | text | json | csv | parquet | hub | builtin: where rows come from; or what they are: plain "
-        "(a column of texts) | messages | sharegpt | alpaca | prompt-completion | question-answer | preference | "
-        "unpaired-preference",
-    )  # fmt: skip
+        description="auto | text | json | csv | parquet | arrow | hub | builtin: where rows come from; or what they "
+        "are: plain (a column of texts) | messages | sharegpt | alpaca | prompt-completion | question-answer | "
+        "preference | unpaired-preference",
+    )
     split: Text = Field("train", description="the name of a split")
     text_column: Text = Field("text", description="the name of a column")
     label_column: Text = Field("label", description="the name of a column")
+    columns: ColumnsSpec = ColumnsSpec.model_construct()
+    bad_rows: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description="refuse | skip: a row that cannot be read ends the run before it begins, or is left out and "
+        "counted",
+    )
     train_on: Literal["answers", "last", "all"] = Field(
         "answers",
         description="answers | last | all: of chats and of prompts with completions, which tokens are trained on",
@@ -61,6 +70,12 @@ class DataSpec(Section):
     workers: int = Field(0, ge=0, le=1024, description="a whole number from 0")
     limit: Count | None = Field(None, description="null, or a whole number of rows or files from 1")
     args: dict[str, Any] = Field(default={}, description="a mapping of keyword arguments")
+
+    def each(self) -> list[tuple[float, DataSpec]]:
+        """The sources by their weights, each with what holds for it in place of `source` and `sources`."""
+        if self.source is not None:
+            return [(1.0, self)]
+        return [(one.weight, self.model_copy(update=one.settings(self.columns))) for one in self.sources]
 
 
 class Goal(Section):

@@ -98,7 +98,8 @@ def reorder(loader: Any, *, training: bool, seed: int, trainer: pl.Trainer, orde
     if targets is not None and len(targets) and (targets != targets[0]).any() and not own_batches:
         batches.targets = targets
     if lengths is not None:
-        batches.lengths, batches.grouped = lengths, grouped and isinstance(base, RandomSampler)
+        shuffles = isinstance(base, RandomSampler) or getattr(base, "shuffles", False)
+        batches.lengths, batches.grouped = lengths, grouped and shuffles
     if order is not None:
         batches = order.with_data_of(batches)
     return _rebuilt(loader, SeededSamples(loader.dataset) if keyed else loader.dataset, batches, seed)

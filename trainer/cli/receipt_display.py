@@ -34,6 +34,13 @@ def show_receipt(receipt: Mapping[str, Any], console: Console) -> None:
         lengths = [f"{names.get(str(p), f'{p} % at most')} {length:,}" for p, length in receipt["lengths"].items()]
         lines.append(f"tokens of a document: {', '.join(lengths)}")
     lines += [f"{count:,} rows {LEFT_OUT[name]}" for name, count in receipt["left_out"].items()]
+    if bad := receipt["bad_rows"]:
+        reasons = ", ".join(f"{count:,} {escape(reason)}" for reason, count in bad.items())
+        lines.append(f"[yellow]{sum(bad.values()):,} rows cannot be read, left out: {reasons}[/]")
+    lines += [
+        f"{one['weight']:.1%} from {escape(one['source'])}: {one['samples']:,} samples, read {one['epochs']:.3g} times"
+        for one in receipt["sources"]
+    ]
     if receipt["duplicates"]:
         lines.append(f"[yellow]{receipt['duplicates']:,} documents are held out and trained on, too[/]")
     if receipt["classes"]:

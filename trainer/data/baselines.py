@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from .cache import build_once, digest
-from .packing import Texts
+from .mixture import AnyTexts, parts_of
 
 
-def baselines(train: Texts, validation: Texts, vocabulary: int, cache: Path | None = None) -> dict[str, float]:
+def baselines(train: AnyTexts, validation: AnyTexts, vocabulary: int, cache: Path | None = None) -> dict[str, float]:
     """`uniform` and `unigram` losses on exactly the targets that `val_loss` is measured on.
 
     cache: where the first to ask leaves them: counting reads all tokens.
@@ -24,7 +24,10 @@ def baselines(train: Texts, validation: Texts, vocabulary: int, cache: Path | No
 
     if cache is None:
         return count()
-    data = [f"{type(each).__name__} {each.store.folder.name} {each.length} {len(each)}" for each in (train, validation)]
+    data = [
+        "+".join(f"{type(each).__name__} {each.store.folder.name} {each.length} {len(each)}" for each in parts_of(both))
+        for both in (train, validation)
+    ]
 
     def build(folder: Path) -> None:
         (folder / "losses.json").write_text(json.dumps(count()))
@@ -49,7 +52,7 @@ def unigram(train: np.ndarray, validation: np.ndarray) -> float:
     return float(-(validation * np.log(frequencies)).sum() / validation.sum())
 
 
-def target_counts(data: Texts, vocabulary: int) -> np.ndarray:
+def target_counts(data: AnyTexts, vocabulary: int) -> np.ndarray:
     """Return how often each token is a target [V], in int64."""
     counts = np.zeros(vocabulary, dtype=np.int64)
     for start in range(0, len(data), 1000):

@@ -10,9 +10,10 @@ import io
 import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,29 @@ BATCH = 1 << 20  # characters read at a time
 WINDOW = 12  # lines of code in one labelled chunk
 
 
+class Chained(Sequence[str]):
+    """Several sequences of texts one after another."""
+
+    def __init__(self, parts: Sequence[Sequence[str]]) -> None:
+        self.parts, self._starts = parts, list(accumulate(map(len, parts), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        part = bisect_right(self._starts, index) - 1
+        return self.parts[part][index - self._starts[part]]
+
+
 class Picked(Sequence[str]):
     """A choice of another sequence's texts that copies none of them: a column on disk stays on disk."""
 
-    def __init__(self, base: Any, indices: Sequence[int]) -> None:
+    def __init__(self, base: Any, indices: Sequence[int] | np.ndarray) -> None:
         nested = isinstance(base, Picked)
         self.base = base.base if nested else base
-        self.indices = [base.indices[i] for i in indices] if nested else list(indices)
+        self.indices = base.indices[np.asarray(indices)] if nested else np.asarray(indices, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -57,6 +74,7 @@ class Corpus:
     texts: the documents, in a fixed order. labels: one per text, or None. groups: one per text, or None where each
     text stands for itself. fingerprint: equal exactly when the content is; the caches are keyed by it. skipped: rows of
     the source that have no text and are left out. shaped: the texts are rows in their canonical form (see `shapes`).
+    bad: rows that cannot be read and are left out, by reason. places: where each label stands first, if that is known.
     """
 
     texts: Sequence[str]
@@ -65,16 +83,34 @@ class Corpus:
     fingerprint: str
     skipped: int = 0
     shaped: bool = False
+    bad: Mapping[str, int] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
 
-    def take(self, indices: Sequence[int]) -> Corpus:
+    def take(self, indices: Sequence[int] | np.ndarray) -> Corpus:
         """The corpus at these indices, in this order."""
         return Corpus(
             texts=Picked(self.texts, indices),
             labels=None if self.labels is None else [self.labels[i] for i in indices],
             groups=None if self.groups is None else [self.groups[i] for i in indices],
-            fingerprint=digest([self.fingerprint, ",".join(map(str, indices))]),
+            fingerprint=digest([self.fingerprint, np.asarray(indices, dtype=np.int64).tobytes()]),
             shaped=self.shaped,
+            places=self.places,
         )
+
+
+def chained(corpora: Sequence[Corpus]) -> Corpus:
+    """The texts of several corpora as one."""
+    if len(corpora) == 1:
+        return corpora[0]
+    reasons = {reason for corpus in corpora for reason in corpus.bad}
+    return Corpus(
+        texts=Chained([corpus.texts for corpus in corpora]),
+        labels=None,
+        groups=None,
+        fingerprint=digest([corpus.fingerprint for corpus in corpora]),
+        skipped=sum(corpus.skipped for corpus in corpora),
+        bad={reason: sum(corpus.bad.get(reason, 0) for corpus in corpora) for reason in sorted(reasons)},
+    )
 
 
 def in_batches(texts: Sequence[str]) -> Iterator[list[str]]:

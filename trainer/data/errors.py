@@ -19,3 +19,11 @@ def unknown(what: str, name: object, allowed: Iterable[str]) -> TaskError:
     guess = f" Did you mean {near!r}?" if near else ""
     listed = ", ".join(names) if len(names) <= 40 else f"{len(names)} names, such as {', '.join(names[:8])}"
     return TaskError(f"{what}: {name!r} is unknown.{guess} Known: {listed}.")
+
+
+class BadRow(TaskError):
+    """A row that cannot be trained on. reason: why, in the few words that such rows are counted by."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason

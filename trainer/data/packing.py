@@ -1,17 +1,20 @@
 """Samples filled with whole documents: no chat is cut in two, and few positions are padding.
 
 Best fit decreasing, as in Fewer Truncations Improve Language Modeling (arXiv 2404.10830): the longest documents first,
-each into the sample with the least room that it fits. What a sample holds depends on the data alone.
+each into the sample with the least room that it fits. What a sample holds depends on the data alone; the first to ask
+leaves it beside the store.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .cache import build_once
 from .token_store import IGNORED, TokenStore
 from .tokens import Blocks, Documents, Sample
 
@@ -36,17 +39,28 @@ class Packed(Dataset[Sample]):
         lengths, targets = np.minimum(whole, length), store.target_counts(length)
         self.rows = np.flatnonzero(targets)  # documents
         self.without_target = len(targets) - len(self.rows)
-        self.samples = best_fit(lengths[self.rows], length)
-        self.token_counts = np.array([lengths[self.rows[some]].sum() for some in self.samples], dtype=np.int64)
-        self.target_counts = np.array([targets[self.rows[some]].sum() for some in self.samples], dtype=np.int64)
+
+        def build(folder: Path) -> None:
+            groups = best_fit(lengths[self.rows], length)
+            np.save(folder / "order.npy", self.rows[np.concatenate([np.empty(0, dtype=np.int64), *groups])])
+            np.save(folder / "bounds.npy", np.cumsum([0, *map(len, groups)]))
+
+        folder = build_once(store.folder.with_name(f"{store.folder.name}-packed-{length}"), build)
+        self._order, self._bounds = np.load(folder / "order.npy"), np.load(folder / "bounds.npy")
+        before = np.concatenate([[[0], [0]], np.cumsum([lengths[self._order], targets[self._order]], axis=1)], axis=1)
+        self.token_counts, self.target_counts = np.diff(before[:, self._bounds]).astype(np.int64)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._bounds) - 1
+
+    def documents(self, index: int) -> np.ndarray:
+        """The documents of a sample, by their numbers in the store."""
+        return self._order[self._bounds[index] : self._bounds[index + 1]]
 
     def __getitem__(self, index: int) -> Sample:
         ids, labels = np.full(self.length, self.pad), np.full(self.length, IGNORED)
         positions, at = np.arange(self.length), 0
-        for row in self.rows[self.samples[index]]:
+        for row in self.documents(index):
             document = self.store.document(row, self.length)
             end = at + len(document)
             ids[at:end] = document
@@ -60,7 +74,7 @@ class Packed(Dataset[Sample]):
 
     def targets(self, index: int) -> np.ndarray:
         """The tokens that a sample predicts."""
-        labels = np.concatenate([self.store.labels(row, self.length)[1:] for row in self.rows[self.samples[index]]])
+        labels = np.concatenate([self.store.labels(row, self.length)[1:] for row in self.documents(index)])
         return labels[labels != IGNORED]
 
 

@@ -10,10 +10,11 @@ from .errors import TaskError
 
 CARRIED = ("python-stdlib", "python-packages", "python-docstrings", "digits")  # sources that every machine has
 SUFFIXES = {
-    "text": (".txt", ".text", ".md", ".rst", ".py", ".tex"),
+    "text": (".txt", ".text", ".md", ".markdown", ".rst", ".py", ".tex"),
     "json": (".json", ".jsonl", ".ndjson"),
     "csv": (".csv", ".tsv"),
     "parquet": (".parquet",),
+    "arrow": (".arrow", ".feather"),
 }
 # what rows are, in files of any kind that has columns; see `shapes`
 SHAPED = ("plain", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "preference",
@@ -26,7 +27,7 @@ def file_format(wanted: str) -> str | None:
 
 
 def format_of(path: Path) -> str | None:
-    """text, json, csv or parquet, by the end of the name in any case; None for other names."""
+    """text, json, csv, parquet or arrow, by the end of the name in any case; None for other names."""
     return next((name for name, suffixes in SUFFIXES.items() if path.suffix.lower() in suffixes), None)
 
 
@@ -67,7 +68,7 @@ def one_format(files: Iterable[Path], source: str) -> str:
     )
     raise TaskError(
         f"data.format: auto cannot determine the format of {source!r}: found {found}. "
-        "Set data.format to the one to read: text, json, csv or parquet."
+        f"Set data.format to the one to read: {', '.join(SUFFIXES)}."
     )
 
 

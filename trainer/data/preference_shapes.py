@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from typing import Any
 
-from .errors import TaskError
+from .errors import BadRow, TaskError
 from .rows import Place, kind_of
 from .shapes import Shape, json_of, messages_of
 
@@ -26,7 +26,10 @@ LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0
 def _pair(place: Place, row: Mapping[str, Any]) -> dict[str, Any]:
     chosen, rejected = (_said(place, name, row.get(name)) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise TaskError(f"data.source: {place}: of chosen and rejected one is a text and the other a list of messages.")
+        raise BadRow(
+            f"data.source: {place}: of chosen and rejected one is a text and the other a list of messages.",
+            "answers of two kinds",
+        )
     given = row.get("prompt")
     shared = 0 if isinstance(chosen, str) and given is not None else _shared(chosen, rejected)
     prompt: Said = chosen[:shared]
@@ -39,7 +42,9 @@ def _pair(place: Place, row: Mapping[str, Any]) -> dict[str, Any]:
         shared = len(prompt) if chosen[: len(prompt)] == prompt else 0
     read = {"prompt": prompt, "chosen": chosen[shared:], "rejected": rejected[shared:]}
     if chosen == rejected:
-        raise TaskError(f"data.source: {place}: chosen and rejected are alike, so there is nothing to prefer.")
+        raise BadRow(
+            f"data.source: {place}: chosen and rejected are alike, so there is nothing to prefer.", "answers alike"
+        )
     for name in ("chosen", "rejected"):
         _check_answer(place, name, read["prompt"], read[name])
     return {**read, **_tools(place, row)}
@@ -53,7 +58,7 @@ def _judged(place: Place, row: Mapping[str, Any]) -> dict[str, Any]:
     label = row.get("label")
     found = label if isinstance(label, bool) else LABELS.get(str(label).strip().lower())
     if found is None:
-        raise TaskError(f"data.source: {place}, label, is {label!r}; true (wanted) or false is needed.")
+        raise BadRow(f"data.source: {place}, label, is {label!r}; true (wanted) or false is needed.", "without a label")
     return {"prompt": prompt, "completion": completion, "label": found, **_tools(place, row)}
 
 
@@ -86,7 +91,10 @@ def _said(place: Place, column: str, value: Any) -> Said:
     if isinstance(value, str) and not value.lstrip().startswith("[{"):
         return value
     if not isinstance(value, str | list):
-        raise TaskError(f"data.source: {place}, {column}, is {kind_of(value)}; a text or a list of messages is needed.")
+        raise BadRow(
+            f"data.source: {place}, {column}, is {kind_of(value)}; a text or a list of messages is needed.",
+            "neither text nor messages",
+        )
     try:
         return messages_of(place, column, value)
     except TaskError:
@@ -104,12 +112,16 @@ def _shared(chosen: Said, rejected: Said) -> int:
 
 def _check_answer(place: Place, column: str, prompt: Said, answer: Said) -> None:
     if isinstance(prompt, str) != isinstance(answer, str):
-        raise TaskError(f"data.source: {place}: the prompt is a list of messages, and {column} is a text.")
+        raise BadRow(
+            f"data.source: {place}: the prompt is a list of messages, and {column} is a text.", "answers of two kinds"
+        )
     texts = [answer] if isinstance(answer, str) else [
         message["content"] or str(message.get("tool_calls", "")) for message in answer if message["role"] == "assistant"
     ]  # fmt: skip
     if not any(text.strip() for text in texts):
-        raise TaskError(f"data.source: {place}: {column} has an empty answer, so nothing to train on.")
+        raise BadRow(
+            f"data.source: {place}: {column} has an empty answer, so nothing to train on.", "without an answer"
+        )
 
 
 def _tools(place: Place, row: Mapping[str, Any]) -> dict[str, Any]:

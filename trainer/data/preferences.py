@@ -20,8 +20,9 @@ from .cache import digest
 from .chats import Answers, Tokens, with_template
 from .corpora import Corpus
 from .errors import TaskError
+from .parts import load_parts
 from .preference_shapes import PREFERENCES, Said, answers_of, asked
-from .prepare import Prepared, corpora_of, sizes, told
+from .prepare import Prepared, sizes, told
 from .token_store import IGNORED, TokenStore, store_answers
 from .tokenizers import load_tokenizer, tokenizer_key
 from .tokens import Sample
@@ -73,7 +74,7 @@ class Preferences(Dataset[Sample]):
         self.reference: torch.Tensor | None = None
 
     @property
-    def documents(self) -> int:
+    def row_count(self) -> int:
         """Rows that are learnt from, a pair or an answer each."""
         return len(self)
 
@@ -154,11 +155,10 @@ def prepare_preferences(recipe: Recipe, cache: Path, own: Path | None = None) ->
     """The preferences that a recipe names. own: the tokenizer that the run has kept. Raises `TaskError`."""
     data, section = recipe.data, recipe.model.preferences
     pairs = section.kind.pairs or recipe.model.task == "reward-model"
-    args = dict(data.args or {})
-    train, held = corpora_of(data, args, cache, labelled=False, only=PREFERENCES, group=_prompt)
-    for corpus in (train, held):
+    parts = load_parts(recipe, cache, labelled=False, only=PREFERENCES, group=_prompt)
+    for corpus in (*parts.train, *parts.held):
         _check_pairs(corpus, recipe, pairs)
-    tokenizer = with_template(load_tokenizer(recipe.model, train, cache=cache, own=own), data.chat_template)
+    tokenizer = with_template(load_tokenizer(recipe.model, parts.whole, cache=cache, own=own), data.chat_template)
     answers = Answers(tokenizer, "last" if data.train_on == "last" else "answers")
     key = digest([tokenizer_key(tokenizer), f"{tokenizer.chat_template} {data.train_on} {pairs} preferences"])
 
@@ -178,10 +178,10 @@ def prepare_preferences(recipe: Recipe, cache: Path, own: Path | None = None) ->
             )
         return made
 
-    sets = samples(train), None if held is None else samples(held)
+    sets = samples(parts.train[0]), samples(parts.held[0]) if parts.held else None
     facts = {
         **sizes(*sets), "vocab_size": len(tokenizer), "train_tokens": int(sets[0].token_counts.sum()),
-        "trained_tokens": sets[0].trained_tokens, **told(train, held, *sets),
+        "trained_tokens": sets[0].trained_tokens, **told(parts, recipe, *sets),
     }  # fmt: skip
     if sets[1] is not None:
         facts["validation_tokens"] = int(sets[1].token_counts.sum())
@@ -194,9 +194,9 @@ def _prompt(text: str) -> str:
     return json.dumps(json.loads(text)["prompt"], sort_keys=True)
 
 
-def _check_pairs(corpus: Corpus | None, recipe: Recipe, pairs: bool) -> None:
+def _check_pairs(corpus: Corpus, recipe: Recipe, pairs: bool) -> None:
     """Single answers teach KTO alone."""
-    if corpus is not None and pairs and "completion" in json.loads(corpus.texts[0]):
+    if pairs and "completion" in json.loads(corpus.texts[0]):
         wanted = recipe.model.task if recipe.model.task == "reward-model" else f"loss {recipe.model.preferences.loss}"
         raise TaskError(
             f"data.source: rows are single answers, each with a label, and {wanted} takes pairs: chosen and rejected. "

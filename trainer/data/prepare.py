@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 from torch.utils.data import default_collate
 
@@ -19,17 +20,17 @@ from .corpora import Corpus, digits
 from .custom import call_code
 from .errors import TaskError
 from .images import Images
+from .mixture import AnyTexts, parts_of
 from .packing import Packed, Texts
+from .parts import Parts, joined, load_parts, sources_facts
 from .rows import PIECE
-from .sources import load_corpus
-from .split import balance, split, split_indices
+from .split import split_indices
 from .token_store import store_answers, store_tokens
 from .tokenizers import EncodeCut, encode_plain, framing, load_tokenizer, tokenizer_key
 from .tokens import Blocks, Documents, PadTokens, stack
 
 if TYPE_CHECKING:
     from ...recipes import Recipe
-    from .shapes import Shape
 
 CHARACTERS = 64  # of a token, at most and on average: what lies beyond is not read for a text that is cut
 
@@ -52,87 +53,90 @@ class Prepared:
 def prepare(recipe: Recipe, cache: Path, own: Path | None = None) -> Prepared:
     """The data that a recipe names, in the form its task takes. own: the tokenizer that the run has kept."""
     source, kind = recipe.data.source, recipe.model.task
-    if is_code(source):
-        return _own_data(recipe, cache, own)
+    if source is not None and is_code(source):
+        return _own_data(recipe, source, cache, own)
     if source == "digits":
         return _digits(recipe)
     if kind == "image-classification":
-        raise TaskError(f"data.source {source!r}: image-classification reads digits, or your own module:attr.")
+        named = source or "null"
+        raise TaskError(f"data.source {named!r}: image-classification reads digits, or your own module:attr.")
     make = _labelled_texts if kind == "sequence-classification" else _language
     return make(recipe, cache, own)
 
 
 def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
+    """Texts, and chats or prompts with their completions, of which some tokens are trained on."""
     data = recipe.data
     if data.sequence_length < 2:
         raise TaskError(f"data.sequence_length {data.sequence_length}: predicting a token takes one before it, so 2.")
-    args = dict(data.args or {})
-    isolated = bool(args.pop("pack_isolation", True)) and data.pack
-    train, held = corpora_of(data, args, cache, labelled=False)
-    tokenizer = load_tokenizer(recipe.model, train, cache=cache, own=own)
-    if train.shaped:
-        return _answers(recipe, cache, train, held, tokenizer, isolated)
-    frame = framing(tokenizer, packed=data.pack)
+    isolated = bool(data.args.get("pack_isolation", True)) and data.pack
+    parts = load_parts(recipe, cache, labelled=False)
+    shaped = {corpus.shaped for corpus in parts.train}
+    if any(corpus.shaped not in shaped for corpus in parts.held):
+        kinds = {True: "chats or prompts with completions", False: "texts"}
+        found = kinds[next(corpus.shaped for corpus in parts.held if corpus.shaped not in shaped)]
+        raise TaskError(f"data.validation has {found}, and data.source {kinds[shaped.pop()]}.")
+    tokenizer = load_tokenizer(recipe.model, parts.whole, cache=cache, own=own)
+    makers = {True: _answer_samples, False: _plain_samples}
+    make = {kind: makers[kind](recipe, tokenizer, cache, isolated) for kind in shaped}
+    sets = joined(parts, recipe, lambda corpus, keep: make[corpus.shaped](corpus, keep))
+    _check_not_empty(*sets, data.sequence_length)
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **told(parts, recipe, *sets)}
+    if True in shaped:
+        trained = facts["trained_tokens"] = int(sets[0].target_counts.sum())
+        documents = sum(len(getattr(part, "rows", ())) for part in parts_of(sets[0]))
+        if data.train_on != "all" and False not in shaped and trained == facts["train_tokens"] - documents:
+            raise TaskError(
+                "data.source: all tokens are answers, none is asked. If that is meant, set data.train_on: all."
+            )
+    if sets[1] is not None:
+        facts["baselines"] = baselines(sets[0], sets[1], len(tokenizer), cache)
+    collate = stack if data.pack else PadTokens(tokenizer.pad_token_id)
+    return Prepared(*sets, collate, tokenizer, isolated=isolated, unit="tokens", facts=facts)
+
+
+def _plain_samples(recipe: Recipe, tokenizer: Any, cache: Path, isolated: bool) -> Callable[[Corpus, bool], Texts]:
+    """What makes samples of texts, of which every token is trained on."""
+    data, frame = recipe.data, framing(tokenizer, packed=recipe.data.pack)
+    key = digest([tokenizer_key(tokenizer), repr(frame), "special tokens as text"])
 
     def encode(texts: list[str]) -> list[list[int]]:
         return encode_plain(tokenizer, texts)
 
     def samples(corpus: Corpus, keep_tail: bool) -> Blocks | Documents:
-        key = digest([tokenizer_key(tokenizer), repr(frame), "special tokens as text"])
         store = store_tokens(corpus, encode, key=key, vocabulary=len(tokenizer), cache=cache, frame=frame)
         if data.pack:
             pad = tokenizer.pad_token_id
             return Blocks(store, data.sequence_length, isolate=isolated, keep_tail=keep_tail, pad=pad)
         return Documents(store, data.sequence_length, group_by_length=data.group_by_length)
 
-    sets = samples(train, keep_tail=False), None if held is None else samples(held, keep_tail=True)
-    _check_not_empty(sets[0], sets[1], data.sequence_length)
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **told(train, held, *sets)}
-    if sets[1] is not None:
-        facts["baselines"] = baselines(sets[0], sets[1], len(tokenizer), cache)
-    collate = stack if data.pack else PadTokens(tokenizer.pad_token_id)
-    return Prepared(*sets, collate, tokenizer, isolated=isolated, unit="tokens", facts=facts)
+    return samples
 
 
-def _answers(
-    recipe: Recipe, cache: Path, train: Corpus, held: Corpus | None, tokenizer: Any, isolated: bool
-) -> Prepared:
-    """Chats, and prompts with their completions: some of their tokens are trained on."""
+def _answer_samples(recipe: Recipe, tokenizer: Any, cache: Path, isolated: bool) -> Callable[[Corpus, bool], Texts]:
+    """What makes samples of chats, and of prompts with their completions."""
     data = recipe.data
-    if held is not None and not held.shaped:
-        raise TaskError("data.validation has texts, and data.source chats or prompts with completions.")
     with_template(tokenizer, data.chat_template)
     answers = Answers(tokenizer, data.train_on)
     key = digest([tokenizer_key(tokenizer), f"{tokenizer.chat_template} {data.train_on}"])
 
-    def samples(corpus: Corpus) -> Packed | Documents:
+    def samples(corpus: Corpus, keep_tail: bool) -> Packed | Documents:
         store = store_answers(corpus, answers, key=key, vocabulary=len(tokenizer), cache=cache)
         if data.pack:
             return Packed(store, data.sequence_length, isolate=isolated, pad=tokenizer.pad_token_id)
         return Documents(store, data.sequence_length, group_by_length=data.group_by_length)
 
-    sets = samples(train), None if held is None else samples(held)
-    _check_not_empty(*sets, data.sequence_length)
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **told(train, held, *sets)}
-    trained = facts["trained_tokens"] = int(sets[0].target_counts.sum())
-    if data.train_on != "all" and trained == facts["train_tokens"] - len(sets[0].rows):
-        raise TaskError("data.source: all tokens are answers, none is asked. If that is meant, set data.train_on: all.")
-    if sets[1] is not None:
-        facts["baselines"] = baselines(sets[0], sets[1], len(tokenizer), cache)
-    collate = stack if data.pack else PadTokens(tokenizer.pad_token_id)
-    return Prepared(*sets, collate, tokenizer, isolated=isolated, unit="tokens", facts=facts)
+    return samples
 
 
 def _labelled_texts(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     data = recipe.data
-    train, held = corpora_of(data, dict(data.args or {}), cache, labelled=True)
-    if data.source == "python-packages":
-        train, held = balance(train), None if held is None else balance(held)
-    tokenizer = load_tokenizer(recipe.model, train, cache=cache, own=own)
-    classes = _classes(train, held)
+    parts = load_parts(recipe, cache, labelled=True)
+    tokenizer = load_tokenizer(recipe.model, parts.whole, cache=cache, own=own)
+    classes = _classes(parts)
     key = digest([tokenizer_key(tokenizer), f"classification {data.sequence_length}, special tokens as text"])
 
-    def samples(corpus: Corpus) -> Documents:
+    def samples(corpus: Corpus, keep_tail: bool) -> Documents:
         encode = EncodeCut(tokenizer, data.sequence_length)
         store = store_tokens(
             corpus, encode, key=key, vocabulary=len(tokenizer), cache=cache,
@@ -141,9 +145,9 @@ def _labelled_texts(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
         labels = [classes[label] for label in corpus.labels or ()]
         return Documents(store, data.sequence_length, labels, group_by_length=data.group_by_length)
 
-    sets = samples(train), None if held is None else samples(held)
+    sets = joined(parts, recipe, samples)
     names = [str(label) for label in classes]
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), "classes": names, **told(train, held, *sets)}
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), "classes": names, **told(parts, recipe, *sets)}
     return Prepared(*sets, PadTokens(tokenizer.pad_token_id), tokenizer, classes=names, facts=facts)
 
 
@@ -152,19 +156,19 @@ def _digits(recipe: Recipe) -> Prepared:
     fraction = recipe.data.validation
     if isinstance(fraction, str):
         raise TaskError(f"data.validation {fraction!r}: digits takes a fraction, such as 0.2.")
-    rows: list[int] = list(range(len(labels)))
-    held: list[int] = []
+    rows, held = np.arange(len(labels)), np.arange(0)
     if fraction:
-        rows, held = split_indices([digest([image.tobytes()]) for image in images], labels.tolist(), fraction)
+        groups = [digest([image.tobytes()]) for image in images]
+        rows, held = split_indices(groups, labels.tolist(), fraction, len(labels))
     train = Images(images[rows], labels[rows])
-    validation = Images(images[held], labels[held]) if held else None
+    validation = Images(images[held], labels[held]) if len(held) else None
     names = [str(digit) for digit in range(10)]
     return Prepared(train, validation, stack, classes=names, facts={**sizes(train, validation), "classes": names})
 
 
-def _own_data(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
+def _own_data(recipe: Recipe, source: str, cache: Path, own: Path | None) -> Prepared:
     """A user's `module:attr`: a LightningDataModule, or (train, validation) with map-style data sets."""
-    loaded = call_code(recipe.data.source, recipe.data.args, "data.source")
+    loaded = call_code(source, recipe.data.args, "data.source")
     named = isinstance(recipe.model.tokenizer or recipe.model.name, str)
     tokenizer = load_tokenizer(recipe.model, Corpus([], None, None, ""), cache=cache, own=own) if named else None
     unit: Literal["tokens", "samples"] = "tokens" if recipe.model.task == "causal-lm" else "samples"
@@ -172,7 +176,7 @@ def _own_data(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
         return Prepared(tokenizer=tokenizer, datamodule=loaded, unit=unit)
     if not (isinstance(loaded, (tuple, list)) and len(loaded) == 2 and hasattr(loaded[0], "__getitem__")):
         raise TaskError(
-            f"data.source: {recipe.data.source} gave a {type(loaded).__name__}; "
+            f"data.source: {source} gave a {type(loaded).__name__}; "
             "it must give a LightningDataModule or (train, validation) data sets."
         )
     train, validation = loaded
@@ -181,34 +185,20 @@ def _own_data(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     return Prepared(train, validation, _collate_of(train, tokenizer), tokenizer, classes, unit=unit, facts=facts)
 
 
-def corpora_of(
-    data: Any, args: dict[str, Any], cache: Path, *, labelled: bool, only: Mapping[str, Shape] | None = None,
-    group: Callable[[str], str] | None = None,
-) -> tuple[Corpus, Corpus | None]:  # fmt: skip
-    """What is trained on, and what is held out. only: the shapes that rows may have. group: by which they are split."""
-    corpus = load_corpus(data, data.source, args, cache=cache, labelled=labelled, only=only)
-    if isinstance(data.validation, str):
-        key = "data.validation"
-        return corpus, load_corpus(data, data.validation, args, cache=cache, labelled=labelled, key=key, only=only)
-    if group is not None and corpus.groups is None:
-        corpus = replace(corpus, groups=[group(text) for text in corpus.texts])
-    return split(corpus, data.validation) if data.validation else (corpus, None)
-
-
-def _digest(train: Corpus, held: Corpus | None) -> str:
-    """Equal exactly when training and held-out texts are."""
-    return digest([train.fingerprint, "" if held is None else held.fingerprint])
-
-
-def _classes(train: Corpus, held: Corpus | None) -> dict[Any, int]:
+def _classes(parts: Parts) -> dict[Any, int]:
     """Labels in sorted order with their numbers; numbers sort as numbers, everything else as text."""
-    known = set(train.labels or ())
+    known = {label for corpus in parts.train for label in corpus.labels or ()}
     ordered = sorted(known, key=float if all(map(_is_number, known)) else str)
     if len(ordered) < 2:
         raise TaskError(f"data.label_column: classification needs two classes or more, found {ordered}.")
-    new = set((held and held.labels) or ()) - known
-    if new:
-        raise TaskError(f"data.validation has classes that training data lacks: {sorted(map(str, new))}.")
+    for corpus in parts.held:
+        new = sorted(map(str, set(corpus.labels or ()) - known))
+        if new:
+            first = f" ({new[0]!r} in {corpus.places[new[0]]})" if new[0] in corpus.places else ""
+            raise TaskError(
+                f"data.validation has classes that training data lacks: {new}{first}. Give training rows of each, or "
+                "take these out."
+            )
     return {label: number for number, label in enumerate(ordered)}
 
 
@@ -236,35 +226,38 @@ def _collate_of(train: Any, tokenizer: Any) -> Callable[..., Any]:
     return PadTokens(0 if tokenizer is None else tokenizer.pad_token_id)  # padding is masked: its number is not seen
 
 
-def _check_not_empty(train: Texts, validation: Texts | None, length: int) -> None:
-    for name, part in (("training", train), ("validation", validation)):
-        if part is not None and len(part) == 0:
-            raise TaskError(
-                f"data.sequence_length {length}: the {name} data has {len(part.store.tokens)} tokens, not one sample. "
-                "Shorten it, or give more data."
-            )
+def _check_not_empty(train: AnyTexts, validation: AnyTexts | None, length: int) -> None:
+    for name, data in (("training", train), ("validation", validation)):
+        for part in () if data is None else parts_of(data):
+            if len(part) == 0:
+                raise TaskError(
+                    f"data.sequence_length {length}: the {name} data has {len(part.store.tokens)} tokens, not one "
+                    "sample. Shorten it, or give more data."
+                )
 
 
-def _token_facts(train: Texts, validation: Texts | None) -> dict[str, Any]:
+def _token_facts(train: AnyTexts, validation: AnyTexts | None) -> dict[str, Any]:
     facts = {**sizes(train, validation), "train_tokens": _tokens(train)}
     return facts if validation is None else {**facts, "validation_tokens": _tokens(validation)}
 
 
-def _tokens(data: Texts) -> int:
-    if not isinstance(data, Blocks):
-        return int(data.token_counts.sum())
-    return int(data.target_counts.sum()) + len(data)
+def _tokens(data: AnyTexts) -> int:
+    """Of all samples together."""
+    return sum(
+        int(part.target_counts.sum()) + len(part) if isinstance(part, Blocks) else int(part.token_counts.sum())
+        for part in parts_of(data)
+    )
 
 
-def told(train: Corpus, held: Corpus | None, *sets: Any) -> dict[str, Any]:
-    """What the texts are, and what of them is not trained on, if any: rows without text, cut at `sequence_length`."""
+def told(parts: Parts, recipe: Recipe, *sets: Any) -> dict[str, Any]:
+    """What the texts are, what of them is not trained on, if any, and how sources are mixed."""
+    each = [part for data in sets if data is not None for part in parts_of(data)]
     counts = {
-        "rows_without_text": train.skipped + (held.skipped if held else 0),
-        "rows_cut": sum(part.cut for part in sets if part is not None and not isinstance(part, Blocks)),
-        "rows_without_target": sum(part.without_target for part in sets if hasattr(part, "without_target")),
+        "rows_cut": sum(part.cut for part in each if not isinstance(part, Blocks)),
+        "rows_without_target": sum(part.without_target for part in each if not isinstance(part, Blocks)),
     }
     left_out = {name: count for name, count in counts.items() if count}
-    return {"data_digest": _digest(train, held), **left_out}
+    return {**parts.facts, **left_out, **sources_facts(parts, sets[0] or each[0], recipe)}
 
 
 def sizes(train: Any, validation: Any) -> dict[str, Any]:

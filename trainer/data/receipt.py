@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .cache import digest
-from .packing import Packed, Texts
+from .mixture import Joined, parts_of
+from .packing import Packed
 from .token_store import IGNORED
 from .tokens import Blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .mixture import AnyTexts
     from .prepare import Prepared
 
 SHOWN = 3  # samples
@@ -39,6 +41,9 @@ class Receipt:
         padding: The share of positions that hold no token, in packed samples.
         lengths: Tokens of a document, by percentile, before any is cut.
         left_out: How many rows have no text, are cut, or have no answer before they are cut.
+        bad_rows: How many rows cannot be read and are left out, by reason.
+        sources: Of several, each one's `source`, `weight`, `samples` and the `epochs` of it that a run draws (one epoch
+            of the mixture, where the budget does not say how many samples).
         validation_samples: Held out.
         duplicates: Documents that are held out and trained on, too; None where nobody has counted them.
         shown: Some samples as stretches of text, each trained on or not.
@@ -52,6 +57,8 @@ class Receipt:
     padding: float
     lengths: Mapping[int, int]
     left_out: Mapping[str, int]
+    bad_rows: Mapping[str, int]
+    sources: list[dict[str, Any]]
     validation_samples: int
     duplicates: int | None
     shown: list[list[Stretch]]
@@ -70,7 +77,8 @@ class Receipt:
 def receipt(data: Prepared, *, duplicates: bool = True) -> Receipt:
     """The receipt of prepared data. duplicates: also compare what is held out with what is trained on."""
     train, held = data.train, data.validation
-    texts = hasattr(train, "store")
+    texts = hasattr(train, "store") or isinstance(train, Joined)
+    bad, sources = data.facts.get("rows_bad", {}), data.facts.get("sources", [])
     counts: Mapping[str, int] = {}
     if data.classes is not None and getattr(train, "labels", None) is not None:
         numbers, found = np.unique(np.asarray(train.labels), return_counts=True)
@@ -78,18 +86,20 @@ def receipt(data: Prepared, *, duplicates: bool = True) -> Receipt:
     if not texts:
         size = len(train) if hasattr(train, "__len__") else 0
         held_size = len(held) if hasattr(held, "__len__") else 0
-        return Receipt(size, 0, 0, 0, 0.0, {}, _left_out(data), held_size, None, [], counts)
-    lengths = np.diff(train.store.offsets)
+        return Receipt(size, 0, 0, 0, 0.0, {}, _left_out(data), bad, sources, held_size, None, [], counts)
+    lengths = np.concatenate([np.diff(part.store.offsets) for part in parts_of(train)])
     tokens = data.facts["train_tokens"]
-    positions = len(train) * train.length if isinstance(train, Blocks | Packed) else 0
+    positions = len(train) * train.length if isinstance(parts_of(train)[0], Blocks | Packed) else 0
     return Receipt(
         samples=len(train),
-        documents=getattr(train, "documents", len(lengths) - getattr(train, "without_target", 0)),
+        documents=getattr(train, "row_count", len(lengths) - getattr(train, "without_target", 0)),
         tokens=tokens,
         trained_tokens=_trained_tokens(data),
         padding=1 - tokens / positions if positions else 0.0,
         lengths={p: int(np.percentile(lengths, p, method="higher")) for p in PERCENTILES},
         left_out=_left_out(data),
+        bad_rows=bad,
+        sources=sources,
         validation_samples=0 if held is None else len(held),
         duplicates=_duplicates(train, held) if duplicates and held is not None else None,
         shown=[_stretches(data, index) for index in _spread(len(train))],
@@ -147,11 +157,11 @@ def _runs(ids: list[int], marks: list[bool], pad: int | None) -> Iterator[tuple[
             start = at
 
 
-def _duplicates(train: Texts, held: Texts) -> int:
+def _duplicates(train: AnyTexts, held: AnyTexts) -> int:
     """Documents of `held` that are in `train`, token by token."""
     return len(_documents(held) & _documents(train))
 
 
-def _documents(data: Texts) -> set[str]:
-    store = data.store
-    return {digest([store.document(i).tobytes()]) for i in range(len(store.offsets) - 1)}
+def _documents(data: AnyTexts) -> set[str]:
+    stores = [part.store for part in parts_of(data)]
+    return {digest([store.document(i).tobytes()]) for store in stores for i in range(len(store.offsets) - 1)}

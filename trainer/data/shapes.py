@@ -18,7 +18,7 @@ from typing import Any
 
 from ...problems import clip
 from ...spelling import nearest
-from .errors import TaskError, unknown
+from .errors import BadRow, TaskError, unknown
 from .rows import Columns, Place, kind_of, text_of
 
 ROLES = {
@@ -38,7 +38,7 @@ class Shape:
     takes: tuple[str, ...] = ()
 
     def canonical(self, place: Place, row: Mapping[str, Any]) -> str:
-        """The row as one line of JSON; raises `TaskError` where it cannot be trained on."""
+        """The row as one line of JSON; raises `BadRow` where it cannot be trained on."""
         return json.dumps(self.read(place, row), ensure_ascii=False, separators=(",", ":"))
 
 
@@ -70,7 +70,7 @@ def _exchange(place: Place, row: Mapping[str, Any], asked: str, answered: str, k
         messages.append({"role": "system", "content": row["system"]})
     for pair in row.get("history") or ():
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise TaskError(f"{key}: {place}, history, found {clip(str(pair))}; a pair of texts is needed.")
+            raise BadRow(f"{key}: {place}, history, found {clip(str(pair))}; a pair of texts is needed.", "no history")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     answer = text_of(place, row, answered, key=key)
     messages.append({"role": "user", "content": text_of(place, row, asked, key=key)})
@@ -113,8 +113,11 @@ class Reading:
     """How the rows of one source are read: what they are is settled by the first one.
 
     Args:
+        text_column: Of rows that are a text.
+        label: The column of labels, where they are wanted.
         wanted: The shape that `data.format` names; None: what the columns say.
         chats: Whether rows may be more than a text.
+        named: Our name of a column -> the file's, where that is another.
         only: The shapes that rows must have one of, where a text alone teaches nothing.
 
     Raises:
@@ -122,24 +125,32 @@ class Reading:
     """
 
     def __init__(
-        self, text_column: str, label: str | None, wanted: str | None, *, chats: bool,
+        self, text_column: str, label: str | None, wanted: str | None, *, chats: bool, named: Mapping[str, str] = {},
         only: Mapping[str, Shape] | None = None,
     ) -> None:  # fmt: skip
-        self.text_column, self.label, self._only = text_column, label, only
+        self.text_column = named.get("text", text_column)
+        self.label = None if label is None else named.get("label", label)
+        self._only = only
         known = {"plain": None, **SHAPES} if only is None else only
         if wanted is not None and wanted not in known:
             raise unknown("data.format", wanted, ["auto", *known])
         self.shape = known.get(wanted or "")
         self._open = chats and wanted is None
+        unlabelled = {ours: theirs for ours, theirs in named.items() if ours != "label" or label is not None}
+        self._named, self._renamed = unlabelled, {k: v for k, v in unlabelled.items() if k not in ("text", "label")}
 
     def columns(self, found: Collection[str]) -> Columns:
         """The columns to read of those that a file has."""
+        theirs = self._renamed.values()
+        ours = {name for name in found if name not in theirs and name not in self._renamed}
+        ours |= {name for name, their in self._renamed.items() if their in found}
         if self._open:
-            self.shape, self._open = self._recognised(found), False
+            self.shape, self._open = self._recognised(ours), False
         if self.shape is None:
-            return Columns(self.text_column, self.label)
-        takes = tuple(name for name in self.shape.takes if name in found)
-        return Columns(self.shape.needs[0], self.label, (*self.shape.needs[1:], *takes))
+            return Columns(self.text_column, self.label, named=self._named)
+        names = [self._renamed.get(name, name) for name in self.shape.needs]
+        names += [self._renamed.get(name, name) for name in self.shape.takes if name in ours]
+        return Columns(names[0], self.label, tuple(names[1:]), self._named)
 
     def _recognised(self, found: Collection[str]) -> Shape | None:
         if self._only is None:
@@ -151,14 +162,20 @@ class Reading:
         return shape
 
     def text(self, place: Place, row: Mapping[str, Any]) -> str:
-        """The row as a text, or in its canonical form."""
-        return text_of(place, row, self.text_column) if self.shape is None else self.shape.canonical(place, row)
+        """The row as a text, or in its canonical form; raises `BadRow`."""
+        if self.shape is None:
+            return text_of(place, row, self.text_column)
+        if self._renamed:
+            kept = {name: value for name, value in row.items() if name not in self._renamed.values()}
+            row = kept | {ours: row[theirs] for ours, theirs in self._renamed.items() if theirs in row}
+        return self.shape.canonical(place, row)
 
     @property
     def key(self) -> str:
         """What it asks for, as a part of a cache's key."""
         needs, others = self.shape.needs if self.shape else "", " ".join(self._only or ())
-        return f"{self.text_column} {self.label or ''} {needs} {self._open} {others}"
+        named = sorted(self._named.items())
+        return f"{self.text_column} {self.label or ''} {needs} {self._open} {named} {others}"
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
@@ -167,7 +184,7 @@ def _chat(place: Place, messages: list[dict[str, Any]], row: Mapping[str, Any]) 
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
-        raise TaskError(f"data.source: {place} has no message of the assistant to train on.")
+        raise BadRow(f"data.source: {place} has no message of the assistant to train on.", "without an answer")
     tools = json_of(place, "tools", row.get("tools"))
     return {"messages": messages, **({"tools": tools} if tools else {})}
 
@@ -176,18 +193,20 @@ def messages_of(place: Place, column: str, value: Any) -> list[dict[str, Any]]:
     value = json_of(place, column, value)
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else kind_of(value)
-        raise TaskError(f"data.source: {place}, {column!r} is {found}; a list of messages is needed.")
+        raise BadRow(f"data.source: {place}, {column!r} is {found}; a list of messages is needed.", "no messages")
     return [_message(f"{place}, message {number}", message) for number, message in enumerate(value, 1)]
 
 
 def _message(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise TaskError(f"data.source: {where} is {kind_of(message)}; {{role: …, content: …}} is needed.")
+        raise BadRow(f"data.source: {where} is {kind_of(message)}; {{role: …, content: …}} is needed.", "no message")
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    if role is None:
+        raise BadRow(f"data.source: {where} has no role (it has {', '.join(map(repr, message))}).", "without a role")
     if not isinstance(role, str) or role not in ROLES:
         near = nearest(str(role), ROLES)
         guess = f" Did you mean {near!r}?" if near else ""
-        raise TaskError(f"data.source: {where} has the role {role!r}.{guess} Known: {', '.join(ROLES)}.")
+        raise BadRow(f"data.source: {where} has the role {role!r}.{guess} Known: {', '.join(ROLES)}.", "unknown role")
     read = {"role": ROLES[role], "content": _content(where, content, silent=bool(message.get("tool_calls")))}
     kept = {name: message[name] for name in KEPT if message.get(name) is not None}
     trained = message.get("train", message.get("weight", 1))
@@ -200,12 +219,13 @@ def _content(where: str, content: Any, *, silent: bool) -> str:
         for part in content:
             if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
                 kind = part.get("type", "?") if isinstance(part, Mapping) else kind_of(part)
-                raise TaskError(f"data.source: {where} has a part of type {kind!r}; only parts of text are read.")
+                said = f"data.source: {where} has a part of type {kind!r}; only parts of text are read."
+                raise BadRow(said, "a part that is no text")
         return "".join(part["text"] for part in content)
     if content is None and silent:
         return ""
     if not isinstance(content, str):
-        raise TaskError(f"data.source: {where}, content, is {kind_of(content)}; a text is needed.")
+        raise BadRow(f"data.source: {where}, content, is {kind_of(content)}; a text is needed.", "content is no text")
     return content
 
 
@@ -218,10 +238,10 @@ def json_of(place: Place, column: str, value: Any) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        raise TaskError(f"data.source: {place}, {column!r} is a text and no JSON: {error}") from error
+        raise BadRow(f"data.source: {place}, {column!r} is a text and no JSON: {error}", "not JSON") from error
 
 
 def _answered(place: Place, canonical: dict[str, Any], answer: str) -> dict[str, Any]:
     if not answer.strip():
-        raise TaskError(f"data.source: {place} has an empty answer, so nothing to train on.")
+        raise BadRow(f"data.source: {place} has an empty answer, so nothing to train on.", "empty answer")
     return canonical

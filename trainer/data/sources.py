@@ -1,24 +1,24 @@
 """Where texts come from: what the machine carries, files here, or the hub; each gives a `Corpus`.
 
-What is read is kept once as an Arrow file, checked row by row, and then only mapped into memory. Files are keyed by
-their bytes, not by time stamps.
+What is read is checked row by row and kept once (see `kept`). Files are keyed by their bytes, not by time stamps.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from . import corpora
-from .cache import build_once, digest, file_digest
+from .cache import digest, file_digest
 from .corpora import Corpus
 from .docstrings import python_docstrings
 from .errors import TaskError, unknown
+from .kept import kept_corpus
 from .paths import SHAPED, file_format, find_files, one_format
-from .rows import Place, Row, check_arguments, check_columns, label_of, read_rows
+from .readers import check_arguments, read_rows
+from .rows import Place, Row, check_columns
 from .shapes import Reading, Shape
 
 TEXTS: dict[str, Callable[..., Corpus]] = {
@@ -27,8 +27,6 @@ TEXTS: dict[str, Callable[..., Corpus]] = {
     "python-docstrings": python_docstrings,
 }
 FEW_FILES = 20  # below this, a validation split by whole files would be coarse
-FEW_CLASSES = 20  # so many different labels may each have one row, or be numbers with fractions
-ROWS, CHARACTERS = 1000, 1 << 20  # of one write
 
 
 def load_corpus(
@@ -40,23 +38,26 @@ def load_corpus(
     data: the recipe's data section. args: its keyword arguments for the reader. labelled: also read
     `data.label_column`. key: the recipe's key that names the source, for errors. only: the shapes that rows must have
     one of. Raises `TaskError` where the source, its format or a column does not exist, and where a row cannot be
-    trained on.
+    trained on, unless `data.bad_rows` is skip.
     """
     if data.format == "builtin" and source not in TEXTS:
         raise unknown(f"{key} with format: builtin", source, TEXTS)
     if source in TEXTS and data.format in ("auto", "builtin"):
         return _builtin(source, data.limit, args)
     shape = data.format if data.format in SHAPED else None
-    reading = Reading(data.text_column, data.label_column if labelled else None, shape, chats=not labelled, only=only)
+    label = data.label_column if labelled else None
+    named = data.columns.model_dump(exclude_none=True)
+    reading = Reading(data.text_column, label, shape, chats=not labelled, named=named, only=only)
     wanted = file_format(data.format)
     files = [] if data.format == "hub" else find_files(source, wanted, key=key)
-    used = digest([reading.key, str(data.limit)])
+    used = digest(["2", reading.key, str(data.limit)])  # 2: of the form in which rows are kept
     if files:
         rows, content = _file_rows(files, wanted or one_format(files, source), reading, args, cache)
     else:
         rows, content = _hub_rows(source, data, reading, args)
     used = digest([content, used])
-    return _kept(rows, reading, data.limit, cache / "rows" / used, used, source)
+    skip = data.bad_rows == "skip"
+    return kept_corpus(rows, reading, data.limit, cache / "rows" / used, used, source, skip=skip)
 
 
 def _builtin(source: str, limit: int | None, args: dict[str, Any]) -> Corpus:
@@ -115,87 +116,3 @@ def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}"
-
-
-# -- kept on disk ------------------------------------------------------------------------------------------------------
-def _kept(rows: Iterable[Row], reading: Reading, limit: int | None, folder: Path, key: str, source: str) -> Corpus:
-    """The corpus of these rows, written to `folder` by the first process that asks."""
-    import datasets
-
-    build_once(folder, lambda private: _write(rows, reading, limit, private, source))
-    table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-    about = json.loads((folder / "about.json").read_text())
-    labels = None if reading.label is None else list(table["label"])
-    return Corpus(table["text"], labels, None, key, skipped=about["skipped"], shaped=about["shaped"])
-
-
-def _write(rows: Iterable[Row], reading: Reading, limit: int | None, folder: Path, source: str) -> None:
-    import pyarrow
-
-    names = ["text", "label"][: 1 if reading.label is None else 2]
-    schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
-    classes: dict[str, Place] = {}
-    count = skipped = 0
-    with pyarrow.OSFile(str(folder / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
-        held: list[dict[str, str]] = []
-        characters = 0
-        for place, row in rows:
-            if count == limit:
-                break
-            text = reading.text(place, row)
-            if not text.strip():
-                skipped += 1
-                continue
-            kept = {"text": _encodable(text)}
-            if reading.label is not None:
-                kept["label"] = label = label_of(place, row, reading.label)
-                classes.setdefault(label, place)
-            held.append(kept)
-            count, characters = count + 1, characters + len(text)
-            if len(held) == ROWS or characters > CHARACTERS:
-                stream.write_batch(pyarrow.RecordBatch.from_pylist(held, schema=schema))
-                held, characters = [], 0
-        stream.write_batch(pyarrow.RecordBatch.from_pylist(held, schema=schema))
-    if not count:
-        raise TaskError(f"data.source: {source} has no text" + (f": all {skipped} rows are empty." if skipped else "."))
-    if reading.label is not None:
-        _check_classes(classes, count, reading.label)
-    (folder / "about.json").write_text(json.dumps({"skipped": skipped, "shaped": reading.shape is not None}))
-
-
-def _encodable(text: str) -> str:
-    """The text with each lone surrogate, which JSON can spell and UTF-8 cannot, as a replacement character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _check_classes(classes: Mapping[str, Place], count: int, column: str) -> None:
-    """Refuse a column of numbers to be predicted, or of names that hardly repeat."""
-    if len(classes) <= FEW_CLASSES:
-        return
-    fraction = next((name for name in classes if _is_fraction(name)), None)
-    if fraction is not None and all(map(_is_number, classes)):
-        raise TaskError(
-            f"data.label_column {column!r} has {len(classes)} different numbers, such as {fraction} in "
-            f"{classes[fraction]}; classification needs classes, and a regression is no task here."
-        )
-    if 2 * len(classes) > count:
-        raise TaskError(
-            f"data.label_column {column!r} has {len(classes)} different labels in {count} rows, such as "
-            f"{next(iter(classes))!r} in {next(iter(classes.values()))}; a class needs several rows."
-        )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_fraction(text: str) -> bool:
-    return _is_number(text) and not float(text).is_integer()

@@ -18,6 +18,7 @@ import numpy as np
 
 from .cache import build_once, digest
 from .corpora import BATCH, in_batches
+from .mapped import MappedNumbers
 from .rows import pieces_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .corpora import Corpus
 
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
+COUNTED = 1 << 22  # tokens looked at together
 IGNORED = -100  # the label that cross entropy skips
 
 
@@ -35,11 +37,9 @@ class TokenStore:
     folder: Path
 
     @cached_property
-    def tokens(self) -> np.ndarray:
+    def tokens(self) -> MappedNumbers:
         """Token numbers [N], uint16 or uint32, memory-mapped."""
-        if self.meta["tokens"] == 0:
-            return np.empty(0, dtype=self.meta["dtype"])
-        return np.memmap(self.folder / "tokens.bin", dtype=self.meta["dtype"], mode="r")
+        return MappedNumbers(self.folder / "tokens.bin", self.meta["dtype"])
 
     @cached_property
     def meta(self) -> dict[str, Any]:
@@ -52,19 +52,10 @@ class TokenStore:
         return np.load(self.folder / "offsets.npy")
 
     @cached_property
-    def trained(self) -> np.ndarray | None:
+    def trained(self) -> MappedNumbers | None:
         """Whether each token is trained on [N], memory-mapped; None: all are."""
         path = self.folder / "trained.bin"
-        if not path.exists():
-            return None
-        return np.memmap(path, dtype=bool, mode="r") if self.meta["tokens"] else np.empty(0, dtype=bool)
-
-    @cached_property
-    def targets_before(self) -> np.ndarray:
-        """How many tokens before each place are trained on [N + 1], int64: a difference counts those between two."""
-        counts = np.zeros(self.meta["tokens"] + 1, dtype=np.int64)
-        np.cumsum(np.ones(len(counts) - 1) if self.trained is None else self.trained, out=counts[1:])
-        return counts
+        return MappedNumbers(path, "bool") if path.exists() else None
 
     def document(self, index: int, length: int | None = None) -> np.ndarray:
         """The first `length` tokens of a document (all of them without it)."""
@@ -80,12 +71,32 @@ class TokenStore:
         return np.where(self.trained[start : start + len(ids)], ids, IGNORED)
 
     def target_counts(self, length: int) -> np.ndarray:
-        """Targets of each document cut to `length` tokens [D]: those trained on, but the first."""
-        starts, ends = self.offsets[:-1], self.offsets[1:]
+        """Targets of each document cut to `length` tokens [D]: those trained on, but the first.
+
+        Where only some tokens are, the first to ask counts them and leaves the counts beside the store.
+        """
         if self.trained is None:
-            return np.maximum(np.minimum(ends - starts, length) - 1, 0)
-        first = np.minimum(starts + 1, ends)
-        return self.targets_before[np.minimum(ends, starts + length)] - self.targets_before[first]
+            return np.maximum(np.minimum(np.diff(self.offsets), length) - 1, 0)
+
+        def build(folder: Path) -> None:
+            np.save(folder / "counts.npy", np.concatenate(list(self._counted(length))))
+
+        folder = build_once(self.folder.with_name(f"{self.folder.name}-targets-{length}"), build)
+        return np.load(folder / "counts.npy")
+
+    def _counted(self, length: int) -> Iterator[np.ndarray]:
+        """Targets of the documents, some millions of tokens at a time."""
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        first = 0
+        yield np.empty(0, dtype=np.int64)
+        while first < len(starts):
+            begin = starts[first]
+            last = max(first + 1, int(np.searchsorted(starts, begin + COUNTED)))
+            marks = self.trained[begin : ends[last - 1]] if self.trained is not None else ()
+            before = np.concatenate([[0], np.cumsum(marks, dtype=np.int64)])
+            some, until = starts[first:last] - begin, ends[first:last] - begin
+            yield before[np.minimum(until, some + length)] - before[np.minimum(some + 1, until)]
+            first = last
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}

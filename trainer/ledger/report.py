@@ -26,6 +26,7 @@ class Report:
         sample: The completion of the recipe's prompt, if it has one.
         exported: The folder of the exported model, if there is one.
         recipe_hash: Of the recipe that was run.
+        left_out: Rows of the data that were not trained on, or not whole, by why.
 
     Example:
         >>> Report(run_dir=Path("runs/mine"), summary={"steps": 3}).as_dict()["steps"]
@@ -39,6 +40,7 @@ class Report:
     sample: str | None = None
     exported: Path | None = None
     recipe_hash: str = ""
+    left_out: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -55,6 +57,7 @@ class Report:
             "sample": self.sample,
             "exported": str(self.exported) if self.exported else None,
             "recipe_hash": self.recipe_hash,
+            "left_out": dict(self.left_out),
         }
 
     def save(self) -> None:

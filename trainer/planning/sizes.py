@@ -64,7 +64,7 @@ def size_of(recipe: Recipe) -> Size:
     layers = _first(config, "num_hidden_layers", "n_layer", "num_layers")
     hidden = _first(config, "hidden_size", "n_embd", "d_model")
     if not layers or not hidden:
-        return Size(tokens=recipe.model.form == "causal-lm")
+        return Size(tokens=recipe.model.task == "causal-lm")
     vocabulary = _first(config, "vocab_size") or _entries(recipe.model.tokenizer) or 32000
     return _transformer(recipe, config, layers, hidden, vocabulary)
 
@@ -76,7 +76,7 @@ def _transformer(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden:
     queries = heads * (_first(config, "head_dim") or hidden // heads)
     gated = config.get("model_type") not in ("bert", "gpt2", "roberta", "distilbert", "opt", "gpt_neox")
     inside = layers * (hidden * queries * (2 + 2 * share) + (3 if gated else 2) * hidden * intermediate)
-    causal = recipe.model.form == "causal-lm"
+    causal = recipe.model.task == "causal-lm"
     tied = bool(config.get("tie_word_embeddings", config.get("model_type") in ("gpt2", "bert")))
     head = hidden * vocabulary if causal else 0
     small = _norms_and_biases(recipe, config, layers, hidden, intermediate)
@@ -122,11 +122,11 @@ def _norms_and_biases(recipe: Recipe, config: Mapping[str, Any], layers: int, hi
     """What Llama and BERT have beside their large matrices; a rounding error, and left out, for other families."""
     if config.get("model_type") == "llama":
         return (2 * layers + 1) * hidden
-    if config.get("model_type") != "bert" or recipe.model.form != "sequence-classification":
+    if config.get("model_type") != "bert" or recipe.model.task != "sequence-classification":
         return 0
     embeddings = (_first(config, "max_position_embeddings") or 512) + (_first(config, "type_vocab_size") or 2)
     norms, biases = (2 * layers + 1) * 2 * hidden, layers * (5 * hidden + intermediate)
-    classes = 1 if recipe.model.task == "reward-model" else CLASSES.get(recipe.data.source, 2)
+    classes = 1 if recipe.model.task == "reward-model" else CLASSES.get(recipe.data.source or "", 2)
     return embeddings * hidden + norms + biases + hidden * (hidden + 1) + classes * (hidden + 1)  # pooler, classifier
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..monitor.records import Display
 
 log = logging.getLogger(__name__)
-LEFT_OUT = ("rows_without_text", "rows_cut", "rows_without_target")  # of a task's facts
+LEFT_OUT = ("rows_bad", "rows_without_text", "rows_cut", "rows_without_target")  # of a task's facts
 
 
 class NoRunDirectory(ShoestringError):
@@ -199,6 +199,7 @@ def fit(
         sample=delivered.sample,
         exported=delivered.exported,
         recipe_hash=recipe.hash,
+        left_out=left_out,
     )
     report.save()
     return report
@@ -214,8 +215,11 @@ def _writable(run_dir: Path) -> None:
         raise NoRunDirectory(f"cannot write in {run_dir}: {error.strerror}. Choose another --run-dir.") from error
 
 
-def _say_left_out(recipe: Recipe, left_out: Mapping[str, int]) -> None:
+def _say_left_out(recipe: Recipe, left_out: Mapping[str, Any]) -> None:
     """What of the data is not trained on."""
+    if bad := left_out.get("rows_bad"):
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in bad.items())
+        log.warning("data: %s left out that cannot be read: %s", _rows(sum(bad.values())), reasons)
     if empty := left_out.get("rows_without_text"):
         log.warning("data: %s without text left out", _rows(empty))
     if cut := left_out.get("rows_cut"):

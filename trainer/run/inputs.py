@@ -39,7 +39,7 @@ def inputs_of(recipe: Recipe, task: Task) -> dict[str, str]:
         found["data"] = task.facts["data_digest"]
     if task.tokenizer is not None:
         found["tokenizer"] = task.tokenizer_key
-    names = [recipe.model.task, recipe.data.source, recipe.optimizer.name, *(t.name for t in recipe.techniques)]
+    names = [recipe.model.task, recipe.data.source or "", recipe.optimizer.name, *(t.name for t in recipe.techniques)]
     for name in sorted({name for name in names if is_code(name)}):
         found[f"code of {name.partition(':')[0]}"] = _source_digest(import_code(name))
     return found

@@ -17,6 +17,7 @@ from ..data.cache import cache_root
 from ..data.custom import call_code
 from ..data.errors import TaskError, unknown
 from ..data.images import build_image_model
+from ..data.mixture import Mixture
 from ..data.preferences import TASKS as PREFERENCE_TASKS
 from ..data.preferences import prepare_preferences
 from ..data.prepare import Prepared, prepare
@@ -105,10 +106,12 @@ class TaskData(pl.LightningDataModule):
         return [] if self.task.validation is None else self._loader(self.task.validation, shuffle=False)
 
     def _loader(self, data: Any, *, shuffle: bool) -> DataLoader[Any]:
+        order = data.order if shuffle and isinstance(data, Mixture) else None
         return DataLoader(
             data,
             batch_size=self.micro_batch_size,
-            shuffle=shuffle,
+            shuffle=shuffle and order is None,
+            sampler=order,
             collate_fn=self.task.collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,

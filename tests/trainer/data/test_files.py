@@ -107,7 +107,7 @@ def test_a_folder_of_several_formats_says_so_and_can_be_told_which(tmp_path: Pat
         ("a.json", '{"data": [{"text": "a"}]}', r"'text' is unknown.*data\.args: \{field: data\}"),
         ("a.csv", "text;n\na;1\n", r'separated by \';\': set data\.args: \{sep: ";"\}'),
         ("a.csv", "text,n\na,1\nb\n", r"a\.csv, row 2 \(line 3\) has 1 fields and the header 2"),
-        ("a.txt", "é".encode("latin-1"), r"a\.txt is not utf-8 \(byte 0xe9.*encoding: latin-1"),
+        ("a.txt", "é".encode("latin-1"), r"a\.txt, row 1 is not utf-8 \(byte 0xe9.*encoding: latin-1"),
         ("a.txt", "hello".encode("utf-16"), r"a\.txt is not utf-8 \(byte 0xff"),
         ("a.parquet", b"no such thing", r"cannot read .*a\.parquet"),
         ("a.txt", "", r"a\.txt has no text"),

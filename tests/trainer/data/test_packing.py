@@ -57,7 +57,7 @@ def test_each_document_is_in_one_sample_whole(store):
     assert packed.target_counts.tolist() == counts
     assert packed.token_counts.sum() == store.meta["tokens"]
     assert sorted(np.concatenate([packed.targets(i) for i in range(len(packed))])) == sorted(
-        store.tokens[store.trained]
+        store.tokens[:][store.trained[:]]
     )
 
 
