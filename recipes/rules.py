@@ -20,6 +20,8 @@ TEXT_TASKS = ("causal-lm", "sequence-classification")
 BUILTIN_DATA = {  # source -> the tasks it has what it takes for
     "python-stdlib": ("causal-lm",),
     "python-packages": ("sequence-classification", "causal-lm"),
+    "python-docstrings": ("causal-lm",),
+    "package-descriptions": ("causal-lm",),
     "digits": ("image-classification",),
 }
 IMAGE_KINDS = ("mlp", "cnn")

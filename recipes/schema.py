@@ -25,7 +25,8 @@ class DataSpec(Section):
     """The source of the samples, and their batches. `batch_size` is global: samples per optimizer step."""
 
     source: Text = Field(
-        description="python-stdlib | python-packages | digits | a path or glob | a hub name | your own module:attr"
+        description="python-stdlib | python-packages | python-docstrings | package-descriptions | digits | a path or "
+        "glob | a hub name | your own module:attr"
     )
     format: Literal[
         "auto", "text", "json", "csv", "parquet", "hub", "builtin",
@@ -87,6 +88,7 @@ class BudgetSpec(Section):
 
 
 TECHNIQUE = "a technique's name, or one name with a mapping of settings: `- gradual_pruning: {sparsity: 0.5}`"
+TechniqueAsWritten = str | dict[str, dict[str, Any] | None]
 TECHNIQUE_NAME = rf"^[a-z][a-z0-9_]*$|{CODE}"
 
 

@@ -98,7 +98,7 @@ def python_stdlib(limit: int | None = None) -> Corpus:
 
     About 12 MB in 700 files for CPython 3.11. The group is the path, so a validation split is by file.
     """
-    files = list(islice(_stdlib_sources(), limit))
+    files = list(islice(stdlib_sources(), limit))
     return of_texts([text for _, text in files], groups=[path for path, _ in files])
 
 
@@ -110,7 +110,7 @@ def python_packages(limit: int | None = None, packages: int = 10) -> Corpus:
     limit: at most this many chunks, taken in turns from every package.
     """
     by_package: dict[str, list[tuple[str, str]]] = {}
-    for path, text in _stdlib_sources():
+    for path, text in stdlib_sources():
         if "/" in path:
             by_package.setdefault(path.split("/")[0], []).append((path, text))
     ranked = sorted(
@@ -134,7 +134,8 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return (bunch.images[:, None] / 16.0).astype("float32"), bunch.target.astype("int64")
 
 
-def _stdlib_sources() -> Iterator[tuple[str, str]]:
+def stdlib_sources() -> Iterator[tuple[str, str]]:
+    """(Path, text) of every source file of the standard library, sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = []
     for folder, inner, files in os.walk(root):

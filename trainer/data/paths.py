@@ -8,7 +8,8 @@ from pathlib import Path
 
 from .errors import TaskError
 
-CARRIED = ("python-stdlib", "python-packages", "digits")  # sources that every machine has
+# sources that every machine has
+CARRIED = ("python-stdlib", "python-packages", "python-docstrings", "package-descriptions", "digits")
 SUFFIXES = {
     "text": (".txt", ".text", ".md", ".rst", ".py", ".tex"),
     "json": (".json", ".jsonl", ".ndjson"),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import corpora
+from . import corpora, installed
 from .cache import build_once, digest, file_digest
 from .corpora import Corpus
 from .errors import TaskError, unknown
@@ -23,6 +23,8 @@ from .shapes import Reading
 TEXTS: dict[str, Callable[..., Corpus]] = {
     "python-stdlib": corpora.python_stdlib,
     "python-packages": corpora.python_packages,
+    "python-docstrings": installed.python_docstrings,
+    "package-descriptions": installed.package_descriptions,
 }
 FEW_FILES = 20  # below this, a validation split by whole files would be coarse
 FEW_CLASSES = 20  # so many different labels may each have one row, or be numbers with fractions
