@@ -20,10 +20,10 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, 
 
 def export(
     run: RunName,
-    to: Annotated[str, typer.Option("--to", help="hf, torch, onnx, gguf-ready-safetensors or peft.")],
+    to: Annotated[str, typer.Option("--to", help="hf, torch, onnx, gguf, gguf-ready-safetensors or peft.")],
     out: Annotated[Path | None, typer.Option("--out", help="A folder; default RUN/export/<format>.")] = None,
     quantize: Annotated[
-        str | None, typer.Option("--quantize", help="int8, int8-vnni, int4, float16, bfloat16, trained.")
+        str | None, typer.Option("--quantize", help="int8, int8-vnni, int4, float16, bfloat16, q8_0, trained.")
     ] = None,
     sparse: Annotated[bool, typer.Option("--sparse", help="Store masks and kept values (torch).")] = False,
     best: Annotated[bool, typer.Option("--best", help="The weights of the best evaluation (checkpoint.best).")] = False,
