@@ -19,6 +19,7 @@ from . import runs as run_commands
 from . import text as text_commands
 from .data import data
 from .options import AllowCode, AsJson, Overrides, RecipePath, as_json_text, print_json
+from .start import init
 from .verify import verify
 
 app = typer.Typer(
@@ -110,6 +111,7 @@ def plan(
         show_plan(made)
 
 
+app.command()(init)
 app.command()(verify)
 app.command()(data)
 

@@ -27,10 +27,18 @@ def export(
     ] = None,
     sparse: Annotated[bool, typer.Option("--sparse", help="Store masks and kept values (torch).")] = False,
     best: Annotated[bool, typer.Option("--best", help="The weights of the best evaluation (checkpoint.best).")] = False,
+    license: Annotated[str | None, typer.Option("--license", help="For the model card, like apache-2.0.")] = None,
+    repo: Annotated[
+        str | None, typer.Option("--push", metavar="REPO", help="Upload it to this repository of the hub, owner/name.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="The repository that --push makes is for everybody.")
+    ] = False,
     as_json: AsJson = False,
     allow_code: AllowCode = False,
 ) -> None:
     """Write a finished run's model in another form; kept only if, read back, it computes the same."""
+    from ..export.push import push
     from ..export.trained import open_run
     from ..export.write import check_format
     from ..export.write import export as write
@@ -39,13 +47,17 @@ def export(
     quiet()
     check_format(to, quantize, sparse)
     with stdout_to_stderr(as_json):
-        made = write(open_run(run, allow_code=allow_code, best=best), to, out=out, quantize=quantize, sparse=sparse)
+        trained = open_run(run, allow_code=allow_code, best=best)
+        made = write(trained, to, out=out, quantize=quantize, sparse=sparse, license=license)
+    address = None if repo is None else push(Path(made.path), repo, public=public)
     if as_json:
-        print_json(made.as_dict())
-    else:
-        from .model_display import show_export
+        print_json({**made.as_dict(), "pushed_to": address})
+        return
+    from .model_display import show_export
 
-        show_export(made)
+    show_export(made)
+    if address is not None:
+        typer.echo(f"pushed to    {address}")
 
 
 def measure(

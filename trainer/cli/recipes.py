@@ -1,4 +1,4 @@
-"""The commands about recipes: those that are shipped, one in full, what editors know of them, and whether one is valid."""
+"""The commands about recipes: list, show, schema and validate."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def show(
     allow_code: AllowCode = False,
 ) -> None:
     """A recipe in full: every default filled in."""
-    from ...recipes import RecipeError, dump_recipe, load_recipe, shipped_recipes
     from ...problems import Problem
+    from ...recipes import RecipeError, dump_recipe, load_recipe, shipped_recipes
 
     loaded = load_recipe(recipe, overrides or (), allow_code)
     if not as_written:

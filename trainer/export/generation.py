@@ -239,7 +239,9 @@ def _tokenizer(folder: Path, wanted: str) -> PreTrainedTokenizerBase:
 def _generates(architecture: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
-    return architecture in {name for names in CAUSAL.values() for name in ([names] if isinstance(names, str) else names)}
+    return architecture in {
+        name for names in CAUSAL.values() for name in ([names] if isinstance(names, str) else names)
+    }
 
 
 def _cannot(wanted: str, architecture: str) -> CannotExport:

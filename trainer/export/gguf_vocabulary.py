@@ -31,7 +31,7 @@ def add_vocabulary(writer: Any, tokenizer: Any, size: int) -> None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else {"model": {"type": type(tokenizer).__name__}}
     split = _split(rules)
-    added = {number: token for number, token in tokenizer.added_tokens_decoder.items()}
+    added = tokenizer.added_tokens_decoder
     spelled = {number: token for token, number in tokenizer.get_vocab().items()}
     kinds = gguf.TokenType
     tokens, types = [], []
@@ -72,7 +72,9 @@ def _split(rules: dict[str, Any]) -> str:
     parts = steps.get("pretokenizers", [steps])
     bytewise = bool(parts and parts[-1].get("type") == "ByteLevel" and not parts[-1].get("add_prefix_space"))
     if kind != "BPE" or settings.get("byte_fallback") or not bytewise:
-        raise CannotExport(f"gguf: a tokenizer of the kind {kind} is not written; byte-level BPE is (as GPT-2, Llama 3).")
+        raise CannotExport(
+            f"gguf: a tokenizer of the kind {kind} is not written; byte-level BPE is (as GPT-2, Llama 3)."
+        )
     first, regex = parts[:-1], parts[-1].get("use_regex", True)
     if not first and regex:
         return "gpt-2"
@@ -82,5 +84,5 @@ def _split(rules: dict[str, Any]) -> str:
     if not regex and pattern in SPLITS:
         return SPLITS[pattern]
     raise CannotExport(
-        "gguf: the tokenizer splits texts in a way that has no name here; GPT-2's, Llama 3's, Qwen 2's and SmolLM's have."
+        "gguf: the tokenizer splits texts in a way that has no name there; GPT-2, Llama 3, Qwen 2 and SmolLM have."
     )

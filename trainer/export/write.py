@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from ...callbacks.compression.fake_quantization import PRODUCT_BITS
-from . import gguf_file, hf, onnx_file, peft_file, torch_file
+from . import gguf_file, hf, model_card, onnx_file, peft_file, torch_file
 from .encodings import Codebook, Grid
 from .quality import quality
 from .runtimes import LogitsFunction, eager, relative_error, sample
@@ -80,12 +80,14 @@ class Format:
 
 def export(
     trained: Trained, to: str, *, out: Path | None = None, quantize: str | None = None, sparse: bool = False,
-    traced: Path | None = None,
+    traced: Path | None = None, license: str | None = None,
 ) -> Exported:  # fmt: skip
     """Write `trained` in one of `FORMATS` to the folder `out` (default: run_dir/export/<format>).
 
     traced: for onnx, an ONNX file of this very model in float32, which spares tracing it again; not with
     `quantize="trained"`, which traces rounded weights.
+
+    license: of the model, for its card; what others load or publish has one.
 
     The folder appears whole and verified or not at all; an older export there is replaced. `CannotExport` where format
     and model do not go together, where `out` holds something else, or where what was written computes something else.
@@ -120,6 +122,8 @@ def export(
             "version": 1, "to": to, "quantize": quantize, "sparse": sparse, "run": trained.run_id,
             "run_dir": str(trained.run_dir.resolve()), "recipe": trained.recipe.hash, "task": trained.kind,
         }  # fmt: skip
+        if to in model_card.LIBRARIES:
+            model_card.write_card(folder, trained.run_dir, trained.recipe, trained.task.receipt(), to, license)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     files = file_sizes(out)
     return Exported(

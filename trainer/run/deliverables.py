@@ -50,6 +50,13 @@ class Deliverables:
             self.exported = Path(recipe.export.path or self.run_dir / "model")
             save(getattr(trained.module, "model", None), trained.tokenizer, self.exported)
 
+    def write_card(self) -> None:
+        """The card of the exported model, once the run's totals are known."""
+        from ..export.model_card import write_card
+
+        if self.exported is not None:
+            write_card(self.exported, self.run_dir, self.recipe, self.task.receipt(), "hf")
+
 
 def describe(task: Task, folder: Path) -> None:
     """Put settings and tokenizer beside a run's weights, where transformers or PEFT can load these as they are."""

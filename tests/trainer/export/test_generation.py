@@ -121,7 +121,8 @@ def test_prompts_are_asked_where_there_is_a_template_and_continued_where_there_i
 def test_a_chat_through_a_pipe_remembers_and_ends(run: Path) -> None:
     words = ["chat", str(run), "--temperature", "0", "--max-tokens", "12"]
     done = subprocess.run(
-        [sys.executable, "-m", "shoestring.trainer.cli", *words], input="Say one two.\n\nSay six one.\n/exit\nSay no.\n",
+        [sys.executable, "-m", "shoestring.trainer.cli", *words],
+        input="Say one two.\n\nSay six one.\n/exit\nSay no.\n",
         env={**os.environ}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -32,7 +32,9 @@ def text_of(reader: Any, key: str) -> Any:
     return reader.get_field(key).contents()
 
 
-@pytest.mark.parametrize(("quantize", "least", "most"), [(None, 0, 1e-6), ("float16", 1e-5, 2e-3), ("q8_0", 1e-4, 3e-2)])
+@pytest.mark.parametrize(
+    ("quantize", "least", "most"), [(None, 0, 1e-6), ("float16", 1e-5, 2e-3), ("q8_0", 1e-4, 3e-2)]
+)
 def test_logits_are_those_of_the_model_up_to_the_rounding_that_was_asked_for(
     trained: Trained, quantize: str | None, least: float, most: float, tmp_path: Path
 ) -> None:
@@ -54,7 +56,9 @@ def test_the_rows_of_queries_and_keys_turn_as_llama_cpp_turns_them(trained: Trai
     export(trained, "gguf", out=tmp_path / "out")
     kept = {t.name: torch.tensor(t.data) for t in gguf.GGUFReader(tmp_path / "out" / gguf_file.NAME).tensors}
     mine = dict(trained.model.named_parameters())["model.layers.0.self_attn.k_proj.weight"]
-    assert torch.equal(kept["blk.0.attn_k.weight"], mine[[h * 16 + half * 8 + i for h in (0, 1) for i in range(8) for half in (0, 1)]])
+    assert torch.equal(
+        kept["blk.0.attn_k.weight"], mine[[h * 16 + half * 8 + i for h in (0, 1) for i in range(8) for half in (0, 1)]]
+    )
 
 
 def test_words_become_the_same_tokens(trained: Trained, tmp_path: Path) -> None:
@@ -87,7 +91,9 @@ def test_every_family_that_is_promised_computes_the_same(trained: Trained, kind:
 
 
 def test_what_is_not_written_is_refused_with_what_is(trained: Trained, runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(CannotExport, match=r"GPT2LMHeadModel is not written; LlamaForCausalLM, Mistral.*Qwen3ForCausalLM are"):
+    with pytest.raises(
+        CannotExport, match=r"GPT2LMHeadModel is not written; LlamaForCausalLM, Mistral.*Qwen3ForCausalLM are"
+    ):
         export(open_run(finished("gpt2", runs)), "gguf", out=tmp_path / "out")
     shape = {**chatting.SHAPE, "vocab_size": 400}
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
