@@ -237,12 +237,14 @@ class CheckpointSpec(Section):
 
 
 class EvaluationSpec(Section):
-    """When validation runs, over how many batches (null: all), and a prompt to complete when training is over."""
+    """When validation runs, over how many batches (null: all), and prompts to complete when training is over."""
 
     every: Annotated[str | None, duration(zero=False)] = Field(None, description=amounts.DURATION)
     batches: Count | None = Field(None, description="null, or a whole number from 1")
     at_end: bool = Field(True, description="true | false")
-    generate: Text | None = Field(None, description="null, or a prompt to complete")
+    generate: Text | Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] | None = Field(
+        None, description="null, a prompt to complete, or a list of prompts; a model that learns chats is asked them"
+    )
 
 
 class ExportSpec(Section):

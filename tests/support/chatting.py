@@ -43,6 +43,7 @@ def chatting(home: Path) -> Path:
         "model": {"task": "causal-lm", "name": str(base(home / "base")), "adapter": {"rank": 8, "alpha": 32.0}},
         "data": {"source": str(home / "chats.jsonl"), "validation": 0.1, "sequence_length": 64, "batch_size": 8},
         "budget": {"steps": 12}, "optimizer": {"lr": 1e-2}, "strategy": {"name": "single"},
+        "evaluation": {"generate": ["Say one two.", "Say six six."]},
     }  # fmt: skip
     report = fit(plan(recipe_from(values, "chatting")), run_dir=home / "run")
     assert report is not None

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 from .corpora import Corpus, of_texts, stdlib_sources
 
@@ -41,7 +42,7 @@ def package_descriptions(limit: int | None = None) -> Corpus:
 
     described: dict[str, str] = {}
     for package in distributions():
-        about = package.metadata
+        about: Any = package.metadata
         text = about["Description"] or str(about.get_payload())
         if about["Name"] and not UNDESCRIBED.match(text):
             described.setdefault(about["Name"].lower(), text)

@@ -219,7 +219,7 @@ def _adapted(path: Path, wanted: str) -> tuple[Any, PreTrainedTokenizerBase]:
     if not base:
         raise CannotExport(f"{wanted} is an adapter that names no base model. Give the run that has trained it.")
     try:
-        model = load(resolve_name(base), "causal-lm")
+        model = load(Path(resolve_name(base)), "causal-lm")
     except OSError as error:
         raise CannotExport(f"{wanted}: cannot load its base {base!r}: {str(error).splitlines()[0]}") from error
     model = peft.PeftModel.from_pretrained(model, str(path), autocast_adapter_dtype=False)

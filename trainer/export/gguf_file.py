@@ -57,7 +57,7 @@ def write(trained: Trained, folder: Path, quantize: str | None) -> list[str]:
     _add_settings(writer, model.config)
     add_vocabulary(writer, trained.task.tokenizer, model.config.vocab_size)
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
-    wide = []
+    wide: list[str] = []
     for name, weight in _weights(model, family):
         to = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if to is None:

@@ -13,8 +13,8 @@ def test_docstrings_are_chats_of_one_question_and_a_sentence() -> None:
     assert found.shaped and len(chats) == 300 == len(found.groups or ())
     assert all([message["role"] for message in chat] == ["user", "assistant"] for chat in chats)
     said = {asked["content"]: answer["content"] for asked, answer in chats}
-    asked = "What is `ABCMeta.register(cls, subclass)` of the module abc for?"
-    assert said.get(asked) == "Register a virtual subclass of an ABC."
+    asked = "What is `Coroutine.close(self)` of the module _collections_abc for?"
+    assert said.get(asked) == "Raise GeneratorExit inside coroutine."
     assert all(answer.endswith((".", "!", "?")) and "\n" not in answer for answer in said.values())
     assert not any("`_" in question or "._" in question.split(" of the module ")[0] for question in said)
     assert found.fingerprint == python_docstrings(limit=300).fingerprint != python_docstrings(limit=299).fingerprint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -47,6 +48,13 @@ def test_a_run_its_adapter_and_its_merged_export_say_the_same_as_transformers(ru
     assert theirs.strip()
     assert [said(open_text_model(str(name))) for name in (run, tmp_path / "peft", merged)] == [theirs] * 3
     assert said(open_text_model(str(run.parent / "base"))) != theirs, "the base has not learnt it"
+
+
+def test_a_run_on_chats_ends_with_answers_to_its_prompts(run: Path) -> None:
+    sample = json.loads((run / "report.json").read_text())["sample"]
+    answers = sample.split("Say one two.\n")[1].split("\n\nSay six six.\n")
+    assert len(answers) == 2 and all(answer.strip() for answer in answers)
+    assert not any("<|im_" in answer for answer in answers)
 
 
 def test_a_run_is_read_without_its_data(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
