@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import AllowCode, AsJson, print_json, stdout_to_stderr
+from .options import AllowCode, AsJson, complete_run, print_json, stdout_to_stderr
 
 if TYPE_CHECKING:
     from ..export.compress import Tried
     from ..export.trained import Trained
 
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, id or name.")]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's directory, id or name.", autocompletion=complete_run)
+]
 
 
 def export(

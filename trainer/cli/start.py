@@ -52,7 +52,7 @@ def init(
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(made.text)
     (file.parent / SCHEMA).write_text(as_json_text(recipe_schema()) + "\n")
-    _tell(made, file)
+    _tell(made, file, counted=wish.look.all)
 
 
 def _ask(flag: str, question: str, default: str | None) -> str:
@@ -80,7 +80,7 @@ def _seen(wish: Wish) -> str:
     return f"{rows} of {kind[look.kind]}{form}, 95 % of at most {look.characters:,} characters"
 
 
-def _tell(made: FirstRecipe, file: Path) -> None:
+def _tell(made: FirstRecipe, file: Path, *, counted: bool) -> None:
     from .display import dollars, number, seconds
 
     predicted = made.plan.predictions
@@ -88,7 +88,7 @@ def _tell(made: FirstRecipe, file: Path) -> None:
     typer.echo(f"way          {WAYS[made.way]}" + _of(predicted.get("trainable"), predicted.get("parameters"), number))
     if predicted.get("steps") is not None:
         cost = f"{seconds(predicted['seconds'])}, {dollars(predicted['usd'])}"
-        typer.echo(f"estimate     {predicted['steps']:,.0f} steps, {cost}{_passes(made.passes)}")
+        typer.echo(f"estimate     {predicted['steps']:,.0f} steps, {cost}{_passes(made.passes, counted)}")
     for warning in made.plan.warnings:
         typer.echo(f"note         {warning}")
     typer.echo(f"written      {file}\nnext         shoestring train {file}")
@@ -98,8 +98,8 @@ def _of(trained: int | None, parameters: int | None, number: Callable[[float | N
     return f": {number(trained)} of {number(parameters)} parameters" if trained and parameters else ""
 
 
-def _passes(passes: float | None) -> str:
+def _passes(passes: float | None, counted: bool) -> str:
     if passes is None:
         return ""
-    said = f", about {passes:.1f} passes over the data"
+    said = f", {'about' if counted else 'at most'} {passes:.1f} passes over the data"
     return said if passes >= 1 else f"{said}: the budget is short of one"

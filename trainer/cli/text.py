@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import AllowCode
+from .options import AllowCode, complete_run
 
 if TYPE_CHECKING:
     from ..export.generation import TextModel
 
-Model = Annotated[str, typer.Argument(metavar="RUN", help="A run, an export to hf or peft, a Hugging Face folder.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run, an export to hf or peft, a Hugging Face folder.", autocompletion=complete_run
+    ),
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="The most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0: the likeliest token each time.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens that have this share.")]
