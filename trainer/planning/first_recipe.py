@@ -75,7 +75,7 @@ class Wish:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstRecipe:
-    """A recipe's text, its plan, how it trains, and how often it sees the rows that were looked at, if that is known."""
+    """A recipe's text, its plan, how it trains, and how often it sees the rows looked at; None: not known."""
 
     text: str
     plan: Plan
