@@ -83,7 +83,9 @@ def describe(task: Task, folder: Path) -> None:
         settings.inference_mode = True
         settings.save_pretrained(str(folder))
     elif isinstance(model, PreTrainedModel) and _is_plain(model, folder):
-        model.config.save_pretrained(folder)
+        settings = copy.copy(model.config)
+        settings.architectures = [type(model).__name__]  # which a model made from a config does not say of itself
+        settings.save_pretrained(folder)
     else:
         return
     if task.tokenizer is not None:

@@ -116,12 +116,15 @@ def test_what_cannot_speak_is_refused_by_name(
 
 
 def test_prompts_are_asked_where_there_is_a_template_and_continued_where_there_is_none(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = ["--max-tokens", "12", "--temperature", "0"]
     model = open_text_model(str(run))
     assert command(monkeypatch, "generate", str(run), "Say one two.", *few) == 0
     assert capsys.readouterr().out.strip() == said(model).strip()
+    plain = open_text_model(str(finished("llama", runs)))  # whose weights are whole, and which has no template
+    assert command(monkeypatch, "generate", str(finished("llama", runs)), "def f(", *few) == 0
+    assert capsys.readouterr().out.rstrip("\n") == plain.complete("def f(", GREEDY, lambda text: None).rstrip("\n")
     assert command(monkeypatch, "generate", str(run), "two and", "--raw", *few) == 0
     assert capsys.readouterr().out.rstrip("\n") == model.complete("two and", GREEDY, lambda text: None).rstrip("\n")
 
