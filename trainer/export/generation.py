@@ -196,7 +196,9 @@ def _of_folder(path: Path, wanted: str) -> tuple[Any, PreTrainedTokenizerBase]:
         form = manifest_of(path).get("to")
         what = f"is an export to {form}" if form else "is no run, no adapter and no Hugging Face folder (config.json)"
         raise CannotExport(f"{wanted} {what}; text is generated from runs and from exports to hf and peft.")
-    architectures = json.loads((path / "config.json").read_text()).get("architectures") or ["model of no named architecture"]
+    architectures = json.loads((path / "config.json").read_text()).get("architectures") or [
+        "model of no named architecture"
+    ]
     if not _generates(architectures[0]):
         raise _cannot(wanted, architectures[0])
     from .hf import load

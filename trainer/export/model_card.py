@@ -83,7 +83,8 @@ def _what(recipe: Recipe, base: str | None) -> Iterator[str]:
 def _use(to: str, task: str, base: str | None) -> str:
     if to == "gguf":
         return "```sh\nllama-cli -m model.gguf\n```"
-    kind = {"sequence-classification": "AutoModelForSequenceClassification"}.get(task, "AutoModelForCausalLM")
+    kind = {"sequence-classification": "AutoModelForSequenceClassification"}.get(task)
+    kind = kind or ("AutoModelForCausalLM" if task == "causal-lm" else "AutoModel")
     load = f'model = {kind}.from_pretrained("PATH")'
     imports = f"from transformers import AutoTokenizer, {kind}"
     if to == "peft":

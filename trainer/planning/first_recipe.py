@@ -103,7 +103,8 @@ def first_recipe(wish: Wish, name: str, machine: Machine | None = None) -> First
     """
     best: FirstRecipe | None = None
     refused: ShoestringError | None = None
-    for way in WAYS:
+    known = configuration_of(wish.model) is not None
+    for way in WAYS if known else ("lora",):  # of a model that is still to be downloaded, nobody knows the size
         if way == "qlora" and wish.purpose == "classify":
             continue
         try:
@@ -189,7 +190,7 @@ def _budget(wish: Wish) -> Lines:
 
 
 def _optimizer(way: str, made: Plan | None) -> Lines:
-    size = (made.predictions.get("parameters") if made else None) or 0
+    size = (made.predictions.get("parameters") if made else None) or 1e12
     full, adapted = next((full, adapted) for most, full, adapted in RATES if size < most)
     yield "optimizer:", ""
     if way == "full":

@@ -124,6 +124,12 @@ def test_the_way_to_train_is_the_first_that_fits_the_machine() -> None:
         first_recipe(Wish.of("./larger", "chats.jsonl", "1 h", None), "x", on_gpu(2))
 
 
+def test_a_model_that_is_still_to_be_downloaded_is_trained_by_adapters_at_a_rate_for_large_ones() -> None:
+    made = first_recipe(Wish.of("owner/unknown", "chats.jsonl", "1 h", None), "x")
+    assert made.way == "lora" and made.passes is None and "lr: 2e-4" in made.text
+    assert any("whether owner/unknown fits in memory is not known" in warning for warning in made.plan.warnings)
+
+
 def test_every_kind_of_budget_has_its_key() -> None:
     found = [budget_key(text) for text in ("$5", "30 min", "2 epochs", "500 steps", "1e6 tokens", "0.2 kWh")]
     assert found == ["usd", "hours", "epochs", "steps", "tokens", "kwh"]
