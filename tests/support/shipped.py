@@ -11,10 +11,10 @@ from shoestring.trainer.tasks import build_task
 
 SHORT = ["data.sequence_length=32", "data.batch_size=4", "data.micro_batch_size=auto"]
 DATA = ["data.source=texts.txt", "data.args={sample_by: line}", "data.limit=null", *SHORT]
-CHATS = ["data.source=chats.jsonl", "data.limit=null", *SHORT]
+CHATS = ["data.source=chats.jsonl", "data.limit=null", *SHORT, "data.sequence_length=128"]
 SCRATCH = [
     "model.config={model_type: llama, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, "
-    "intermediate_size: 64, max_position_embeddings: 64, tie_word_embeddings: true}",
+    "intermediate_size: 64, max_position_embeddings: 128, tie_word_embeddings: true}",
 ]
 CLASSIFIER = ["model.name=runs/finetune-minilm/model", "data.limit=400", *SHORT]
 IMAGES = ["data.limit=100", "data.batch_size=20"]
