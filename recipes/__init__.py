@@ -3,6 +3,7 @@
 from ..problems import Problem
 from .dump import dump_recipe
 from .errors import RecipeError
+from .json_schema import recipe_schema
 from .load import load_recipe, recipe_from, shipped_recipes
 from .recipe import Recipe
 from .schema import BudgetSpec, Goal, TechniqueSpec
@@ -17,5 +18,6 @@ __all__ = [
     "dump_recipe",
     "load_recipe",
     "recipe_from",
+    "recipe_schema",
     "shipped_recipes",
 ]

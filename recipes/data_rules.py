@@ -13,7 +13,9 @@ from .schema import DataSpec
 BUILTIN_DATA = {  # source -> the tasks it has what it takes for
     "python-stdlib": ("causal-lm",),
     "python-packages": ("sequence-classification", "causal-lm"),
-    "python-docstrings": ("preference", "reward-model"),
+    "python-docstrings": ("causal-lm",),
+    "docstring-preferences": ("preference", "reward-model"),
+    "package-descriptions": ("causal-lm",),
     "digits": ("image-classification",),
 }
 

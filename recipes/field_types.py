@@ -42,7 +42,7 @@ def amount(base: str, scale: int = 1, whole: bool = False) -> BeforeValidator:
         except UnitError as error:
             raise _said(error) from None
 
-    return BeforeValidator(check)
+    return BeforeValidator(check, json_schema_input_type=float | str | None)
 
 
 def refused(reasons: Mapping[str, str], *allowed: str) -> BeforeValidator:

@@ -50,7 +50,7 @@ def preferences_are_read(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("data.sources", f"one data.source for {recipe.model.task}", "write the rows into one file")
     elif is_code(recipe.data.source or ""):
         hint = "rows have chosen and rejected, and a prompt"
-        yield Broken("data.source", f"a path, a hub name or python-docstrings for {recipe.model.task}", hint)
+        yield Broken("data.source", f"a path, a hub name or docstring-preferences for {recipe.model.task}", hint)
 
 
 @depends_on("model.task", "data.train_on")

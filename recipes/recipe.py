@@ -23,6 +23,7 @@ from .schema import (
     OptimizerSpec,
     Section,
     StrategySpec,
+    TechniqueAsWritten,
     TechniqueSpec,
     TrackingSpec,
     technique_item,
@@ -64,7 +65,10 @@ class Recipe(Section):
     goal: Goal | None = Field(None, description="null, or a mapping like {metric: val_loss, below: 3.2}")
     budget: BudgetSpec
     techniques: Annotated[
-        tuple[Annotated[TechniqueSpec, BeforeValidator(technique_item)], ...], Field(strict=False)
+        tuple[
+            Annotated[TechniqueSpec, BeforeValidator(technique_item, json_schema_input_type=TechniqueAsWritten)], ...
+        ],
+        Field(strict=False),
     ] = Field((), description=f"a list, each item {TECHNIQUE}")
     optimizer: OptimizerSpec = OptimizerSpec.model_construct()
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -29,8 +29,9 @@ class DataSpec(Section):
 
     source: Text | None = Field(
         None,
-        description="python-stdlib | python-packages | python-docstrings | digits | a path or glob | a hub name | "
-        "your own module:attr; null where data.sources says",
+        description="python-stdlib | python-packages | python-docstrings | docstring-preferences | "
+        "package-descriptions | digits | a path or glob | a hub name | your own module:attr; null where data.sources "
+        "says",
     )
     sources: Annotated[tuple[SourceSpec, ...], Field(strict=False)] = Field(
         (), description="a list, each item a mapping like {source: ./chats.jsonl, weight: 0.9}: drawn from by weight"
@@ -105,6 +106,7 @@ class BudgetSpec(Section):
 
 
 TECHNIQUE = "a technique's name, or one name with a mapping of settings: `- gradual_pruning: {sparsity: 0.5}`"
+TechniqueAsWritten = str | dict[str, dict[str, Any] | None]
 TECHNIQUE_NAME = rf"^[a-z][a-z0-9_]*$|{CODE}"
 
 
@@ -253,12 +255,14 @@ class CheckpointSpec(Section):
 
 
 class EvaluationSpec(Section):
-    """When validation runs, over how many batches (null: all), and a prompt to complete when training is over."""
+    """When validation runs, over how many batches (null: all), and prompts to complete when training is over."""
 
     every: Annotated[str | None, duration(zero=False)] = Field(None, description=amounts.DURATION)
     batches: Count | None = Field(None, description="null, or a whole number from 1")
     at_end: bool = Field(True, description="true | false")
-    generate: Text | None = Field(None, description="null, or a prompt to complete")
+    generate: Text | Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] | None = Field(
+        None, description="null, a prompt to complete, or a list of prompts; a model that learns chats is asked them"
+    )
 
 
 class ExportSpec(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import chdir
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from shoestring.trainer.tasks import build_task
 
 SHORT = ["data.sequence_length=32", "data.batch_size=4", "data.micro_batch_size=auto"]
 DATA = ["data.source=texts.txt", "data.args={sample_by: line}", "data.limit=null", *SHORT]
+CHATS = ["data.source=chats.jsonl", "data.limit=null", *SHORT, "data.sequence_length=128"]
 SCRATCH = [
     "model.config={model_type: llama, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, "
-    "intermediate_size: 64, max_position_embeddings: 64, tie_word_embeddings: true}",
+    "intermediate_size: 64, max_position_embeddings: 128, tie_word_embeddings: true}",
 ]
 CLASSIFIER = ["model.name=runs/finetune-minilm/model", "data.limit=400", *SHORT]
 IMAGES = ["data.limit=100", "data.batch_size=20"]
@@ -21,7 +23,10 @@ CHANGES = {
     "train-large-then-compress": [*DATA, *SCRATCH, "model.tokenizer.vocab_size=300"],
     "distill": [*DATA, *SCRATCH],
     "finetune-lora": DATA,
+    "sft-lora": CHATS,
+    "sft-qlora": CHATS,
     "dpo": ["data.limit=100", *SHORT, "data.sequence_length=64"],
+    "continue-pretraining": DATA,
     "qat-lora": DATA,
     "finetune-minilm": CLASSIFIER,
     "prune-distill-quantize": CLASSIFIER,
@@ -42,6 +47,8 @@ def leave_models(folder: Path) -> None:
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
     (folder / "texts.txt").write_text("".join(f"def line_{n}(x): return x * {n % 7} + {n}\n" for n in range(300)))
+    chats = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(60)]
+    (folder / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
     with chdir(folder):
         task = build_task(small("quickstart"), workdir=folder)
     model, tokens = folder / "runs/quickstart/model", folder / "runs/finetune-minilm/model"

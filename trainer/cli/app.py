@@ -14,14 +14,16 @@ from ... import ShoestringError, __version__
 from ...exits import FAILURE
 from . import jobs as job_commands
 from . import models as model_commands
+from . import recipes as recipe_commands
 from . import runs as run_commands
+from . import text as text_commands
 from .data import data
 from .options import AllowCode, AsJson, Overrides, RecipePath, as_json_text, print_json
+from .start import init
 from .verify import verify
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Train and fine-tune models under a budget: plan before spending, never overspend, end annealed.",
 )
@@ -109,40 +111,17 @@ def plan(
         show_plan(made)
 
 
+app.command()(init)
 app.command()(verify)
 app.command()(data)
 
 
-@recipes_app.command("list")
-def recipes_list(as_json: AsJson = False) -> None:
-    """The recipes that come with Shoestring."""
-    from ...recipes import shipped_recipes
-
-    about = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in shipped_recipes().items()}
-    if as_json:
-        print_json(about)
-    else:
-        for name, line in about.items():
-            typer.echo(f"{name:20} {line}")
-
-
-@recipes_app.command("show")
-def recipes_show(recipe: RecipePath, overrides: Overrides = None, allow_code: AllowCode = False) -> None:
-    """A recipe in full: every default filled in."""
-    from ...recipes import dump_recipe, load_recipe
-
-    typer.echo(dump_recipe(load_recipe(recipe, overrides or (), allow_code)).rstrip())
-
-
-@recipes_app.command("validate")
-def recipes_validate(recipe: RecipePath, overrides: Overrides = None, allow_code: AllowCode = False) -> None:
-    """Check a recipe; every mistake is listed with its file and line."""
-    from ...recipes import load_recipe
-
-    loaded = load_recipe(recipe, overrides or (), allow_code)
-    typer.echo(f"{loaded.name} is valid ({loaded.hash})")
-
-
+recipes_app.command("list")(recipe_commands.list_recipes)
+recipes_app.command("show")(recipe_commands.show)
+recipes_app.command("schema")(recipe_commands.schema)
+recipes_app.command("validate")(recipe_commands.validate)
+app.command()(text_commands.generate)
+app.command()(text_commands.chat)
 app.command()(model_commands.export)
 app.command()(model_commands.measure)
 app.command()(model_commands.compress)

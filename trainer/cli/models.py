@@ -9,28 +9,38 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import AllowCode, AsJson, print_json, stdout_to_stderr
+from .options import AllowCode, AsJson, complete_run, print_json, stdout_to_stderr
 
 if TYPE_CHECKING:
     from ..export.compress import Tried
     from ..export.trained import Trained
 
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, id or name.")]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's directory, id or name.", autocompletion=complete_run)
+]
 
 
 def export(
     run: RunName,
-    to: Annotated[str, typer.Option("--to", help="hf, torch, onnx, gguf-ready-safetensors or peft.")],
+    to: Annotated[str, typer.Option("--to", help="hf, torch, onnx, gguf, gguf-ready-safetensors or peft.")],
     out: Annotated[Path | None, typer.Option("--out", help="A folder; default RUN/export/<format>.")] = None,
     quantize: Annotated[
-        str | None, typer.Option("--quantize", help="int8, int8-vnni, int4, float16, bfloat16, trained.")
+        str | None, typer.Option("--quantize", help="int8, int8-vnni, int4, float16, bfloat16, q8_0, trained.")
     ] = None,
     sparse: Annotated[bool, typer.Option("--sparse", help="Store masks and kept values (torch).")] = False,
     best: Annotated[bool, typer.Option("--best", help="The weights of the best evaluation (checkpoint.best).")] = False,
+    license: Annotated[str | None, typer.Option("--license", help="For the model card, like apache-2.0.")] = None,
+    repo: Annotated[
+        str | None, typer.Option("--push", metavar="REPO", help="Upload it to this repository of the hub, owner/name.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="The repository that --push makes is for everybody.")
+    ] = False,
     as_json: AsJson = False,
     allow_code: AllowCode = False,
 ) -> None:
     """Write a finished run's model in another form; kept only if, read back, it computes the same."""
+    from ..export.push import push
     from ..export.trained import open_run
     from ..export.write import check_format
     from ..export.write import export as write
@@ -39,13 +49,17 @@ def export(
     quiet()
     check_format(to, quantize, sparse)
     with stdout_to_stderr(as_json):
-        made = write(open_run(run, allow_code=allow_code, best=best), to, out=out, quantize=quantize, sparse=sparse)
+        trained = open_run(run, allow_code=allow_code, best=best)
+        made = write(trained, to, out=out, quantize=quantize, sparse=sparse, license=license)
+    address = None if repo is None else push(Path(made.path), repo, public=public)
     if as_json:
-        print_json(made.as_dict())
-    else:
-        from .model_display import show_export
+        print_json({**made.as_dict(), "pushed_to": address})
+        return
+    from .model_display import show_export
 
-        show_export(made)
+    show_export(made)
+    if address is not None:
+        typer.echo(f"pushed to    {address}")
 
 
 def measure(

@@ -6,10 +6,12 @@ must not cut: two chunks of one file share it, so no file is ever on both sides.
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import sysconfig
 import tokenize
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -170,8 +172,19 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return (bunch.images[:, None] / 16.0).astype("float32"), bunch.target.astype("int64")
 
 
+def stdlib_trees() -> Iterator[tuple[str, str, ast.Module]]:
+    """(Path, text, tree) of every source file of the standard library that can be parsed, sorted by path."""
+    for path, text in stdlib_sources():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in old files
+            try:
+                yield path, text, ast.parse(text)
+            except (SyntaxError, ValueError):
+                continue
+
+
 def stdlib_sources() -> Iterator[tuple[str, str]]:
-    """The files of the standard library, as (path there, text), sorted by path."""
+    """(Path, text) of every source file of the standard library, sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = []
     for folder, inner, files in os.walk(root):

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from .errors import TaskError
 
-CARRIED = ("python-stdlib", "python-packages", "python-docstrings", "digits")  # sources that every machine has
+# sources that every machine has
+CARRIED = (
+    "python-stdlib", "python-packages", "python-docstrings", "docstring-preferences", "package-descriptions", "digits",
+)  # fmt: skip
 SUFFIXES = {
     "text": (".txt", ".text", ".md", ".markdown", ".rst", ".py", ".tex"),
     "json": (".json", ".jsonl", ".ndjson"),

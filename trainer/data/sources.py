@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import corpora
+from . import corpora, installed
 from .cache import digest, file_digest
 from .corpora import Corpus
-from .docstrings import python_docstrings
+from .docstring_preferences import docstring_preferences
 from .errors import TaskError, unknown
 from .kept import kept_corpus
 from .paths import SHAPED, file_format, find_files, one_format
@@ -24,7 +24,9 @@ from .shapes import Reading, Shape
 TEXTS: dict[str, Callable[..., Corpus]] = {
     "python-stdlib": corpora.python_stdlib,
     "python-packages": corpora.python_packages,
-    "python-docstrings": python_docstrings,
+    "python-docstrings": installed.python_docstrings,
+    "docstring-preferences": docstring_preferences,
+    "package-descriptions": installed.package_descriptions,
 }
 FEW_FILES = 20  # below this, a validation split by whole files would be coarse
 

@@ -5,6 +5,7 @@
     torch                   the reload with the model, rounded the same in memory  0
     onnx                    ONNX Runtime with the model in memory                  1e-4
     peft                    PEFT's reload, on the base, with the model in memory   1e-5
+    gguf                    transformers' reload, dequantized, with the model      1e-5; float16 5e-3, q8_0 5e-2
     onnx --quantize int8    ONNX Runtime with the emulation of its arithmetic      2e-2
 
 In ONNX files "int8" has weights within 7 bits, which every CPU multiplies right; "int8-vnni" has all 8, half the
@@ -31,16 +32,16 @@ from typing import Any
 import torch
 
 from ...callbacks.compression.fake_quantization import PRODUCT_BITS
-from . import hf, onnx_file, peft_file, torch_file
+from . import gguf_file, hf, model_card, onnx_file, peft_file, torch_file
 from .encodings import Codebook, Grid
 from .quality import quality
 from .runtimes import LogitsFunction, eager, relative_error, sample
 from .trained import AS_TRAINED, BEST, MANIFEST, CannotExport, Trained, manifest_of
 
-FORMATS = ("hf", "torch", "onnx", "gguf-ready-safetensors", "peft")
+FORMATS = ("hf", "torch", "onnx", "gguf", "gguf-ready-safetensors", "peft")
 QUANTIZED = {
     "torch": ("int8", "int4", "float16", "bfloat16", AS_TRAINED), "onnx": ("int8", "int8-vnni", AS_TRAINED),
-    "hf": (AS_TRAINED,),
+    "hf": (AS_TRAINED,), "gguf": ("float16", "q8_0"),
 }  # fmt: skip
 
 
@@ -79,12 +80,14 @@ class Format:
 
 def export(
     trained: Trained, to: str, *, out: Path | None = None, quantize: str | None = None, sparse: bool = False,
-    traced: Path | None = None,
+    traced: Path | None = None, license: str | None = None,
 ) -> Exported:  # fmt: skip
     """Write `trained` in one of `FORMATS` to the folder `out` (default: run_dir/export/<format>).
 
     traced: for onnx, an ONNX file of this very model in float32, which spares tracing it again; not with
     `quantize="trained"`, which traces rounded weights.
+
+    license: of the model, for its card; what others load or publish has one.
 
     The folder appears whole and verified or not at all; an older export there is replaced. `CannotExport` where format
     and model do not go together, where `out` holds something else, or where what was written computes something else.
@@ -119,6 +122,8 @@ def export(
             "version": 1, "to": to, "quantize": quantize, "sparse": sparse, "run": trained.run_id,
             "run_dir": str(trained.run_dir.resolve()), "recipe": trained.recipe.hash, "task": trained.kind,
         }  # fmt: skip
+        if to in model_card.LIBRARIES:
+            model_card.write_card(folder, trained.run_dir, trained.recipe, trained.task.receipt(), to, license)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     files = file_sizes(out)
     return Exported(
@@ -195,6 +200,11 @@ def _format(trained: Trained, to: str, quantize: str | None, sparse: bool, trace
         return Format(
             lambda f: torch_file.write(trained, f, quantize, sparse), lambda f: torch_file.reload(trained, f),
             lambda: torch_file.expected(trained, quantize), 0.0,
+        )  # fmt: skip
+    if to == "gguf":
+        return Format(
+            lambda f: gguf_file.write(trained, f, quantize), gguf_file.reload, lambda: hf.expected(trained),
+            gguf_file.TOLERANCES[quantize],
         )  # fmt: skip
     products = _products(quantize, ways)
     return Format(

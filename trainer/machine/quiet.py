@@ -13,7 +13,7 @@ def quiet() -> None:
     for name in ("pytorch_lightning", "lightning_fabric", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # kernels for other GPUs, deprecations of other packages, a loss that is not used
-    for name in ("torchao", "torch.utils._pytree", "transformers.modeling_utils"):
+    for name in ("torchao", "torch.utils._pytree", "transformers.modeling_utils", "transformers.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("pytorch_lightning", "lightning_", "torch.distributed", "deepspeed"):
         warnings.filterwarnings("ignore", module=module)

@@ -32,23 +32,43 @@ class Deliverables:
     def seconds(self, step: float) -> float:
         """About how long `make` takes, by the seconds of a step: a model is built, and asked once for each token."""
         rows = 3 * self.recipe.data.batch_size  # a backward pass takes two forward passes
-        return self.task.model_seconds + (NEW_TOKENS * step / rows if self.recipe.evaluation.generate else 0.0)
+        return self.task.model_seconds + len(self._prompts) * NEW_TOKENS * step / rows
+
+    @property
+    def _prompts(self) -> tuple[str, ...]:
+        given = self.recipe.evaluation.generate or ()
+        return (given,) if isinstance(given, str) else given
 
     def make(self) -> None:
         from ..export.trained import rebuilt
 
         recipe, trained = self.recipe, rebuilt(self.recipe, self.run_dir, task=self.task).task
-        if prompt := recipe.evaluation.generate:
-            from ..tasks.generate import complete
-
-            self.sample = complete(
-                trained.module, trained.tokenizer, prompt, max_new_tokens=NEW_TOKENS, temperature=0.7, seed=recipe.seed
-            )  # type: ignore[arg-type]
+        if self._prompts:
+            self.sample = self._completed(trained)
         if recipe.export:
             from ..export.hf import save
 
             self.exported = Path(recipe.export.path or self.run_dir / "model")
             save(getattr(trained.module, "model", None), trained.tokenizer, self.exported)
+
+    def _completed(self, trained: Task) -> str:
+        """What follows the prompt, or each of several after it. A run that has learnt chats is asked it."""
+        from ..tasks.generate import complete
+
+        module: Any = trained.module
+        chat = "trained_tokens" in trained.facts and self.recipe.data.format != "prompt-completion"
+        settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "temperature": 0.7, "seed": self.recipe.seed}
+        texts = [complete(module, trained.tokenizer, prompt, chat=chat, **settings) for prompt in self._prompts]
+        if len(texts) == 1:
+            return texts[0]
+        return "\n\n".join(f"{prompt}\n{text}" for prompt, text in zip(self._prompts, texts, strict=True))
+
+    def write_card(self) -> None:
+        """The card of the exported model, once the run's totals are known."""
+        from ..export.model_card import write_card
+
+        if self.exported is not None:
+            write_card(self.exported, self.run_dir, self.recipe, self.task.receipt(), "hf")
 
 
 def describe(task: Task, folder: Path) -> None:
@@ -63,7 +83,9 @@ def describe(task: Task, folder: Path) -> None:
         settings.inference_mode = True
         settings.save_pretrained(str(folder))
     elif isinstance(model, PreTrainedModel) and _is_plain(model, folder):
-        model.config.save_pretrained(folder)
+        settings = copy.copy(model.config)
+        settings.architectures = [type(model).__name__]  # which a model made from a config does not say of itself
+        settings.save_pretrained(folder)
     else:
         return
     if task.tokenizer is not None:

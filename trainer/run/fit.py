@@ -191,6 +191,7 @@ def fit(
     for weights_folder in (run_dir / "final", run_dir / "best"):
         if weights_folder.exists():
             describe(task, weights_folder)
+    delivered.write_card()
     report = Report(
         run_dir=run_dir,
         summary=trainer.summary,

@@ -23,8 +23,11 @@ def complete(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    chat: bool = False,
 ) -> str:
     """The text that follows `prompt`, up to the end of the document or `max_new_tokens`.
+
+    chat: what the assistant answers to it, by the tokenizer's chat template.
 
     temperature 0 takes the likeliest token; above, tokens are drawn by a generator of their own from `seed`, so the
     same arguments give the same text and the run's random numbers are untouched. Each token is one forward over the
@@ -32,7 +35,14 @@ def complete(
     """
     model: Any = module.model
     device = model.get_input_embeddings().weight.device
-    ids = [*module.opening, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] or [tokenizer.eos_token_id]
+    if chat:
+        prompt = str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        )
+    opening = () if chat else module.opening
+    ids = [*opening, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] or [tokenizer.eos_token_id]
     window = getattr(model.config, "max_position_embeddings", None) or len(ids) + max_new_tokens
     generator = torch.Generator().manual_seed(seed)
     start = len(ids)

@@ -119,3 +119,14 @@ def test_recipes_validate_and_show(tmp_path: Path) -> None:
     shown = shoestring("recipes", "show", "digits", "seed=7", cwd=tmp_path).stdout
     (tmp_path / "own.yaml").write_text(shown)
     assert "7" in shoestring("recipes", "show", "own.yaml", cwd=tmp_path).stdout
+
+
+def test_a_shell_completes_recipes_and_runs(tmp_path: Path) -> None:
+    (tmp_path / "qualified.yaml").touch()
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "run.json").touch()
+    for words, names in (("train qu", ["qualified.yaml", "quickstart"]), ("chat runs/m", ["runs/mine"])):
+        asks = {"_SHOESTRING_COMPLETE": "complete_bash", "COMP_WORDS": f"shoestring {words}", "COMP_CWORD": "2"}
+        program = [str(Path(sys.executable).with_name("shoestring"))]
+        done = subprocess.run(program, cwd=tmp_path, env={**os.environ, **asks}, capture_output=True, text=True)
+        assert sorted(done.stdout.split()) == names, done.stderr

@@ -137,7 +137,7 @@ def test_the_receipt_shows_both_answers(tmp_path: Path) -> None:
 
 
 def test_the_docstrings_of_the_standard_library_are_pairs(tmp_path: Path) -> None:
-    made = prepared(tmp_path, [TEXTS], data={"source": "python-docstrings", "limit": 40, "sequence_length": 128})
+    made = prepared(tmp_path, [TEXTS], data={"source": "docstring-preferences", "limit": 40, "sequence_length": 128})
     assert isinstance(made.train, Preferences) and len(made.train) + len(made.validation) == 40
     (chosen, good), (rejected, bad) = texts(made, 0)
     assert chosen.startswith("def ") and chosen.split('"""')[0] == rejected.split('"""')[0]
@@ -152,7 +152,7 @@ def test_the_docstrings_of_the_standard_library_are_pairs(tmp_path: Path) -> Non
         ({"model": {"adapter": {"start": "pissa"}}}, "pissa changes the base"),
         ({"data": {"train_on": "all"}}, "answers | last for preference"),
         ({"techniques": ["sequence_length_warmup"]}, "a sample is two answers"),
-        ({"data": {"source": "python-stdlib"}}, "for preference: python-docstrings"),
+        ({"data": {"source": "python-stdlib"}}, "for preference: docstring-preferences"),
         ({"goal": {"metric": "val_perplexity", "below": 3}}, "what preference logs: val_loss"),
     ],
 )  # fmt: skip

@@ -204,7 +204,7 @@ def test_export_by_name_and_its_errors(
         (["nothing", "--to", "torch"], "no run 'nothing'"),
         ([str(tmp_path / "a"), "--to", "torch"], "no run.json"),
         ([str(unfinished), "--to", "torch"], "has not finished"),
-        ([str(run_dir), "--to", "tflite"], "hf, torch, onnx, gguf-ready-safetensors"),
+        ([str(run_dir), "--to", "tflite"], "hf, torch, onnx, gguf, gguf-ready-safetensors"),
         ([str(run_dir), "--to", "hf"], "MLP"),
         ([str(run_dir), "--to", "onnx", "--quantize", "int4"], "takes int8 or int8-vnni"),
         ([str(run_dir), "--to", "onnx", "--sparse"], "cannot store masks"),

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ast
 import json
 import random
-import warnings
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
 
 from .cache import digest
-from .corpora import Corpus, of_texts, stdlib_sources
+from .corpora import Corpus, of_texts, stdlib_trees
 
 LONGEST = 400  # characters of the lines that open a function
 
@@ -24,7 +23,7 @@ class Documented(NamedTuple):
     docstring: str
 
 
-def python_docstrings(limit: int | None = None) -> Corpus:
+def docstring_preferences(limit: int | None = None) -> Corpus:
     """Functions of the standard library, each with its docstring's first line and the same words in another order.
 
     The prompt is the function's opening up to the quotes, what was written is chosen. Rows are in the canonical form of
@@ -50,13 +49,7 @@ def _mixed(function: Documented) -> str:
 
 
 def _documented() -> Iterator[Documented]:
-    for path, text in stdlib_sources():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about escapes in old files
-                tree = ast.parse(text)
-        except (SyntaxError, ValueError):
-            continue
+    for path, text, tree in stdlib_trees():
         lines = text.split("\n")
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (said := ast.get_docstring(node)):
