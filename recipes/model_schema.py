@@ -67,6 +67,19 @@ class ModelSpec(Section):
         description="auto | fp32 | bf16 | nf4 | int8: what weights are kept in; nf4 and int8 for the frozen base of an "
         "adapter. auto is bf16 for such a base where the run computes in bf16, else fp32",
     )
+    problem: Literal["single-label", "multi-label", "regression"] = Field(
+        "single-label",
+        description="single-label | multi-label | regression: whether sequence-classification predicts one class of a "
+        "row, any number of classes, or a number",
+    )
+    class_weights: Literal["balanced"] | Annotated[tuple[Positive, ...], Field(min_length=2, strict=False)] | None = (
+        Field(
+            None,
+            description="null, balanced (a class with half as many samples weighs twice as much), or a list with a "
+            "number above 0 for each class, in the order of their names: the factors of their losses, scaled to a mean "
+            "of 1 over the training samples",
+        )
+    )
     adapter: AdapterSpec | None = Field(None, description="null or a mapping like {kind: lora, rank: 8}")
     attention: Literal["auto", "sdpa", "flash", "flex", "eager"] = Field(
         "auto", description="auto | sdpa | flash | flex | eager: who computes the attention of a language model"

@@ -23,11 +23,14 @@ BUILTIN_DATA = {  # source -> the tasks it has what it takes for
     "digits": ("image-classification",),
 }
 IMAGE_KINDS = ("mlp", "cnn")
-LOGGED = {  # task -> the metrics of its validation
+LOGGED = {  # task, or problem of a sequence-classification -> the metrics of its validation
     "causal-lm": ("val_loss", "val_perplexity"),
-    "sequence-classification": ("val_loss", "val_accuracy"),
-    "image-classification": ("val_loss", "val_accuracy"),
+    "image-classification": ("val_loss", "val_accuracy", "val_macro_f1", "val_micro_f1"),
+    "single-label": ("val_loss", "val_accuracy", "val_macro_f1", "val_micro_f1"),
+    "multi-label": ("val_loss", "val_exact_match", "val_macro_f1", "val_micro_f1"),
+    "regression": ("val_loss", "val_mse", "val_mae", "val_r2", "val_spearman"),
 }
+CLASSIFIERS = ("sequence-classification", "image-classification")
 
 
 def broken(recipe: Recipe, allow_code: bool, bad: Callable[[str], bool]) -> Iterator[Broken]:
@@ -182,6 +185,18 @@ def args_fit(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("model.args", "args only for a task that is your own module:attr", "shapes go into model.config")
 
 
+@depends_on("model.task", "model.problem", "model.class_weights", "data.source")
+def problem_fits(recipe: Recipe) -> Iterator[Broken]:
+    model, source = recipe.model, recipe.data.source
+    if model.problem != "single-label" and model.task != "sequence-classification":
+        yield Broken("model.problem", f"single-label for {model.task}", "only sequence-classification has others")
+    elif model.problem != "single-label" and source in BUILTIN_DATA:
+        yield Broken("model.problem", f"single-label for {source}", "each of its rows has one class")
+    if model.class_weights is not None and (model.task not in CLASSIFIERS or model.problem != "single-label"):
+        hint = f"they are for {' and '.join(CLASSIFIERS)} with problem single-label"
+        yield Broken("model.class_weights", f"null for {model.task} with problem {model.problem}", hint)
+
+
 @depends_on("model.task", "data.source")
 def source_fits(recipe: Recipe) -> Iterator[Broken]:
     task, source = recipe.model.task, recipe.data.source
@@ -241,15 +256,16 @@ def export_fits(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("export.to", f"hf for {' and '.join(TEXT_TASKS)}, not for {task}", hint, recipe.export.to)
 
 
-@depends_on("model.task", "goal", "techniques")
+@depends_on("model.task", "model.problem", "goal", "techniques")
 def goal_is_logged(recipe: Recipe) -> Iterator[Broken]:
     """What a task or a technique of the user's own logs is not known here."""
-    logged = LOGGED.get(recipe.model.task)
+    task, problem = recipe.model.task, recipe.model.problem
+    logged = LOGGED.get(problem if task == "sequence-classification" else task)
     if recipe.goal is None or logged is None or any(is_code(technique.name) for technique in recipe.techniques):
         return
     if recipe.goal.metric not in logged:
         hint = did_you_mean(recipe.goal.metric, logged)
-        yield Broken("goal.metric", f"what {recipe.model.task} logs: {' | '.join(logged)}", hint)
+        yield Broken("goal.metric", f"what {task} logs: {' | '.join(logged)}", hint)
 
 
 @depends_on("techniques")

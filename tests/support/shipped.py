@@ -23,6 +23,7 @@ CHANGES = {
     "finetune-lora": DATA,
     "qat-lora": DATA,
     "finetune-minilm": CLASSIFIER,
+    "classify-csv": [*CLASSIFIER, "evaluation.every=null", "checkpoint.best=null"],
     "prune-distill-quantize": CLASSIFIER,
     "shrink-and-improve": CLASSIFIER,
     "digits": IMAGES,
@@ -41,6 +42,7 @@ def leave_models(folder: Path) -> None:
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
     (folder / "texts.txt").write_text("".join(f"def line_{n}(x): return x * {n % 7} + {n}\n" for n in range(300)))
+    (folder / "rows.csv").write_text("text,label\n" + "".join(f"row {n} of {n % 10},{n % 10}\n" for n in range(200)))
     with chdir(folder):
         task = build_task(small("quickstart"), workdir=folder)
     model, tokens = folder / "runs/quickstart/model", folder / "runs/finetune-minilm/model"

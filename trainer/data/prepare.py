@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from .corpora import Corpus, digits
 from .custom import call_code
 from .errors import TaskError
 from .images import Images
+from .labels import Kind, class_names, targets
 from .packing import Packed, Texts
 from .rows import PIECE
 from .sources import load_corpus
@@ -124,11 +124,12 @@ def _answers(
 
 def _labelled_texts(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     data = recipe.data
-    train, held = _corpora(data, dict(data.args or {}), cache, labelled=True)
+    kind: Kind = recipe.model.problem
+    train, held = _corpora(data, dict(data.args or {}), cache, labelled=True, kind=kind)
     if data.source == "python-packages":
         train, held = balance(train), None if held is None else balance(held)
     tokenizer = load_tokenizer(recipe.model, train, cache=cache, own=own)
-    classes = _classes(train, held)
+    classes = class_names(kind, train.labels or (), (held and held.labels) or ())
     key = digest([tokenizer_key(tokenizer), f"classification {data.sequence_length}, special tokens as text"])
 
     def samples(corpus: Corpus) -> Documents:
@@ -137,13 +138,14 @@ def _labelled_texts(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
             corpus, encode, key=key, vocabulary=len(tokenizer), cache=cache,
             head=max(PIECE, CHARACTERS * data.sequence_length), about=lambda: {"cut": encode.cut},
         )  # fmt: skip
-        labels = [classes[label] for label in corpus.labels or ()]
+        labels = targets(kind, corpus.labels or (), classes)
         return Documents(store, data.sequence_length, labels, group_by_length=data.group_by_length)
 
     sets = samples(train), None if held is None else samples(held)
-    names = [str(label) for label in classes]
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), "classes": names, **_told(train, held, *sets)}
-    return Prepared(*sets, PadTokens(tokenizer.pad_token_id), tokenizer, classes=names, facts=facts)
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **_told(train, held, *sets)}
+    if classes is not None:
+        facts["classes"] = classes
+    return Prepared(*sets, PadTokens(tokenizer.pad_token_id), tokenizer, classes=classes, facts=facts)
 
 
 def _digits(recipe: Recipe) -> Prepared:
@@ -175,17 +177,20 @@ def _own_data(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
             "it must give a LightningDataModule or (train, validation) data sets."
         )
     train, validation = loaded
-    classes = _classes_of(train) if "classification" in recipe.model.task else None
+    labelled = "classification" in recipe.model.task and recipe.model.problem != "regression"
+    classes = _classes_of(train) if labelled else None
     facts = {**_sizes(train, validation), **({} if classes is None else {"classes": classes})}
     return Prepared(train, validation, _collate_of(train, tokenizer), tokenizer, classes, unit=unit, facts=facts)
 
 
-def _corpora(data: Any, args: dict[str, Any], cache: Path, *, labelled: bool) -> tuple[Corpus, Corpus | None]:
-    corpus = load_corpus(data, data.source, args, cache=cache, labelled=labelled)
+def _corpora(
+    data: Any, args: dict[str, Any], cache: Path, *, labelled: bool, kind: Kind = "single-label"
+) -> tuple[Corpus, Corpus | None]:
+    corpus = load_corpus(data, data.source, args, cache=cache, labelled=labelled, kind=kind)
     if isinstance(data.validation, str):
         key = "data.validation"
-        return corpus, load_corpus(data, data.validation, args, cache=cache, labelled=labelled, key=key)
-    return split(corpus, data.validation) if data.validation else (corpus, None)
+        return corpus, load_corpus(data, data.validation, args, cache=cache, labelled=labelled, key=key, kind=kind)
+    return split(corpus, data.validation, by_label=kind == "single-label") if data.validation else (corpus, None)
 
 
 def _digest(train: Corpus, held: Corpus | None) -> str:
@@ -193,30 +198,13 @@ def _digest(train: Corpus, held: Corpus | None) -> str:
     return digest([train.fingerprint, "" if held is None else held.fingerprint])
 
 
-def _classes(train: Corpus, held: Corpus | None) -> dict[Any, int]:
-    """Labels in sorted order with their numbers; numbers sort as numbers, everything else as text."""
-    known = set(train.labels or ())
-    ordered = sorted(known, key=float if all(map(_is_number, known)) else str)
-    if len(ordered) < 2:
-        raise TaskError(f"data.label_column: classification needs two classes or more, found {ordered}.")
-    new = set((held and held.labels) or ()) - known
-    if new:
-        raise TaskError(f"data.validation has classes that training data lacks: {sorted(map(str, new))}.")
-    return {label: number for number, label in enumerate(ordered)}
-
-
-def _is_number(label: Any) -> bool:
-    try:
-        return math.isfinite(float(label))
-    except (TypeError, ValueError):
-        return False
-
-
 def _classes_of(train: Any) -> list[str]:
     """Class names that a data set declares (`classes`, as torchvision does), else the labels of all its samples."""
     declared = getattr(train, "classes", None)
     if declared is not None:
         return [str(name) for name in declared]
+    if getattr(train[0]["labels"], "ndim", 0):  # one 0 or 1 for each
+        return [str(number) for number in range(len(train[0]["labels"]))]
     return [str(number) for number in range(max(int(train[i]["labels"]) for i in range(len(train))) + 1)]
 
 

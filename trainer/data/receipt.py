@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +70,7 @@ def receipt(data: Prepared, *, duplicates: bool = True) -> Receipt:
     texts = hasattr(train, "store")
     counts: Mapping[str, int] = {}
     if data.classes is not None and getattr(train, "labels", None) is not None:
-        numbers, found = np.unique(np.asarray(train.labels), return_counts=True)
-        counts = {data.classes[number]: int(count) for number, count in zip(numbers, found, strict=True)}
+        counts = _class_counts(np.asarray(train.labels), data.classes)
     if not texts:
         size = len(train) if hasattr(train, "__len__") else 0
         held_size = len(held) if hasattr(held, "__len__") else 0
@@ -94,6 +93,20 @@ def receipt(data: Prepared, *, duplicates: bool = True) -> Receipt:
     )
 
 
+def _class_counts(labels: np.ndarray, classes: Sequence[str]) -> dict[str, int]:
+    """Samples of each class that occurs, of labels [N], or [N, classes] where a sample has several."""
+    found = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(classes))
+    return {name: int(count) for name, count in zip(classes, found, strict=True) if count}
+
+
+def _label_shown(label: Any, classes: Sequence[str] | None) -> str:
+    if classes is None:
+        return f"{float(label):g}"
+    if label.ndim:
+        return ", ".join(name for name, has in zip(classes, label.tolist(), strict=True) if has) or "none"
+    return classes[int(label)]
+
+
 def _left_out(data: Prepared) -> dict[str, int]:
     names = ("rows_without_text", "rows_cut", "rows_without_target")
     return {name: data.facts[name] for name in names if name in data.facts}
@@ -108,9 +121,8 @@ def _stretches(data: Prepared, index: int) -> list[Stretch]:
     """A sample's text in stretches that are, or are not, targets; padding is not shown."""
     sample = data.train[index]
     ids, labels = sample["input_ids"][:SHOWN_TOKENS], sample["labels"]
-    if not labels.ndim:
-        name = (data.classes or ())[int(labels)]
-        return [(data.tokenizer.decode(ids), False), (f" → {name}", True)]
+    if not labels.ndim or labels.is_floating_point():
+        return [(data.tokenizer.decode(ids), False), (f" → {_label_shown(labels, data.classes)}", True)]
     marks = (labels[: len(ids)] != IGNORED).tolist()
     marks[0] = False  # nothing stands before it
     return [

@@ -103,21 +103,6 @@ def text_of(place: Place, row: Mapping[str, Any], column: str, key: str = "data.
     raise TaskError(f"{key} {column!r}: {place} is {kind_of(value)}, found {clip(str(value))}; a text is needed.")
 
 
-def label_of(place: Place, row: Mapping[str, Any], column: str) -> str:
-    """The label of a row as text; raises `TaskError` where there is none, or it can be no class."""
-    value = row.get(column)
-    if value is None:
-        raise TaskError(f"data.label_column {column!r}: {place} has no label.")
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # 1.0 and 1 are one class
-    if isinstance(value, str | int | float):
-        return str(value)
-    raise TaskError(
-        f"data.label_column {column!r}: {place} is {kind_of(value)}, found {clip(str(value))}; "
-        "a class is a text or a whole number."
-    )
-
-
 def kind_of(value: object) -> str:
     """What a value is, in the words of a message."""
     if value is None:

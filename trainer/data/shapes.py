@@ -19,6 +19,7 @@ from typing import Any
 from ...problems import clip
 from ...spelling import nearest
 from .errors import TaskError
+from .labels import Kind
 from .rows import Columns, Place, kind_of, text_of
 
 ROLES = {
@@ -113,10 +114,13 @@ class Reading:
     Args:
         wanted: The shape that `data.format` names; None: what the columns say.
         chats: Whether rows may be more than a text.
+        kind: What labels are.
     """
 
-    def __init__(self, text_column: str, label: str | None, wanted: str | None, *, chats: bool) -> None:
-        self.text_column, self.label = text_column, label
+    def __init__(
+        self, text_column: str, label: str | None, wanted: str | None, *, chats: bool, kind: Kind = "single-label"
+    ) -> None:
+        self.text_column, self.label, self.kind = text_column, label, kind
         self.shape = SHAPES.get(wanted or "")
         self._open = chats and wanted is None
 
@@ -136,7 +140,7 @@ class Reading:
     @property
     def key(self) -> str:
         """What it asks for, as a part of a cache's key."""
-        return f"{self.text_column} {self.label or ''} {self.shape.needs if self.shape else ''} {self._open}"
+        return f"{self.text_column} {self.label or ''} {self.shape.needs if self.shape else ''} {self._open} {self.kind}"
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from . import corpora
 from .cache import build_once, digest, file_digest
 from .corpora import Corpus
 from .errors import TaskError, unknown
+from .labels import Kind, check_classes, read_label
 from .paths import SHAPED, file_format, find_files, one_format
-from .rows import Place, Row, check_arguments, check_columns, label_of, read_rows
+from .rows import Place, Row, check_arguments, check_columns, read_rows
 from .shapes import Reading
 
 TEXTS: dict[str, Callable[..., Corpus]] = {
@@ -25,17 +26,17 @@ TEXTS: dict[str, Callable[..., Corpus]] = {
     "python-packages": corpora.python_packages,
 }
 FEW_FILES = 20  # below this, a validation split by whole files would be coarse
-FEW_CLASSES = 20  # so many different labels may each have one row, or be numbers with fractions
 ROWS, CHARACTERS = 1000, 1 << 20  # of one write
 
 
 def load_corpus(
-    data: Any, source: str, args: dict[str, Any], *, cache: Path, labelled: bool, key: str = "data.source"
-) -> Corpus:
+    data: Any, source: str, args: dict[str, Any], *, cache: Path, labelled: bool, key: str = "data.source",
+    kind: Kind = "single-label",
+) -> Corpus:  # fmt: skip
     """The corpus that `data.source` (or a path in `data.validation`) names.
 
     data: the recipe's data section. args: its keyword arguments for the reader. labelled: also read
-    `data.label_column`. key: the recipe's key that names the source, for errors. Raises `TaskError` where the source,
+    `data.label_column`, as labels of that kind. key: the recipe's key that names the source, for errors. Raises `TaskError` where the source,
     its format or a column does not exist, and where a row cannot be trained on.
     """
     if data.format == "builtin" and source not in TEXTS:
@@ -43,7 +44,7 @@ def load_corpus(
     if source in TEXTS and data.format in ("auto", "builtin"):
         return _builtin(source, data.limit, args)
     shape = data.format if data.format in SHAPED else None
-    reading = Reading(data.text_column, data.label_column if labelled else None, shape, chats=not labelled)
+    reading = Reading(data.text_column, data.label_column if labelled else None, shape, chats=not labelled, kind=kind)
     wanted = file_format(data.format)
     files = [] if data.format == "hub" else find_files(source, wanted, key=key)
     used = digest([reading.key, str(data.limit)])
@@ -80,17 +81,25 @@ def _hub_rows(source: str, data: Any, reading: Reading, args: dict[str, Any]) ->
     table = _load(source, split=data.split, **args)
     columns = reading.columns(table.column_names)
     check_columns("", columns, table.column_names)
-    names = getattr(table.features[columns.label], "names", None) if columns.label else None
+    feature = table.features[columns.label] if columns.label else None
+    names = getattr(getattr(feature, "feature", feature), "names", None)  # of one class, or of a list of them
 
     def rows() -> Iterator[Row]:
         kept = table.select_columns(columns.all)
         for number, row in enumerate(kept, 1):
-            if names and isinstance(label := row[columns.label], int):
-                row[columns.label] = names[label]
+            if names:
+                row[columns.label] = _named(row[columns.label], names)
             yield Place(f"{source} ({data.split})", number), row
 
     # the hub's own key of (data set, configuration, revision, split)
     return rows(), digest([source, data.split, table._fingerprint])
+
+
+def _named(label: Any, names: list[str]) -> Any:
+    """A label as its class's name, where it is a number of one."""
+    if isinstance(label, list):
+        return [_named(each, names) for each in label]
+    return names[label] if isinstance(label, int) else label
 
 
 def _load(source: str, **settings: Any) -> Any:
@@ -144,8 +153,9 @@ def _write(rows: Iterable[Row], reading: Reading, limit: int | None, folder: Pat
                 continue
             kept = {"text": _encodable(text)}
             if reading.label is not None:
-                kept["label"] = label = label_of(place, row, reading.label)
-                classes.setdefault(label, place)
+                kept["label"] = label = read_label(reading.kind, place, row, reading.label)
+                if reading.kind == "single-label":
+                    classes.setdefault(label, place)
             held.append(kept)
             count, characters = count + 1, characters + len(text)
             if len(held) == ROWS or characters > CHARACTERS:
@@ -155,7 +165,7 @@ def _write(rows: Iterable[Row], reading: Reading, limit: int | None, folder: Pat
     if not count:
         raise TaskError(f"data.source: {source} has no text" + (f": all {skipped} rows are empty." if skipped else "."))
     if reading.label is not None:
-        _check_classes(classes, count, reading.label)
+        check_classes(classes, count, reading.label)
     (folder / "about.json").write_text(json.dumps({"skipped": skipped, "shaped": reading.shape is not None}))
 
 
@@ -166,32 +176,3 @@ def _encodable(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _check_classes(classes: Mapping[str, Place], count: int, column: str) -> None:
-    """Refuse a column of numbers to be predicted, or of names that hardly repeat."""
-    if len(classes) <= FEW_CLASSES:
-        return
-    fraction = next((name for name in classes if _is_fraction(name)), None)
-    if fraction is not None and all(map(_is_number, classes)):
-        raise TaskError(
-            f"data.label_column {column!r} has {len(classes)} different numbers, such as {fraction} in "
-            f"{classes[fraction]}; classification needs classes, and a regression is no task here."
-        )
-    if 2 * len(classes) > count:
-        raise TaskError(
-            f"data.label_column {column!r} has {len(classes)} different labels in {count} rows, such as "
-            f"{next(iter(classes))!r} in {next(iter(classes.values()))}; a class needs several rows."
-        )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_fraction(text: str) -> bool:
-    return _is_number(text) and not float(text).is_integer()

@@ -15,10 +15,13 @@ from .corpora import Corpus
 from .errors import TaskError
 
 
-def split(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
-    """A corpus as (training, validation); see `split_indices`. Without groups, equal texts stay together."""
+def split(corpus: Corpus, fraction: float, *, by_label: bool = True) -> tuple[Corpus, Corpus]:
+    """A corpus as (training, validation); see `split_indices`. Without groups, equal texts stay together.
+
+    by_label: labels are classes, and each of them is on both sides.
+    """
     groups = corpus.groups or [digest([text or ""]) for text in corpus.texts]
-    outside, inside = split_indices(groups, corpus.labels, fraction)
+    outside, inside = split_indices(groups, corpus.labels if by_label else None, fraction)
     return replace(corpus.take(outside), skipped=corpus.skipped), corpus.take(inside)
 
 

@@ -26,6 +26,8 @@ class Report:
         sample: The completion of the recipe's prompt, if it has one.
         exported: The folder of the exported model, if there is one.
         recipe_hash: Of the recipe that was run.
+        details: What the last evaluation has found beside metrics: of a classification, the table of classes and the
+            confusion matrix.
 
     Example:
         >>> Report(run_dir=Path("runs/mine"), summary={"steps": 3}).as_dict()["steps"]
@@ -39,6 +41,7 @@ class Report:
     sample: str | None = None
     exported: Path | None = None
     recipe_hash: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -55,6 +58,7 @@ class Report:
             "sample": self.sample,
             "exported": str(self.exported) if self.exported else None,
             "recipe_hash": self.recipe_hash,
+            **({"details": dict(self.details)} if self.details else {}),
         }
 
     def save(self) -> None:

@@ -199,6 +199,7 @@ def fit(
         sample=delivered.sample,
         exported=delivered.exported,
         recipe_hash=recipe.hash,
+        details=task.details,
     )
     report.save()
     return report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -17,6 +17,7 @@ from ..data.cache import cache_root
 from ..data.custom import call_code
 from ..data.errors import TaskError, unknown
 from ..data.images import build_image_model
+from ..data.labels import class_weights, labels_of
 from ..data.prepare import Prepared, prepare
 from ..data.receipt import Receipt as Receipt
 from ..data.receipt import receipt
@@ -26,7 +27,9 @@ from .frozen import frozen_base, places
 from .language import CausalLM
 from .lora import add_adapter
 from .models import build_model
+from .module import TaskModule
 from .own_code_checks import give_optimizer, makes_optimizer
+from .problems import Problem, problem_of
 from .quantized import weights_in
 from .weight_dtypes import Kept, kept_in
 
@@ -61,6 +64,11 @@ class Task:
     def tokenizer_key(self) -> str:
         """What the tokenizer does, as one word: another one has another."""
         return tokenizer_key(self.tokenizer)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What the last validation has found beside its metrics: the table of classes, the confusion matrix."""
+        return dict(self.module.details) if isinstance(self.module, TaskModule) else {}
 
     def receipt(self) -> Receipt | None:
         """What is about to be learnt, from what is known already; None where a user's datamodule holds the data."""
@@ -175,17 +183,18 @@ def _language(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[p
 
 
 def _sequences(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
-    classes, (model, base) = _classes(data), _hub_model(recipe, data, kept, room)
-    module = Classifier(model, recipe.optimizer, classes)
+    problem = _problem(recipe, data)
+    model, base = _hub_model(recipe, data, kept, room)
+    module = Classifier(model, recipe.optimizer, problem)
     module.frozen_base, module.passing = base, room.passing
     return module, {"model_type": model.config.model_type}
 
 
 def _images(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
-    classes, shape = _classes(data), tuple(data.train[0]["pixel_values"].shape)
+    problem, shape = _problem(recipe, data), tuple(data.train[0]["pixel_values"].shape)
     config = dict(recipe.model.config or {})
-    model = build_image_model(config, shape, len(classes))
-    return Classifier(model, recipe.optimizer, classes), {"model_type": config["kind"]}
+    model = build_image_model(config, shape, len(data.classes or ()))
+    return Classifier(model, recipe.optimizer, problem), {"model_type": config["kind"]}
 
 
 def _own(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
@@ -204,10 +213,12 @@ MODULES: dict[str, Callable[..., tuple[pl.LightningModule, dict[str, Any]]]] = {
 }
 
 
-def _classes(data: Prepared) -> Sequence[str]:
-    if data.classes is None:
+def _problem(recipe: Recipe, data: Prepared) -> Problem:
+    kind, wanted = recipe.model.problem, recipe.model.class_weights
+    if data.classes is None and kind != "regression":
         raise TaskError("data.source: classification needs (train, validation) data sets, not a datamodule.")
-    return data.classes
+    weights = None if wanted is None else class_weights(wanted, labels_of(data.train), data.classes or ())
+    return problem_of(kind, data.classes, weights)
 
 
 def _hub_model(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[Any, FrozenBase | None]:

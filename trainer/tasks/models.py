@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # Spellings that configs accept beside their fields (transformers translates them).
 # `model.attention` -> transformers' name
 ATTENTIONS = {"sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention", "eager": "eager"}
+LABELLED = frozenset({"sequence-classification"})  # tasks whose models have an output for each label
 ALSO_ACCEPTED = frozenset({"rope_theta", "rope_scaling", "attn_implementation"})
 
 
@@ -52,7 +53,7 @@ def build_model(
     where all other weights lie until somebody takes them from there; None: in memory. Raises `TaskError` where the
     model cannot be had, does not fit the task, or is too small for the vocabulary or the length.
     """
-    labels = {} if classes is None else _label_settings(classes)
+    labels = _label_settings(classes, model.problem) if task in LABELLED else {}
     if model.attention in ("flash", "flex") and not torch.cuda.is_available():
         raise TaskError(f"model.attention: {model.attention} needs a CUDA device; on a CPU there are sdpa and eager.")
     again = kept.codes is not None or (model.adapter is not None and kept.floats == "bf16")
@@ -215,8 +216,12 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     return {"vocab_size": len(tokenizer), **ids}
 
 
-def _label_settings(classes: Sequence[str]) -> dict[str, Any]:
-    return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+def _label_settings(classes: Sequence[str] | None, problem: str) -> dict[str, Any]:
+    if problem == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    kind = {"problem_type": "multi_label_classification"} if problem == "multi-label" else {}
+    names = list(classes or ())
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, **kind}
 
 
 def _check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, sequence_length: int) -> None:
