@@ -107,7 +107,7 @@ def test_files_that_are_no_recipe(text, where, found, allowed):
     [
         ("quickstrat.yaml", "no such file", "did you mean quickstart?"),
         ("whole.yml", "no such file", "did you mean whole.yaml?"),
-        ("nowhere/else.yaml", "no such file", "shipped are digits"),
+        ("nowhere/else.yaml", "no such file", "shipped are classify-csv"),
         (".", "a directory", "whole.yaml"),
         ("/dev/zero", "no regular file", ""),
         ("a\0b", "no such file", ""),

@@ -140,7 +140,9 @@ class Reading:
     @property
     def key(self) -> str:
         """What it asks for, as a part of a cache's key."""
-        return f"{self.text_column} {self.label or ''} {self.shape.needs if self.shape else ''} {self._open} {self.kind}"
+        return (
+            f"{self.text_column} {self.label or ''} {self.shape.needs if self.shape else ''} {self._open} {self.kind}"
+        )
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ def load_corpus(
     """The corpus that `data.source` (or a path in `data.validation`) names.
 
     data: the recipe's data section. args: its keyword arguments for the reader. labelled: also read
-    `data.label_column`, as labels of that kind. key: the recipe's key that names the source, for errors. Raises `TaskError` where the source,
-    its format or a column does not exist, and where a row cannot be trained on.
+    `data.label_column`, as labels of that kind. key: the recipe's key that names the source, for errors. Raises
+    `TaskError` where the source, its format or a column does not exist, and where a row cannot be trained on.
     """
     if data.format == "builtin" and source not in TEXTS:
         raise unknown(f"{key} with format: builtin", source, TEXTS)

@@ -82,7 +82,8 @@ class Blocks(Dataset[Sample]):
 class Documents(Dataset[Sample]):
     """One document a sample, cut to `length` tokens: language modelling without packing, or classification.
 
-    A sample: `input_ids` [t] and `labels`, either equal to them [t] or, with `labels` [N, ...] given, its row of those: a class [], say.
+    A sample: `input_ids` [t] and `labels`, either equal to them [t] or, with `labels` [N, ...] given, its row of
+    those: a class [], say.
     Pair with `PadTokens` to form batches. Documents that have no target, within `length`, are left out of the former.
     group_by_length: ask the sampler for batches of alike lengths (see `GlobalBatches`).
 
@@ -93,7 +94,12 @@ class Documents(Dataset[Sample]):
     deterministic = True  # a sample is the same each time it is read
 
     def __init__(
-        self, store: TokenStore, length: int, labels: torch.Tensor | Sequence[int] | None = None, *, group_by_length: bool = True
+        self,
+        store: TokenStore,
+        length: int,
+        labels: torch.Tensor | Sequence[int] | None = None,
+        *,
+        group_by_length: bool = True,
     ) -> None:
         self.store, self.length, self.group_by_length = store, length, group_by_length
         self.labels = None if labels is None else torch.as_tensor(labels)

@@ -106,7 +106,9 @@ def test_a_number_of_a_row(tiny: Any, tmp_path: Path) -> None:
     found = tiny.validate(number)
     logits, labels = predictions(number)
     errors = (logits[:, 0] - labels).double()
-    assert found["val_loss"] == pytest.approx(found["val_mse"]) == pytest.approx(errors.square().mean().item(), rel=1e-5)
+    assert (
+        found["val_loss"] == pytest.approx(found["val_mse"]) == pytest.approx(errors.square().mean().item(), rel=1e-5)
+    )
     assert found["val_mae"] == pytest.approx(errors.abs().mean().item(), rel=1e-5)
     assert found["val_r2"] == pytest.approx(r2_score(labels, logits[:, 0]), abs=1e-4)
     assert found["val_spearman"] == pytest.approx(spearmanr(labels, logits[:, 0]).statistic, abs=1e-4)
