@@ -54,8 +54,12 @@ class AdapterSpec(Section):
 class ModelSpec(Section):
     """The model to train: a task, and a model to start from (`name`) or a shape to start from scratch (`config`)."""
 
-    task: Literal["causal-lm", "sequence-classification", "image-classification"] | Code = Field(
-        description="causal-lm | sequence-classification | image-classification | your own module:attr"
+    task: (
+        Literal["causal-lm", "masked-lm", "sequence-classification", "token-classification", "image-classification"]
+        | Code
+    ) = Field(
+        description="causal-lm | masked-lm | sequence-classification | token-classification | image-classification | "
+        "your own module:attr"
     )
     name: Text | None = Field(None, description="a hub id, a local path or minilm; null for a model from config")
     config: dict[str, Any] | None = Field(None, description="a mapping, like {model_type: llama, hidden_size: 128}")

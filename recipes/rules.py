@@ -10,27 +10,29 @@ from collections.abc import Callable, Iterator
 
 from ..own_code import is_code
 from ..spelling import did_you_mean, distance
-from . import strategy_rules as strategy_rules  # registers its rules
+from . import problem_rules as problem_rules  # registers its rules, as the next does
+from . import strategy_rules as strategy_rules
 from .adapters import KINDS
 from .recipe import Recipe
 from .rule import RULES, Broken, depends_on
 from .schema import BudgetSpec
 
-TEXT_TASKS = ("causal-lm", "sequence-classification")
+TEXT_TASKS = ("causal-lm", "masked-lm", "sequence-classification", "token-classification")
 BUILTIN_DATA = {  # source -> the tasks it has what it takes for
-    "python-stdlib": ("causal-lm",),
-    "python-packages": ("sequence-classification", "causal-lm"),
+    "python-stdlib": ("causal-lm", "masked-lm"),
+    "python-packages": ("sequence-classification", "causal-lm", "masked-lm"),
     "digits": ("image-classification",),
 }
 IMAGE_KINDS = ("mlp", "cnn")
 LOGGED = {  # task, or problem of a sequence-classification -> the metrics of its validation
     "causal-lm": ("val_loss", "val_perplexity"),
+    "masked-lm": ("val_loss", "val_perplexity", "val_accuracy"),
+    "token-classification": ("val_loss", "val_accuracy", "val_macro_f1", "val_micro_f1", "val_entity_f1"),
     "image-classification": ("val_loss", "val_accuracy", "val_macro_f1", "val_micro_f1"),
     "single-label": ("val_loss", "val_accuracy", "val_macro_f1", "val_micro_f1"),
     "multi-label": ("val_loss", "val_exact_match", "val_macro_f1", "val_micro_f1"),
     "regression": ("val_loss", "val_mse", "val_mae", "val_r2", "val_spearman"),
 }
-CLASSIFIERS = ("sequence-classification", "image-classification")
 
 
 def broken(recipe: Recipe, allow_code: bool, bad: Callable[[str], bool]) -> Iterator[Broken]:
@@ -183,18 +185,6 @@ def dtype_fits(recipe: Recipe) -> Iterator[Broken]:
 def args_fit(recipe: Recipe) -> Iterator[Broken]:
     if recipe.model.args and not is_code(recipe.model.task):
         yield Broken("model.args", "args only for a task that is your own module:attr", "shapes go into model.config")
-
-
-@depends_on("model.task", "model.problem", "model.class_weights", "data.source")
-def problem_fits(recipe: Recipe) -> Iterator[Broken]:
-    model, source = recipe.model, recipe.data.source
-    if model.problem != "single-label" and model.task != "sequence-classification":
-        yield Broken("model.problem", f"single-label for {model.task}", "only sequence-classification has others")
-    elif model.problem != "single-label" and source in BUILTIN_DATA:
-        yield Broken("model.problem", f"single-label for {source}", "each of its rows has one class")
-    if model.class_weights is not None and (model.task not in CLASSIFIERS or model.problem != "single-label"):
-        hint = f"they are for {' and '.join(CLASSIFIERS)} with problem single-label"
-        yield Broken("model.class_weights", f"null for {model.task} with problem {model.problem}", hint)
 
 
 @depends_on("model.task", "data.source")

@@ -102,6 +102,13 @@ def check_classes(classes: Mapping[str, Place], count: int, column: str) -> None
         )
 
 
+def check_words(place: Place, text: str, label: str) -> None:
+    """Raise `TaskError` where a row has not as many classes as words."""
+    words, classes = len(text.split(" ")), len(json.loads(label))
+    if words != classes:
+        raise TaskError(f"data.source: {place} has {words} words and {classes} labels; each word needs one.")
+
+
 # -- as numbers --------------------------------------------------------------------------------------------------------
 def class_names(kind: Kind, train: Sequence[Any], held: Sequence[Any]) -> list[str] | None:
     """The classes of training data in sorted order; numbers sort as numbers, everything else as text.

@@ -19,12 +19,14 @@ from .custom import call_code
 from .errors import TaskError
 from .images import Images
 from .labels import Kind, class_names, targets
+from .masked_texts import MaskedBlocks, check_plain, masked_samples
 from .packing import Packed, Texts
 from .rows import PIECE
 from .sources import load_corpus
 from .split import balance, split, split_indices
+from .tagged import tagged_samples
 from .token_store import store_answers, store_tokens
-from .tokenizers import EncodeCut, encode_plain, framing, load_tokenizer, tokenizer_key
+from .tokenizers import EncodeCut, encode_plain, framing, load_tokenizer, tokenizer_key, with_mask
 from .tokens import Blocks, Documents, PadTokens, stack
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def prepare(recipe: Recipe, cache: Path, own: Path | None = None) -> Prepared:
         return _digits(recipe)
     if kind == "image-classification":
         raise TaskError(f"data.source {source!r}: image-classification reads digits, or your own module:attr.")
-    make = _labelled_texts if kind == "sequence-classification" else _language
+    make = _labelled_texts if kind in ("sequence-classification", "token-classification") else _language
     return make(recipe, cache, own)
 
 
@@ -66,9 +68,12 @@ def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     if data.sequence_length < 2:
         raise TaskError(f"data.sequence_length {data.sequence_length}: predicting a token takes one before it, so 2.")
     args = dict(data.args or {})
-    isolated = bool(args.pop("pack_isolation", True)) and data.pack
+    isolated = bool(args.pop("pack_isolation", True)) and data.pack and recipe.model.task != "masked-lm"
     train, held = _corpora(data, args, cache, labelled=False)
     tokenizer = load_tokenizer(recipe.model, train, cache=cache, own=own)
+    if masked := recipe.model.task == "masked-lm":
+        check_plain(train, held)
+        tokenizer = with_mask(tokenizer, recipe.model)
     if train.shaped:
         return _answers(recipe, cache, train, held, tokenizer, isolated)
     frame = framing(tokenizer, packed=data.pack)
@@ -84,12 +89,13 @@ def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
             return Blocks(store, data.sequence_length, isolate=isolated, keep_tail=keep_tail, pad=pad)
         return Documents(store, data.sequence_length, group_by_length=data.group_by_length)
 
-    sets = samples(train, keep_tail=False), None if held is None else samples(held, keep_tail=True)
+    make = masked_samples(recipe, tokenizer, cache) if masked else samples
+    sets: Any = make(train, keep_tail=False), None if held is None else make(held, keep_tail=True)
     _check_not_empty(sets[0], sets[1], data.sequence_length)
     facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **_told(train, held, *sets)}
-    if sets[1] is not None:
+    if sets[1] is not None and not masked:
         facts["baselines"] = baselines(sets[0], sets[1], len(tokenizer), cache)
-    collate = stack if data.pack else PadTokens(tokenizer.pad_token_id)
+    collate = stack if data.pack and not masked else PadTokens(tokenizer.pad_token_id, mask=masked)
     return Prepared(*sets, collate, tokenizer, isolated=isolated, unit="tokens", facts=facts)
 
 
@@ -124,7 +130,7 @@ def _answers(
 
 def _labelled_texts(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     data = recipe.data
-    kind: Kind = recipe.model.problem
+    kind: Kind = "words" if recipe.model.task == "token-classification" else recipe.model.problem
     train, held = _corpora(data, dict(data.args or {}), cache, labelled=True, kind=kind)
     if data.source == "python-packages":
         train, held = balance(train), None if held is None else balance(held)
@@ -141,11 +147,13 @@ def _labelled_texts(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
         labels = targets(kind, corpus.labels or (), classes)
         return Documents(store, data.sequence_length, labels, group_by_length=data.group_by_length)
 
-    sets = samples(train), None if held is None else samples(held)
+    make = tagged_samples(recipe, tokenizer, cache, classes or ()) if kind == "words" else samples
+    sets = make(train), None if held is None else make(held)
     facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **_told(train, held, *sets)}
     if classes is not None:
         facts["classes"] = classes
-    return Prepared(*sets, PadTokens(tokenizer.pad_token_id), tokenizer, classes=classes, facts=facts)
+    collate = PadTokens(tokenizer.pad_token_id, mask=True)
+    return Prepared(*sets, collate, tokenizer, classes=classes, facts=facts)
 
 
 def _digits(recipe: Recipe) -> Prepared:
@@ -168,7 +176,7 @@ def _own_data(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     loaded = call_code(recipe.data.source, recipe.data.args, "data.source")
     named = isinstance(recipe.model.tokenizer or recipe.model.name, str)
     tokenizer = load_tokenizer(recipe.model, Corpus([], None, None, ""), cache=cache, own=own) if named else None
-    unit: Literal["tokens", "samples"] = "tokens" if recipe.model.task == "causal-lm" else "samples"
+    unit: Literal["tokens", "samples"] = "tokens" if recipe.model.task in ("causal-lm", "masked-lm") else "samples"
     if isinstance(loaded, pl.LightningDataModule):
         return Prepared(tokenizer=tokenizer, datamodule=loaded, unit=unit)
     if not (isinstance(loaded, (tuple, list)) and len(loaded) == 2 and hasattr(loaded[0], "__getitem__")):
@@ -232,7 +240,7 @@ def _token_facts(train: Texts, validation: Texts | None) -> dict[str, Any]:
 
 
 def _tokens(data: Texts) -> int:
-    if not isinstance(data, Blocks):
+    if not isinstance(data, Blocks) or isinstance(data, MaskedBlocks):
         return int(data.token_counts.sum())
     return int(data.target_counts.sum()) + len(data)
 

@@ -7,8 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from .cache import digest
+from .masked_texts import MaskedBlocks, MaskedDocuments
+from .tagged import Tagged
 from .token_store import IGNORED
 from .tokens import Documents
 
@@ -69,8 +72,9 @@ def receipt(data: Prepared, *, duplicates: bool = True) -> Receipt:
     train, held = data.train, data.validation
     texts = hasattr(train, "store")
     counts: Mapping[str, int] = {}
-    if data.classes is not None and getattr(train, "labels", None) is not None:
-        counts = _class_counts(np.asarray(train.labels), data.classes)
+    labels = getattr(train, "labels", None)
+    if data.classes is not None and labels is not None:
+        counts = _class_counts(np.asarray(labels), data.classes)
     if not texts:
         size = len(train) if hasattr(train, "__len__") else 0
         held_size = len(held) if hasattr(held, "__len__") else 0
@@ -82,13 +86,13 @@ def receipt(data: Prepared, *, duplicates: bool = True) -> Receipt:
         samples=len(train),
         documents=len(lengths) - getattr(train, "without_target", 0),
         tokens=tokens,
-        trained_tokens=int(train.target_counts.sum()) if data.classes is None else 0,
+        trained_tokens=int(train.target_counts.sum()) if labels is None or isinstance(train, Tagged) else 0,
         padding=1 - tokens / positions if positions else 0.0,
         lengths={p: int(np.percentile(lengths, p, method="higher")) for p in PERCENTILES},
         left_out=_left_out(data),
         validation_samples=0 if held is None else len(held),
         duplicates=_duplicates(train, held) if duplicates and held is not None else None,
-        shown=[_stretches(data, index) for index in _spread(len(train))],
+        shown=_shown(data),
         classes=counts,
     )
 
@@ -117,6 +121,11 @@ def _spread(samples: int) -> list[int]:
     return sorted({round(i * (samples - 1) / (SHOWN - 1)) for i in range(SHOWN)})
 
 
+def _shown(data: Prepared) -> list[list[Stretch]]:
+    with torch.random.fork_rng(devices=[]):  # masked samples are random
+        return [_stretches(data, index) for index in _spread(len(data.train))]
+
+
 def _stretches(data: Prepared, index: int) -> list[Stretch]:
     """A sample's text in stretches that are, or are not, targets; padding is not shown."""
     sample = data.train[index]
@@ -124,7 +133,8 @@ def _stretches(data: Prepared, index: int) -> list[Stretch]:
     if not labels.ndim or labels.is_floating_point():
         return [(data.tokenizer.decode(ids), False), (f" → {_label_shown(labels, data.classes)}", True)]
     marks = (labels[: len(ids)] != IGNORED).tolist()
-    marks[0] = False  # nothing stands before it
+    if not isinstance(data.train, MaskedBlocks | MaskedDocuments | Tagged):
+        marks[0] = False  # nothing stands before it
     return [
         (data.tokenizer.decode(some), trained)
         for some, trained in _runs(ids.tolist(), marks, data.tokenizer.pad_token_id)

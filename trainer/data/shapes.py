@@ -27,6 +27,7 @@ ROLES = {
     "chatgpt": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "developer": "developer",
     "tool": "tool", "function": "tool", "observation": "tool",
 }  # fmt: skip
+NO_BREAK = "\N{NO-BREAK SPACE}"
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")  # of a message, for its template
 
 
@@ -135,6 +136,8 @@ class Reading:
 
     def text(self, place: Place, row: Mapping[str, Any]) -> str:
         """The row as a text, or in its canonical form."""
+        if self.kind == "words":
+            return words_of(place, row, self.text_column)
         return text_of(place, row, self.text_column) if self.shape is None else self.shape.canonical(place, row)
 
     @property
@@ -143,6 +146,14 @@ class Reading:
         return (
             f"{self.text_column} {self.label or ''} {self.shape.needs if self.shape else ''} {self._open} {self.kind}"
         )
+
+
+def words_of(place: Place, row: Mapping[str, Any], column: str) -> str:
+    """A row's words with a space between each two; a space within a word becomes one that does not part words."""
+    words = _json(place, column, row.get(column))
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        raise TaskError(f"data.text_column {column!r}: {place} is {kind_of(words)}; a list of words is needed.")
+    return " ".join(word.replace(" ", NO_BREAK) or NO_BREAK for word in words)
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from . import corpora
 from .cache import build_once, digest, file_digest
 from .corpora import Corpus
 from .errors import TaskError, unknown
-from .labels import Kind, check_classes, read_label
+from .labels import Kind, check_classes, check_words, read_label
 from .paths import SHAPED, file_format, find_files, one_format
 from .rows import Place, Row, check_arguments, check_columns, read_rows
 from .shapes import Reading
@@ -154,6 +154,8 @@ def _write(rows: Iterable[Row], reading: Reading, limit: int | None, folder: Pat
             kept = {"text": _encodable(text)}
             if reading.label is not None:
                 kept["label"] = label = read_label(reading.kind, place, row, reading.label)
+                if reading.kind == "words":
+                    check_words(place, text, label)
                 if reading.kind == "single-label":
                     classes.setdefault(label, place)
             held.append(kept)

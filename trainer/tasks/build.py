@@ -26,11 +26,13 @@ from .classify import Classifier
 from .frozen import frozen_base, places
 from .language import CausalLM
 from .lora import add_adapter
+from .masked import MaskedLM
 from .models import build_model
 from .module import TaskModule
 from .own_code_checks import give_optimizer, makes_optimizer
 from .problems import Problem, problem_of
 from .quantized import weights_in
+from .tagging import Tagger
 from .weight_dtypes import Kept, kept_in
 
 if TYPE_CHECKING:
@@ -178,15 +180,29 @@ def _language(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[p
     module = CausalLM(
         model, recipe.optimizer, isolated=data.isolated, opening=tuple(opening), chunked_loss=recipe.model.chunked_loss
     )
-    module.frozen_base, module.passing = base, room.passing
-    return module, {"model_type": model.config.model_type}
+    return _beside(module, base, room)
+
+
+def _masked(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
+    model, base = _hub_model(recipe, data, kept, room)
+    return _beside(MaskedLM(model, recipe.optimizer), base, room)
 
 
 def _sequences(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
     problem = _problem(recipe, data)
     model, base = _hub_model(recipe, data, kept, room)
-    module = Classifier(model, recipe.optimizer, problem)
+    return _beside(Classifier(model, recipe.optimizer, problem), base, room)
+
+
+def _words(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
+    model, base = _hub_model(recipe, data, kept, room)
+    return _beside(Tagger(model, recipe.optimizer, data.classes or ()), base, room)
+
+
+def _beside(module: TaskModule, base: FrozenBase | None, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
+    """The module of a Hugging Face model, told of the base that need not be saved and of where weights lie."""
     module.frozen_base, module.passing = base, room.passing
+    model: Any = module.model
     return module, {"model_type": model.config.model_type}
 
 
@@ -208,7 +224,9 @@ def _own(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.Lig
 
 MODULES: dict[str, Callable[..., tuple[pl.LightningModule, dict[str, Any]]]] = {
     "causal-lm": _language,
+    "masked-lm": _masked,
     "sequence-classification": _sequences,
+    "token-classification": _words,
     "image-classification": _images,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,9 +53,13 @@ class Classifier(TaskModule):
     def on_validation_epoch_end(self) -> None:
         """Log `val_loss` and the problem's scores, equal on all ranks; set `details`."""
         loss, count = self.totals(2)
+        self.log_scores(loss / count, {})
+
+    def log_scores(self, loss: torch.Tensor, more: Mapping[str, torch.Tensor]) -> None:
+        """Log a loss [] that is equal on all ranks, the problem's scores, and more of them; set `details`."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*compute.*method of metric", UserWarning)  # a rank without samples
             scores, details = self.problem.scores(self.metric)
-        self.log_all({"val_loss": loss / count, **{f"val_{name}": value for name, value in scores.items()}})
+        self.log_all({"val_loss": loss, **{f"val_{name}": value for name, value in {**scores, **more}.items()}})
         if not self.trainer.sanity_checking:
             self.details = details

@@ -30,7 +30,14 @@ if TYPE_CHECKING:
 # Spellings that configs accept beside their fields (transformers translates them).
 # `model.attention` -> transformers' name
 ATTENTIONS = {"sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention", "eager": "eager"}
-LABELLED = frozenset({"sequence-classification"})  # tasks whose models have an output for each label
+# task -> what transformers calls models for it
+FORMS = {
+    "causal-lm": "CausalLM", "masked-lm": "MaskedLM", "sequence-classification": "SequenceClassification",
+    "token-classification": "TokenClassification",
+}  # fmt: skip
+LABELLED = frozenset(
+    {"sequence-classification", "token-classification"}
+)  # tasks whose models have an output for each label
 ALSO_ACCEPTED = frozenset({"rope_theta", "rope_scaling", "attn_implementation"})
 
 
@@ -45,7 +52,7 @@ def build_model(
     cache: Path | None = None,
     passing: Path | None = None,
 ) -> PreTrainedModel:
-    """A model for `task` ("causal-lm" or "sequence-classification"), its sizes checked against the data's.
+    """A model for `task` (one of `FORMS`), its sizes checked against the data's.
 
     model: the recipe's model section. tokenizer: None where a user's own data brings token numbers. classes: names of
     the classes, in the order of their numbers. kept: what its weights are kept in. cache: where
@@ -109,7 +116,7 @@ def _pretrained(
         if config.model_type not in _model_types(task):
             raise TaskError(f"model.name {name!r} is a {config.model_type}, which transformers has no {task} form of.")
         settings = {**labels, **_direction(task, vars(config))}
-        make: Any = partial(_with_attention, attention, _auto_class(task).from_pretrained, name, **settings)
+        make: Any = partial(_with_attention, attention, auto_class(task).from_pretrained, name, **settings)
         load = partial(make, output_loading_info=True, dtype=kept.dtype)
         files = [] if home is None else weight_files(name)
         as_read = all_kept_in(files, kept) and not _merged(config.model_type)
@@ -117,7 +124,7 @@ def _pretrained(
             from .shared_model import pretrained_base
 
             config = AutoConfig.from_pretrained(name, **settings)
-            new = partial(_with_attention, attention, _auto_class(task).from_config, config, dtype=kept.dtype)
+            new = partial(_with_attention, attention, auto_class(task).from_config, config, dtype=kept.dtype)
             with _quietly():
                 return pretrained_base(name, files, load, new, kept, home, cache)
         with _quietly(), pages_given_back():
@@ -139,7 +146,7 @@ def _pretrained(
 
 def _from_config(config: PreTrainedConfig, task: str, kept: Kept, attention: str, home: Path | None) -> PreTrainedModel:
     try:
-        make = partial(_with_attention, attention, _auto_class(task).from_config, config, dtype=kept.dtype)
+        make = partial(_with_attention, attention, auto_class(task).from_config, config, dtype=kept.dtype)
         if kept.codes is None and home is None:
             return make()
         from .shared_model import new_base
@@ -184,24 +191,17 @@ def _with_attention(attention: str, load: Any, *args: Any, **settings: Any) -> A
         return load(*args, attn_implementation="eager", **settings)
 
 
-def _auto_class(task: str) -> Any:
+def auto_class(task: str) -> Any:
+    """Transformers' class that makes a model for a task."""
     import transformers
 
-    names = {
-        "causal-lm": "AutoModelForCausalLM",
-        "sequence-classification": "AutoModelForSequenceClassification",
-    }
-    return getattr(transformers, names[task])
+    return getattr(transformers, f"AutoModelFor{FORMS[task]}")
 
 
 def _model_types(task: str) -> set[str]:
     from transformers.models.auto import modeling_auto
 
-    names = {
-        "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    }
-    return set(names[task])
+    return set(getattr(modeling_auto, f"AutoModelFor{FORMS[task]}")._model_mapping._model_mapping)
 
 
 def _config_keys(config: type[PreTrainedConfig]) -> set[str]:
