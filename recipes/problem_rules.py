@@ -36,3 +36,12 @@ def chunks_fit(recipe: Recipe) -> Iterator[Broken]:
     if recipe.model.chunked_loss is True and recipe.model.task in WHOLE_LOGITS:
         hint = "only causal-lm computes its loss in chunks"
         yield Broken("model.chunked_loss", f"auto | false for {recipe.model.task}", hint)
+
+
+@depends_on("model.task", "techniques")
+def labels_are_of_their_places(recipe: Recipe) -> Iterator[Broken]:
+    task = recipe.model.task
+    for technique in recipe.techniques if task in ("masked-lm", "token-classification") else ():
+        if technique.name == "distillation" and technique.settings.get("shift", True) is not False:
+            hint = "a position predicts its own label, not the next one: write {shift: false} among its settings"
+            yield Broken("techniques.distillation", f"shift: false for {task}", hint, "shift: true")
