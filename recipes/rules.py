@@ -112,11 +112,13 @@ def image_model(recipe: Recipe) -> Iterator[Broken]:
     model, choices = recipe.model, " | ".join(IMAGE_KINDS)
     if model.task != "image-classification":
         return
-    if model.name is not None:
-        yield Broken("model.name", f"null for {model.task}", f"write config: {{kind: {choices}}} instead")
-    elif "kind" not in (model.config or {}):
-        yield Broken("model.config", f"a mapping with kind: {choices}")
-    elif model.config and model.config["kind"] not in IMAGE_KINDS:
+    config = model.config or {}
+    if model.name is not None and model.config is not None:
+        hint = "name starts from a trained model, config from scratch; set the other to null"
+        yield Broken("model", f"one of name and config for {model.task}", hint, "both name and config")
+    elif model.name is None and not config.keys() & {"kind", "model_type"}:
+        yield Broken("model.config", f"a mapping with kind: {choices}, or with the model_type of a Hugging Face model")
+    elif "kind" in config and model.config and model.config["kind"] not in IMAGE_KINDS:
         yield Broken("model.config.kind", choices, did_you_mean(str(model.config["kind"]), IMAGE_KINDS))
 
 
@@ -197,8 +199,8 @@ def source_fits(recipe: Recipe) -> Iterator[Broken]:
             hint = f"{did_you_mean(source, close)} (a file of that name is ./{source})"
             yield Broken("data.source", f"{' | '.join(BUILTIN_DATA)} | a path | a hub name", hint)
     elif not is_code(task) and task not in tasks:
-        fitting = ", ".join(name for name, fit in BUILTIN_DATA.items() if task in fit)
-        yield Broken("data.source", f"for {task}: {fitting}, or data of your own")
+        fitting = "".join(f"{name}, " for name, fit in BUILTIN_DATA.items() if task in fit)
+        yield Broken("data.source", f"for {task}: {fitting}{'or ' if fitting else ''}data of your own")
 
 
 @depends_on("data.validation", "data.source", "goal")

@@ -27,6 +27,7 @@ CHANGES = {
     "prune-distill-quantize": CLASSIFIER,
     "shrink-and-improve": CLASSIFIER,
     "digits": IMAGES,
+    "images": [*IMAGES, "data.source=digits", "evaluation.every=null", "checkpoint.best=null"],
     "rigl": IMAGES,
     "grow-improve-shrink": IMAGES,
 }

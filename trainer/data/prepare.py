@@ -17,6 +17,7 @@ from .chats import Answers, with_template
 from .corpora import Corpus, digits
 from .custom import call_code
 from .errors import TaskError
+from .image_folder import image_folders
 from .images import Images
 from .labels import Kind, class_names, targets
 from .masked_texts import MaskedBlocks, check_plain, masked_samples
@@ -58,7 +59,7 @@ def prepare(recipe: Recipe, cache: Path, own: Path | None = None) -> Prepared:
     if source == "digits":
         return _digits(recipe)
     if kind == "image-classification":
-        raise TaskError(f"data.source {source!r}: image-classification reads digits, or your own module:attr.")
+        return _image_files(recipe, cache)
     make = _labelled_texts if kind in ("sequence-classification", "token-classification") else _language
     return make(recipe, cache, own)
 
@@ -169,6 +170,11 @@ def _digits(recipe: Recipe) -> Prepared:
     validation = Images(images[held], labels[held]) if held else None
     names = [str(digit) for digit in range(10)]
     return Prepared(train, validation, stack, classes=names, facts={**_sizes(train, validation), "classes": names})
+
+
+def _image_files(recipe: Recipe, cache: Path) -> Prepared:
+    train, held, classes = image_folders(recipe, cache)
+    return Prepared(train, held, stack, classes=classes, facts={**_sizes(train, held), "classes": classes})
 
 
 def _own_data(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:

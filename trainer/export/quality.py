@@ -23,7 +23,7 @@ def quality(logits_of: LogitsFunction, trained: Trained, at_most: int | None = N
     at_most: so many of them instead, evenly spread over the set, always the same ones.
 
     Classifiers: `loss`, `accuracy`, `samples`, and `recall` of every class that occurs, by name; of several classes a
-    row, and of a regression, `loss`, `samples` and what the run has measured. Language models:
+    row, of words, and of a regression, `loss`, `samples` and what the run has measured. Language models:
     `loss` per token in nats, `perplexity`, `accuracy` of the next token, `tokens`.
     """
     task = trained.task
@@ -35,7 +35,7 @@ def quality(logits_of: LogitsFunction, trained: Trained, at_most: int | None = N
     loader: Any = DataLoader(held, batch_size=ROWS, collate_fn=task.collate)
     if trained.kind == "causal-lm":
         return _language(logits_of, loader)
-    if trained.recipe.model.problem != "single-label":
+    if trained.recipe.model.problem != "single-label" or trained.kind == "token-classification":
         return _of_problem(logits_of, loader, task.module)
     return _classes(logits_of, loader, task.facts["classes"]) if "classes" in task.facts else {}
 
@@ -71,6 +71,8 @@ def _of_problem(logits_of: LogitsFunction, loader: Any, module: Any) -> dict[str
     loss, samples, metric = 0.0, 0, module.problem.metric()
     for batch in loader:
         logits, labels = logits_of(inputs(batch)).float(), batch["labels"]
+        if logits.ndim == 3:  # of words
+            logits, labels = logits[labels != IGNORED], labels[labels != IGNORED]
         loss += float(module.problem.losses(logits, labels).sum())
         samples += len(labels)
         module.problem.update(metric, logits, labels)

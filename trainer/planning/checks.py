@@ -6,7 +6,7 @@ from ...callbacks.accounting.budget import Budget
 from ...own_code import is_code
 from ...recipes import Recipe, RecipeError
 from ..data.errors import TaskError
-from ..data.paths import CARRIED, file_format, find_files, model_folder, one_format
+from ..data.paths import CARRIED, file_format, find_files, find_images, model_folder, one_format
 from .sizes import Size
 
 
@@ -21,6 +21,9 @@ def check_present(recipe: Recipe) -> None:
         if not isinstance(source, str) or carried:
             continue
         try:
+            if model.task == "image-classification":
+                find_images(source, key=key)
+                continue
             kind = file_format(data.format)
             files = find_files(source, kind, key=key)
             if files and kind is None:

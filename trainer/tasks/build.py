@@ -27,7 +27,7 @@ from .frozen import frozen_base, places
 from .language import CausalLM
 from .lora import add_adapter
 from .masked import MaskedLM
-from .models import build_model
+from .models import build_image_form, build_model
 from .module import TaskModule
 from .own_code_checks import give_optimizer, makes_optimizer
 from .problems import Problem, problem_of
@@ -209,8 +209,11 @@ def _beside(module: TaskModule, base: FrozenBase | None, room: Room) -> tuple[pl
 def _images(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
     problem, shape = _problem(recipe, data), tuple(data.train[0]["pixel_values"].shape)
     config = dict(recipe.model.config or {})
-    model = build_image_model(config, shape, len(data.classes or ()))
-    return Classifier(model, recipe.optimizer, problem), {"model_type": config["kind"]}
+    if "kind" in config:
+        model = build_image_model(config, shape, len(data.classes or ()))
+        return Classifier(model, recipe.optimizer, problem), {"model_type": config["kind"]}
+    form: Any = build_image_form(recipe.model, shape, data.classes or ())
+    return _beside(Classifier(form, recipe.optimizer, problem), None, Room(room.cache))
 
 
 def _own(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:

@@ -27,17 +27,17 @@ from .weight_dtypes import FLOAT32, Kept
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from ...recipes.model_schema import ModelSpec
+
 # Spellings that configs accept beside their fields (transformers translates them).
 # `model.attention` -> transformers' name
 ATTENTIONS = {"sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention", "eager": "eager"}
 # task -> what transformers calls models for it
 FORMS = {
     "causal-lm": "CausalLM", "masked-lm": "MaskedLM", "sequence-classification": "SequenceClassification",
-    "token-classification": "TokenClassification",
+    "token-classification": "TokenClassification", "image-classification": "ImageClassification",
 }  # fmt: skip
-LABELLED = frozenset(
-    {"sequence-classification", "token-classification"}
-)  # tasks whose models have an output for each label
+LABELLED = ("sequence-classification", "token-classification")  # texts whose models have an output for each label
 ALSO_ACCEPTED = frozenset({"rope_theta", "rope_scaling", "attn_implementation"})
 
 
@@ -77,6 +77,23 @@ def build_model(
     return built.train()  # a pretrained model comes in evaluation mode, its dropout off
 
 
+def build_image_form(model: ModelSpec, shape: tuple[int, ...], classes: Sequence[str]) -> PreTrainedModel:
+    """A Hugging Face model for images of `shape` [C, H, W], by the recipe's model section. Raises `TaskError`."""
+    task, labels = "image-classification", _label_settings(classes, "single-label")
+    if model.name is not None:
+        name = model_folder(resolve_name(model.name), "model.name")
+        built = _pretrained(name, task, labels, FLOAT32, model.attention, None, None)
+    else:
+        keys = _config_keys(_config_class(model.config or {}, task))
+        given = {"image_size": shape[1], "num_channels": shape[0]}
+        fields = {**{key: value for key, value in given.items() if key in keys}, **(model.config or {})}
+        built = _from_config(model_config(fields, task, None, labels), task, FLOAT32, model.attention, None)
+    wanted = getattr(built.config, "image_size", None)
+    if isinstance(wanted, int) and wanted != shape[1]:
+        raise TaskError(f"data.image_size: images are {shape[1]} pixels wide, and the model takes {wanted}.")
+    return built.train()
+
+
 def model_config(
     fields: dict[str, Any], task: str, tokenizer: PreTrainedTokenizerBase | None, labels: dict[str, Any]
 ) -> PreTrainedConfig:
@@ -85,13 +102,10 @@ def model_config(
     `vocab_size` and the special tokens' numbers default to the tokenizer's.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    allowed = _config_keys(_config_class(fields, task))
     fields = dict(fields)
-    kind = fields.pop("model_type", None)
-    if kind not in _model_types(task):
-        raise unknown(f"model.config.model_type for task {task}", kind, _model_types(task))
-    allowed = _config_keys(CONFIG_MAPPING[kind])
+    kind = fields.pop("model_type")
     for key in fields:
         if key not in allowed:
             raise unknown(f"model.config of {kind}", key, allowed)
@@ -99,6 +113,16 @@ def model_config(
         return AutoConfig.for_model(kind, **{**_vocabulary(tokenizer), **labels, **_direction(task, allowed), **fields})
     except Exception as error:  # transformers' strict types, ValueErrors of single models
         raise TaskError(f"model.config of {kind}: {' '.join(str(error).split())}") from error
+
+
+def _config_class(fields: dict[str, Any], task: str) -> type[PreTrainedConfig]:
+    """Of the `model_type` among a config's fields; raises `TaskError` for one that the task has no form of."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = fields.get("model_type")
+    if kind not in _model_types(task):
+        raise unknown(f"model.config.model_type for task {task}", kind, _model_types(task))
+    return CONFIG_MAPPING[kind]  # type: ignore[no-any-return]
 
 
 def _direction(task: str, keys: Iterable[str]) -> dict[str, bool]:
