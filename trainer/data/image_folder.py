@@ -74,8 +74,9 @@ def image_folders(recipe: Recipe, cache: Path) -> tuple[ImageFolder, ImageFolder
         files, labels = [files[i] for i in outside], [labels[i] for i in outside]
     for file in (*files, *(held[0] if held else ())):
         _opened(file).close()
-    form = _form(recipe)
-    return ImageFolder(files, labels, *form), None if held is None else ImageFolder(*held, *form), classes
+    size, mean, std = _form(recipe)
+    sets = [ImageFolder(*part, size, mean, std) for part in ((files, labels), held) if part is not None]
+    return sets[0], sets[1] if held is not None else None, classes
 
 
 def _listed(by_class: dict[str, list[Path]], classes: Sequence[str], limit: int | None) -> tuple[list[Path], list[int]]:

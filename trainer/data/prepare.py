@@ -91,7 +91,7 @@ def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
         return Documents(store, data.sequence_length, group_by_length=data.group_by_length)
 
     make = masked_samples(recipe, tokenizer, cache) if masked else samples
-    sets: Any = make(train, keep_tail=False), None if held is None else make(held, keep_tail=True)
+    sets: tuple[Any, Any] = make(train, False), None if held is None else make(held, True)
     _check_not_empty(sets[0], sets[1], data.sequence_length)
     facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **_told(train, held, *sets)}
     if sets[1] is not None and not masked:
