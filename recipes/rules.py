@@ -136,7 +136,7 @@ def some_tokenizer(recipe: Recipe) -> Iterator[Broken]:
 def adapter_fits(recipe: Recipe) -> Iterator[Broken]:
     if recipe.model.adapter and recipe.model.task not in TEXT_TASKS:
         hint = "remove it, or change model.task"
-        yield Broken("model.adapter", f"adapters for {' and '.join(TEXT_TASKS)}, not for {recipe.model.task}", hint)
+        yield Broken("model.adapter", f"adapters for {' | '.join(TEXT_TASKS)}, not for {recipe.model.task}", hint)
 
 
 @depends_on("model.adapter", "model.dtype", "strategy.name", "strategy.offload")
@@ -245,7 +245,7 @@ def export_fits(recipe: Recipe) -> Iterator[Broken]:
     task = recipe.model.task
     if recipe.export is not None and not is_code(task) and task not in TEXT_TASKS:
         hint = "leave export out; `shoestring export` writes torch and onnx from the finished run"
-        yield Broken("export.to", f"hf for {' and '.join(TEXT_TASKS)}, not for {task}", hint, recipe.export.to)
+        yield Broken("export.to", f"hf for {' | '.join(TEXT_TASKS)}, not for {task}", hint, recipe.export.to)
 
 
 @depends_on("model.task", "model.problem", "goal", "techniques")
