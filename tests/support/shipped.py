@@ -43,7 +43,7 @@ def leave_models(folder: Path) -> None:
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
     (folder / "texts.txt").write_text("".join(f"def line_{n}(x): return x * {n % 7} + {n}\n" for n in range(300)))
-    (folder / "rows.csv").write_text("text,label\n" + "".join(f"row {n} of {n % 10},{n % 10}\n" for n in range(200)))
+    leave_own_data(folder, classes=10)
     with chdir(folder):
         task = build_task(small("quickstart"), workdir=folder)
     model, tokens = folder / "runs/quickstart/model", folder / "runs/finetune-minilm/model"
@@ -54,3 +54,12 @@ def leave_models(folder: Path) -> None:
     config = BertConfig(vocab_size=len(tokenizer), num_labels=10, **sizes)
     BertForSequenceClassification(config).save_pretrained(tokens)
     tokenizer.save_pretrained(tokens)
+
+
+def leave_own_data(folder: Path, classes: int = 2) -> None:
+    """What shipped recipes want of a user: rows with labels, and a folder of images for each class, to be planned."""
+    rows = "".join(f"row {n} of {n % classes},{n % classes}\n" for n in range(200))
+    (folder / "rows.csv").write_text(f"text,label\n{rows}")
+    for name in ("cat", "dog"):
+        (folder / "images" / name).mkdir(parents=True)
+        (folder / "images" / name / "1.png").touch()
