@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from ...recipes.model_schema import ModelSpec
 
-# Spellings that configs accept beside their fields (transformers translates them).
 # `model.attention` -> transformers' name
 ATTENTIONS = {"sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention", "eager": "eager"}
 # task -> what transformers calls models for it
@@ -38,6 +37,7 @@ FORMS = {
     "token-classification": "TokenClassification", "image-classification": "ImageClassification",
 }  # fmt: skip
 LABELLED = ("sequence-classification", "token-classification")  # texts whose models have an output for each label
+# spellings that configs accept beside their fields (transformers translates them)
 ALSO_ACCEPTED = frozenset({"rope_theta", "rope_scaling", "attn_implementation"})
 
 
