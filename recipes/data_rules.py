@@ -11,11 +11,11 @@ from .rule import Broken, depends_on
 from .schema import DataSpec
 
 BUILTIN_DATA = {  # source -> the tasks it has what it takes for
-    "python-stdlib": ("causal-lm",),
-    "python-packages": ("sequence-classification", "causal-lm"),
+    "python-stdlib": ("causal-lm", "masked-lm"),
+    "python-packages": ("sequence-classification", "causal-lm", "masked-lm"),
     "python-docstrings": ("causal-lm",),
     "docstring-preferences": ("preference", "reward-model"),
-    "package-descriptions": ("causal-lm",),
+    "package-descriptions": ("causal-lm", "masked-lm"),
     "digits": ("image-classification",),
 }
 
@@ -48,11 +48,13 @@ def source_fits(recipe: Recipe) -> Iterator[Broken]:
         tasks = BUILTIN_DATA.get(source)
         if recipe.data.sources and (source == "digits" or is_code(source)):
             yield Broken(key, "texts: a path | a hub name", "images and code of your own are a data.source, alone")
+        elif recipe.data.sources and task == "image-classification":
+            yield Broken("data.sources", "one data.source for images", "put the folders of each class into one")
         elif tasks is None:
             close = {name for name in BUILTIN_DATA if distance(source, name) <= len(name) // 4}
             if close:  # taken for a hub name, it would fail after a long search of the network
                 hint = f"{did_you_mean(source, close)} (a file of that name is ./{source})"
                 yield Broken(key, f"{' | '.join(BUILTIN_DATA)} | a path | a hub name", hint)
         elif not is_code(task) and task not in tasks:
-            fitting = ", ".join(name for name, fit in BUILTIN_DATA.items() if task in fit)
-            yield Broken(key, f"for {task}: {fitting}, or data of your own")
+            fitting = "".join(f"{name}, " for name, fit in BUILTIN_DATA.items() if task in fit)
+            yield Broken(key, f"for {task}: {fitting}{'or ' if fitting else ''}data of your own")

@@ -56,10 +56,19 @@ class ModelSpec(Section):
     """The model to train: a task, and a model to start from (`name`) or a shape to start from scratch (`config`)."""
 
     task: (
-        Literal["causal-lm", "sequence-classification", "image-classification", "preference", "reward-model"] | Code
+        Literal[
+            "causal-lm",
+            "masked-lm",
+            "sequence-classification",
+            "token-classification",
+            "image-classification",
+            "preference",
+            "reward-model",
+        ]
+        | Code
     ) = Field(
-        description="causal-lm | sequence-classification | image-classification | preference | reward-model | your own "
-        "module:attr"
+        description="causal-lm | masked-lm | sequence-classification | token-classification | image-classification | "
+        "preference | reward-model | your own module:attr"
     )
     name: Text | None = Field(None, description="a hub id, a local path or minilm; null for a model from config")
     config: dict[str, Any] | None = Field(None, description="a mapping, like {model_type: llama, hidden_size: 128}")
@@ -70,6 +79,19 @@ class ModelSpec(Section):
         "auto",
         description="auto | fp32 | bf16 | nf4 | int8: what weights are kept in; nf4 and int8 for the frozen base of an "
         "adapter. auto is bf16 for such a base where the run computes in bf16, else fp32",
+    )
+    problem: Literal["single-label", "multi-label", "regression"] = Field(
+        "single-label",
+        description="single-label | multi-label | regression: whether sequence-classification predicts one class of a "
+        "row, any number of classes, or a number",
+    )
+    class_weights: Literal["balanced"] | Annotated[tuple[Positive, ...], Field(min_length=2, strict=False)] | None = (
+        Field(
+            None,
+            description="null, balanced (a class with half as many samples weighs twice as much), or a list with a "
+            "number above 0 for each class, in the order of their names: the factors of their losses, scaled to a mean "
+            "of 1 over the training samples",
+        )
     )
     adapter: AdapterSpec | None = Field(None, description="null or a mapping like {kind: lora, rank: 8}")
     preference: PreferenceSpec | None = Field(

@@ -12,19 +12,26 @@ from ..own_code import is_code
 from ..spelling import did_you_mean
 from . import data_rules as data_rules  # register their rules
 from . import preference_rules as preference_rules
+from . import problem_rules as problem_rules
 from . import strategy_rules as strategy_rules
 from .adapters import KINDS
 from .recipe import Recipe
 from .rule import RULES, Broken, depends_on
 from .schema import BudgetSpec
 
-TEXT_TASKS = ("causal-lm", "sequence-classification", "preference", "reward-model")
+TEXT_TASKS = (
+    "causal-lm", "masked-lm", "sequence-classification", "token-classification", "preference", "reward-model",
+)  # fmt: skip
 REWARDS = ("val_accuracy", "val_margin", "val_chosen_reward", "val_rejected_reward")
 IMAGE_KINDS = ("mlp", "cnn")
-LOGGED = {  # task -> the metrics of its validation
+LOGGED = {  # task, or problem of a sequence-classification -> the metrics of its validation
     "causal-lm": ("val_loss", "val_perplexity"),
-    "sequence-classification": ("val_loss", "val_accuracy"),
-    "image-classification": ("val_loss", "val_accuracy"),
+    "masked-lm": ("val_loss", "val_perplexity", "val_accuracy"),
+    "token-classification": ("val_loss", "val_accuracy", "val_macro_f1", "val_micro_f1", "val_entity_f1"),
+    "image-classification": ("val_loss", "val_accuracy", "val_macro_f1", "val_micro_f1"),
+    "single-label": ("val_loss", "val_accuracy", "val_macro_f1", "val_micro_f1"),
+    "multi-label": ("val_loss", "val_exact_match", "val_macro_f1", "val_micro_f1"),
+    "regression": ("val_loss", "val_mse", "val_mae", "val_r2", "val_spearman"),
     "preference": ("val_loss", *REWARDS),
     "reward-model": ("val_loss", *REWARDS),
 }
@@ -109,11 +116,13 @@ def image_model(recipe: Recipe) -> Iterator[Broken]:
     model, choices = recipe.model, " | ".join(IMAGE_KINDS)
     if model.task != "image-classification":
         return
-    if model.name is not None:
-        yield Broken("model.name", f"null for {model.task}", f"write config: {{kind: {choices}}} instead")
-    elif "kind" not in (model.config or {}):
-        yield Broken("model.config", f"a mapping with kind: {choices}")
-    elif model.config and model.config["kind"] not in IMAGE_KINDS:
+    config = model.config or {}
+    if model.name is not None and model.config is not None:
+        hint = "name starts from a trained model, config from scratch; set the other to null"
+        yield Broken("model", f"one of name and config for {model.task}", hint, "both name and config")
+    elif model.name is None and not config.keys() & {"kind", "model_type"}:
+        yield Broken("model.config", f"a mapping with kind: {choices}, or with the model_type of a Hugging Face model")
+    elif "kind" in config and model.config and model.config["kind"] not in IMAGE_KINDS:
         yield Broken("model.config.kind", choices, did_you_mean(str(model.config["kind"]), IMAGE_KINDS))
 
 
@@ -229,15 +238,16 @@ def export_fits(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("export.to", f"hf for {' | '.join(TEXT_TASKS)}, not for {task}", hint, recipe.export.to)
 
 
-@depends_on("model.task", "goal", "techniques")
+@depends_on("model.task", "model.problem", "goal", "techniques")
 def goal_is_logged(recipe: Recipe) -> Iterator[Broken]:
     """What a task or a technique of the user's own logs is not known here."""
-    logged = LOGGED.get(recipe.model.task)
+    task, problem = recipe.model.task, recipe.model.problem
+    logged = LOGGED.get(problem if task == "sequence-classification" else task)
     if recipe.goal is None or logged is None or any(is_code(technique.name) for technique in recipe.techniques):
         return
     if recipe.goal.metric not in logged:
         hint = did_you_mean(recipe.goal.metric, logged)
-        yield Broken("goal.metric", f"what {recipe.model.task} logs: {' | '.join(logged)}", hint)
+        yield Broken("goal.metric", f"what {task} logs: {' | '.join(logged)}", hint)
 
 
 @depends_on("techniques")

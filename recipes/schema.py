@@ -61,6 +61,12 @@ class DataSpec(Section):
     validation: Share | Text = Field(0.05, description="the fraction held out, from 0 to below 1, or a path")
     sequence_length: Count = Field(256, description="a whole number of tokens from 1")
     pack: bool = Field(True, description="true | false")
+    mask_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.15, description="a number above 0 and below 1: the share of a text's tokens that masked-lm hides and predicts"
+    )
+    image_size: Count | None = Field(
+        None, description="null (the model's, or 64), or a whole number of pixels from 1: of both sides of image files"
+    )
     group_by_length: bool = Field(
         True, description="true | false: rows of alike length share a batch where rows are padded"
     )

@@ -29,9 +29,11 @@ CHANGES = {
     "continue-pretraining": DATA,
     "qat-lora": DATA,
     "finetune-minilm": CLASSIFIER,
+    "classify-csv": [*CLASSIFIER, "evaluation.every=null", "checkpoint.best=null"],
     "prune-distill-quantize": CLASSIFIER,
     "shrink-and-improve": CLASSIFIER,
     "digits": IMAGES,
+    "images": [*IMAGES, "data.source=digits", "evaluation.every=null", "checkpoint.best=null"],
     "rigl": IMAGES,
     "grow-improve-shrink": IMAGES,
 }
@@ -49,6 +51,7 @@ def leave_models(folder: Path) -> None:
     (folder / "texts.txt").write_text("".join(f"def line_{n}(x): return x * {n % 7} + {n}\n" for n in range(300)))
     chats = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(60)]
     (folder / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    leave_own_data(folder, classes=10)
     with chdir(folder):
         task = build_task(small("quickstart"), workdir=folder)
     model, tokens = folder / "runs/quickstart/model", folder / "runs/finetune-minilm/model"
@@ -59,3 +62,12 @@ def leave_models(folder: Path) -> None:
     config = BertConfig(vocab_size=len(tokenizer), num_labels=10, **sizes)
     BertForSequenceClassification(config).save_pretrained(tokens)
     tokenizer.save_pretrained(tokens)
+
+
+def leave_own_data(folder: Path, classes: int = 2) -> None:
+    """What shipped recipes want of a user: rows with labels, and a folder of images for each class, to be planned."""
+    rows = "".join(f"row {n} of {n % classes},{n % classes}\n" for n in range(200))
+    (folder / "rows.csv").write_text(f"text,label\n{rows}")
+    for name in ("cat", "dog"):
+        (folder / "images" / name).mkdir(parents=True)
+        (folder / "images" / name / "1.png").touch()

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..ledger.verdict import used
+from .class_display import show_classes
 from .receipt_display import show_receipt
 
 if TYPE_CHECKING:
@@ -216,6 +217,7 @@ def show_report(report: Report) -> None:
         rows.append(("model", str(report.exported)))
     for name, text in rows:
         table.add_row(name, text)
+    show_classes(report.details, console)
     console.print(table)
     if report.sample is not None:
         console.print("sample:")

@@ -17,10 +17,10 @@ import numpy as np
 from .cache import build_once
 from .corpora import Corpus
 from .errors import BadRow, TaskError
-from .rows import Place, Row, label_of
+from .labels import check_classes, check_words, is_number, read_label
+from .rows import Place, Row
 from .shapes import Reading
 
-FEW_CLASSES = 20  # so many different labels may each have one row, or be numbers with fractions
 ROWS, CHARACTERS = 1000, 1 << 20  # of one write
 WAY_OUT = "Or leave such rows out, and count them: data.bad_rows: skip."
 
@@ -129,9 +129,12 @@ class _Writer:
                 return None
             kept = {"text": _encodable(text)}
             if self.reading.label is not None:
-                kept["label"] = label = label_of(place, row, self.reading.label)
-                self.classes.setdefault(label, place)
-                self._note_kind(place, row[self.reading.label])
+                kept["label"] = label = read_label(self.reading.kind, place, row, self.reading.label)
+                if self.reading.kind == "words":
+                    check_words(place, text, label)
+                if self.reading.kind == "single-label":
+                    self.classes.setdefault(label, place)
+                    self._note_kind(place, row[self.reading.label])
         except BadRow as bad:
             if not self.skip:
                 raise BadRow(f"{bad} {WAY_OUT}", bad.reason) from bad
@@ -150,31 +153,18 @@ class _Writer:
     def _note_kind(self, place: Place, value: Any) -> None:
         if isinstance(value, int | float) and not isinstance(value, bool):
             self.kinds.setdefault("number", (place, value))
-        elif isinstance(value, str) and not _is_number(value):
+        elif isinstance(value, str) and not is_number(value):
             self.kinds.setdefault("word", (place, value))
 
     def _check_classes(self, count: int, column: str) -> None:
         """Refuse a column of numbers to be predicted, of names that hardly repeat, or of numbers and words."""
-        classes = self.classes
         if len(self.kinds) == 2:
             (numbered, number), (named, word) = self.kinds["number"], self.kinds["word"]
             raise TaskError(
                 f"data.label_column {column!r} has a number, {number}, in {numbered}, and a word, {word!r}, in "
                 f"{named}. Write the labels alike: all as texts, or all as numbers."
             )
-        if len(classes) <= FEW_CLASSES:
-            return
-        fraction = next((name for name in classes if _is_fraction(name)), None)
-        if fraction is not None and all(map(_is_number, classes)):
-            raise TaskError(
-                f"data.label_column {column!r} has {len(classes)} different numbers, such as {fraction} in "
-                f"{classes[fraction]}; classification needs classes, and a regression is no task here."
-            )
-        if 2 * len(classes) > count:
-            raise TaskError(
-                f"data.label_column {column!r} has {len(classes)} different labels in {count} rows, such as "
-                f"{next(iter(classes))!r} in {next(iter(classes.values()))}; a class needs several rows."
-            )
+        check_classes(self.classes, count, column)
 
 
 def _encodable(text: str) -> str:
@@ -184,15 +174,3 @@ def _encodable(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_fraction(text: str) -> bool:
-    return _is_number(text) and not float(text).is_integer()

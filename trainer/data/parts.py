@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cache import digest
 from .corpora import Corpus, chained
+from .labels import Kind
 from .mixture import AnyTexts, Joined, Mixture
 from .packing import Texts
 from .sources import load_corpus
@@ -51,23 +53,24 @@ class Parts:
 
 def load_parts(
     recipe: Recipe, cache: Path, *, labelled: bool, only: Mapping[str, Shape] | None = None,
-    group: Callable[[str], str] | None = None,
+    group: Callable[[str], str] | None = None, kind: Kind = "single-label",
 ) -> Parts:  # fmt: skip
     """Load what a recipe trains on and holds out. Raises `TaskError`.
 
-    only: the shapes that rows may have. group: by what of a text it is held out.
+    only: the shapes that rows may have. group: by what of a text it is held out. kind: what labels are.
     """
     data = recipe.data
+    load = partial(load_corpus, cache=cache, labelled=labelled, only=only, kind=kind)
     names, weights, train, held = [], [], [], []
     for number, (weight, one) in enumerate(data.each()):
         key = f"data.sources[{number}].source" if data.sources else "data.source"
         source = str(one.source)
-        corpus = load_corpus(one, source, _arguments(one), cache=cache, labelled=labelled, key=key, only=only)
+        corpus = load(one, source, _arguments(one), key=key)
         if group is not None and corpus.groups is None:
             corpus = replace(corpus, groups=[group(text) for text in corpus.texts])
         part = [corpus]
         if not isinstance(data.validation, str) and data.validation:
-            part = list(split(corpus, data.validation, cache))
+            part = list(split(corpus, data.validation, cache, by_label=kind == "single-label"))
         if labelled and source == "python-packages":
             part = [balance(each) for each in part]
         names.append(source)
@@ -75,9 +78,7 @@ def load_parts(
         train.append(part[0])
         held += part[1:]
     if isinstance(data.validation, str):
-        key = "data.validation"
-        arguments = _arguments(data)
-        held = [load_corpus(data, data.validation, arguments, cache=cache, labelled=labelled, key=key, only=only)]
+        held = [load(data, data.validation, _arguments(data), key="data.validation")]
     return Parts(names, weights, train, held)
 
 

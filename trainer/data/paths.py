@@ -12,6 +12,7 @@ from .errors import TaskError
 CARRIED = (
     "python-stdlib", "python-packages", "python-docstrings", "docstring-preferences", "package-descriptions", "digits",
 )  # fmt: skip
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 SUFFIXES = {
     "text": (".txt", ".text", ".md", ".markdown", ".rst", ".py", ".tex"),
     "json": (".json", ".jsonl", ".ndjson"),
@@ -55,6 +56,29 @@ def find_files(source: str, wanted: str | None = None, *, key: str = "data.sourc
     if not files and (_is_path(source) or any(c in source for c in "*?[") or format_of(path) is not None):
         raise TaskError(f"{key} {source!r} matches no file here (looked from {Path.cwd()}).")
     return files
+
+
+def find_images(source: str, *, key: str) -> dict[str, list[Path]]:
+    """The image files of each class, which is a folder's name, in a folder of folders; both sorted.
+
+    Raises `TaskError` where there is no such folder, fewer than two classes, or a class without an image.
+    """
+    root = Path(source).expanduser()
+    if not root.is_dir():
+        raise TaskError(
+            f"{key} {source!r} is no folder here (looked from {Path.cwd()}); image-classification reads digits, a "
+            "folder that has a folder of images for each class, or your own module:attr."
+        )
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = {
+        folder.name: sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
+        for folder in folders
+    }
+    if len(found) < 2:
+        raise TaskError(f"{key}: {source!r} has {len(found)} folders; each class needs one, and there are two or more.")
+    if empty := [name for name, files in found.items() if not files]:
+        raise TaskError(f"{key}: the folder {root / empty[0]} has no image; images end in {', '.join(IMAGES)}.")
+    return found
 
 
 def one_format(files: Iterable[Path], source: str) -> str:

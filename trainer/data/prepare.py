@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +18,18 @@ from .chats import Answers, with_template
 from .corpora import Corpus, digits
 from .custom import call_code
 from .errors import TaskError
+from .image_folder import image_folders
 from .images import Images
+from .labels import Kind, class_names, targets
+from .masked_texts import MaskedBlocks, check_plain, masked_samples
 from .mixture import AnyTexts, parts_of
 from .packing import Packed, Texts
 from .parts import Parts, joined, load_parts, sources_facts
 from .rows import PIECE
 from .split import split_indices
+from .tagged import tagged_samples
 from .token_store import store_answers, store_tokens
-from .tokenizers import EncodeCut, encode_plain, framing, load_tokenizer, tokenizer_key
+from .tokenizers import EncodeCut, encode_plain, framing, load_tokenizer, tokenizer_key, with_mask
 from .tokens import Blocks, Documents, PadTokens, stack
 
 if TYPE_CHECKING:
@@ -58,9 +61,8 @@ def prepare(recipe: Recipe, cache: Path, own: Path | None = None) -> Prepared:
     if source == "digits":
         return _digits(recipe)
     if kind == "image-classification":
-        named = source or "null"
-        raise TaskError(f"data.source {named!r}: image-classification reads digits, or your own module:attr.")
-    make = _labelled_texts if kind == "sequence-classification" else _language
+        return _image_files(recipe, cache)
+    make = _labelled_texts if kind in ("sequence-classification", "token-classification") else _language
     return make(recipe, cache, own)
 
 
@@ -69,7 +71,8 @@ def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     data = recipe.data
     if data.sequence_length < 2:
         raise TaskError(f"data.sequence_length {data.sequence_length}: predicting a token takes one before it, so 2.")
-    isolated = bool(data.args.get("pack_isolation", True)) and data.pack
+    masked = recipe.model.task == "masked-lm"
+    isolated = bool(data.args.get("pack_isolation", True)) and data.pack and not masked
     parts = load_parts(recipe, cache, labelled=False)
     shaped = {corpus.shaped for corpus in parts.train}
     if any(corpus.shaped not in shaped for corpus in parts.held):
@@ -77,8 +80,14 @@ def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
         found = kinds[next(corpus.shaped for corpus in parts.held if corpus.shaped not in shaped)]
         raise TaskError(f"data.validation has {found}, and data.source {kinds[shaped.pop()]}.")
     tokenizer = load_tokenizer(recipe.model, parts.whole, cache=cache, own=own)
-    makers = {True: _answer_samples, False: _plain_samples}
-    make = {kind: makers[kind](recipe, tokenizer, cache, isolated) for kind in shaped}
+    make: dict[bool, Callable[[Corpus, bool], Any]]
+    if masked:
+        check_plain(*parts.train, *parts.held)
+        tokenizer = with_mask(tokenizer, recipe.model)
+        make = {False: masked_samples(recipe, tokenizer, cache)}
+    else:
+        makers = {True: _answer_samples, False: _plain_samples}
+        make = {kind: makers[kind](recipe, tokenizer, cache, isolated) for kind in shaped}
     sets = joined(parts, recipe, lambda corpus, keep: make[corpus.shaped](corpus, keep))
     _check_not_empty(*sets, data.sequence_length)
     facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **told(parts, recipe, *sets)}
@@ -89,9 +98,9 @@ def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
             raise TaskError(
                 "data.source: all tokens are answers, none is asked. If that is meant, set data.train_on: all."
             )
-    if sets[1] is not None:
+    if sets[1] is not None and not masked:
         facts["baselines"] = baselines(sets[0], sets[1], len(tokenizer), cache)
-    collate = stack if data.pack else PadTokens(tokenizer.pad_token_id)
+    collate = stack if data.pack and not masked else PadTokens(tokenizer.pad_token_id, mask=masked)
     return Prepared(*sets, collate, tokenizer, isolated=isolated, unit="tokens", facts=facts)
 
 
@@ -131,9 +140,12 @@ def _answer_samples(recipe: Recipe, tokenizer: Any, cache: Path, isolated: bool)
 
 def _labelled_texts(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     data = recipe.data
-    parts = load_parts(recipe, cache, labelled=True)
+    kind: Kind = "words" if recipe.model.task == "token-classification" else recipe.model.problem
+    parts = load_parts(recipe, cache, labelled=True, kind=kind)
     tokenizer = load_tokenizer(recipe.model, parts.whole, cache=cache, own=own)
-    classes = _classes(parts)
+    known, held = ([label for corpus in some for label in corpus.labels or ()] for some in (parts.train, parts.held))
+    places = {name: place for corpus in parts.held for name, place in corpus.places.items()}
+    classes = class_names(kind, known, held, places)
     key = digest([tokenizer_key(tokenizer), f"classification {data.sequence_length}, special tokens as text"])
 
     def samples(corpus: Corpus, keep_tail: bool) -> Documents:
@@ -142,13 +154,16 @@ def _labelled_texts(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
             corpus, encode, key=key, vocabulary=len(tokenizer), cache=cache,
             head=max(PIECE, CHARACTERS * data.sequence_length), about=lambda: {"cut": encode.cut},
         )  # fmt: skip
-        labels = [classes[label] for label in corpus.labels or ()]
+        labels = targets(kind, corpus.labels or (), classes)
         return Documents(store, data.sequence_length, labels, group_by_length=data.group_by_length)
 
-    sets = joined(parts, recipe, samples)
-    names = [str(label) for label in classes]
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), "classes": names, **told(parts, recipe, *sets)}
-    return Prepared(*sets, PadTokens(tokenizer.pad_token_id), tokenizer, classes=names, facts=facts)
+    make = tagged_samples(recipe, tokenizer, cache, classes or ()) if kind == "words" else samples
+    sets = joined(parts, recipe, make)
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **told(parts, recipe, *sets)}
+    if classes is not None:
+        facts["classes"] = classes
+    collate = PadTokens(tokenizer.pad_token_id, mask=True)
+    return Prepared(*sets, collate, tokenizer, classes=classes, facts=facts)
 
 
 def _digits(recipe: Recipe) -> Prepared:
@@ -166,12 +181,17 @@ def _digits(recipe: Recipe) -> Prepared:
     return Prepared(train, validation, stack, classes=names, facts={**sizes(train, validation), "classes": names})
 
 
+def _image_files(recipe: Recipe, cache: Path) -> Prepared:
+    train, held, classes = image_folders(recipe, cache)
+    return Prepared(train, held, stack, classes=classes, facts={**sizes(train, held), "classes": classes})
+
+
 def _own_data(recipe: Recipe, source: str, cache: Path, own: Path | None) -> Prepared:
     """A user's `module:attr`: a LightningDataModule, or (train, validation) with map-style data sets."""
     loaded = call_code(source, recipe.data.args, "data.source")
     named = isinstance(recipe.model.tokenizer or recipe.model.name, str)
     tokenizer = load_tokenizer(recipe.model, Corpus([], None, None, ""), cache=cache, own=own) if named else None
-    unit: Literal["tokens", "samples"] = "tokens" if recipe.model.task == "causal-lm" else "samples"
+    unit: Literal["tokens", "samples"] = "tokens" if recipe.model.task in ("causal-lm", "masked-lm") else "samples"
     if isinstance(loaded, pl.LightningDataModule):
         return Prepared(tokenizer=tokenizer, datamodule=loaded, unit=unit)
     if not (isinstance(loaded, (tuple, list)) and len(loaded) == 2 and hasattr(loaded[0], "__getitem__")):
@@ -180,33 +200,10 @@ def _own_data(recipe: Recipe, source: str, cache: Path, own: Path | None) -> Pre
             "it must give a LightningDataModule or (train, validation) data sets."
         )
     train, validation = loaded
-    classes = _classes_of(train) if "classification" in recipe.model.task else None
+    labelled = "classification" in recipe.model.task and recipe.model.problem != "regression"
+    classes = _classes_of(train) if labelled else None
     facts = {**sizes(train, validation), **({} if classes is None else {"classes": classes})}
     return Prepared(train, validation, _collate_of(train, tokenizer), tokenizer, classes, unit=unit, facts=facts)
-
-
-def _classes(parts: Parts) -> dict[Any, int]:
-    """Labels in sorted order with their numbers; numbers sort as numbers, everything else as text."""
-    known = {label for corpus in parts.train for label in corpus.labels or ()}
-    ordered = sorted(known, key=float if all(map(_is_number, known)) else str)
-    if len(ordered) < 2:
-        raise TaskError(f"data.label_column: classification needs two classes or more, found {ordered}.")
-    for corpus in parts.held:
-        new = sorted(map(str, set(corpus.labels or ()) - known))
-        if new:
-            first = f" ({new[0]!r} in {corpus.places[new[0]]})" if new[0] in corpus.places else ""
-            raise TaskError(
-                f"data.validation has classes that training data lacks: {new}{first}. Give training rows of each, or "
-                "take these out."
-            )
-    return {label: number for number, label in enumerate(ordered)}
-
-
-def _is_number(label: Any) -> bool:
-    try:
-        return math.isfinite(float(label))
-    except (TypeError, ValueError):
-        return False
 
 
 def _classes_of(train: Any) -> list[str]:
@@ -214,6 +211,8 @@ def _classes_of(train: Any) -> list[str]:
     declared = getattr(train, "classes", None)
     if declared is not None:
         return [str(name) for name in declared]
+    if getattr(train[0]["labels"], "ndim", 0):  # one 0 or 1 for each
+        return [str(number) for number in range(len(train[0]["labels"]))]
     return [str(number) for number in range(max(int(train[i]["labels"]) for i in range(len(train))) + 1)]
 
 
@@ -244,7 +243,9 @@ def _token_facts(train: AnyTexts, validation: AnyTexts | None) -> dict[str, Any]
 def _tokens(data: AnyTexts) -> int:
     """Of all samples together."""
     return sum(
-        int(part.target_counts.sum()) + len(part) if isinstance(part, Blocks) else int(part.token_counts.sum())
+        int(part.target_counts.sum()) + len(part)
+        if isinstance(part, Blocks) and not isinstance(part, MaskedBlocks)
+        else int(part.token_counts.sum())
         for part in parts_of(data)
     )
 

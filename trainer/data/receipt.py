@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from .cache import digest
+from .masked_texts import MaskedBlocks, MaskedDocuments
 from .mixture import Joined, parts_of
 from .packing import Packed
+from .tagged import Tagged
 from .token_store import IGNORED
 from .tokens import Blocks
 
@@ -80,9 +83,9 @@ def receipt(data: Prepared, *, duplicates: bool = True) -> Receipt:
     texts = hasattr(train, "store") or isinstance(train, Joined)
     bad, sources = data.facts.get("rows_bad", {}), data.facts.get("sources", [])
     counts: Mapping[str, int] = {}
-    if data.classes is not None and getattr(train, "labels", None) is not None:
-        numbers, found = np.unique(np.asarray(train.labels), return_counts=True)
-        counts = {data.classes[number]: int(count) for number, count in zip(numbers, found, strict=True)}
+    labels = getattr(train, "labels", None)
+    if data.classes is not None and labels is not None:
+        counts = _class_counts(np.asarray(labels), data.classes)
     if not texts:
         size = len(train) if hasattr(train, "__len__") else 0
         held_size = len(held) if hasattr(held, "__len__") else 0
@@ -102,7 +105,7 @@ def receipt(data: Prepared, *, duplicates: bool = True) -> Receipt:
         sources=sources,
         validation_samples=0 if held is None else len(held),
         duplicates=_duplicates(train, held) if duplicates and held is not None else None,
-        shown=[_stretches(data, index) for index in _spread(len(train))],
+        shown=_shown(data),
         classes=counts,
     )
 
@@ -110,7 +113,22 @@ def receipt(data: Prepared, *, duplicates: bool = True) -> Receipt:
 def _trained_tokens(data: Prepared) -> int:
     if "trained_tokens" in data.facts:
         return int(data.facts["trained_tokens"])
-    return int(data.train.target_counts.sum()) if data.classes is None else 0
+    of_rows = getattr(data.train, "labels", None) is not None and not isinstance(parts_of(data.train)[0], Tagged)
+    return 0 if of_rows else int(data.train.target_counts.sum())
+
+
+def _class_counts(labels: np.ndarray, classes: Sequence[str]) -> dict[str, int]:
+    """Samples of each class that occurs, of labels [N], or [N, classes] where a sample has several."""
+    found = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(classes))
+    return {name: int(count) for name, count in zip(classes, found, strict=True) if count}
+
+
+def _label_shown(label: Any, classes: Sequence[str] | None) -> str:
+    if classes is None:
+        return f"{float(label):g}"
+    if label.ndim:
+        return ", ".join(name for name, has in zip(classes, label.tolist(), strict=True) if has) or "none"
+    return classes[int(label)]
 
 
 def _left_out(data: Prepared) -> dict[str, int]:
@@ -123,6 +141,11 @@ def _spread(samples: int) -> list[int]:
     return sorted({round(i * (samples - 1) / (SHOWN - 1)) for i in range(SHOWN)})
 
 
+def _shown(data: Prepared) -> list[list[Stretch]]:
+    with torch.random.fork_rng(devices=[]):  # masked samples are random
+        return [_stretches(data, index) for index in _spread(len(data.train))]
+
+
 def _stretches(data: Prepared, index: int) -> list[Stretch]:
     """A sample's text in stretches that are, or are not, targets; padding is not shown."""
     sample = data.train[index]
@@ -130,9 +153,9 @@ def _stretches(data: Prepared, index: int) -> list[Stretch]:
         chosen, rejected = (_marked(data, *pair) for pair in zip(sample["input_ids"], sample["labels"], strict=True))
         return [*chosen, (BETWEEN, False), *rejected]
     ids, labels = sample["input_ids"], sample["labels"]
-    if not labels.ndim:
-        name = (data.classes or ())[int(labels)]
-        return [(data.tokenizer.decode(ids[:SHOWN_TOKENS]), False), (f" → {name}", True)]
+    if not labels.ndim or labels.is_floating_point():
+        label = _label_shown(labels, data.classes)
+        return [(data.tokenizer.decode(ids[:SHOWN_TOKENS]), False), (f" → {label}", True)]
     shown = _marked(data, ids, labels)
     return shown if "wanted" not in sample else [*shown, ("\nwanted" if sample["wanted"] else "\nnot wanted", False)]
 
@@ -140,7 +163,8 @@ def _stretches(data: Prepared, index: int) -> list[Stretch]:
 def _marked(data: Prepared, ids: Tensor, labels: Tensor) -> list[Stretch]:
     ids = ids[:SHOWN_TOKENS]
     marks = (labels[: len(ids)] != IGNORED).tolist()
-    marks[0] = False  # nothing stands before it
+    if not isinstance(parts_of(data.train)[0], MaskedBlocks | MaskedDocuments | Tagged):
+        marks[0] = False  # nothing stands before it
     return [
         (data.tokenizer.decode(some), trained)
         for some, trained in _runs(ids.tolist(), marks, data.tokenizer.pad_token_id)

@@ -68,22 +68,6 @@ def text_of(place: Place, row: Mapping[str, Any], column: str, key: str = "data.
     )
 
 
-def label_of(place: Place, row: Mapping[str, Any], column: str) -> str:
-    """The label of a row as text; raises `BadRow` where there is none, or it can be no class."""
-    value = row.get(column)
-    if value is None:
-        raise BadRow(f"data.label_column {column!r}: {place} has no label.", "without a label")
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # 1.0 and 1 are one class
-    if isinstance(value, str | int | float):
-        return str(value)
-    raise BadRow(
-        f"data.label_column {column!r}: {place} is {kind_of(value)}, found {clip(str(value))}; "
-        "a class is a text or a whole number.",
-        "label is no class",
-    )
-
-
 def too_long(place: Place) -> BadRow:
     """What is wrong with a row of more than `LONGEST` characters."""
     return BadRow(

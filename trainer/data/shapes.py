@@ -19,6 +19,7 @@ from typing import Any
 from ...problems import clip
 from ...spelling import nearest
 from .errors import BadRow, TaskError, unknown
+from .labels import Kind
 from .rows import Columns, Place, kind_of, text_of
 
 ROLES = {
@@ -26,6 +27,7 @@ ROLES = {
     "chatgpt": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "developer": "developer",
     "tool": "tool", "function": "tool", "observation": "tool",
 }  # fmt: skip
+NO_BREAK = "\N{NO-BREAK SPACE}"
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")  # of a message, for its template
 
 
@@ -119,6 +121,7 @@ class Reading:
         chats: Whether rows may be more than a text.
         named: Our name of a column -> the file's, where that is another.
         only: The shapes that rows must have one of, where a text alone teaches nothing.
+        kind: What labels are.
 
     Raises:
         TaskError: `wanted` is none of the shapes that there are to choose from.
@@ -126,11 +129,11 @@ class Reading:
 
     def __init__(
         self, text_column: str, label: str | None, wanted: str | None, *, chats: bool, named: Mapping[str, str] = {},
-        only: Mapping[str, Shape] | None = None,
+        only: Mapping[str, Shape] | None = None, kind: Kind = "single-label",
     ) -> None:  # fmt: skip
         self.text_column = named.get("text", text_column)
         self.label = None if label is None else named.get("label", label)
-        self._only = only
+        self._only, self.kind = only, kind
         known = {"plain": None, **SHAPES} if only is None else only
         if wanted is not None and wanted not in known:
             raise unknown("data.format", wanted, ["auto", *known])
@@ -163,6 +166,8 @@ class Reading:
 
     def text(self, place: Place, row: Mapping[str, Any]) -> str:
         """The row as a text, or in its canonical form; raises `BadRow`."""
+        if self.kind == "words":
+            return words_of(place, row, self.text_column)
         if self.shape is None:
             return text_of(place, row, self.text_column)
         if self._renamed:
@@ -175,7 +180,17 @@ class Reading:
         """What it asks for, as a part of a cache's key."""
         needs, others = self.shape.needs if self.shape else "", " ".join(self._only or ())
         named = sorted(self._named.items())
-        return f"{self.text_column} {self.label or ''} {needs} {self._open} {named} {others}"
+        return f"{self.text_column} {self.label or ''} {needs} {self._open} {named} {others} {self.kind}"
+
+
+def words_of(place: Place, row: Mapping[str, Any], column: str) -> str:
+    """A row's words with a space between each two; a space within a word becomes one that does not part words."""
+    words = json_of(place, column, row.get(column))
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        raise BadRow(
+            f"data.text_column {column!r}: {place} is {kind_of(words)}; a list of words is needed.", "no list of words"
+        )
+    return " ".join(word.replace(" ", NO_BREAK) or NO_BREAK for word in words)
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------

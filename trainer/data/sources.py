@@ -16,6 +16,7 @@ from .corpora import Corpus
 from .docstring_preferences import docstring_preferences
 from .errors import TaskError, unknown
 from .kept import kept_corpus
+from .labels import Kind
 from .paths import SHAPED, file_format, find_files, one_format
 from .readers import check_arguments, read_rows
 from .rows import Place, Row, check_columns
@@ -33,14 +34,14 @@ FEW_FILES = 20  # below this, a validation split by whole files would be coarse
 
 def load_corpus(
     data: Any, source: str, args: dict[str, Any], *, cache: Path, labelled: bool, key: str = "data.source",
-    only: Mapping[str, Shape] | None = None,
+    only: Mapping[str, Shape] | None = None, kind: Kind = "single-label",
 ) -> Corpus:  # fmt: skip
     """The corpus that `data.source` (or a path in `data.validation`) names.
 
     data: the recipe's data section. args: its keyword arguments for the reader. labelled: also read
-    `data.label_column`. key: the recipe's key that names the source, for errors. only: the shapes that rows must have
-    one of. Raises `TaskError` where the source, its format or a column does not exist, and where a row cannot be
-    trained on, unless `data.bad_rows` is skip.
+    `data.label_column`, as labels of that kind. key: the recipe's key that names the source, for errors. only: the
+    shapes that rows must have one of. Raises `TaskError` where the source, its format or a column does not exist, and
+    where a row cannot be trained on, unless `data.bad_rows` is skip.
     """
     if data.format == "builtin" and source not in TEXTS:
         raise unknown(f"{key} with format: builtin", source, TEXTS)
@@ -49,7 +50,7 @@ def load_corpus(
     shape = data.format if data.format in SHAPED else None
     label = data.label_column if labelled else None
     named = data.columns.model_dump(exclude_none=True)
-    reading = Reading(data.text_column, label, shape, chats=not labelled, named=named, only=only)
+    reading = Reading(data.text_column, label, shape, chats=not labelled, named=named, only=only, kind=kind)
     wanted = file_format(data.format)
     files = [] if data.format == "hub" else find_files(source, wanted, key=key)
     used = digest(["2", reading.key, str(data.limit)])  # 2: of the form in which rows are kept
@@ -87,17 +88,25 @@ def _hub_rows(source: str, data: Any, reading: Reading, args: dict[str, Any]) ->
     table = _load(source, split=data.split, **args)
     columns = reading.columns(table.column_names)
     check_columns("", columns, table.column_names)
-    names = getattr(table.features[columns.label], "names", None) if columns.label else None
+    feature = table.features[columns.label] if columns.label else None
+    names = getattr(getattr(feature, "feature", feature), "names", None)  # of one class, or of a list of them
 
     def rows() -> Iterator[Row]:
         kept = table.select_columns(columns.all)
         for number, row in enumerate(kept, 1):
-            if names and isinstance(label := row[columns.label], int):
-                row[columns.label] = names[label]
+            if names:
+                row[columns.label] = _named(row[columns.label], names)
             yield Place(f"{source} ({data.split})", number), row
 
     # the hub's own key of (data set, configuration, revision, split)
     return rows(), digest([source, data.split, table._fingerprint])
+
+
+def _named(label: Any, names: list[str]) -> Any:
+    """A label as its class's name, where it is a number of one."""
+    if isinstance(label, list):
+        return [_named(each, names) for each in label]
+    return names[label] if isinstance(label, int) else label
 
 
 def _load(source: str, **settings: Any) -> Any:

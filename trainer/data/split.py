@@ -18,15 +18,19 @@ from .corpora import Corpus
 from .errors import TaskError
 
 
-def split(corpus: Corpus, fraction: float, cache: Path | None = None) -> tuple[Corpus, Corpus]:
+def split(
+    corpus: Corpus, fraction: float, cache: Path | None = None, *, by_label: bool = True
+) -> tuple[Corpus, Corpus]:
     """A corpus as (training, validation); see `split_indices`. Without groups, equal texts stay together.
 
-    cache: where the first to ask leaves who is held out: it takes reading all texts.
+    cache: where the first to ask leaves who is held out: it takes reading all texts. by_label: labels are classes, and
+    each of them is on both sides.
     """
+    labels = corpus.labels if by_label else None
 
     def chosen() -> tuple[np.ndarray, np.ndarray]:
         groups = corpus.groups or (digest([text or ""]) for text in corpus.texts)
-        return split_indices(groups, corpus.labels, fraction, len(corpus.texts))
+        return split_indices(groups, labels, fraction, len(corpus.texts))
 
     if cache is None:
         outside, inside = chosen()
@@ -36,7 +40,7 @@ def split(corpus: Corpus, fraction: float, cache: Path | None = None) -> tuple[C
             for name, rows in zip(("outside", "inside"), chosen(), strict=True):
                 np.save(folder / f"{name}.npy", rows)
 
-        labelled = "" if corpus.labels is None else "labelled"
+        labelled = "" if labels is None else "labelled"
         folder = build_once(cache / "splits" / digest([corpus.fingerprint, labelled, repr(fraction)]), build)
         outside, inside = np.load(folder / "outside.npy"), np.load(folder / "inside.npy")
     return replace(corpus.take(outside), skipped=corpus.skipped, bad=corpus.bad), corpus.take(inside)

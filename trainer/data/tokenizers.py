@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .corpora import Corpus
 
-EOS, PAD = "<|endoftext|>", "<|pad|>"
+EOS, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 SMALLEST = 256 + 2  # every byte, and the two specials
 CHARACTERS_PER_TOKEN = 1000  # to train on: every merge is then seen often; more text changes little and costs time
 
@@ -161,6 +161,24 @@ def framing(tokenizer: PreTrainedTokenizerBase, *, packed: bool) -> tuple[list[i
     if start is not None and start != end:
         return [start], [end]
     return ([end], []) if packed else ([], [end])
+
+
+def enclosing(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens around a document that is read in both directions: [CLS] and [SEP], or what `framing` has."""
+    start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    return framing(tokenizer, packed=False) if start is None or end is None else ([start], [end])
+
+
+def with_mask(tokenizer: PreTrainedTokenizerBase, model: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer with a mask token: its own, or a new one where the recipe's model section has one trained."""
+    if tokenizer.mask_token is None and (isinstance(model.tokenizer or model.name, str)):
+        raise TaskError(
+            f"model.tokenizer: {model.tokenizer or model.name!r} has no mask token, and masked-lm hides tokens under "
+            "one. Use the tokenizer of a masked model, such as BERT, or {train: bpe, vocab_size: 4096}."
+        )
+    if tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
+    return tokenizer
 
 
 def _setting(settings: Any, name: str) -> Any:

@@ -82,7 +82,8 @@ class Blocks(Dataset[Sample]):
 class Documents(Dataset[Sample]):
     """One document a sample, cut to `length` tokens: language modelling without packing, or classification.
 
-    A sample: `input_ids` [t] and `labels`, either equal to them [t] or, with `labels` given, the class [] as int64.
+    A sample: `input_ids` [t] and `labels`, either equal to them [t] or, with `labels` [N, ...] given, its row of
+    those: a class [], say.
     Pair with `PadTokens` to form batches. Documents that have no target, within `length`, are left out of the former.
     group_by_length: ask the sampler for batches of alike lengths (see `GlobalBatches`).
 
@@ -93,10 +94,15 @@ class Documents(Dataset[Sample]):
     deterministic = True  # a sample is the same each time it is read
 
     def __init__(
-        self, store: TokenStore, length: int, labels: Sequence[int] | None = None, *, group_by_length: bool = True
+        self,
+        store: TokenStore,
+        length: int,
+        labels: torch.Tensor | Sequence[int] | None = None,
+        *,
+        group_by_length: bool = True,
     ) -> None:
         self.store, self.length, self.group_by_length = store, length, group_by_length
-        self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
+        self.labels = None if labels is None else torch.as_tensor(labels)
         whole = np.diff(store.offsets)
         lengths = np.minimum(whole, length)
         self.cut = int((whole > length).sum()) + store.meta.get("cut", 0)
@@ -117,7 +123,7 @@ class Documents(Dataset[Sample]):
 
     @property
     def target_counts(self) -> np.ndarray:
-        """Return how many targets each sample has [len(self)], or that it has one class."""
+        """Return how many targets each sample has [len(self)]; 1 where its label is its row's."""
         return self._targets if self.labels is None else np.ones(len(self), dtype=np.int64)
 
     def targets(self, index: int) -> np.ndarray:
@@ -130,19 +136,21 @@ class Documents(Dataset[Sample]):
 class PadTokens:
     """Form a batch from samples of different lengths, padded on the right to the longest.
 
-    Gives `input_ids` [B, T], and `labels` [B, T] with -100 at padding or classes [B]. `attention_mask` [B, T] comes
-    with classes only: a causal model cannot see right padding, and without a mask the faster attention kernels run.
+    Gives `input_ids` [B, T], and `labels`: [B, T] with -100 at padding where they are tokens', else one a row [B, ...].
+    `attention_mask` [B, T] comes with the latter, or where it is asked for: a causal model cannot see right padding,
+    and without a mask the faster attention kernels run.
     """
 
     pad: int
+    mask: bool = False
 
     def __call__(self, samples: Sequence[Sample]) -> Sample:
         ids = [sample["input_ids"] for sample in samples]
-        batch = {"input_ids": _padded(ids, self.pad)}
-        if samples[0]["labels"].ndim:
-            return {**batch, "labels": _padded([sample["labels"] for sample in samples], IGNORED)}
-        mask = _padded([torch.ones_like(row) for row in ids], 0)
-        return {**batch, "attention_mask": mask, "labels": torch.stack([sample["labels"] for sample in samples])}
+        labels, batch = [sample["labels"] for sample in samples], {"input_ids": _padded(ids, self.pad)}
+        of_tokens = labels[0].ndim == 1 and not labels[0].is_floating_point()  # several classes of a row are 0. and 1.
+        if self.mask or not of_tokens:
+            batch["attention_mask"] = _padded([torch.ones_like(row) for row in ids], 0)
+        return {**batch, "labels": _padded(labels, IGNORED) if of_tokens else torch.stack(labels)}
 
 
 def stack(samples: Sequence[Sample]) -> Sample:

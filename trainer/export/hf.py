@@ -58,15 +58,10 @@ def expected(trained: Trained) -> LogitsFunction:
 
 def load(folder: Path, kind: str, dtype: Any = "auto") -> Any:
     """The model in a folder, for the task `kind`, in evaluation mode."""
-    import transformers
+    from ..tasks.models import _quietly, _with_attention, auto_class
 
-    from ..tasks.models import _quietly, _with_attention
-
-    names = {
-        "causal-lm": "AutoModelForCausalLM", "sequence-classification": "AutoModelForSequenceClassification",
-    }  # fmt: skip
     with _quietly():
-        model = _with_attention("auto", getattr(transformers, names[kind]).from_pretrained, str(folder), dtype=dtype)
+        model = _with_attention("auto", auto_class(kind).from_pretrained, str(folder), dtype=dtype)
     model.config.use_cache = False
     return model.eval()
 

@@ -123,11 +123,13 @@ def _kind(folder: Path) -> str:
     import json
 
     names = json.loads((folder / "config.json").read_text()).get("architectures") or ["nothing"]
-    for ending, kind in (("ForCausalLM", "causal-lm"), ("LMHeadModel", "causal-lm"),
-                         ("ForSequenceClassification", "sequence-classification")):  # fmt: skip
+    from ..tasks.models import FORMS
+
+    endings = {f"For{form}": kind for kind, form in FORMS.items()} | {"LMHeadModel": "causal-lm"}
+    for ending, kind in endings.items():
         if names[0].endswith(ending):
             return kind
-    raise CannotExport(f"{folder} is a {names[0]}; ...ForCausalLM and ...ForSequenceClassification can be measured.")
+    raise CannotExport(f"{folder} is a {names[0]}; ...{', ...'.join(endings)} can be measured.")
 
 
 def home_of(wanted: str, data: str | None) -> Path | None:

@@ -22,7 +22,8 @@ def quality(logits_of: LogitsFunction, trained: Trained, at_most: int | None = N
 
     at_most: so many of them instead, evenly spread over the set, always the same ones.
 
-    Classifiers: `loss`, `accuracy`, `samples`, and `recall` of every class that occurs, by name. Language models:
+    Classifiers: `loss`, `accuracy`, `samples`, and `recall` of every class that occurs, by name; of several classes a
+    row, of words, and of a regression, `loss`, `samples` and what the run has measured. Language models:
     `loss` per token in nats, `perplexity`, `accuracy` of the next token, `tokens`.
     """
     task = trained.task
@@ -34,6 +35,8 @@ def quality(logits_of: LogitsFunction, trained: Trained, at_most: int | None = N
     loader: Any = DataLoader(held, batch_size=ROWS, collate_fn=task.collate)
     if trained.kind == "causal-lm":
         return _language(logits_of, loader)
+    if trained.recipe.model.problem != "single-label" or trained.kind == "token-classification":
+        return _of_problem(logits_of, loader, task.module)
     return _classes(logits_of, loader, task.facts["classes"]) if "classes" in task.facts else {}
 
 
@@ -61,6 +64,20 @@ def _classes(logits_of: LogitsFunction, loader: Any, classes: list[str]) -> dict
         "loss": loss / len(labels), "accuracy": float((predicted == labels).float().mean()), "samples": len(labels),
         "recall": recall(predicted, labels, classes),
     }  # fmt: skip
+
+
+def _of_problem(logits_of: LogitsFunction, loader: Any, module: Any) -> dict[str, Any]:
+    """By a classifier's own problem: of several classes, or of a number."""
+    loss, samples, metric = 0.0, 0, module.problem.metric()
+    for batch in loader:
+        logits, labels = logits_of(inputs(batch)).float(), batch["labels"]
+        if logits.ndim == 3:  # of words
+            logits, labels = logits[labels != IGNORED], labels[labels != IGNORED]
+        loss += float(module.problem.losses(logits, labels).sum())
+        samples += len(labels)
+        module.problem.update(metric, logits, labels)
+    scores, _ = module.problem.scores(metric)
+    return {"loss": loss / samples, "samples": samples, **{name: float(value) for name, value in scores.items()}}
 
 
 def recall(predicted: Tensor, labels: Tensor, classes: list[str]) -> dict[str, float]:

@@ -27,6 +27,8 @@ class Report:
         exported: The folder of the exported model, if there is one.
         recipe_hash: Of the recipe that was run.
         left_out: Rows of the data that were not trained on, or not whole, by why.
+        details: What the last evaluation has found beside metrics: of a classification, the table of classes and the
+            confusion matrix.
 
     Example:
         >>> Report(run_dir=Path("runs/mine"), summary={"steps": 3}).as_dict()["steps"]
@@ -41,6 +43,7 @@ class Report:
     exported: Path | None = None
     recipe_hash: str = ""
     left_out: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -58,6 +61,7 @@ class Report:
             "exported": str(self.exported) if self.exported else None,
             "recipe_hash": self.recipe_hash,
             "left_out": dict(self.left_out),
+            **({"details": dict(self.details)} if self.details else {}),
         }
 
     def save(self) -> None:

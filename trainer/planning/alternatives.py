@@ -13,6 +13,7 @@ from ...callbacks.catalog.compose import compose
 from ...callbacks.catalog.registry import declare
 from ...callbacks.contract import IncompatibleTechniques, Technique
 from ...recipes import Recipe
+from ...recipes.rules import TEXT_TASKS
 from ...recipes.schema import AdapterSpec, ModelSpec
 from ...strategies import ASKED_FOR, OFFLOADS
 from ..tasks.optimizers.cards import OptimizerCard, optimizer_card
@@ -26,7 +27,6 @@ from .target import Target
 SHOWN = 3
 LESS = 0.1  # of the memory that was planned: what a plan that has run out of it must save
 T = TypeVar("T")
-TEXT_TASKS = ("causal-lm", "sequence-classification")
 # What a change costs, in no unit: time, money, or nearness to what was asked for. A micro-batch is free but for speed.
 _COSTS = {
     "micro": 0.1, "strategy": 0.3, "checkpointing": 1.0, "precision": 1.0, "base": 1.0, "optimizer": 2.0,

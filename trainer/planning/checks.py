@@ -8,7 +8,7 @@ from ...problems import Problem
 from ...recipes import Recipe, RecipeError
 from ...recipes.schema import DataSpec
 from ..data.errors import TaskError
-from ..data.paths import CARRIED, file_format, find_files, model_folder, one_format
+from ..data.paths import CARRIED, file_format, find_files, find_images, model_folder, one_format
 from .sizes import Size
 
 
@@ -39,6 +39,9 @@ def _missing(recipe: Recipe, key: str, source: str, data: DataSpec) -> list[Prob
     if source in CARRIED or is_code(source) or data.format in ("builtin", "hub"):
         return []
     try:
+        if recipe.model.task == "image-classification":
+            find_images(source, key=key)
+            return []
         kind = file_format(data.format)
         files = find_files(source, kind, key=key)
         if files and kind is None:

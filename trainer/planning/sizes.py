@@ -12,6 +12,7 @@ from ...recipes.adapters import KINDS
 from ..tasks.optimizers.cards import LARGEST_SIDE
 from .configurations import configuration_of
 
+LANGUAGE = ("causal-lm", "masked-lm")
 CLASSES = {"python-packages": 10}  # of data that this package brings
 
 
@@ -64,7 +65,7 @@ def size_of(recipe: Recipe) -> Size:
     layers = _first(config, "num_hidden_layers", "n_layer", "num_layers")
     hidden = _first(config, "hidden_size", "n_embd", "d_model")
     if not layers or not hidden:
-        return Size(tokens=recipe.model.task == "causal-lm")
+        return Size(tokens=recipe.model.task in LANGUAGE)
     vocabulary = _first(config, "vocab_size") or _entries(recipe.model.tokenizer) or 32000
     return _transformer(recipe, config, layers, hidden, vocabulary)
 
@@ -76,7 +77,7 @@ def _transformer(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden:
     queries = heads * (_first(config, "head_dim") or hidden // heads)
     gated = config.get("model_type") not in ("bert", "gpt2", "roberta", "distilbert", "opt", "gpt_neox")
     inside = layers * (hidden * queries * (2 + 2 * share) + (3 if gated else 2) * hidden * intermediate)
-    causal = recipe.model.task == "causal-lm"
+    causal = recipe.model.task in LANGUAGE  # a token of the vocabulary is predicted
     tied = bool(config.get("tie_word_embeddings", config.get("model_type") in ("gpt2", "bert")))
     head = hidden * vocabulary if causal else 0
     small = _norms_and_biases(recipe, config, layers, hidden, intermediate)

@@ -201,6 +201,7 @@ def fit(
         exported=delivered.exported,
         recipe_hash=recipe.hash,
         left_out=left_out,
+        details=task.details,
     )
     report.save()
     return report
@@ -236,11 +237,13 @@ def _rows(count: int) -> str:
 
 def _import(plan: Plan) -> None:
     """What the run needs that takes seconds to import, while ranks have nothing else to do."""
+    from ...recipes.rules import TEXT_TASKS
+
     with lightened_imports():
         from ..tasks import build_task as build_task
         from .trainer import Trainer as Trainer
 
-        if plan.recipe.model.form in ("causal-lm", "sequence-classification"):
+        if plan.recipe.model.task in TEXT_TASKS:
             from transformers import PreTrainedModel as PreTrainedModel
         if plan.strategy.startswith("zero"):
             from ..machine.extensions import prepare_environment

@@ -38,6 +38,7 @@ _FIXED: dict[str, dict[str, Any]] = {  # what else PEFT is told
     "oft": {"oft_block_size": 0},  # by their number
     "shira": {"random_seed": 0},  # which weights are trained
 }
+_TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
 FROM_BASE = {"olora": "olora", "pissa": "pissa_niter_16"}  # start -> PEFT's name
 
 
@@ -51,7 +52,7 @@ def config_of(adapter: AdapterSpec, task: str) -> PeftConfig:
         start: Any = adapter.start if adapter.start in ("gaussian", "orthogonal") else True
         settings |= {"use_dora": adapter.kind == "dora", "use_rslora": adapter.rslora, "init_lora_weights": start}
     return getattr(peft, name)(  # type: ignore[no-any-return]
-        task_type=peft.TaskType.CAUSAL_LM if task == "causal-lm" else peft.TaskType.SEQ_CLS,
+        task_type=_TASKS.get(task),  # others have no form of their own
         target_modules=adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
         **settings,
         **_FIXED.get(adapter.kind, {}),

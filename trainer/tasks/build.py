@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -17,6 +17,7 @@ from ..data.cache import cache_root
 from ..data.custom import call_code
 from ..data.errors import TaskError, unknown
 from ..data.images import build_image_model
+from ..data.labels import class_weights, labels_of
 from ..data.mixture import Mixture
 from ..data.preferences import TASKS as PREFERENCE_TASKS
 from ..data.preferences import prepare_preferences
@@ -28,12 +29,16 @@ from .classify import Classifier
 from .frozen import frozen_base, places
 from .language import CausalLM
 from .lora import add_adapter
-from .models import build_model
+from .masked import MaskedLM
+from .models import build_image_form, build_model
+from .module import TaskModule
 from .own_code_checks import give_optimizer, makes_optimizer
 from .preference import PairwisePreference, SinglePreference
+from .problems import Problem, problem_of
 from .quantized import weights_in
 from .reference import CachedReference
 from .rewards import RewardModel
+from .tagging import Tagger
 from .weight_dtypes import Kept, kept_in
 
 if TYPE_CHECKING:
@@ -67,6 +72,11 @@ class Task:
     def tokenizer_key(self) -> str:
         """What the tokenizer does, as one word: another one has another."""
         return tokenizer_key(self.tokenizer)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What the last validation has found beside its metrics: the table of classes, the confusion matrix."""
+        return dict(self.module.details) if isinstance(self.module, TaskModule) else {}
 
     def receipt(self) -> Receipt | None:
         """What is about to be learnt, from what is known already; None where a user's datamodule holds the data."""
@@ -184,14 +194,29 @@ def _language(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[p
     module = CausalLM(
         model, recipe.optimizer, isolated=data.isolated, opening=tuple(opening), chunked_loss=recipe.model.chunked_loss
     )
-    module.frozen_base, module.passing = base, room.passing
-    return module, {"model_type": model.config.model_type}
+    return _beside(module, base, room)
+
+
+def _masked(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
+    model, base = _hub_model(recipe, data, kept, room)
+    return _beside(MaskedLM(model, recipe.optimizer), base, room)
 
 
 def _sequences(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
-    classes, (model, base) = _classes(data), _hub_model(recipe, data, kept, room)
-    module = Classifier(model, recipe.optimizer, classes)
+    problem = _problem(recipe, data)
+    model, base = _hub_model(recipe, data, kept, room)
+    return _beside(Classifier(model, recipe.optimizer, problem), base, room)
+
+
+def _words(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
+    model, base = _hub_model(recipe, data, kept, room)
+    return _beside(Tagger(model, recipe.optimizer, data.classes or ()), base, room)
+
+
+def _beside(module: TaskModule, base: FrozenBase | None, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
+    """The module of a Hugging Face model, told of the base that need not be saved and of where weights lie."""
     module.frozen_base, module.passing = base, room.passing
+    model: Any = module.model
     return module, {"model_type": model.config.model_type}
 
 
@@ -220,10 +245,13 @@ def _rewards(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl
 
 
 def _images(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
-    classes, shape = _classes(data), tuple(data.train[0]["pixel_values"].shape)
+    problem, shape = _problem(recipe, data), tuple(data.train[0]["pixel_values"].shape)
     config = dict(recipe.model.config or {})
-    model = build_image_model(config, shape, len(classes))
-    return Classifier(model, recipe.optimizer, classes), {"model_type": config["kind"]}
+    if "kind" in config:
+        model = build_image_model(config, shape, len(data.classes or ()))
+        return Classifier(model, recipe.optimizer, problem), {"model_type": config["kind"]}
+    form: Any = build_image_form(recipe.model, shape, data.classes or ())
+    return _beside(Classifier(form, recipe.optimizer, problem), None, Room(room.cache, room.run))
 
 
 def _own(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
@@ -237,17 +265,21 @@ def _own(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.Lig
 
 MODULES: dict[str, Callable[..., tuple[pl.LightningModule, dict[str, Any]]]] = {
     "causal-lm": _language,
+    "masked-lm": _masked,
     "sequence-classification": _sequences,
+    "token-classification": _words,
     "image-classification": _images,
     "preference": _preferences,
     "reward-model": _rewards,
 }
 
 
-def _classes(data: Prepared) -> Sequence[str]:
-    if data.classes is None:
+def _problem(recipe: Recipe, data: Prepared) -> Problem:
+    kind, wanted = recipe.model.problem, recipe.model.class_weights
+    if data.classes is None and kind != "regression":
         raise TaskError("data.source: classification needs (train, validation) data sets, not a datamodule.")
-    return data.classes
+    weights = None if wanted is None else class_weights(wanted, labels_of(data.train), data.classes or ())
+    return problem_of(kind, data.classes, weights)
 
 
 def _hub_model(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[Any, FrozenBase | None]:

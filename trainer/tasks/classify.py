@@ -1,55 +1,65 @@
-"""Classification of token sequences and of images as a LightningModule."""
+"""Classification of token sequences and of images, and regression, as a LightningModule."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, one_hot
 
 from ...callbacks.forward.training_step import SAMPLE_WEIGHTS
 from .module import Batch, TaskModule, inputs, weighted
+from .problems import Problem
 
 
 class Classifier(TaskModule):
-    """One class per sample, with any model that maps a batch's tensors to logits [B, classes].
+    """A label of each sample, with any model that maps a batch's tensors to logits [B, outputs].
 
-    The model gets every tensor of the batch but `labels` [B]; it returns logits, or an object that has them. Logs
-    `val_loss` and `val_accuracy`, exact over all samples and ranks; `class_accuracy` then holds the accuracy of each
-    class by name (absent classes are left out).
+    The model gets every tensor of the batch but `labels` [B, ...]; it returns logits, or an object that has them. What
+    is lost and measured is the problem's. Logs `val_loss`, in which all samples weigh alike, and the problem's scores,
+    exact over all samples and ranks; what they are of stands in `details`.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: Any, classes: Sequence[str]) -> None:
+    def __init__(self, model: torch.nn.Module, optimizer: Any, problem: Problem) -> None:
         super().__init__(model, optimizer)
-        self.classes = list(classes)
-        self.class_accuracy: dict[str, float] = {}
+        self.problem, self.metric = problem, problem.metric()
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits [B, classes] in float32."""
+        """Logits [B, outputs] in float32."""
         out = self.model(**{name: value for name, value in inputs(batch).items() if name != "labels"})
         return getattr(out, "logits", out).float()
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Mean cross entropy per sample, in nats []."""
-        weights = batch.get(SAMPLE_WEIGHTS)
-        if weights is None:
-            return weighted(cross_entropy(self(batch), batch["labels"]), batch)
-        losses = cross_entropy(self(batch), batch["labels"], reduction="none")
-        return weighted((losses * weights).mean(), batch)
+        """The mean loss of the samples []."""
+        losses = self.problem.losses(self(batch), batch["labels"])
+        for factors in (self.problem.weights(batch["labels"]), batch.get(SAMPLE_WEIGHTS)):
+            if factors is not None:
+                losses = losses * factors
+        return weighted(losses.mean(), batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        super().on_validation_epoch_start()
+        self.metric.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add this batch's summed loss and, per class, how many samples it has and how many were right."""
+        """Add this batch's summed loss, its number of samples, and what the problem's metric sees."""
         logits, labels = self(batch), batch["labels"]
-        of_class = one_hot(labels, len(self.classes))
-        right = of_class[logits.argmax(-1) == labels]
-        self.add(cross_entropy(logits, labels, reduction="sum"), *of_class.sum(0), *right.sum(0))
+        losses = self.problem.losses(logits, labels)
+        self.add(losses.sum(), torch.tensor(len(losses), device=losses.device))
+        self.problem.update(self.metric, logits, labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val_loss` and `val_accuracy`, equal on all ranks; set `class_accuracy`."""
-        size = len(self.classes)
-        totals = self.totals(1 + 2 * size)
-        counts, right = totals[1 : 1 + size], totals[1 + size :]
-        self.log_all({"val_loss": totals[0] / counts.sum(), "val_accuracy": right.sum() / counts.sum()})
-        rates = zip(self.classes, counts.tolist(), right.tolist(), strict=True)
-        self.class_accuracy = {name: hits / count for name, count, hits in rates if count}
+        """Log `val_loss` and the problem's scores, equal on all ranks; set `details`."""
+        loss, count = self.totals(2)
+        self.log_scores(loss / count, {})
+
+    def log_scores(self, loss: torch.Tensor, more: Mapping[str, torch.Tensor]) -> None:
+        """Log a loss [] that is equal on all ranks, the problem's scores, and more of them; set `details`."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*compute.*method of metric", UserWarning)  # a rank without samples
+            scores, details = self.problem.scores(self.metric)
+        self.log_all({"val_loss": loss, **{f"val_{name}": value for name, value in {**scores, **more}.items()}})
+        if not self.trainer.sanity_checking:
+            self.details = details

@@ -27,9 +27,17 @@ from .weight_dtypes import FLOAT32, Kept
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Spellings that configs accept beside their fields (transformers translates them).
+    from ...recipes.model_schema import ModelSpec
+
 # `model.attention` -> transformers' name
 ATTENTIONS = {"sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention", "eager": "eager"}
+# task -> what transformers calls models for it
+FORMS = {
+    "causal-lm": "CausalLM", "masked-lm": "MaskedLM", "sequence-classification": "SequenceClassification",
+    "token-classification": "TokenClassification", "image-classification": "ImageClassification",
+}  # fmt: skip
+LABELLED = ("sequence-classification", "token-classification")  # texts whose models have an output for each label
+# spellings that configs accept beside their fields (transformers translates them)
 ALSO_ACCEPTED = frozenset({"rope_theta", "rope_scaling", "attn_implementation"})
 
 
@@ -44,7 +52,7 @@ def build_model(
     cache: Path | None = None,
     passing: Path | None = None,
 ) -> PreTrainedModel:
-    """A model for `task` ("causal-lm" or "sequence-classification"), its sizes checked against the data's.
+    """A model for `task` (one of `FORMS`), its sizes checked against the data's.
 
     model: the recipe's model section. tokenizer: None where a user's own data brings token numbers. classes: names of
     the classes, in the order of their numbers. kept: what its weights are kept in. cache: where
@@ -52,7 +60,7 @@ def build_model(
     where all other weights lie until somebody takes them from there; None: in memory. Raises `TaskError` where the
     model cannot be had, does not fit the task, or is too small for the vocabulary or the length.
     """
-    labels = {} if classes is None else _label_settings(classes)
+    labels = _label_settings(classes, model.problem) if task in LABELLED else {}
     if model.attention in ("flash", "flex") and not torch.cuda.is_available():
         raise TaskError(f"model.attention: {model.attention} needs a CUDA device; on a CPU there are sdpa and eager.")
     again = kept.codes is not None or (model.adapter is not None and kept.floats == "bf16")
@@ -69,6 +77,23 @@ def build_model(
     return built.train()  # a pretrained model comes in evaluation mode, its dropout off
 
 
+def build_image_form(model: ModelSpec, shape: tuple[int, ...], classes: Sequence[str]) -> PreTrainedModel:
+    """A Hugging Face model for images of `shape` [C, H, W], by the recipe's model section. Raises `TaskError`."""
+    task, labels = "image-classification", _label_settings(classes, "single-label")
+    if model.name is not None:
+        name = model_folder(resolve_name(model.name), "model.name")
+        built = _pretrained(name, task, labels, FLOAT32, model.attention, None, None)
+    else:
+        keys = _config_keys(_config_class(model.config or {}, task))
+        given = {"image_size": shape[1], "num_channels": shape[0]}
+        fields = {**{key: value for key, value in given.items() if key in keys}, **(model.config or {})}
+        built = _from_config(model_config(fields, task, None, labels), task, FLOAT32, model.attention, None)
+    wanted = getattr(built.config, "image_size", None)
+    if isinstance(wanted, int) and wanted != shape[1]:
+        raise TaskError(f"data.image_size: images are {shape[1]} pixels wide, and the model takes {wanted}.")
+    return built.train()
+
+
 def model_config(
     fields: dict[str, Any], task: str, tokenizer: PreTrainedTokenizerBase | None, labels: dict[str, Any]
 ) -> PreTrainedConfig:
@@ -77,13 +102,10 @@ def model_config(
     `vocab_size` and the special tokens' numbers default to the tokenizer's.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    allowed = _config_keys(_config_class(fields, task))
     fields = dict(fields)
-    kind = fields.pop("model_type", None)
-    if kind not in _model_types(task):
-        raise unknown(f"model.config.model_type for task {task}", kind, _model_types(task))
-    allowed = _config_keys(CONFIG_MAPPING[kind])
+    kind = fields.pop("model_type")
     for key in fields:
         if key not in allowed:
             raise unknown(f"model.config of {kind}", key, allowed)
@@ -91,6 +113,16 @@ def model_config(
         return AutoConfig.for_model(kind, **{**_vocabulary(tokenizer), **labels, **_direction(task, allowed), **fields})
     except Exception as error:  # transformers' strict types, ValueErrors of single models
         raise TaskError(f"model.config of {kind}: {' '.join(str(error).split())}") from error
+
+
+def _config_class(fields: dict[str, Any], task: str) -> type[PreTrainedConfig]:
+    """Of the `model_type` among a config's fields; raises `TaskError` for one that the task has no form of."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = fields.get("model_type")
+    if kind not in _model_types(task):
+        raise unknown(f"model.config.model_type for task {task}", kind, _model_types(task))
+    return CONFIG_MAPPING[kind]  # type: ignore[no-any-return]
 
 
 def _direction(task: str, keys: Iterable[str]) -> dict[str, bool]:
@@ -108,7 +140,7 @@ def _pretrained(
         if config.model_type not in _model_types(task):
             raise TaskError(f"model.name {name!r} is a {config.model_type}, which transformers has no {task} form of.")
         settings = {**labels, **_direction(task, vars(config))}
-        make: Any = partial(_with_attention, attention, _auto_class(task).from_pretrained, name, **settings)
+        make: Any = partial(_with_attention, attention, auto_class(task).from_pretrained, name, **settings)
         load = partial(make, output_loading_info=True, dtype=kept.dtype)
         files = [] if home is None else weight_files(name)
         as_read = all_kept_in(files, kept) and not _merged(config.model_type)
@@ -116,7 +148,7 @@ def _pretrained(
             from .shared_model import pretrained_base
 
             config = AutoConfig.from_pretrained(name, **settings)
-            new = partial(_with_attention, attention, _auto_class(task).from_config, config, dtype=kept.dtype)
+            new = partial(_with_attention, attention, auto_class(task).from_config, config, dtype=kept.dtype)
             with _quietly():
                 return pretrained_base(name, files, load, new, kept, home, cache)
         with _quietly(), pages_given_back():
@@ -138,7 +170,7 @@ def _pretrained(
 
 def _from_config(config: PreTrainedConfig, task: str, kept: Kept, attention: str, home: Path | None) -> PreTrainedModel:
     try:
-        make = partial(_with_attention, attention, _auto_class(task).from_config, config, dtype=kept.dtype)
+        make = partial(_with_attention, attention, auto_class(task).from_config, config, dtype=kept.dtype)
         if kept.codes is None and home is None:
             return make()
         from .shared_model import new_base
@@ -183,24 +215,17 @@ def _with_attention(attention: str, load: Any, *args: Any, **settings: Any) -> A
         return load(*args, attn_implementation="eager", **settings)
 
 
-def _auto_class(task: str) -> Any:
+def auto_class(task: str) -> Any:
+    """Transformers' class that makes a model for a task."""
     import transformers
 
-    names = {
-        "causal-lm": "AutoModelForCausalLM",
-        "sequence-classification": "AutoModelForSequenceClassification",
-    }
-    return getattr(transformers, names[task])
+    return getattr(transformers, f"AutoModelFor{FORMS[task]}")
 
 
 def _model_types(task: str) -> set[str]:
     from transformers.models.auto import modeling_auto
 
-    names = {
-        "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    }
-    return set(names[task])
+    return set(getattr(modeling_auto, f"AutoModelFor{FORMS[task]}")._model_mapping._model_mapping)
 
 
 def _config_keys(config: type[PreTrainedConfig]) -> set[str]:
@@ -215,8 +240,12 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     return {"vocab_size": len(tokenizer), **ids}
 
 
-def _label_settings(classes: Sequence[str]) -> dict[str, Any]:
-    return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+def _label_settings(classes: Sequence[str] | None, problem: str) -> dict[str, Any]:
+    if problem == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    kind = {"problem_type": "multi_label_classification"} if problem == "multi-label" else {}
+    names = list(classes or ())
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, **kind}
 
 
 def _check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, sequence_length: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -25,11 +26,12 @@ class TaskModule(pl.LightningModule):
     returns the optimizer alone: the learning rate is driven from outside, by the budget's clock.
 
     frozen_base: weights that checkpoints need not hold. passing: the folder of files in which the weights lie until
-    ZeRO-3 has cut them.
+    ZeRO-3 has cut them. details: what the last validation has found beside its metrics, for the run's report.
     """
 
     frozen_base: FrozenBase | None = None
     passing: Path | None = None
+    details: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, model: torch.nn.Module, optimizer: Any) -> None:
         super().__init__()

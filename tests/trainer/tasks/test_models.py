@@ -46,7 +46,9 @@ def test_digits_are_learned(tiny: Any, tmp_path: Path, config: dict) -> None:
         torch.nn.functional.cross_entropy(logits, batch["labels"]).item(), rel=1e-4
     )
     eights = batch["labels"] == 8
-    assert task.module.class_accuracy["8"] == pytest.approx((logits.argmax(-1) == 8)[eights].float().mean().item())
+    assert task.details["classes"]["8"]["recall"] == pytest.approx(
+        (logits.argmax(-1) == 8)[eights].float().mean().item()
+    )
 
 
 @pytest.mark.parametrize(
