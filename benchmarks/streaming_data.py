@@ -180,7 +180,8 @@ def main() -> None:
             wrapped(
                 f"One .jsonl file of {sources[1].stat().st_size / 1e9:.2f} GB, {large['read']['tokens'] / 1e6:,.0f} "
                 "million tokens, packed to 256. Memory is the most that a process was counted to have; the last column "
-                f"is that of the same process on a file of {SMALL} MB."
+                f"is that of the same process on a file of {SMALL} MB. Seconds are those of whole processes with all "
+                "that they import, but in the third line, which is the data alone."
             ),
             table(["", "s", "memory, MB", "of a small file, MB"], rows),
             wrapped("; ".join(verdicts) + "."),
