@@ -7,6 +7,7 @@ form (adapters beside a quantized base, techniques that changed its layers) is r
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,7 +225,10 @@ def _adapted(path: Path, wanted: str) -> tuple[Any, PreTrainedTokenizerBase]:
         model = load(Path(resolve_name(base)), "causal-lm")
     except OSError as error:
         raise CannotExport(f"{wanted}: cannot load its base {base!r}: {str(error).splitlines()[0]}") from error
-    model = peft.PeftModel.from_pretrained(model, str(path), autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads a name that transformers 5 has renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        model = peft.PeftModel.from_pretrained(model, str(path), autocast_adapter_dtype=False)
     own = path if (path / "tokenizer_config.json").exists() else Path(base)
     return merge_adapter(model), _tokenizer(own, wanted)
 
