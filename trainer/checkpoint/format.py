@@ -18,7 +18,6 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 FORMAT = 2
 MANIFEST = "manifest.json"
 _NOTE = "written-"
-_PRUNED = ".pruned-"
 _SEAL = ',\n "sha256": "'  # before the digest of all that precedes it in the manifest
 
 
@@ -134,35 +132,6 @@ def publish(root: Path, step: int, files: Mapping[str, Any], about: Mapping[str,
     for note in final.glob(f"{_NOTE}*"):
         note.unlink()
     return final
-
-
-def prune(root: Path, keep: int, newest: int) -> None:
-    """Keep `keep` checkpoints up to the one of step `newest`. Later ones were passed over: they are put aside.
-
-    The others are checkpoints no more; `delete_pruned` gives their room back, which takes as long as they are large.
-    """
-    saved = steps(root)
-    for step in [step for step in saved if step <= newest][: -max(1, keep)]:
-        with suppress(OSError):
-            (root / f"{step:09d}").rename(root / f"{_PRUNED}{step:09d}")
-    for step in saved:
-        if step > newest:
-            aside = root / f"{step:09d}.passed-over"
-            shutil.rmtree(aside, ignore_errors=True)
-            (root / f"{step:09d}").rename(aside)
-
-
-def delete_pruned(root: Path) -> None:
-    """Delete what `prune` took out. It may be called by several at once."""
-    for pruned in root.glob(f"{_PRUNED}*"):
-        shutil.rmtree(pruned, ignore_errors=True)
-
-
-def clear_leftovers(root: Path) -> None:
-    """Remove directories that a killed writer left unfinished, and those that it had not deleted to the end."""
-    delete_pruned(root)
-    for leftover in root.glob(".writing-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 # -- reading -------------------------------------------------------------------------------------------------------

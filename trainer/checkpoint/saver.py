@@ -17,6 +17,7 @@ from ...callbacks.accounting.agreement import Agreement
 from ...exits import FAILURE
 from . import base, changes, state
 from . import format as checkpoint
+from .pruning import clear_leftovers, delete_pruned, prune
 from .snapshot import Snapshot, Writing
 
 log = logging.getLogger("shoestring")
@@ -88,7 +89,7 @@ class Saver:
         if refused is None:
             refused = self.complete(trainer)
         if trainer.global_rank == 0:
-            checkpoint.delete_pruned(self.root)
+            delete_pruned(self.root)
         if refused is None:
             self.seconds = max(self.seconds, perf_counter() - began)
         return refused
@@ -131,8 +132,8 @@ class Saver:
             return self._refused(step, reason, first)
         self._prove(step, first)
         if first:
-            checkpoint.prune(self.root, self.keep, step)
-            Thread(target=checkpoint.delete_pruned, args=(self.root,), name="pruning").start()
+            prune(self.root, self.keep, step)
+            Thread(target=delete_pruned, args=(self.root,), name="pruning").start()
         self.report("checkpoint", step=step, seconds_taken=perf_counter() - writing.began)
         return None
 
@@ -145,7 +146,7 @@ class Saver:
             self._writing = None
 
     def _make_room(self, folder: Path) -> None:
-        checkpoint.clear_leftovers(self.root)
+        clear_leftovers(self.root)
         folder.mkdir(parents=True)
 
     def _publish(self, writing: Writing, reports: list[dict[str, Any]]) -> None:

@@ -285,15 +285,9 @@ def _problem(recipe: Recipe, data: Prepared) -> Problem:
 def _hub_model(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[Any, FrozenBase | None]:
     """The Hugging Face model of a text task, with its adapter, and what need not be saved of it."""
     model: Any = build_model(
-        recipe.model,
-        recipe.model.form,
-        tokenizer=data.tokenizer,
-        sequence_length=recipe.data.sequence_length,
-        classes=data.classes,
-        kept=kept,
-        cache=room.cache,
-        passing=room.passing,
-    )
+        recipe.model, recipe.model.form, tokenizer=data.tokenizer, sequence_length=recipe.data.sequence_length,
+        classes=data.classes, kept=kept, cache=room.cache, passing=room.passing,
+    )  # fmt: skip
     if recipe.model.adapter is None:
         return model, None
     before = places(model)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from shoestring.trainer import Budget, Trainer
 from shoestring.trainer.checkpoint import format as checkpoint
+from shoestring.trainer.checkpoint import pruning
 from shoestring.trainer.checkpoint.format import DamagedCheckpoint, Piece
 from shoestring.trainer.checkpoint.saver import CannotSave
 from shoestring.trainer.checkpoint.weights import weights_problem
@@ -110,26 +111,26 @@ def test_leftovers_of_a_killed_writer_are_no_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 1)
     checkpoint.working_directory(tmp_path, 2).mkdir()
     assert checkpoint.steps(tmp_path) == [1]
-    checkpoint.clear_leftovers(tmp_path)
+    pruning.clear_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["000000001"]
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 5, 30, 200):
         write(tmp_path, step)
-    checkpoint.prune(tmp_path, 2, newest=200)
+    pruning.prune(tmp_path, 2, newest=200)
     assert checkpoint.steps(tmp_path) == [30, 200]
-    checkpoint.delete_pruned(tmp_path)
+    pruning.delete_pruned(tmp_path)
     assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"000000030", "000000200"}
 
 
 def test_what_a_killed_run_had_not_deleted_to_the_end_goes_before_the_next_is_written(tmp_path: Path) -> None:
     for step in (1, 5):
         write(tmp_path, step)
-    checkpoint.prune(tmp_path, 1, newest=5)
+    pruning.prune(tmp_path, 1, newest=5)
     assert len([p for p in tmp_path.iterdir() if p.is_dir()]) == 2, "out of the way at once, deleted later"
     assert checkpoint.newest_intact(tmp_path)[0] == tmp_path / "000000005"
-    checkpoint.clear_leftovers(tmp_path)
+    pruning.clear_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["000000005"]
 
 
@@ -141,7 +142,7 @@ def test_a_damaged_one_that_was_passed_over_does_not_count_among_the_kept(
         write(tmp_path, step)
     damage_flip(tmp_path / "000000200")
     write(tmp_path, 31)  # the run has gone on from step 30
-    checkpoint.prune(tmp_path, keep, newest=31)
+    pruning.prune(tmp_path, keep, newest=31)
     assert checkpoint.steps(tmp_path) == left
     assert (tmp_path / "000000200.passed-over" / "manifest.json").exists(), "put aside, for whoever can repair it"
     assert checkpoint.newest_intact(tmp_path)[0] == tmp_path / "000000031"
