@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -278,6 +279,9 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run(
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             if trainer.global_step == 5:
                 trainer.monitor.checkpoints.complete(trainer)
+                for thread in threading.enumerate():
+                    if thread.name == "pruning":  # which makes room
+                        thread.join()
                 with (small_disk / "filler").open("wb") as file, pytest.raises(OSError, match="No space"):
                     file.write(b"x" * (8 << 20))
 
@@ -303,6 +307,9 @@ def test_a_run_whose_end_finds_no_room_says_so_and_goes_on_once_there_is(
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             if trainer.global_step == 5:
                 trainer.monitor.checkpoints.complete(trainer)
+                for thread in threading.enumerate():
+                    if thread.name == "pruning":  # which makes room
+                        thread.join()
                 with (small_disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
                     while True:
                         file.write(b"x" * 4096)
