@@ -26,6 +26,7 @@ from shoestring.callbacks.forward.training_step import (
 from shoestring.trainer import Trainer
 from shoestring.trainer.tasks.classify import Classifier
 from shoestring.trainer.tasks.language import CausalLM
+from shoestring.trainer.tasks.problems import SingleLabel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -273,7 +274,7 @@ def test_weighted_sequences_are_weighted_by_token():
 def test_weighted_samples_of_a_classifier():
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 3)
-    module = Classifier(_Named(net), None, ["a", "b", "c"])
+    module = Classifier(_Named(net), None, SingleLabel(["a", "b", "c"]))
     batch = {"x": torch.randn(5, 4), "labels": torch.tensor([0, 1, 2, 0, 1])}
     weights = torch.tensor([1.0, 0.0, 2.0, 0.5, 3.0])
     expected = (cross_entropy(net(batch["x"]), batch["labels"], reduction="none") * weights).mean()

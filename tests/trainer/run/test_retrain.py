@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from finished import finished
+from shipped import leave_own_data
 from typer.testing import CliRunner
 
 from shoestring.recipes import Recipe, recipe_from, shipped_recipes
@@ -117,6 +118,7 @@ def test_the_techniques_of_a_shipped_recipe_go_together(
         folder = tmp_path / "runs" / run / "model"
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(config))
+    leave_own_data(tmp_path, classes=2)
     recipe = load_recipe(name)
     made = plan(recipe)
     assert {spec.name for spec in recipe.techniques} < {t.card.name for t in made.techniques}

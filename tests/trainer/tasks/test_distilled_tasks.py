@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from shoestring.callbacks import Distillation, EarlyExit
 from shoestring.callbacks.compression.early_exit import run_until_sure
 from shoestring.trainer.tasks.classify import Classifier
+from shoestring.trainer.tasks.problems import SingleLabel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CLASSES = ("a", "b", "c")
@@ -75,12 +76,12 @@ def test_classifiers_learn_from_a_teacher_and_leave_early(tiny: Any) -> None:
     samples = [{"input_ids": i, "attention_mask": m, "labels": i[0] - 1} for i, m in zip(ids * mask, mask, strict=True)]
     data = DataLoader(samples, batch_size=16)
     optimizer = tiny.recipe(optimizer={"lr": 1e-2}).optimizer
-    teacher = Classifier(bert(4), optimizer, CLASSES)
+    teacher = Classifier(bert(4), optimizer, SingleLabel(CLASSES))
     fit(teacher, data, [EarlyExit(weight=1.0)], steps=60)
     early = run_until_sure(teacher.model.eval(), input_ids=ids * mask, attention_mask=mask, threshold=0.9)
     assert (early.logits.argmax(-1) == ids[:, 0] - 1).float().mean() > 0.95
     assert early.mean_depth < 3
-    student = Classifier(bert(2), optimizer, CLASSES)
+    student = Classifier(bert(2), optimizer, SingleLabel(CLASSES))
     taught = Distillation(teacher=teacher.model, labels=0.0, hidden=0.1, teacher_dtype="float32")
     fit(student, data, [taught], steps=60)
     with torch.no_grad():
