@@ -122,4 +122,5 @@ def test_the_techniques_of_a_shipped_recipe_go_together(
     recipe = load_recipe(name)
     made = plan(recipe)
     assert {spec.name for spec in recipe.techniques} < {t.card.name for t in made.techniques}
-    assert made.predictions["parameters"]
+    cnn = (recipe.model.config or {}).get("kind") == "cnn"  # whose size shows when it is built
+    assert bool(made.predictions["parameters"]) != cnn
