@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import torch
 
 from shoestring.recipes import Recipe, recipe_from
 from shoestring.trainer.data.corpora import of_texts
@@ -62,7 +63,8 @@ class Tiny:
         return build_task(self.recipe(**sections), workdir=self.workdir, precision=precision)
 
     def fit(self, task: Task, steps: int) -> None:
-        """Train a task for some optimizer steps, without validation."""
+        """Train a task for some optimizer steps, without validation, the same in every process."""
+        torch.manual_seed(0)
         trainer = pl.Trainer(
             max_steps=steps,
             enable_checkpointing=False,

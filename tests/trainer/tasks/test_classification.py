@@ -102,7 +102,7 @@ def test_a_number_of_a_row(tiny: Any, tmp_path: Path) -> None:
     rows = [{"text": f"{i} is {WORDS[i % 4]}", "label": str(i % 4 / 2)} for i in range(96)]
     number = task(tiny, rows, tmp_path, problem="regression")
     assert number.module.model.config.num_labels == 1 and "classes" not in number.facts
-    tiny.fit(number, 60)
+    tiny.fit(number, 120)
     found = tiny.validate(number)
     logits, labels = predictions(number)
     errors = (logits[:, 0] - labels).double()
