@@ -89,7 +89,7 @@ def _computed(device: torch.device) -> Iterator[Tensor]:
     with torch.no_grad():
         named = [each for each in gc.get_objects() if _is_tensor(each) and each.grad_fn is not None]
     left, met = [tensor.grad_fn for tensor in named], set()
-    yield from (tensor for tensor in named if tensor.device == device)
+    yield from (tensor for tensor in named if _lies_on(tensor, device))
     while left:
         node: Any = left.pop()
         if node is None or node in met:
@@ -98,7 +98,15 @@ def _computed(device: torch.device) -> Iterator[Tensor]:
         left += [following for following, _ in node.next_functions]
         for key in dir(node):
             if key.startswith("_raw_saved"):
-                yield from (tensor for tensor in _kept(node, key) if tensor.device == device)
+                yield from (tensor for tensor in _kept(node, key) if _lies_on(tensor, device))
+
+
+def _lies_on(tensor: Tensor, device: torch.device) -> bool:
+    """Whether it has memory on `device`: what a compiler has traced a model with says so, and has none."""
+    try:
+        return tensor.device == device and tensor.untyped_storage().data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def _is_tensor(each: object) -> bool:

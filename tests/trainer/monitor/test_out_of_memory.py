@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 from shoestring.callbacks import GradientCheckpointing
@@ -71,6 +72,16 @@ class InTheLoss(pl.Callback):
                 torch.empty(2**50, dtype=torch.uint8)
 
         pl_module.model.get_output_embeddings().register_forward_hook(ask)
+
+
+def test_what_a_compiler_traced_with_fills_no_memory() -> None:
+    with FakeTensorMode():
+        traced = (torch.ones(1 << 20, requires_grad=True) * 2).exp()  # keeps its result for backward
+    real = torch.ones(3, requires_grad=True) * 2
+    found = list(_computed(torch.device("cpu")))
+    assert any(tensor is real for tensor in found)
+    assert not any(tensor is traced for tensor in found)
+    assert all(tensor.untyped_storage().data_ptr() for tensor in found if tensor.numel())
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
