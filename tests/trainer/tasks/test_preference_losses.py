@@ -26,7 +26,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def near(found: Tensor, wanted: Any) -> None:
+def assert_near(found: Tensor, wanted: Any) -> None:
     assert float(found) == pytest.approx(float(wanted), abs=1e-6, rel=1e-6)
 
 
@@ -37,20 +37,22 @@ def sigmoid(x: float) -> float:
 def test_the_papers_formulas_by_hand() -> None:
     # log ratios of an answer, chosen 0.5 and rejected -1: the model has moved by 1.5 in the right direction
     chosen, rejected = tensor([0.5]), tensor([-1.0])
-    near(losses.dpo(chosen, rejected, beta=0.1)[0], -math.log(sigmoid(0.15)))
+    assert_near(losses.dpo(chosen, rejected, beta=0.1)[0], -math.log(sigmoid(0.15)))
     smoothed = -0.9 * math.log(sigmoid(0.15)) - 0.1 * math.log(sigmoid(-0.15))
-    near(losses.dpo(chosen, rejected, beta=0.1, label_smoothing=0.1)[0], smoothed)
-    near(losses.ipo(chosen, rejected, beta=0.1)[0], (1.5 - 5) ** 2)
+    assert_near(losses.dpo(chosen, rejected, beta=0.1, label_smoothing=0.1)[0], smoothed)
+    assert_near(losses.ipo(chosen, rejected, beta=0.1)[0], (1.5 - 5) ** 2)
     # mean log-probabilities of a token: p = 0.8 and 0.25, on both sides of where log1mexp changes its form
     chosen, rejected = tensor([0.8]).log(), tensor([0.25]).log()
     odds = (0.8 / 0.2) / (0.25 / 0.75)
-    near(losses.orpo(chosen, rejected, beta=0.3)[0], -0.3 * math.log(sigmoid(math.log(odds))))
-    near(losses.simpo(chosen, rejected, beta=2.0, margin=0.5)[0], -math.log(sigmoid(2 * math.log(0.8 / 0.25) - 0.5)))
+    assert_near(losses.orpo(chosen, rejected, beta=0.3)[0], -0.3 * math.log(sigmoid(math.log(odds))))
+    assert_near(
+        losses.simpo(chosen, rejected, beta=2.0, margin=0.5)[0], -math.log(sigmoid(2 * math.log(0.8 / 0.25) - 0.5))
+    )
     ratios, wanted = tensor([0.5, -1.0]), tensor([True, False])
     found = losses.kto(ratios, wanted, tensor(0.2), beta=0.1, desirable_weight=2.0, undesirable_weight=3.0)
-    near(found[0], 2 * (1 - sigmoid(0.1 * (0.5 - 0.2))))
-    near(found[1], 3 * (1 - sigmoid(0.1 * (0.2 + 1.0))))
-    near(losses.bradley_terry(tensor([2.0]), tensor([0.5]))[0], -math.log(sigmoid(1.5)))
+    assert_near(found[0], 2 * (1 - sigmoid(0.1 * (0.5 - 0.2))))
+    assert_near(found[1], 3 * (1 - sigmoid(0.1 * (0.2 + 1.0))))
+    assert_near(losses.bradley_terry(tensor([2.0]), tensor([0.5]))[0], -math.log(sigmoid(1.5)))
 
 
 def test_odds_have_gradients_wherever_a_probability_lies() -> None:
@@ -112,7 +114,7 @@ def test_dpo_and_ipo_are_trls(loss: str, tokens: dict[str, Tensor]) -> None:
         found = losses.ipo(*(ratios / tokens["count"]).chunk(2), beta=0.1)
     else:
         found = losses.dpo(*ratios.chunk(2), beta=0.1)
-    near(found.mean(), wanted)
+    assert_near(found.mean(), wanted)
 
 
 def test_kto_is_trls(tokens: dict[str, Tensor]) -> None:
@@ -129,7 +131,7 @@ def test_kto_is_trls(tokens: dict[str, Tensor]) -> None:
     assert divergence > 0
     ratios = tokens["sums"] - tokens["reference"]
     found = losses.kto(ratios, label, divergence, beta=0.1, desirable_weight=1.5, undesirable_weight=0.7)
-    near(found.mean(), wanted)
+    assert_near(found.mean(), wanted)
 
 
 def test_simpo_and_smoothed_dpo_are_trls(tokens: dict[str, Tensor]) -> None:
@@ -168,4 +170,4 @@ def test_orpo_is_trls_with_its_cross_entropy() -> None:
         for which, kind in enumerate(("chosen", "rejected"))
         for name, value in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))
     }
-    near(found, trainer.get_batch_loss_metrics(settings, model, batch)[0])
+    assert_near(found, trainer.get_batch_loss_metrics(settings, model, batch)[0])
