@@ -37,10 +37,10 @@ class RanksFailed(AssertionError):
 
 
 def free_port() -> int:
-    """A port below those that the system gives to others meanwhile."""
+    """A port below those that the system gives to others meanwhile, and above those that Ray keeps for its workers."""
     draw = random.SystemRandom()
     while True:
-        port = draw.randrange(10_000, 32_000)
+        port = draw.randrange(20_000, 32_000)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

@@ -40,7 +40,7 @@ class Nodes:
                 [str(Path(sys.executable).with_name("ray")), "start", *shared, *words],
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             )  # fmt: skip
-        until(lambda: name in self.alive(), 120, f"{name}\n{(self.folder / f'{name}.log').read_text()}")
+        until(lambda: name in self.alive(), 120, name, self.folder / f"{name}.log")
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(self.dashboard + path, timeout=10) as answer:
@@ -81,10 +81,12 @@ def mentioned(text: str, where: str) -> list[int]:
     return pids
 
 
-def until(true: Callable[[], Any], seconds: float, what: str) -> None:
+def until(true: Callable[[], Any], seconds: float, what: str, log: Path | None = None) -> None:
+    """Wait until it is true; where it does not become so in time, `log` is told as it stands then."""
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {seconds:g} s: {what}\n{log.read_text() if log else ''}")
         time.sleep(0.5)
 
 
