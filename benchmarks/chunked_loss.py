@@ -63,7 +63,7 @@ def one(rows: int, chunked: bool, trains: bool) -> dict[str, float]:
     return {"MiB": (most_resident() - before) / 2**20, "seconds": seconds, "loss": float(total / targets)}
 
 
-def told(case: tuple[int, bool, bool]) -> dict[str, float]:
+def peaks_of(case: tuple[int, bool, bool]) -> dict[str, float]:
     """`one`, from a process of its own."""
     command = [sys.executable, __file__, "--one", *(str(int(each)) for each in case)]
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
@@ -84,7 +84,7 @@ def main() -> None:
         (batch, chunked, trains) for trains in (True, False) for batch in given.batches for chunked in (False, True)
     ]
     with ThreadPoolExecutor(len(cases) if given.at_once else 1) as pool:
-        rounds = list(pool.map(told, cases * given.rounds))
+        rounds = list(pool.map(peaks_of, cases * given.rounds))
     medians = {
         case: {key: statistics.median(each[key] for each in rounds[at :: len(cases)]) for key in rounds[0]}
         for at, case in enumerate(cases)

@@ -47,9 +47,9 @@ def held(parent: psutil.Process) -> tuple[int, int]:
             lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
         except OSError:  # it has ended
             continue
-        found = {name: int(size.split()[0]) << 10 for name, size in (line.split(":") for line in lines)}
-        together += found["Pss"]
-        anonymous += found["Pss_Anon"]
+        sizes = {name: int(size.split()[0]) << 10 for name, size in (line.split(":") for line in lines)}
+        together += sizes["Pss"]
+        anonymous += sizes["Pss_Anon"]
     return together, anonymous
 
 
@@ -76,8 +76,8 @@ def watched(base: str, steps: int) -> dict[str, float]:
             run.send_signal(signal.SIGINT)
             raise
         assert run.returncode == 0, (run.stderr.read() if run.stderr else "")[-3000:]
-    return {f"{name} {kind}": peak / 2**30 for name, found in peaks.items()
-            for kind, peak in zip(("together", "anonymous"), found, strict=True)}  # fmt: skip
+    return {f"{name} {kind}": peak / 2**30 for name, sizes in peaks.items()
+            for kind, peak in zip(("together", "anonymous"), sizes, strict=True)}  # fmt: skip
 
 
 def main() -> None:
@@ -85,9 +85,9 @@ def main() -> None:
     parser.add_argument("--bases", nargs="+", default=["nf4", "bf16"])
     parser.add_argument("--steps", type=int, default=3)
     given = parser.parse_args()
-    found = {base: watched(base, given.steps) for base in given.bases}
-    head = ["base", *next(iter(found.values()))]
-    rows = [[base, *(f"{value:.2f}" for value in values.values())] for base, values in found.items()]
+    peaks = {base: watched(base, given.steps) for base in given.bases}
+    head = ["base", *next(iter(peaks.values()))]
+    rows = [[base, *(f"{value:.2f}" for value in values.values())] for base, values in peaks.items()]
     about = wrapped(" ".join((__doc__ or "").split("\n\n")[2:]) + " GiB.")
     publish(
         page("What a node holds that fine-tunes 1.1B parameters", about, table(head, rows),

@@ -1,4 +1,4 @@
-"""What a base in few bits costs in loss: LoRA beside MiniLM in fp32, bf16, int8 and nf4, on the same batches.
+"""What a low-bit base costs in loss: LoRA beside MiniLM in fp32, bf16, int8 and nf4, on the same batches.
 
     python benchmarks/quantized_bases.py [--seeds 3] [--steps 60] [--record FILE] [--write]
 
@@ -31,7 +31,7 @@ BASES = ("fp32", "bf16", "int8", "nf4")
 
 def curves(steps: int, folder: Path, seed: int) -> dict[str, Any]:
     """By base: the loss of each step, the held-out loss after the last, and the bytes of the frozen weights."""
-    told: dict[str, Any] = {}
+    by_base: dict[str, Any] = {}
     start: dict[str, torch.Tensor] = {}
     for base in BASES:
         precision = "bf16" if base == "bf16" else "fp32"
@@ -70,8 +70,8 @@ def curves(steps: int, folder: Path, seed: int) -> dict[str, Any]:
         with torch.no_grad():
             after = [float(loss(batch)) for batch in islice(held, 8)]
         frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-        told[base] = {"losses": losses, "held out": sum(after) / len(after), "bytes": frozen}
-    return told
+        by_base[base] = {"losses": losses, "held out": sum(after) / len(after), "bytes": frozen}
+    return by_base
 
 
 def _loss(model: Any, precision: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -80,43 +80,44 @@ def _loss(model: Any, precision: str, batch: dict[str, torch.Tensor]) -> torch.T
         return model(**known).loss  # type: ignore[no-any-return]
 
 
-def _off(told: dict[str, Any], base: str) -> tuple[float, float]:
+def _off(by_base: dict[str, Any], base: str) -> tuple[float, float]:
     """Percent off the curve beside fp32 on average, either way, and off its held-out loss, above it."""
-    pairs = zip(told[base]["losses"], told["fp32"]["losses"], strict=True)
+    pairs = zip(by_base[base]["losses"], by_base["fp32"]["losses"], strict=True)
     curve = [abs(here - there) / there for here, there in pairs]
-    return 100 * sum(curve) / len(curve), 100 * (told[base]["held out"] / told["fp32"]["held out"] - 1)
+    return 100 * sum(curve) / len(curve), 100 * (by_base[base]["held out"] / by_base["fp32"]["held out"] - 1)
 
 
 def main() -> None:
-    parser = arguments("LoRA beside a base in few bits", seeds=3, recorded=True)
+    parser = arguments("LoRA beside a low-bit base", seeds=3, recorded=True)
     parser.add_argument("--steps", type=int, default=60)
-    asked = parser.parse_args()
+    given = parser.parse_args()
     quiet()
-    runs, began = Runs(asked.record), time.monotonic()
+    runs, began = Runs(given.record), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        told = [
-            runs(f"seed {seed}, {asked.steps} steps", partial(curves, asked.steps, Path(folder), seed))
-            for seed in range(asked.seeds)
+        by_seed = [
+            runs(f"seed {seed}, {given.steps} steps", partial(curves, given.steps, Path(folder), seed))
+            for seed in range(given.seeds)
         ]
     rows, seconds = [], time.monotonic() - began
     for base in BASES:
-        each = [_off(one, base) for one in told]
+        each = [_off(one, base) for one in by_seed]
         off = [shown([a for a, _ in each]), shown([b for _, b in each], sign=True)] if base != "fp32" else ["", ""]
         rows.append(
             [
-                base, f"{told[0][base]['bytes'] / 1e6:.1f}", shown([one[base]["losses"][-1] for one in told], digits=3),
-                shown([one[base]["held out"] for one in told], digits=3),
+                base, f"{by_seed[0][base]['bytes'] / 1e6:.1f}",
+                shown([one[base]["losses"][-1] for one in by_seed], digits=3),
+                shown([one[base]["held out"] for one in by_seed], digits=3),
                 *off,
             ]
         )  # fmt: skip
     text = page(
-        "LoRA beside a base in few bits",
+        "LoRA beside a low-bit base",
         wrapped((__doc__ or "").split("\n\n", 2)[2]),
-        wrapped(f"{asked.seeds} seeds of batches, {asked.steps} steps, {seconds:.0f} s. Means and 95 % intervals."),
+        wrapped(f"{given.seeds} seeds of batches, {given.steps} steps, {seconds:.0f} s. Means and 95 % intervals."),
         table(["base", "frozen MB", "last loss", "held-out loss", "curve off fp32, %", "held-out off fp32, %"], rows),
         measured("quantized_bases.py"),
     )
-    publish(text, __file__, asked.write)
+    publish(text, __file__, given.write)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def in_processes(script: str, count: int, *arguments: str) -> list[dict[str, Any
     """What a benchmark writes with `--json FILE`, from `count` processes, one after another."""
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "told.json"
+        path = Path(folder) / "figures.json"
         for _ in range(count):
             subprocess.run([sys.executable, script, *arguments, "--json", str(path)], check=True)
             results.append(json.loads(path.read_text()))

@@ -32,9 +32,9 @@ def write_rows(path: Path, megabytes: int) -> None:
     """Rows of 200 to 4,000 characters, of long words of the standard library: a BPE is quick with them."""
     from shoestring.trainer.data.corpora import python_stdlib
 
-    found = sorted(set(re.findall(r"[a-z_]{9,}", " ".join(python_stdlib(limit=300).texts))))
+    vocabulary = sorted(set(re.findall(r"[a-z_]{9,}", " ".join(python_stdlib(limit=300).texts))))
     draw, written = random.Random(0), 0
-    words = " ".join(draw.choice(found[:: len(found) // WORDS]) for _ in range(1 << 18))
+    words = " ".join(draw.choice(vocabulary[:: len(vocabulary) // WORDS]) for _ in range(1 << 18))
     with open(path, "w") as file:
         while written < megabytes << 20:
             start = draw.randrange(len(words) - 4000)
@@ -73,11 +73,11 @@ def train(folder: Path, source: Path, name: str, steps: int, dies_at: int, ranks
 
     began = time.time()
     task = build_task(recipe_of(source), workdir=folder)
-    told = {"data": time.time() - began - task.model_seconds}
+    seconds = {"data": time.time() - began - task.model_seconds}
 
     class Seen(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
-            told.setdefault("first step", time.time() - BEGAN)
+            seconds.setdefault("first step", time.time() - BEGAN)
             if trainer.global_step == dies_at:
                 os._exit(1)
             rows = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in batch["input_ids"]]
@@ -90,7 +90,7 @@ def train(folder: Path, source: Path, name: str, steps: int, dies_at: int, ranks
         enable_progress_bar=False, log_every=1000, accumulate_grad_batches=2 // ranks,
     )  # fmt: skip
     trainer.fit(task.module, datamodule=TaskData(task, BATCH // 2))
-    return told
+    return seconds
 
 
 def phase(folder: Path, source: Path, kind: str, name: str, steps: int, dies_at: int, ranks: int) -> None:
@@ -101,11 +101,11 @@ def phase(folder: Path, source: Path, kind: str, name: str, steps: int, dies_at:
         from shoestring.trainer.data.prepare import prepare
 
         tokens = prepare(recipe_of(source), cache_root(folder)).facts["train_tokens"]
-        told: dict[str, float] = {"seconds": time.time() - began, "tokens": tokens}
+        facts: dict[str, float] = {"seconds": time.time() - began, "tokens": tokens}
     else:
-        told = train(folder, source, name, steps, dies_at, ranks)
+        facts = train(folder, source, name, steps, dies_at, ranks)
     if int(os.environ.get("RANK", 0)) == 0:
-        (folder / "told.json").write_text(json.dumps({**told, "memory": memory()}))
+        (folder / "facts.json").write_text(json.dumps({**facts, "memory": memory()}))
 
 
 def run(
@@ -117,18 +117,18 @@ def run(
     done = subprocess.run([*python, __file__, "--phase", *words], capture_output=True, text=True, env=env)
     if (done.returncode != 0) != (dies_at >= 0):
         raise SystemExit(done.stderr)
-    return json.loads((folder / "told.json").read_text()) if dies_at < 0 else None
+    return json.loads((folder / "facts.json").read_text()) if dies_at < 0 else None
 
 
 def seen(folder: Path, *names: str) -> dict[int, list[str]]:
     """What each step has seen; of several attempts the last one's."""
     steps: dict[int, list[str]] = {}
     for name in names:
-        found: dict[int, list[str]] = {}
+        by_step: dict[int, list[str]] = {}
         for file in folder.glob(f"{name}-*.jsonl"):
             for step, rows in map(json.loads, file.read_text().splitlines()):
-                found.setdefault(step, []).extend(rows)
-        steps.update({step: sorted(rows) for step, rows in found.items()})
+                by_step.setdefault(step, []).extend(rows)
+        steps.update({step: sorted(rows) for step, rows in by_step.items()})
     return steps
 
 
@@ -149,9 +149,9 @@ def main() -> None:
             write_rows(source, megabytes)
         time.sleep(3)  # until it is certain that the files have settled
         small, large = ({kind: run(folder, source, kind) for kind in ("read",)} for source in sources)
-        for source, found, name in zip(sources, (small, large), ("small", "whole"), strict=True):
-            found["again"] = run(folder, source, "read")
-            found["train"] = run(folder, source, "train", name, given.steps)
+        for source, facts, name in zip(sources, (small, large), ("small", "whole"), strict=True):
+            facts["again"] = run(folder, source, "read")
+            facts["train"] = run(folder, source, "train", name, given.steps)
         rows = [
             [label, f"{large[kind][key]:,.1f}", f"{large[kind]['memory']:,}", f"{small[kind]['memory']:,}"]
             for label, kind, key in (

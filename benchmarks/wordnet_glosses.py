@@ -43,10 +43,10 @@ def main() -> None:
     given.add_argument("--folder", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's data files")
     given.add_argument("--rows", type=int, default=20_000)
     chosen = given.parse_args()
-    found = sorted(set(glosses(chosen.folder)), key=lambda row: sha256("\t".join(row).encode()).digest())
+    rows = sorted(set(glosses(chosen.folder)), key=lambda row: sha256("\t".join(row).encode()).digest())
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(("text", "label"))
-    writer.writerows(found[: chosen.rows])
+    writer.writerows(rows[: chosen.rows])
 
 
 if __name__ == "__main__":

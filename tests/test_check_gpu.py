@@ -85,13 +85,13 @@ def test_no_step_ends_or_holds_up_the_others(check, tmp_path, capsys):
     code = check.main(
         ["--device", "cpu", "--out", str(tmp_path / "out.json"), "--patience", "1", "--seconds", "1500"], steps
     )
-    told = capsys.readouterr()
-    rows = result_lines(told.out)
+    printed = capsys.readouterr()
+    rows = result_lines(printed.out)
     assert code == 1 and list(rows) == [step.name for step in steps]
     assert rows["hangs"]["error"] == "ended at its limit of 3 s" and rows["hangs"]["seconds"] < 60
     assert gone(rows["hangs"]["figures"]["child"]), "what it had started is ended with it"
     assert rows["crashes"]["error"] == "ValueError: the third layer is missing"
-    assert rows["crashes"]["checks"] == {"what came before": True} and "Traceback" in told.err
+    assert rows["crashes"]["checks"] == {"what came before": True} and "Traceback" in printed.err
     assert rows["breaks"]["error"] == "does not hold: that"
     assert rows["says-nothing"]["error"] == "nothing was checked"
     assert [row["ok"] for row in rows.values()] == [False, False, False, False, None, None]
@@ -102,7 +102,7 @@ def test_no_step_ends_or_holds_up_the_others(check, tmp_path, capsys):
     }
     assert rows["attention"]["figures"]["masked_ms"] > 0
     assert rows["energy"]["checks"] == {"kWh within 5 % of the driver's power": "needs CUDA"}
-    table = told.out.partition("step  ")[2] or told.out
+    table = printed.out.partition("step  ")[2] or printed.out
     assert "FAILED: ValueError: the third layer is missing" in table
     assert "NOT SHOWN: kWh within 5 % of the driver's power (needs CUDA)" in table
     kept = json.loads((tmp_path / "out.json").read_text())

@@ -12,15 +12,15 @@ from checks import Checks, main
 from torch import Tensor
 
 
-def attention(found: Checks) -> None:
-    length, heads, width = (4096, 32, 128) if found.cuda else (256, 2, 32)
-    dtype = torch.bfloat16 if found.cuda else torch.float32
+def attention(checks: Checks) -> None:
+    length, heads, width = (4096, 32, 128) if checks.cuda else (256, 2, 32)
+    dtype = torch.bfloat16 if checks.cuda else torch.float32
     torch.manual_seed(0)
     q, k, v = (
-        torch.randn(1, heads, length, width, device=found.device, dtype=dtype, requires_grad=True) for _ in range(3)
+        torch.randn(1, heads, length, width, device=checks.device, dtype=dtype, requires_grad=True) for _ in range(3)
     )
-    document = torch.arange(length, device=found.device) // (length // 4)  # four documents in a row
-    places = torch.arange(length, device=found.device)
+    document = torch.arange(length, device=checks.device) // (length // 4)  # four documents in a row
+    places = torch.arange(length, device=checks.device)
     allowed = (document[:, None] == document[None]) & (places[:, None] >= places[None])
 
     def causal() -> Tensor:
@@ -30,29 +30,29 @@ def attention(found: Checks) -> None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
     kernels: dict[str, Callable[[], Tensor]] = {"causal": causal, "masked": masked}
-    if found.cuda:
+    if checks.cuda:
         kernels |= {"flex": _flex(q, k, v, document, length), "varlen": _varlen(q, k, v, length)}
     results = {}
     for name, kernel in kernels.items():
         try:
             seconds, results[name] = _timed(kernel, (q, k, v))
-            found.figure(**{f"{name}_ms": seconds * 1e3})
+            checks.figure(**{f"{name}_ms": seconds * 1e3})
         except Exception as error:
-            found.figure(**{f"{name}_error": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
-            found.holds(f"{name} runs", False)
+            checks.figure(**{f"{name}_error": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
+            checks.holds(f"{name} runs", False)
     reference = results["masked"]
     for name in ("flex", "varlen"):
-        if not found.cuda:
-            found.needs(f"{name} keeps documents apart as the mask does")
+        if not checks.cuda:
+            checks.needs(f"{name} keeps documents apart as the mask does")
         elif name in results:
             gap = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(results[name], reference, strict=True))
-            found.figure(**{f"{name}_gap": gap})
-            found.holds(f"{name} keeps documents apart as the mask does", gap < 2e-2)
+            checks.figure(**{f"{name}_gap": gap})
+            checks.holds(f"{name} keeps documents apart as the mask does", gap < 2e-2)
     with torch.no_grad():
         alone = F.scaled_dot_product_attention(*(t[:, :, -length // 4 :] for t in (q, k, v)), is_causal=True)
     gap = float((masked()[:, :, -length // 4 :] - alone).abs().max())
-    found.figure(isolation_gap=gap)
-    found.holds("a masked document is computed as if it were alone", gap < (2e-2 if found.cuda else 1e-5))
+    checks.figure(isolation_gap=gap)
+    checks.holds("a masked document is computed as if it were alone", gap < (2e-2 if checks.cuda else 1e-5))
 
 
 def _timed(kernel: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> tuple[float, list[Tensor]]:

@@ -65,7 +65,7 @@ class Stalls(pl.Callback):
         checkpoints.save = save
 
 
-def checkpoint(found: Checks) -> None:
+def checkpoint(checks: Checks) -> None:
     written, take = hashed_files.write_hashed, Snapshot.take
 
     def timed_write(path: Path, parts: Any) -> Any:
@@ -86,10 +86,10 @@ def checkpoint(found: Checks) -> None:
 
     files.write_hashed, Snapshot.take = timed_write, timed_take  # type: ignore[attr-defined, method-assign]
     hashed_files.hashlib, hashed_files.os = TimedHashlib, TimedOs  # type: ignore[assignment]
-    length, batch = (1024, 4) if found.cuda else (32, 4)
-    steps = 24 if found.cuda else 8
+    length, batch = (1024, 4) if checks.cuda else (32, 4)
+    steps = 24 if checks.cuda else 8
     recipe = recipe_of(
-        "checkpoint", LLAMA_HALF_B if found.cuda else TINY, length=length, batch=batch, steps=steps,
+        "checkpoint", LLAMA_HALF_B if checks.cuda else TINY, length=length, batch=batch, steps=steps,
         precision="bf16", strategy={"name": "single"}, checkpoint={"every": f"{steps // 2} steps", "keep": 1},
     )  # fmt: skip
     stalls = Stalls()
@@ -97,15 +97,15 @@ def checkpoint(found: Checks) -> None:
     waited = [seconds for _, seconds, waits in stalls.seconds if waits]
     amid = [seconds for _, seconds, waits in stalls.seconds if not waits]
     gigabytes = SPENT["bytes"] / 1e9
-    found.figure(
+    checks.figure(
         parameters=made.fitted.inputs.size.parameters, gigabytes_written=gigabytes, saves=SPENT["copies"],
         copy_seconds=SPENT["copy"], write_seconds=SPENT["write"], fsync_seconds=SPENT["fsync"],
         hash_seconds=SPENT["hash"], stall_waited=waited, stall_in_the_background=amid,
     )  # fmt: skip
-    found.holds("every part was timed", all(SPENT[part] > 0 for part in ("copy", "write", "fsync", "hash")))
-    found.holds("saves amid the run were made in the background", len(amid) >= 1 and len(waited) >= 1)
-    found.holds("the run has ended", summary["steps"] == steps)
-    found.holds_on_cuda(
+    checks.holds("every part was timed", all(SPENT[part] > 0 for part in ("copy", "write", "fsync", "hash")))
+    checks.holds("saves amid the run were made in the background", len(amid) >= 1 and len(waited) >= 1)
+    checks.holds("the run has ended", summary["steps"] == steps)
+    checks.holds_on_cuda(
         "one in the background holds training up for at most a fifth", lambda: max(amid) <= 0.2 * max(waited),
         "CUDA: a tiny state is written as fast as it is copied",
     )  # fmt: skip

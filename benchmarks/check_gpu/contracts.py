@@ -15,22 +15,22 @@ from checks import Checks, main
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def contracts(found: Checks, strategy: str) -> None:
+def contracts(checks: Checks, strategy: str) -> None:
     if importlib.util.find_spec("pytest") is None:
-        found.needs("the suite", "pytest")
+        checks.needs("the suite", "pytest")
         return
-    env = {**os.environ, "SHOESTRING_TEST_CASES": "" if found.cuda else "absent,gradual_pruning,weight_averaging"}
-    chosen = [] if found.cuda else ["trains_alike or test_resumes_bit or strength_zero"]
+    env = {**os.environ, "SHOESTRING_TEST_CASES": "" if checks.cuda else "absent,gradual_pruning,weight_averaging"}
+    chosen = [] if checks.cuda else ["trains_alike or test_resumes_bit or strength_zero"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore", "--tb=line"]
     command += ["-k", " and ".join([strategy, *(f"({part})" for part in chosen)]), "tests/contracts/test_ranks.py"]
     ended = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(ended.stdout[-20000:], flush=True)
     counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)", ended.stdout)}
     failed = re.findall(r"^FAILED (\S+)", ended.stdout, re.MULTILINE)
-    found.figure(**counts, failures=failed[:20])
-    found.holds("the suite passes", ended.returncode == 0 and counts.get("passed", 0) > 0)
-    if not found.cuda:
-        found.needs("all techniques on a GPU")
+    checks.figure(**counts, failures=failed[:20])
+    checks.holds("the suite passes", ended.returncode == 0 and counts.get("passed", 0) > 0)
+    if not checks.cuda:
+        checks.needs("all techniques on a GPU")
 
 
 if __name__ == "__main__":

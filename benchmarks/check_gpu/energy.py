@@ -13,11 +13,11 @@ from shoestring.callbacks.accounting.energy import EnergyMeter
 SECONDS = 8.0
 
 
-def energy(found: Checks) -> None:
-    if not found.cuda:
+def energy(checks: Checks) -> None:
+    if not checks.cuda:
         joules, source = EnergyMeter(None, 1, accelerator="cpu").read()
-        found.figure(source=source)
-        found.needs("kWh within 5 % of the driver's power")
+        checks.figure(source=source)
+        checks.needs("kWh within 5 % of the driver's power")
         return
     import pynvml
 
@@ -46,9 +46,9 @@ def energy(found: Checks) -> None:
     done.set()
     watcher.join()
     watts = sum(power for _, power in samples) / len(samples)
-    found.figure(joules=joules, source=source, seconds=seconds, driver_watts=watts, driver_joules=watts * seconds)
-    found.holds("energy is read from NVML", source == "nvml")
-    found.holds("kWh within 5 % of the driver's power", abs(joules / (watts * seconds) - 1) < 0.05)
+    checks.figure(joules=joules, source=source, seconds=seconds, driver_watts=watts, driver_joules=watts * seconds)
+    checks.holds("energy is read from NVML", source == "nvml")
+    checks.holds("kWh within 5 % of the driver's power", abs(joules / (watts * seconds) - 1) < 0.05)
 
 
 if __name__ == "__main__":

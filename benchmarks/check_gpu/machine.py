@@ -7,14 +7,14 @@ import time
 from checks import Checks, main
 
 
-def machine(found: Checks) -> None:
+def machine(checks: Checks) -> None:
     began = time.perf_counter()
     import deepspeed
     import pytorch_lightning
     import torch
     import transformers
 
-    found.figure(import_seconds=time.perf_counter() - began)
+    checks.figure(import_seconds=time.perf_counter() - began)
     import shoestring.trainer
     from shoestring.recipes import load_recipe
     from shoestring.trainer import plan
@@ -27,7 +27,7 @@ def machine(found: Checks) -> None:
     findings = {finding.name: finding for finding in diagnose()}
     made = plan(load_recipe("quickstart"))
     chosen = {choice.what: choice.value for choice in made.choices}
-    found.figure(
+    checks.figure(
         hardware=here.hardware, name=here.accelerators[0].name if here.accelerators else "", versions=versions,
         driver=findings["gpu"].found, cuda=torch.version.cuda, devices=len(here.accelerators), cpus=here.cpus,
         memory_gib=here.memory_bytes / 2**30, device_gib=[a.memory_bytes / 2**30 for a in here.accelerators],
@@ -36,14 +36,14 @@ def machine(found: Checks) -> None:
         ],
     )  # fmt: skip
     wrong = [f"{finding.name}: {finding.found}" for finding in findings.values() if finding.ok is False]
-    found.figure(doctor=wrong)
-    found.holds("the doctor finds nothing that will fail", not wrong)
-    found.holds("quickstart is planned", "hardware" in chosen and made.world_size >= 1)
-    found.holds_on_cuda("the catalogue knows the device", lambda: here.hardware not in (None, "cpu"))
-    found.holds_on_cuda(
+    checks.figure(doctor=wrong)
+    checks.holds("the doctor finds nothing that will fail", not wrong)
+    checks.holds("quickstart is planned", "hardware" in chosen and made.world_size >= 1)
+    checks.holds_on_cuda("the catalogue knows the device", lambda: here.hardware not in (None, "cpu"))
+    checks.holds_on_cuda(
         "the device computes in bf16, and the plan does", lambda: here.bf16 and made.precision == "bf16"
     )
-    found.holds_on_cuda("energy is read from NVML", lambda: findings["nvml"].ok)
+    checks.holds_on_cuda("energy is read from NVML", lambda: findings["nvml"].ok)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,15 @@ BEGAN = time.perf_counter()
 MFU = 0.30  # at least, of a 1.2B model on one H100; 0.3 to 0.45 are expected
 
 
-def train(found: Checks, strategy: str, offload: str = "none") -> None:
+def train(checks: Checks, strategy: str, offload: str = "none") -> None:
     import torch
 
     from shoestring.trainer.machine.facts import peak
 
     steps = 2 if offload != "none" else 10
-    length, micro = (2048, 4) if found.cuda else (64, 2)
+    length, micro = (2048, 4) if checks.cuda else (64, 2)
     recipe = recipe_of(
-        f"train-{strategy}-{offload}", LLAMA_1B if found.cuda else TINY, length=length, batch=micro, steps=steps,
+        f"train-{strategy}-{offload}", LLAMA_1B if checks.cuda else TINY, length=length, batch=micro, steps=steps,
         data={"micro_batch_size": micro}, strategy={"name": strategy, "devices": 1, "offload": offload},
         precision="bf16", techniques=["gradient_checkpointing"],
     )  # fmt: skip
@@ -33,7 +33,7 @@ def train(found: Checks, strategy: str, offload: str = "none") -> None:
     size, second = made.fitted.inputs.size, statistics.median(times.seconds[1:])
     planned, peak_bytes = made.fitted.memory.total, summary["peak_bytes"]
     flops = size.flops_per_token(length) * micro * length / second
-    found.figure(
+    checks.figure(
         parameters=size.parameters, tokens_a_step=micro * length, seconds_a_step=second,
         tokens_per_second=micro * length / second, first_step_after_seconds=times.first - BEGAN,
         peak_gib=peak_bytes / 2**30, planned_gib=planned / 2**30, allocated_before_gib=times.allocated / 2**30,
@@ -41,18 +41,18 @@ def train(found: Checks, strategy: str, offload: str = "none") -> None:
         tflops=flops / 1e12, loss=times.loss, seconds=summary["seconds"],
         data_wait=summary.get("data_wait"),
     )  # fmt: skip
-    found.holds(f"trains {steps} steps, its loss finite", summary["steps"] == steps and math.isfinite(times.loss))
-    found.holds_on_cuda("its peak is within what was planned", lambda: torch.cuda.max_memory_reserved() <= planned)
+    checks.holds(f"trains {steps} steps, its loss finite", summary["steps"] == steps and math.isfinite(times.loss))
+    checks.holds_on_cuda("its peak is within what was planned", lambda: torch.cuda.max_memory_reserved() <= planned)
     if offload == "none":
-        if found.cuda:
-            found.figure(mfu=flops / peak("bf16", made.hardware)[0])
-        found.holds_on_cuda(f"MFU is at least {MFU:.0%}", lambda: flops / peak("bf16", made.hardware)[0] >= MFU)
+        if checks.cuda:
+            checks.figure(mfu=flops / peak("bf16", made.hardware)[0])
+        checks.holds_on_cuda(f"MFU is at least {MFU:.0%}", lambda: flops / peak("bf16", made.hardware)[0] >= MFU)
 
 
-def lora(found: Checks, dtype: str, bytes_a_weight: float) -> None:
-    length, micro = (2048, 1) if found.cuda else (64, 2)
+def lora(checks: Checks, dtype: str, bytes_a_weight: float) -> None:
+    length, micro = (2048, 1) if checks.cuda else (64, 2)
     recipe = recipe_of(
-        f"lora-{dtype}", LLAMA_3B if found.cuda else {**TINY, "hidden_size": 256, "intermediate_size": 768},
+        f"lora-{dtype}", LLAMA_3B if checks.cuda else {**TINY, "hidden_size": 256, "intermediate_size": 768},
         length=length, batch=micro, steps=3, model={"dtype": dtype, "adapter": {"kind": "lora", "rank": 16}},
         data={"micro_batch_size": micro}, strategy={"name": "single"}, precision="bf16",
         techniques=["gradient_checkpointing"],
@@ -62,17 +62,17 @@ def lora(found: Checks, dtype: str, bytes_a_weight: float) -> None:
     size = made.fitted.inputs.size
     frozen = size.parameters - size.trainable
     expected = size.inside * bytes_a_weight + (frozen - size.inside) * 2 + size.trainable * 4
-    found.figure(
+    checks.figure(
         parameters=size.parameters, trained=size.trainable, kept_gb=times.bytes_kept / 1e9, expected_gb=expected / 1e9,
         peak_gib=summary["peak_bytes"] / 2**30, planned_gib=made.fitted.memory.total / 2**30,
         allocated_before_gib=times.allocated / 2**30, seconds_a_step=statistics.median(times.seconds[1:]),
         first_step_after_seconds=times.first - BEGAN,
     )  # fmt: skip
-    found.holds("trains 3 steps, its loss finite", summary["steps"] == 3 and math.isfinite(times.loss))
-    found.holds(
+    checks.holds("trains 3 steps, its loss finite", summary["steps"] == 3 and math.isfinite(times.loss))
+    checks.holds(
         "its weights are kept in the bytes that were claimed, to 5 %", abs(times.bytes_kept / expected - 1) < 0.05
     )
-    found.holds_on_cuda(
+    checks.holds_on_cuda(
         "the device holds no more than them and a tenth", lambda: times.allocated < 1.1 * expected + 2**28
     )
 

@@ -28,11 +28,11 @@ class Stop(pl.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def resume(found: Checks) -> None:
+def resume(checks: Checks) -> None:
     config = (
-        {**LLAMA_HALF_B, "hidden_size": 768, "num_hidden_layers": 8, "intermediate_size": 3072} if found.cuda else TINY
+        {**LLAMA_HALF_B, "hidden_size": 768, "num_hidden_layers": 8, "intermediate_size": 3072} if checks.cuda else TINY
     )
-    length, batch, steps = (1024, 8, 10) if found.cuda else (32, 4, 8)
+    length, batch, steps = (1024, 8, 10) if checks.cuda else (32, 4, 8)
     same, seconds = {}, {}
     for wanted in (False, True):
         label = "deterministic" if wanted else "fastest"
@@ -47,18 +47,18 @@ def resume(found: Checks) -> None:
             run(recipe, f"{label}-broken", Stop(steps // 2), saves=True)
         except Preempted as stopped:
             code = stopped.code
-        found.holds("SIGTERM ends it with 85", code == 85)
+        checks.holds("SIGTERM ends it with 85", code == 85)
         _, summary = run(recipe, f"{label}-broken", saves=True)
-        found.holds("it is resumed in the middle", 0 < summary["resumed_from"] < steps)
+        checks.holds("it is resumed in the middle", 0 < summary["resumed_from"] < steps)
         finals = [fingerprint(load_weights(Path(f"{label}-{kind}") / "final")) for kind in ("whole", "broken")]
         same[wanted], seconds[wanted] = finals[0] == finals[1], statistics.median(times.seconds[2:])
-        found.figure(**{f"{label}_seconds_a_step": seconds[wanted], f"{label}_is_bit_equal": same[wanted]})
-    if found.cuda:
-        found.figure(cost_of_determinism=seconds[True] / seconds[False] - 1)
-        found.holds("deterministic: true resumes to the bit", same[True])
+        checks.figure(**{f"{label}_seconds_a_step": seconds[wanted], f"{label}_is_bit_equal": same[wanted]})
+    if checks.cuda:
+        checks.figure(cost_of_determinism=seconds[True] / seconds[False] - 1)
+        checks.holds("deterministic: true resumes to the bit", same[True])
     else:
-        found.holds("a CPU resumes to the bit, with the key and without", all(same.values()))
-        found.needs("deterministic: true resumes to the bit on a GPU")
+        checks.holds("a CPU resumes to the bit, with the key and without", all(same.values()))
+        checks.needs("deterministic: true resumes to the bit on a GPU")
 
 
 if __name__ == "__main__":

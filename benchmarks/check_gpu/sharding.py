@@ -47,14 +47,14 @@ class Look(pl.Callback):
                 self.apart.add(f"{what} on {tensor.device}, its master on {shards.master(parameter).device}")
 
 
-def sharded_state(found: Checks) -> None:
+def sharded_state(checks: Checks) -> None:
     looked, resumed = {}, {}
     for offload in ("none", "optimizer"):
         for crash in (5, None):
             look = Look()
             techniques = [make("gradual_pruning", {"sparsity": 0.6, "end": "50%"}), make("weight_averaging", {})]
             trainer = Trainer(
-                techniques=techniques, strategy="zero2", offload=offload, devices=1, accelerator=found.device,
+                techniques=techniques, strategy="zero2", offload=offload, devices=1, accelerator=checks.device,
                 run_dir=Path(offload), ledger=False, max_steps=8, max_epochs=-1, checkpoint_every="2 steps",
                 accumulate_grad_batches=ACCUMULATE, num_sanity_val_steps=0, limit_val_batches=0,
                 callbacks=[look, *([Explode(crash)] if crash else [])],
@@ -62,12 +62,12 @@ def sharded_state(found: Checks) -> None:
             with suppress(Exploded):
                 trainer.fit(toy(), loader(1), held_out())
         looked[offload], resumed[offload] = look, trainer.summary.get("resumed_from")
-    found.figure(
+    checks.figure(
         resumed_from=resumed, kept=looked["none"].seen, apart=sorted(set.union(*(k.apart for k in looked.values())))
     )
-    found.holds("sums over one rank are its own", all(set(look.sums) == {1.0} for look in looked.values()))
-    found.holds("resumed with masks and averages", all(step == 4 for step in resumed.values()))
-    found.holds_on_cuda(
+    checks.holds("sums over one rank are its own", all(set(look.sums) == {1.0} for look in looked.values()))
+    checks.holds("resumed with masks and averages", all(step == 4 for step in resumed.values()))
+    checks.holds_on_cuda(
         "masks and averages lie where the masters do, offloaded or not",
         lambda: all(look.seen and not look.apart for look in looked.values()), "CUDA: a CPU is one device",
     )  # fmt: skip
@@ -118,29 +118,29 @@ class Last(pl.Callback):
             self.leaked += int((gradient[~mask.to(gradient.device)] != 0).sum())
 
 
-def offload(found: Checks) -> None:
-    width, layers = (4096, 12) if found.cuda else (64, 12)
+def offload(checks: Checks) -> None:
+    width, layers = (4096, 12) if checks.cuda else (64, 12)
     leaks = {}
-    for waits in (True, False) if found.cuda else (True,):
+    for waits in (True, False) if checks.cuda else (True,):
         torch.manual_seed(0)
         last = Last()
         module = Wide(width, layers)
         trainer = Trainer(
             techniques=[make("gradual_pruning", {"sparsity": 0.5, "start": "0%", "end": "50%", "every": 1})],
-            strategy="zero2", offload="optimizer", devices=1, accelerator=found.device, ledger=False, resume="auto",
+            strategy="zero2", offload="optimizer", devices=1, accelerator=checks.device, ledger=False, resume="auto",
             run_dir=Path(f"waits-{waits}"), max_steps=4, max_epochs=-1, num_sanity_val_steps=0, checkpoint_every=None,
             precision="bf16-mixed", callbacks=[First(waits), Unsaved()],
         )  # fmt: skip
         trainer.callbacks.append(last)
         trainer.fit(module, DataLoader(TensorDataset(torch.randn(64, width)), batch_size=8))
         leaks[waits] = last.leaked
-        found.figure(**{f"masked_{'with' if waits else 'without'}_the_wait": last.masked,
+        checks.figure(**{f"masked_{'with' if waits else 'without'}_the_wait": last.masked,
                         f"leaked_{'with' if waits else 'without'}_the_wait": last.leaked})  # fmt: skip
-        found.holds("masks were looked at", last.masked > 0)
-    found.figure(parameters=sum(p.numel() for p in module.parameters()))
-    found.holds("no masked gradient arrives with the wait", leaks[True] == 0)
+        checks.holds("masks were looked at", last.masked > 0)
+    checks.figure(parameters=sum(p.numel() for p in module.parameters()))
+    checks.holds("no masked gradient arrives with the wait", leaks[True] == 0)
     # how many arrive without it is a figure: none would mean that this machine copies faster than techniques act
-    found.holds_on_cuda("the same without the wait was counted", lambda: False in leaks, "CUDA: copies are at once")
+    checks.holds_on_cuda("the same without the wait was counted", lambda: False in leaks, "CUDA: copies are at once")
 
 
 if __name__ == "__main__":

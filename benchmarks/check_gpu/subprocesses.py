@@ -55,12 +55,12 @@ def run(step: Step, device: str, folder: Path, env: Mapping[str, str], limit: fl
             process.wait()
     if error is not None:  # what led to it, for whoever watches
         print("\n".join(log.read_text(errors="replace").splitlines()[-TAIL:]), file=sys.stderr, flush=True)
-    told = json.loads(file.read_text()) if file.exists() else {}
-    return _result(step, time.monotonic() - began, told, error)
+    written = json.loads(file.read_text()) if file.exists() else {}
+    return _result(step, time.monotonic() - began, written, error)
 
 
-def _result(step: Step, seconds: float, told: Mapping[str, Any], error: str | None) -> dict[str, Any]:
-    checks = told.get("checks", {})
+def _result(step: Step, seconds: float, written: Mapping[str, Any], error: str | None) -> dict[str, Any]:
+    checks = written.get("checks", {})
     broken = [what for what, truth in checks.items() if truth is False]
     if error is None and broken:
         error = f"does not hold: {'; '.join(broken)}"
@@ -70,7 +70,7 @@ def _result(step: Step, seconds: float, told: Mapping[str, Any], error: str | No
     return {
         "step": step.name, "about": step.about, "seconds": round(seconds, 1),
         "ok": False if error else None if lacking else True,
-        "figures": told.get("figures", {}), "checks": checks, "error": error,
+        "figures": written.get("figures", {}), "checks": checks, "error": error,
     }  # fmt: skip
 
 

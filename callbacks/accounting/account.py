@@ -273,11 +273,11 @@ class Account:
         loop, spending = trainer.fit_loop.epoch_loop, self.spending
         fetched = loop._on_after_fetch
 
-        def hear() -> None:
+        def after_fetch() -> None:
             fetched()
             spending.batch_arrives()
 
-        loop._on_after_fetch = hear  # type: ignore[method-assign]
+        loop._on_after_fetch = after_fetch  # type: ignore[method-assign]
 
     def _leave(self, trainer: pl.Trainer) -> None:
         vars(trainer.fit_loop.epoch_loop).pop("_on_after_fetch", None)

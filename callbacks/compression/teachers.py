@@ -100,10 +100,10 @@ def check_outputs(student: nn.Module, teacher: nn.Module) -> None:
         mine, its = getattr(student, "config", None), getattr(teacher, "config", None)
         if mine is None or its is None or not type(student).__name__.endswith(ending):
             continue
-        wanted, found = getattr(mine, key, None), getattr(its, key, None)
-        if isinstance(wanted, int) and isinstance(found, int) and wanted != found:
+        wanted, offered = getattr(mine, key, None), getattr(its, key, None)
+        if isinstance(wanted, int) and isinstance(offered, int) and wanted != offered:
             raise NoTeacher(
-                f"distillation: the teacher has {key} {found} and the student {wanted}: their outputs are not of the "
+                f"distillation: the teacher has {key} {offered} and the student {wanted}: their outputs are not of the "
                 "same tokens or classes. Take a teacher with the student's vocabulary, or distil hidden states only: "
                 "weight: 0 with hidden above 0."
             )

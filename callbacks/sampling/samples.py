@@ -142,10 +142,10 @@ def _is_plain(sampler: Any, trainer: pl.Trainer) -> bool:
     return type(sampler) is DistributedSampler and (sampler.num_replicas, sampler.rank) == ranks
 
 
-def _requires_sampler(ask: Any, loader: DataLoader[Any]) -> bool:
+def _requires_sampler(requires: Any, loader: DataLoader[Any]) -> bool:
     """Lightning's question whether it is to share a loader out among ranks: not where that is done already."""
     own = (loader.batch_sampler, *nested(loader.batch_sampler))
-    return not any(isinstance(s, GlobalBatches | EvenBatches) or _knows_ranks(s) for s in own) and ask(loader)
+    return not any(isinstance(s, GlobalBatches | EvenBatches) or _knows_ranks(s) for s in own) and requires(loader)
 
 
 def _rebuilt(loader: DataLoader[Any], dataset: Any, batches: Sampler[Any], seed: int) -> DataLoader[Any]:

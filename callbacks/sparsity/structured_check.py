@@ -108,9 +108,9 @@ def _difference(small: list[Tensor], masked: list[Tensor]) -> float:
     """The largest relative difference above the tolerance; 0 where there is none."""
     if [t.shape for t in small] != [t.shape for t in masked]:
         return float("inf")
-    for found, wanted in zip(small, masked, strict=True):
-        allowed = TOLERANCE if found.dtype in (torch.float32, torch.float64) else 5e-2
-        error = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
+    for output, wanted in zip(small, masked, strict=True):
+        allowed = TOLERANCE if output.dtype in (torch.float32, torch.float64) else 5e-2
+        error = float((output.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
         if not error <= allowed:
             return error
     return 0.0

@@ -1,4 +1,4 @@
-"""Every technique beside a base in few bits: refused by the plan with its reason, or the codes stay what they are."""
+"""Every technique beside a low-bit base: refused by the plan with its reason, or the codes stay what they are."""
 
 from __future__ import annotations
 

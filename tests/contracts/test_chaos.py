@@ -50,6 +50,6 @@ def test_a_schedule_is_drawn_from_its_seed_and_number():
 
 def test_asked_to_stop_by_the_sums_of_the_step_that_is_saved(tmp_path):
     """What is written while training goes on is waited for: only what is published is called saved."""
-    asked = Fault("full disk", "batch", 16, (1,), "SIGTERM")
-    given = chaos.Schedule(0, "zero2", (), (asked,), (None,))
+    fault = Fault("full disk", "batch", 16, (1,), "SIGTERM")
+    given = chaos.Schedule(0, "zero2", (), (fault,), (None,))
     assert chaos.endure(given, tmp_path / "0", chaos.References(tmp_path, chaos.train), []) == 2

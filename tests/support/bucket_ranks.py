@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank = dist.get_rank()
     x = torch.randn(16, 96, generator=torch.Generator().manual_seed(rank))
-    found = {}
+    differing = {}
     for name, settled, options in (
         ("plain", False, {}), ("settled", True, {}), ("unused", True, {"find_unused_parameters": True}),
     ):  # fmt: skip
@@ -44,6 +44,6 @@ def main(folder: Path) -> None:
         left = [p.grad for p in ddp.parameters() if p.grad is not None]
         assert not left and torch.equal(before, torch.random.get_rng_state()), "nothing is left of it"
         sums = [summed(ddp, x) for _ in range(STEPS)]
-        found[name] = [int((sums[0] != later).sum()) for later in sums[1:]]
-    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
+        differing[name] = [int((sums[0] != later).sum()) for later in sums[1:]]
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(differing))
     dist.barrier()  # nobody goes while another still sums

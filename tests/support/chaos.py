@@ -138,8 +138,8 @@ def endure(given: Schedule, folder: Path, references: References, struck: list[s
             for name in (FILLER, STRUCK):
                 (disk / name).unlink(missing_ok=True)
             # a disk that is full once the weights are written keeps no summary: the next attempt writes it
-            told = not (hit and fault.what == "full disk") or (disk / "run" / "summary.json").exists()
-            if not any(codes) and told:
+            knows = not (hit and fault.what == "full disk") or (disk / "run" / "summary.json").exists()
+            if not any(codes) and knows:
                 _finished(disk, whole, given)
                 return attempt + 1
             if fault is None or (any(codes) and not hit):
@@ -156,8 +156,11 @@ def endure(given: Schedule, folder: Path, references: References, struck: list[s
 
 
 def _as_told(fault: Fault, codes: list[int], disk: Path, logs: Path) -> None:
-    asked = fault.what in ("SIGTERM", "SIGUSR1", "SIGINT") and (disk / TRAINS).exists() and fault.place != "after fit"
-    if asked and not set(codes) <= {0, 85}:  # before its first step, and after its fit, it may end as any process does
+    stopped = fault.what in ("SIGTERM", "SIGUSR1", "SIGINT") and (disk / TRAINS).exists() and fault.place != "after fit"
+    if stopped and not set(codes) <= {
+        0,
+        85,
+    }:  # before its first step, and after its fit, it may end as any process does
         raise NotGood(f"asked to stop it ends with {codes}\n{last_words(logs)}")
     if fault.what == "pause":
         raise NotGood(f"paused for a second it ends with {codes}\n{last_words(logs)}")

@@ -19,11 +19,11 @@ class Gradient(pl.Callback):
     """Keeps the gradient of the first step."""
 
     def __init__(self):
-        self.found = {}
+        self.gradients = {}
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         for name, parameter in pl_module.named_parameters():
-            self.found.setdefault(name, parameter.grad.clone())
+            self.gradients.setdefault(name, parameter.grad.clone())
 
 
 def gradient(folder: Path, name: str, *, ranks: int, micro: int, pack: bool, samples: int) -> None:
@@ -49,4 +49,4 @@ def gradient(folder: Path, name: str, *, ranks: int, micro: int, pack: bool, sam
     )  # fmt: skip
     trainer.fit(task.module, datamodule=TaskData(task, micro))
     if trainer.is_global_zero:
-        save_file(seen.found, folder / f"{name}.safetensors")
+        save_file(seen.gradients, folder / f"{name}.safetensors")

@@ -93,7 +93,7 @@ class Counting(pl.LightningModule):
         self.log("mean", x.mean(), batch_size=len(x), sync_dist=True)
 
     def on_validation_epoch_end(self):
-        self.told = self.trainer.strategy.reduce(self.sums.clone(), reduce_op="sum").tolist()
+        self.reduced = self.trainer.strategy.reduce(self.sums.clone(), reduce_op="sum").tolist()
         everyone = [None] * self.trainer.world_size
         torch.distributed.all_gather_object(everyone, self.meter.values)
         self.values = [sorted(value for rank in everyone for value in rank[i]) for i in range(len(VALIDATIONS))]
@@ -147,12 +147,12 @@ def main(strategy: str, folder: Path, validates: bool) -> None:
         return
     module, data = Counting(), DataLoader(numbers(12), batch_size=2, shuffle=True)
     final = train(strategy, folder / "run", module, data, [make() for make in VALIDATIONS.values()])
-    told, values, mean = module.told, module.values, module.trainer.callback_metrics["mean/dataloader_idx_0"]
+    reduced, values, mean = module.reduced, module.values, module.trainer.callback_metrics["mean/dataloader_idx_0"]
     if strategy == "ddp":
         for evaluate in (module.trainer.validate, module.trainer.test):
-            module.told = module.values = None
+            module.reduced = module.values = None
             evaluate(module, [make() for make in VALIDATIONS.values()], verbose=False)
-            assert module.values == values and [s[::2] for s in module.told] == [s[::2] for s in told]
+            assert module.values == values and [s[::2] for s in module.reduced] == [s[::2] for s in reduced]
             assert module.trainer.callback_metrics["mean/dataloader_idx_0"] == mean
     if os.environ["RANK"] != "0":
         return
@@ -164,7 +164,7 @@ def main(strategy: str, folder: Path, validates: bool) -> None:
         with torch.no_grad():
             wanted = float((kept(x) - 2 * x).square().sum())
         seen[name] = {
-            "sums": module.told[index], "values": module.values[index], "of the kept model": wanted,
+            "sums": module.reduced[index], "values": module.values[index], "of the kept model": wanted,
             "mean": float(module.trainer.callback_metrics[f"mean/dataloader_idx_{index}"]),
         }  # fmt: skip
     (folder / "seen.json").write_text(json.dumps(seen))

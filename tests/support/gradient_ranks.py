@@ -65,9 +65,9 @@ class Look(pl.Callback):
         self.moved = {name: self.before[name] - shards.whole(name) for name in shards.slices}
 
 
-def error(found: dict[str, Tensor], truth: Tensor) -> float:
+def error(gradients: dict[str, Tensor], truth: Tensor) -> float:
     """The largest one, as a share of the number."""
-    whole = torch.cat([found[f"{name}.weight"].double().view(-1) for name in WIDTHS])
+    whole = torch.cat([gradients[f"{name}.weight"].double().view(-1) for name in WIDTHS])
     return float(((whole - truth) / truth).abs().max())
 
 

@@ -1,4 +1,4 @@
-"""What a rank does in the tests of frozen bases in few bits: train adapters beside each, whole, crashed and resumed."""
+"""What a rank does in the tests of frozen low-bit bases: train adapters beside each, whole, crashed and resumed."""
 
 import json
 import logging

@@ -71,7 +71,7 @@ class Found:
     wrong: list[str] = field(default_factory=list)
 
 
-def kill(folder: Path, draw: random.Random, found: Found) -> None:
+def kill(folder: Path, draw: random.Random, kills: Found) -> None:
     """One attempt, killed while it writes."""
     from shoestring.trainer.checkpoint import format as checkpoint
     from shoestring.trainer.checkpoint import state
@@ -94,17 +94,17 @@ def kill(folder: Path, draw: random.Random, found: Found) -> None:
         process.kill()
         process.join()
     if begins < wanted or under_way is None:
-        found.wrong.append(f"no write began: {(folder / 'log').read_text()[-2000:]}")
+        kills.wrong.append(f"no write began: {(folder / 'log').read_text()[-2000:]}")
         return
     interrupted = any(root.glob(".writing-*"))
     published = checkpoint.complete_interrupted(root)
     newest, problems = checkpoint.newest_intact(root, state.check)
     step = int(newest.name) if newest else -1
-    found.left["while writing" if interrupted else "between writes"] += 1
+    kills.left["while writing" if interrupted else "between writes"] += 1
     if published is not None:
-        found.left["whole, not yet published"] += 1
+        kills.left["whole, not yet published"] += 1
     if problems or step < (before if before is not None else 0):
-        found.wrong.append(f"{before} was there and {under_way} under way, and now {step}: {problems}")
+        kills.wrong.append(f"{before} was there and {under_way} under way, and now {step}: {problems}")
 
 
 def main() -> None:
@@ -113,16 +113,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    draw, found, end = random.Random(given.seed), Found(), monotonic() + 60 * given.minutes
+    draw, kills, end = random.Random(given.seed), Found(), monotonic() + 60 * given.minutes
     done = 0
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         (Path(name) / "run").mkdir()
         while done < given.kills and monotonic() < end:
-            kill(Path(name), draw, found)
+            kill(Path(name), draw, kills)
             done += 1
-    print(f"{done} kills: {dict(found.left)}, {len(found.wrong)} not good")
-    print("\n".join(found.wrong))
-    sys.exit(1 if found.wrong or not done else 0)
+    print(f"{done} kills: {dict(kills.left)}, {len(kills.wrong)} not good")
+    print("\n".join(kills.wrong))
+    sys.exit(1 if kills.wrong or not done else 0)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,6 @@ def evaluated(folder: Path, name: str, *, ranks: int, micro: int) -> None:
         )  # fmt: skip
         trainer.fit(task.module, datamodule=TaskData(task, micro))
         if trainer.is_global_zero:
-            save_file(seen.found, folder / f"{name}-{case}.safetensors")
-            found = {"metrics": trainer.summary["metrics"], "details": task.details}
-            (folder / f"{name}-{case}.json").write_text(json.dumps(found))
+            save_file(seen.gradients, folder / f"{name}-{case}.safetensors")
+            results = {"metrics": trainer.summary["metrics"], "details": task.details}
+            (folder / f"{name}-{case}.json").write_text(json.dumps(results))

@@ -54,13 +54,13 @@ def locked(ledger: Path) -> Iterator[None]:
 
 def helpers(pid: int) -> list[int]:
     """W&B's processes under `pid`."""
-    found = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             name, rest = (folder / "stat").read_text().rpartition(")")[::2]
             if int(rest.split()[1]) == pid and "wandb" in name:
-                found.append(int(folder.name))
-    return found
+                pids.append(int(folder.name))
+    return pids
 
 
 def alive(pid: int) -> bool:
@@ -76,11 +76,11 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def wait_for(what: Any, seconds: float = 200.0) -> Any:
     end = time.monotonic() + seconds
-    while not (found := what()):
+    while not (value := what()):
         if time.monotonic() > end:
             raise TimeoutError("the training does not get so far")
         time.sleep(0.05)
-    return found
+    return value
 
 
 def stop(hindrance: str, folder: Path) -> dict[str, Any]:

@@ -33,21 +33,21 @@ TRAIN = [
 
 def processes(mark: str) -> dict[int, str]:
     """pid -> command line of what was started under `mark` and lives."""
-    found = {}
+    lines = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if f"{MARK}={mark}".encode() not in (folder / "environ").read_bytes().split(b"\0"):
                 continue
             if (folder / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
-                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-    return found
+                lines[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return lines
 
 
 def ranks(mark: str) -> list[int]:
     """The processes that train, but not their loader workers."""
-    found = {pid: line for pid, line in processes(mark).items() if " train digits" in line}
-    found = {pid: line for pid, line in found.items() if "torch.distributed.run" not in line}
-    return [pid for pid in found if parent(pid) not in found or "LOCAL_RANK" in environment(pid)]
+    lines = {pid: line for pid, line in processes(mark).items() if " train digits" in line}
+    lines = {pid: line for pid, line in lines.items() if "torch.distributed.run" not in line}
+    return [pid for pid in lines if parent(pid) not in lines or "LOCAL_RANK" in environment(pid)]
 
 
 def parent(pid: int) -> int:

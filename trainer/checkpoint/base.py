@@ -72,14 +72,14 @@ def agreed_identity(base: FrozenBase | None, trainer: pl.Trainer, agreement: Agr
         AnotherBase: The nodes have different ones.
     """
     mine = base.identity if base is not None and trainer.local_rank == 0 else None
-    found = [one for one in agreement.gather(mine) if one is not None]
-    for rank, one in enumerate(found):
-        if one != found[0]:
+    bases = [one for one in agreement.gather(mine) if one is not None]
+    for rank, one in enumerate(bases):
+        if one != bases[0]:
             raise AnotherBase(
-                f"the frozen weights of {one['source']} differ between nodes: sha256 {found[0]['sha256'][:12]} on the "
-                f"first, {one['sha256'][:12]} on node {rank + 1} of {len(found)}. Copy the same files to all of them."
+                f"the frozen weights of {one['source']} differ between nodes: sha256 {bases[0]['sha256'][:12]} on the "
+                f"first, {one['sha256'][:12]} on node {rank + 1} of {len(bases)}. Copy the same files to all of them."
             )
-    return found[0] if found else None
+    return bases[0] if bases else None
 
 
 def require(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None, where: Path) -> None:

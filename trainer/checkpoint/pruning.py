@@ -22,9 +22,9 @@ def prune(root: Path, keep: int, newest: int) -> None:
             (root / f"{step:09d}").rename(root / f"{_PRUNED}{step:09d}")
     for step in saved:
         if step > newest:
-            aside = root / f"{step:09d}.passed-over"
-            shutil.rmtree(aside, ignore_errors=True)
-            (root / f"{step:09d}").rename(aside)
+            passed_over = root / f"{step:09d}.passed-over"
+            shutil.rmtree(passed_over, ignore_errors=True)
+            (root / f"{step:09d}").rename(passed_over)
 
 
 def delete_pruned(root: Path) -> None:

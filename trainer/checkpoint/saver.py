@@ -221,15 +221,15 @@ class Saver:
                 self.base = None  # it holds weights of its own, which may be others
             before = checkpoint.read_state(folder / "state.pt")["settings"]
             changed = changes.check(before, self._settings, accept_changes)
-            found = None
+            fault = None
             try:
                 rng = state.restore(trainer, module, folder)
             except (KeyError, TypeError, IndexError, AttributeError, checkpoint.DamagedCheckpoint) as error:
-                found = f"{folder}: what it holds cannot be put back ({error!r})"
-            found = next((one for one in self.agreement.gather(found) if one is not None), None)
-            if found is None:
+                fault = f"{folder}: what it holds cannot be put back ({error!r})"
+            fault = next((one for one in self.agreement.gather(fault) if one is not None), None)
+            if fault is None:
                 break
-            unusable[int(name)] = found
+            unusable[int(name)] = fault
         for problem in problems:
             self.report("checkpoint_damaged", reason=problem)
             say = log.warning if trainer.global_rank == 0 else log.debug

@@ -91,12 +91,12 @@ def save_weights(
                 files[file] = write_hashed(working / file, safetensors_parts(held, {"format": "pt"}))
             except OSError as error:
                 refusal = str(error)
-    told = agreement.gather((files, refusal))
-    refusal = next((said for _, said in told if said), None)
+    gathered = agreement.gather((files, refusal))
+    refusal = next((said for _, said in gathered if said), None)
     if rank == 0:
         try:
             if refusal is None:
-                entries = {file: entry for written, _ in told for file, entry in written.items()}
+                entries = {file: entry for written, _ in gathered for file, entry in written.items()}
                 _describe(working, stem, entries, parts, sizes, published, base_identity if base else None)
                 _put_in_place(working, folder)
                 _link(folder, one=len(parts) == 1 and all(ours == theirs for ours, theirs in published.items()))

@@ -23,11 +23,11 @@ def data(
     from ...recipes import load_recipe
     from ..run.receipt import receipt_of
 
-    found = receipt_of(load_recipe(recipe, overrides or (), allow_code), run_dir).as_dict()
+    receipt = receipt_of(load_recipe(recipe, overrides or (), allow_code), run_dir).as_dict()
     if as_json:
-        print_json(found)
+        print_json(receipt)
     else:
         from .display import console
         from .receipt_display import show_receipt
 
-        show_receipt(found, console)
+        show_receipt(receipt, console)

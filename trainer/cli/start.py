@@ -11,7 +11,7 @@ import typer
 from .options import as_json_text
 
 if TYPE_CHECKING:
-    from ..planning.first_recipe import FirstRecipe, Wish
+    from ..planning.first_recipe import FirstRecipe, RecipeRequest
 
 CARRIED = "runs/quickstart/model"  # what the first recipe of the tutorial leaves
 WAYS = {"full": "all weights are trained", "lora": "LoRA adapters", "qlora": "LoRA adapters beside a base in 4 bits"}
@@ -31,28 +31,30 @@ def init(
     It looks at the data and at this machine, takes the first way of training that fits memory and budget, and says the
     next command. A file that is there is never replaced.
     """
-    from ..planning.first_recipe import SCHEMA, CannotStart, Wish, first_recipe
+    from ..planning.first_recipe import SCHEMA, CannotStart, RecipeRequest, first_recipe
 
     if file.suffix not in (".yaml", ".yml"):
         raise CannotStart(f"{file}: a recipe's name ends in .yaml; did you mean {file}.yaml?")
     if file.exists():
         raise CannotStart(f"{file} is there already, and is not replaced. Give another name: shoestring init NAME.yaml")
-    asked = any(each is None for each in (model, data, budget))
+    interactive = any(each is None for each in (model, data, budget))
     there = Path(CARRIED, "config.json").exists()
     model = model or _ask("--model", "Which model? A folder, or a name of the hub", CARRIED if there else None)
     data = data or _ask("--data", "Which data? A file, folder or glob; python-docstrings is on every machine", None)
     budget = budget or _ask("--budget", "How much may it spend? Like $5, 30 min or 3 epochs", "10 min")
-    wish = Wish.of(model, data, budget, purpose)
-    typer.echo(f"data         {_seen(wish)}")
-    if purpose is None and asked:
-        wish = Wish.of(model, data, budget, _ask("--for", "What for? chat, text or classify", wish.purpose))
-    made = first_recipe(wish, file.stem)
+    request = RecipeRequest.of(model, data, budget, purpose)
+    typer.echo(f"data         {_seen(request)}")
+    if purpose is None and interactive:
+        request = RecipeRequest.of(
+            model, data, budget, _ask("--for", "What for? chat, text or classify", request.purpose)
+        )
+    made = first_recipe(request, file.stem)
     from ...recipes import recipe_schema
 
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(made.text)
     (file.parent / SCHEMA).write_text(as_json_text(recipe_schema()) + "\n")
-    _tell(made, file, counted=wish.look.all)
+    _tell(made, file, counted=request.look.all)
 
 
 def _ask(flag: str, question: str, default: str | None) -> str:
@@ -70,10 +72,10 @@ def _ask(flag: str, question: str, default: str | None) -> str:
     return answer or str(default)
 
 
-def _seen(wish: Wish) -> str:
-    look = wish.look
+def _seen(request: RecipeRequest) -> str:
+    look = request.look
     if look.kind == "unknown":
-        return f"{wish.data}: a name of the hub, which is read when it is trained on"
+        return f"{request.data}: a name of the hub, which is read when it is trained on"
     rows = f"{look.rows:,} rows" if look.all else f"more than {look.rows:,} rows"
     kind = {"chats": "questions and answers", "texts": "texts", "labels": f"texts, each with its {look.label_column}"}
     form = f" ({look.shape})" if look.shape else ""

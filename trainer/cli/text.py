@@ -79,8 +79,8 @@ def chat(
     model = _opened(run, best, allow_code)
     model.require_chats()
     messages = _system(system)
-    for asked in _lines():
-        messages.append({"role": "user", "content": asked})
+    for line in _lines():
+        messages.append({"role": "user", "content": line})
         said, dropped = model.answer(messages, sampling, _say)
         typer.echo()
         messages.append({"role": "assistant", "content": said})

@@ -77,5 +77,5 @@ def show(verdict: Verdict) -> None:
 
 def _largest(differences: list[Difference]) -> str:
     """The largest difference of each kind, where there is any."""
-    found = [f"{difference.kind} {difference.off:.1e}" for difference in differences if difference.off > 0]
-    return ", ".join(found) or "none"
+    measured = [f"{difference.kind} {difference.off:.1e}" for difference in differences if difference.off > 0]
+    return ", ".join(measured) or "none"

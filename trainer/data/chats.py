@@ -119,8 +119,8 @@ class Answers:
             return row, "", texts
         marker = next(char for char in PRIVATE if char not in whole)
 
-        def take(found: re.Match[str]) -> str:
-            texts.append(found[0])
+        def take(match: re.Match[str]) -> str:
+            texts.append(match[0])
             return f"{marker}{len(texts) - 1}{marker}"
 
         def replaced(value: Any) -> Any:

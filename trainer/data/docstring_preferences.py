@@ -29,12 +29,12 @@ def docstring_preferences(limit: int | None = None) -> Corpus:
     The prompt is the function's opening up to the quotes, what was written is chosen. Rows are in the canonical form of
     pairs (see `preference_shapes`), at most `limit` of them, and held out by file.
     """
-    found = list(islice(_documented(), limit))
+    documented = list(islice(_documented(), limit))
     rows = [
         json.dumps({"prompt": each.opening, "chosen": each.docstring, "rejected": _mixed(each)}, ensure_ascii=False)
-        for each in found
+        for each in documented
     ]
-    made = of_texts(rows, groups=[each.path for each in found])
+    made = of_texts(rows, groups=[each.path for each in documented])
     return Corpus(made.texts, None, made.groups, made.fingerprint, shaped=True)
 
 

@@ -90,15 +90,15 @@ def _listed(by_class: dict[str, list[Path]], classes: Sequence[str], limit: int 
 def _form(recipe: Recipe) -> tuple[int, Sequence[float], Sequence[float]]:
     """Size, mean and std that a recipe's model takes: its own preprocessing, where its folder has some."""
     model, size = recipe.model, recipe.data.image_size
-    found: dict[str, Any] = {}
+    processor: dict[str, Any] = {}
     if model.name is not None:
         folder = Path(model_folder(resolve_name(model.name), "model.name"))
         for name in ("config.json", "preprocessor_config.json"):
             if (folder / name).exists():
-                found |= json.loads((folder / name).read_text())
-    own = found.get("image_size") or (model.config or {}).get("image_size")
+                processor |= json.loads((folder / name).read_text())
+    own = processor.get("image_size") or (model.config or {}).get("image_size")
     half = (0.5, 0.5, 0.5)
-    return int(size or own or SIZE), found.get("image_mean", half), found.get("image_std", half)
+    return int(size or own or SIZE), processor.get("image_mean", half), processor.get("image_std", half)
 
 
 def _opened(file: Path) -> Any:

@@ -24,12 +24,12 @@ def python_docstrings(limit: int | None = None) -> Corpus:
     """
     rows = list(islice(_questions(), limit))
     chats = [
-        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
-        for _, asked, answer in rows
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for _, question, answer in rows
     ]
     texts = [json.dumps(chat, ensure_ascii=False, separators=(",", ":")) for chat in chats]
-    found = of_texts(texts, groups=[path for path, _, _ in rows])
-    return Corpus(found.texts, None, found.groups, found.fingerprint, shaped=True)
+    corpus = of_texts(texts, groups=[path for path, _, _ in rows])
+    return Corpus(corpus.texts, None, corpus.groups, corpus.fingerprint, shaped=True)
 
 
 def package_descriptions(limit: int | None = None) -> Corpus:

@@ -37,7 +37,7 @@ def _class(place: Place, value: Any, column: str) -> str:
     if isinstance(value, str | int | float):
         return str(value)
     hint = " Several of a row need model.problem: multi-label." if isinstance(value, list) else ""
-    raise BadRow(f"{_found(place, value, column)}; a class is a text or a whole number.{hint}", "label is no class")
+    raise BadRow(f"{_described(place, value, column)}; a class is a text or a whole number.{hint}", "label is no class")
 
 
 def _classes(place: Place, value: Any, column: str) -> str:
@@ -47,7 +47,7 @@ def _classes(place: Place, value: Any, column: str) -> str:
         names = _json_list(value) or [name.strip() for name in value.split(",") if name.strip()]
     if not isinstance(names, list):
         raise BadRow(
-            f'{_found(place, value, column)}; classes are a list, or a text such as "a, b".', "label is no list"
+            f'{_described(place, value, column)}; classes are a list, or a text such as "a, b".', "label is no list"
         )
     return json.dumps(sorted({_class(place, name, column) for name in names}), ensure_ascii=False)
 
@@ -55,8 +55,8 @@ def _classes(place: Place, value: Any, column: str) -> str:
 def _words(place: Place, value: Any, column: str) -> str:
     names = _json_list(value) if isinstance(value, str) else value
     if not isinstance(names, list):
-        found = _found(place, value, column)
-        raise BadRow(f"{found}; a list with one class for each word is needed.", "label is no list")
+        description = _described(place, value, column)
+        raise BadRow(f"{description}; a list with one class for each word is needed.", "label is no list")
     return json.dumps([_class(place, name, column) for name in names], ensure_ascii=False)
 
 
@@ -66,7 +66,9 @@ def _number(place: Place, value: Any, column: str) -> str:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise BadRow(f"{_found(place, value, column)}; model.problem: regression needs a number.", "label is no number")
+        raise BadRow(
+            f"{_described(place, value, column)}; model.problem: regression needs a number.", "label is no number"
+        )
     return repr(number)
 
 
@@ -75,17 +77,17 @@ _READERS: dict[str, Callable[[Place, Any, str], str]] = {
 }  # fmt: skip
 
 
-def _found(place: Place, value: Any, column: str) -> str:
+def _described(place: Place, value: Any, column: str) -> str:
     return f"data.label_column {column!r}: {place} is {kind_of(value)}, found {clip(str(value))}"
 
 
 def _json_list(text: str) -> list[Any] | None:
     """The list that a text spells as JSON; None where it spells none."""
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except ValueError:
         return None
-    return found if isinstance(found, list) else None
+    return parsed if isinstance(parsed, list) else None
 
 
 def check_classes(classes: Mapping[str, Place], count: int, column: str) -> None:

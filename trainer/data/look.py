@@ -81,32 +81,32 @@ class _Chosen:
         self.look = Look("texts")
         self._columns: Columns | None = None
 
-    def __call__(self, found: Collection[str]) -> Columns:
+    def __call__(self, columns: Collection[str]) -> Columns:
         if self._columns is None:
-            self._columns = self._first(found)
+            self._columns = self._first(columns)
         return self._columns
 
-    def _first(self, found: Collection[str]) -> Columns:
-        if not found:  # a file of text
+    def _first(self, columns: Collection[str]) -> Columns:
+        if not columns:  # a file of text
             return Columns("text")
-        shape = shape_of(found, "text", SHAPES)
+        shape = shape_of(columns, "text", SHAPES)
         if shape is not None:
             self.look = Look("chats", shape=next(name for name, each in SHAPES.items() if each is shape))
-            return _columns_of(shape, found)
-        text = next((name for name in TEXTS_NAMED if name in found), None)
+            return _columns_of(shape, columns)
+        text = next((name for name in TEXTS_NAMED if name in columns), None)
         if text is None:
             known = "; ".join(f"{name} ({', '.join(each.needs)})" for name, each in SHAPES.items())
             raise TaskError(
-                f"{self.key}: {self.source} has the columns {', '.join(sorted(found))}, of which none is known to hold "
-                f"texts. Rename one to text, or have those of: {known}."
+                f"{self.key}: {self.source} has the columns {', '.join(sorted(columns))}, of which none is known to "
+                f"hold texts. Rename one to text, or have those of: {known}."
             )
-        label = next((name for name in LABELS_NAMED if name in found), None)
+        label = next((name for name in LABELS_NAMED if name in columns), None)
         self.look = Look("labels" if label else "texts", text_column=text, label_column=label)
         return Columns(text, label)
 
 
-def _columns_of(shape: Shape, found: Collection[str]) -> Columns:
-    takes = tuple(name for name in shape.takes if name in found)
+def _columns_of(shape: Shape, columns: Collection[str]) -> Columns:
+    takes = tuple(name for name in shape.takes if name in columns)
     return Columns(shape.needs[0], None, (*shape.needs[1:], *takes))
 
 

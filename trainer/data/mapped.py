@@ -33,9 +33,9 @@ class MappedNumbers:
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """A copy of a part."""
-        found = np.array(self._all[part])
-        self._touched += found.nbytes + AROUND
+        numbers = np.array(self._all[part])
+        self._touched += numbers.nbytes + AROUND
         if self._touched > HELD and self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
             self._touched = 0
-        return found
+        return numbers

@@ -99,7 +99,7 @@ def sources_facts(parts: Parts, train: AnyTexts, recipe: Recipe) -> dict[str, An
         return {}
     drawn = _samples_of_run(recipe, len(train)) or len(train)
     order = train.order
-    told = [
+    sources = [
         {
             "source": name,
             "weight": weight / sum(parts.weights),
@@ -108,7 +108,7 @@ def sources_facts(parts: Parts, train: AnyTexts, recipe: Recipe) -> dict[str, An
         }
         for name, weight, size, draws in zip(parts.names, parts.weights, order.sizes, order.draws, strict=True)
     ]
-    return {"sources": told}
+    return {"sources": sources}
 
 
 def _samples_of_run(recipe: Recipe, epoch: int) -> float | None:

@@ -70,15 +70,17 @@ def find_images(source: str, *, key: str) -> dict[str, list[Path]]:
             "folder that has a folder of images for each class, or your own module:attr."
         )
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = {
+    classes = {
         folder.name: sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
         for folder in folders
     }
-    if len(found) < 2:
-        raise TaskError(f"{key}: {source!r} has {len(found)} folders; each class needs one, and there are two or more.")
-    if empty := [name for name, files in found.items() if not files]:
+    if len(classes) < 2:
+        raise TaskError(
+            f"{key}: {source!r} has {len(classes)} folders; each class needs one, and there are two or more."
+        )
+    if empty := [name for name, files in classes.items() if not files]:
         raise TaskError(f"{key}: the folder {root / empty[0]} has no image; images end in {', '.join(IMAGES)}.")
-    return found
+    return classes
 
 
 def one_format(files: Iterable[Path], source: str) -> str:
@@ -89,12 +91,12 @@ def one_format(files: Iterable[Path], source: str) -> str:
     kinds = list(by_format)
     if len(kinds) == 1 and kinds[0] is not None:
         return kinds[0]
-    found = ", ".join(
+    counts = ", ".join(
         f"{len(some)} {kind or 'of no known ending'} ({some[0].name}{', …' if len(some) > 1 else ''})"
         for kind, some in by_format.items()
     )
     raise TaskError(
-        f"data.format: auto cannot determine the format of {source!r}: found {found}. "
+        f"data.format: auto cannot determine the format of {source!r}: found {counts}. "
         f"Set data.format to the one to read: {', '.join(SUFFIXES)}."
     )
 

@@ -56,10 +56,10 @@ def _judged(place: Place, row: Mapping[str, Any]) -> dict[str, Any]:
         prompt = [{"role": "user", "content": prompt}]
     _check_answer(place, "completion", prompt, completion)
     label = row.get("label")
-    found = label if isinstance(label, bool) else LABELS.get(str(label).strip().lower())
-    if found is None:
+    liked = label if isinstance(label, bool) else LABELS.get(str(label).strip().lower())
+    if liked is None:
         raise BadRow(f"data.source: {place}, label, is {label!r}; true (wanted) or false is needed.", "without a label")
-    return {"prompt": prompt, "completion": completion, "label": found, **_tools(place, row)}
+    return {"prompt": prompt, "completion": completion, "label": liked, **_tools(place, row)}
 
 
 PREFERENCES = {
@@ -68,7 +68,7 @@ PREFERENCES = {
 }
 
 
-def asked(row: Mapping[str, Any], completion: Said) -> dict[str, Any]:
+def exchange(row: Mapping[str, Any], completion: Said) -> dict[str, Any]:
     """One answer to the prompt of a row, as `chats.Answers` takes it; the prompt is not trained on."""
     prompt = row["prompt"]
     if isinstance(completion, str):

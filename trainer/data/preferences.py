@@ -21,8 +21,8 @@ from .chats import Answers, Tokens, with_template
 from .corpora import Corpus
 from .errors import TaskError
 from .parts import load_parts
-from .preference_shapes import PREFERENCES, Said, answers_of, asked
-from .prepare import Prepared, sizes, told
+from .preference_shapes import PREFERENCES, Said, answers_of, exchange
+from .prepare import Prepared, sizes, text_facts
 from .token_store import IGNORED, TokenStore, store_answers
 from .tokenizers import load_tokenizer, tokenizer_key
 from .tokens import Sample
@@ -142,12 +142,12 @@ class _Two:
     def _documents(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         said = [answer for answer, _ in answers_of(row)]
         for number, answer in enumerate(said):
-            yield asked(row, answer)
+            yield exchange(row, answer)
             if not self.pairs:
                 other = self.before[min(number, len(self.before) - 1)]
                 if isinstance(other, str) != isinstance(answer, str):
                     raise TaskError("data.source: some answers are texts, and others lists of messages.")
-                yield asked(row, other)
+                yield exchange(row, other)
         self.before = said
 
 
@@ -181,7 +181,7 @@ def prepare_preferences(recipe: Recipe, cache: Path, own: Path | None = None) ->
     sets = samples(parts.train[0]), samples(parts.held[0]) if parts.held else None
     facts = {
         **sizes(*sets), "vocab_size": len(tokenizer), "train_tokens": int(sets[0].token_counts.sum()),
-        "trained_tokens": sets[0].trained_tokens, **told(parts, recipe, *sets),
+        "trained_tokens": sets[0].trained_tokens, **text_facts(parts, recipe, *sets),
     }  # fmt: skip
     if sets[1] is not None:
         facts["validation_tokens"] = int(sets[1].token_counts.sum())

@@ -77,8 +77,8 @@ def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
     shaped = {corpus.shaped for corpus in parts.train}
     if any(corpus.shaped not in shaped for corpus in parts.held):
         kinds = {True: "chats or prompts with completions", False: "texts"}
-        found = kinds[next(corpus.shaped for corpus in parts.held if corpus.shaped not in shaped)]
-        raise TaskError(f"data.validation has {found}, and data.source {kinds[shaped.pop()]}.")
+        held_kind = kinds[next(corpus.shaped for corpus in parts.held if corpus.shaped not in shaped)]
+        raise TaskError(f"data.validation has {held_kind}, and data.source {kinds[shaped.pop()]}.")
     tokenizer = load_tokenizer(recipe.model, parts.whole, cache=cache, own=own)
     make: dict[bool, Callable[[Corpus, bool], Any]]
     if masked:
@@ -90,7 +90,7 @@ def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
         make = {kind: makers[kind](recipe, tokenizer, cache, isolated) for kind in shaped}
     sets = joined(parts, recipe, lambda corpus, keep: make[corpus.shaped](corpus, keep))
     _check_not_empty(*sets, data.sequence_length)
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **told(parts, recipe, *sets)}
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **text_facts(parts, recipe, *sets)}
     if True in shaped:
         trained = facts["trained_tokens"] = int(sets[0].target_counts.sum())
         documents = sum(len(getattr(part, "rows", ())) for part in parts_of(sets[0]))
@@ -159,7 +159,7 @@ def _labelled_texts(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
 
     make = tagged_samples(recipe, tokenizer, cache, classes or ()) if kind == "words" else samples
     sets = joined(parts, recipe, make)
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **told(parts, recipe, *sets)}
+    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **text_facts(parts, recipe, *sets)}
     if classes is not None:
         facts["classes"] = classes
     collate = PadTokens(tokenizer.pad_token_id, mask=True)
@@ -250,7 +250,7 @@ def _tokens(data: AnyTexts) -> int:
     )
 
 
-def told(parts: Parts, recipe: Recipe, *sets: Any) -> dict[str, Any]:
+def text_facts(parts: Parts, recipe: Recipe, *sets: Any) -> dict[str, Any]:
     """What the texts are, what of them is not trained on, if any, and how sources are mixed."""
     each = [part for data in sets if data is not None for part in parts_of(data)]
     counts = {

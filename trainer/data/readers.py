@@ -89,10 +89,10 @@ def _not(encoding: str, where: object, byte: int, why: str, other: str = "") -> 
 
 def _undecoded(place: Place, text: str) -> BadRow | None:
     """What is wrong with a text that has bytes which are not utf-8."""
-    found = None if text.isascii() else _ESCAPED.search(text)
-    if found is None:
+    undecoded = None if text.isascii() else _ESCAPED.search(text)
+    if undecoded is None:
         return None
-    return BadRow(str(_not("utf-8", place, ord(found[0]) - 0xDC00, "no character")), "not utf-8")
+    return BadRow(str(_not("utf-8", place, ord(undecoded[0]) - 0xDC00, "no character")), "not utf-8")
 
 
 # -- text, JSON, csv ---------------------------------------------------------------------------------------------------
@@ -122,9 +122,9 @@ def _paragraphs(text: TextIO) -> Iterator[str]:
 
 def _json(text: TextIO, file: Path, choose: Choose, args: Mapping[str, Any]) -> Iterator[Row]:
     """JSON lines, or one array of objects; with `field`, the array under that key of one object."""
-    found = _json_whole(text, file, args["field"]) if "field" in args else _json_rows(text, file)
+    rows = _json_whole(text, file, args["field"]) if "field" in args else _json_rows(text, file)
     checked = False
-    for number, row in found:
+    for number, row in rows:
         place = Place(str(file), number)
         if not isinstance(row, Mapping | BadRow):
             said = f'data.source: {place} is {kind_of(row)}; a row is an object such as {{"text": …}}.'
@@ -151,7 +151,7 @@ def _json_rows(text: TextIO, file: Path) -> Iterator[tuple[int, Any]]:
             if opens and (line.strip() == "{" or line.lstrip().startswith("[")):  # one value over many lines
                 yield from _json_whole(io.StringIO(line + text.read()), file, None)
                 return
-            said = f"data.source: {file}, line {number} is not JSON: {error}. Mend the line, or take it out."
+            said = f"data.source: {file}, line {number} is not JSON: {error}. Fix the line, or remove it."
             yield number, BadRow(said, "not JSON")
             continue
         more = next(lines, None) if opens and isinstance(row, list) else None
@@ -208,7 +208,7 @@ def _csv(text: TextIO, file: Path, choose: Choose, args: Mapping[str, Any]) -> I
         except csv.Error as error:
             number += 1
             place = Place(str(file), number)
-            yield place, BadRow(f"data.source: {place} (line {began}): {error}. Mend it, or take it out.", "not csv")
+            yield place, BadRow(f"data.source: {place} (line {began}): {error}. Fix it, or remove it.", "not csv")
             continue
         if not fields:
             continue  # an empty line
@@ -230,8 +230,8 @@ def _fields(place: Place, began: int, ended: int, header: list[str], fields: lis
 
 def _other_separator(header: list[str], separator: str) -> str:
     """What to do where a header is one field that holds another separator."""
-    found = next((other for other in ";\t|," if other != separator and len(header) == 1 and other in header[0]), None)
-    return f" Fields seem to be separated by {found!r}: set data.args: {{sep: {json.dumps(found)}}}." if found else ""
+    sep = next((other for other in ";\t|," if other != separator and len(header) == 1 and other in header[0]), None)
+    return f" Fields seem to be separated by {sep!r}: set data.args: {{sep: {json.dumps(sep)}}}." if sep else ""
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

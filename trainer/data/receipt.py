@@ -119,8 +119,8 @@ def _trained_tokens(data: Prepared) -> int:
 
 def _class_counts(labels: np.ndarray, classes: Sequence[str]) -> dict[str, int]:
     """Samples of each class that occurs, of labels [N], or [N, classes] where a sample has several."""
-    found = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(classes))
-    return {name: int(count) for name, count in zip(classes, found, strict=True) if count}
+    counts = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(classes))
+    return {name: int(count) for name, count in zip(classes, counts, strict=True) if count}
 
 
 def _label_shown(label: Any, classes: Sequence[str] | None) -> str:

@@ -89,19 +89,19 @@ def kind_of(value: object) -> str:
     return "a mapping" if isinstance(value, Mapping) else f"a {type(value).__name__}"
 
 
-def check_columns(where: str, columns: Columns, found: Collection[str], hint: str = "") -> None:
-    """Raise `TaskError` where a column is not among those found, or is there more than once."""
+def check_columns(where: str, columns: Columns, present: Collection[str], hint: str = "") -> None:
+    """Raise `TaskError` where a column is not among those present, or is there more than once."""
     keys = {theirs: f"columns.{ours}" for ours, theirs in columns.named.items()}
     for name in dict.fromkeys([*keys, *columns.all]):
-        if name in found:
-            if not isinstance(found, Mapping) and list(found).count(name) > 1:
+        if name in present:
+            if not isinstance(present, Mapping) and list(present).count(name) > 1:
                 raise TaskError(f"data.source: {where}the column {name!r} is there twice. Rename or remove one.")
             continue
         key = "label_column" if name == columns.label else "format" if columns.others else "text_column"
-        nested = isinstance(found, Mapping) and next((k for k, v in found.items() if isinstance(v, list)), None)
+        nested = isinstance(present, Mapping) and next((k for k, v in present.items() if isinstance(v, list)), None)
         if nested and not hint:
             hint = f" If the rows are under {nested!r}, set data.args: {{field: {nested}}}."
-        raise TaskError(f"{where}{unknown(f'data.{keys.get(name, key)}', name, found)}{hint}")
+        raise TaskError(f"{where}{unknown(f'data.{keys.get(name, key)}', name, present)}{hint}")
 
 
 def pieces(text: TextIO, size: int = PIECE) -> Iterator[str]:

@@ -47,9 +47,9 @@ class Shape:
 def _prompt_completion(place: Place, row: Mapping[str, Any]) -> dict[str, Any]:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) or isinstance(completion, list):  # both as messages
-        asked = messages_of(place, "prompt", prompt)
+        prompts = messages_of(place, "prompt", prompt)
         answered = messages_of(place, "completion", completion)
-        return _chat(place, [{**message, "train": False} for message in asked] + answered, row)
+        return _chat(place, [{**message, "train": False} for message in prompts] + answered, row)
     pair = {name: text_of(place, row, name, key="data.format: prompt-completion") for name in ("prompt", "completion")}
     return _answered(place, pair, pair["completion"])
 
@@ -65,7 +65,7 @@ def _alpaca(place: Place, row: Mapping[str, Any]) -> dict[str, Any]:
     return _exchange(place, row, "instruction", "output", "data.format: alpaca")
 
 
-def _exchange(place: Place, row: Mapping[str, Any], asked: str, answered: str, key: str) -> dict[str, Any]:
+def _exchange(place: Place, row: Mapping[str, Any], question: str, answer: str, key: str) -> dict[str, Any]:
     """One question and its answer, with the turns before them in `history` and a `system` message."""
     messages = []
     if isinstance(row.get("system"), str) and row["system"].strip():
@@ -74,10 +74,10 @@ def _exchange(place: Place, row: Mapping[str, Any], asked: str, answered: str, k
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise BadRow(f"{key}: {place}, history, found {clip(str(pair))}; a pair of texts is needed.", "no history")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    answer = text_of(place, row, answered, key=key)
-    messages.append({"role": "user", "content": text_of(place, row, asked, key=key)})
-    messages.append({"role": "assistant", "content": answer})
-    return _answered(place, {"messages": messages}, answer)
+    text = text_of(place, row, answer, key=key)
+    messages.append({"role": "user", "content": text_of(place, row, question, key=key)})
+    messages.append({"role": "assistant", "content": text})
+    return _answered(place, {"messages": messages}, text)
 
 
 def _of_messages(column: str) -> Callable[[Place, Mapping[str, Any]], dict[str, Any]]:
@@ -100,13 +100,13 @@ def shape_of(columns: Collection[str], text_column: str | None, shapes: Mapping[
 
     Raises `TaskError` where there are several, as a column of texts beside one of chats.
     """
-    found = set(columns)
-    fits = [name for name, shape in shapes.items() if found.issuperset(shape.needs)]
-    texts = ["text"] if text_column in found else []
+    present = set(columns)
+    fits = [name for name, shape in shapes.items() if present.issuperset(shape.needs)]
+    texts = ["text"] if text_column in present else []
     if len(fits) + len(texts) > 1:
         raise TaskError(
             f"data.format: auto: rows could be read as {' or '.join([*texts, *fits])} (their columns are "
-            f"{', '.join(sorted(found))}). Set data.format to {' or '.join(['plain'] * bool(texts) + fits)}."
+            f"{', '.join(sorted(present))}). Set data.format to {' or '.join(['plain'] * bool(texts) + fits)}."
         )
     return shapes[fits[0]] if fits else None
 
@@ -142,11 +142,11 @@ class Reading:
         unlabelled = {ours: theirs for ours, theirs in named.items() if ours != "label" or label is not None}
         self._named, self._renamed = unlabelled, {k: v for k, v in unlabelled.items() if k not in ("text", "label")}
 
-    def columns(self, found: Collection[str]) -> Columns:
+    def columns(self, present: Collection[str]) -> Columns:
         """The columns to read of those that a file has."""
         theirs = self._renamed.values()
-        ours = {name for name in found if name not in theirs and name not in self._renamed}
-        ours |= {name for name, their in self._renamed.items() if their in found}
+        ours = {name for name in present if name not in theirs and name not in self._renamed}
+        ours |= {name for name, their in self._renamed.items() if their in present}
         if self._open:
             self.shape, self._open = self._recognised(ours), False
         if self.shape is None:
@@ -155,13 +155,13 @@ class Reading:
         names += [self._renamed.get(name, name) for name in self.shape.takes if name in ours]
         return Columns(names[0], self.label, tuple(names[1:]), self._named)
 
-    def _recognised(self, found: Collection[str]) -> Shape | None:
+    def _recognised(self, present: Collection[str]) -> Shape | None:
         if self._only is None:
-            return shape_of(found, self.text_column, SHAPES)
-        shape = shape_of(found, None, self._only)
+            return shape_of(present, self.text_column, SHAPES)
+        shape = shape_of(present, None, self._only)
         if shape is None:
             known = "; or ".join(" and ".join(each.needs) for each in self._only.values())
-            raise TaskError(f"data.source: rows have the columns {', '.join(sorted(found))}; needed are {known}.")
+            raise TaskError(f"data.source: rows have the columns {', '.join(sorted(present))}; needed are {known}.")
         return shape
 
     def text(self, place: Place, row: Mapping[str, Any]) -> str:
@@ -207,8 +207,8 @@ def _chat(place: Place, messages: list[dict[str, Any]], row: Mapping[str, Any]) 
 def messages_of(place: Place, column: str, value: Any) -> list[dict[str, Any]]:
     value = json_of(place, column, value)
     if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else kind_of(value)
-        raise BadRow(f"data.source: {place}, {column!r} is {found}; a list of messages is needed.", "no messages")
+        description = "an empty list" if value == [] else kind_of(value)
+        raise BadRow(f"data.source: {place}, {column!r} is {description}; a list of messages is needed.", "no messages")
     return [_message(f"{place}, message {number}", message) for number, message in enumerate(value, 1)]
 
 

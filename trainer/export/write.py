@@ -137,13 +137,13 @@ def _loss(logits_of: LogitsFunction, trained: Trained) -> float | None:
     return quality(logits_of, trained, at_most=4).get("loss")
 
 
-def _same_loss(to: str, before: float, found: float | None, dtype: torch.dtype) -> None:
+def _same_loss(to: str, before: float, after: float | None, dtype: torch.dtype) -> None:
     """Raise `CannotExport` where a written model's loss is not that of the trained one."""
     rounding = 1e-3 if dtype == torch.float32 and to != "gguf-ready-safetensors" else 2e-2
-    if found is None or not abs(found - before) <= rounding * max(1.0, abs(before)):
+    if after is None or not abs(after - before) <= rounding * max(1.0, abs(before)):
         raise CannotExport(
             f"{to}: the trained model has a loss of {before:.4g} on held-out samples, and what was written "
-            f"{found:.4g}. The export was removed."
+            f"{after:.4g}. The export was removed."
         )
 
 

@@ -135,8 +135,8 @@ class Ledger:
             for way, value, what in ways if db and wanted else ():
                 query = f"SELECT {', '.join(COLUMNS)} FROM runs WHERE {way} ORDER BY created DESC, id"
                 if len(same := [_run_row(row) for row in db.execute(query, (value,))]) > 1:  # type: ignore[union-attr]
-                    told = ", ".join(f"{run.id} ({run.run_dir}, {run.status})" for run in same[:8])
-                    raise LedgerError(f"{wanted!r}: {len(same)} runs {what}: {told}. Give an id.")
+                    listed = ", ".join(f"{run.id} ({run.run_dir}, {run.status})" for run in same[:8])
+                    raise LedgerError(f"{wanted!r}: {len(same)} runs {what}: {listed}. Give an id.")
                 if same:
                     return same[0]
             names = [row[0] for row in db.execute("SELECT DISTINCT name FROM runs ORDER BY created DESC")] if db else []

@@ -28,7 +28,7 @@ def used(summary: Mapping[str, Any]) -> dict[str, float]:
 def problems(summary: Mapping[str, Any]) -> list[str]:
     """A sentence for everything that keeps a run with these totals from being a success."""
     metrics = summary["metrics"]
-    found = [
+    lines = [
         f"{name} is {value}: the model computes no numbers that it could be judged by"
         for name, value in metrics.items()
         if not isfinite(value)
@@ -36,8 +36,8 @@ def problems(summary: Mapping[str, Any]) -> list[str]:
     if "goal" in summary and summary["goal_reached"] is None and metrics:  # else evaluation was off
         goal, legal = summary["goal"]["metric"], ", ".join(sorted(metrics)) or "none"
         hint = did_you_mean(goal, metrics)
-        found.append(f"goal.metric {goal} was never measured; the metrics are {legal}" + (f" ({hint})" if hint else ""))
+        lines.append(f"goal.metric {goal} was never measured; the metrics are {legal}" + (f" ({hint})" if hint else ""))
     for name, share in used(summary).items():
         if share > OVERSPENT:
-            found.append(f"{share:.0%} of budget.{name} ({summary['budget'][name]:g}) was spent: give more, or do less")
-    return found
+            lines.append(f"{share:.0%} of budget.{name} ({summary['budget'][name]:g}) was spent: give more, or do less")
+    return lines

@@ -114,7 +114,7 @@ class _Listener:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requests:
             for request in self.requests:
-                request.hear(number)
+                request.receive(number)
         elif self.leave is not None:
             self.leave(signal.Signals(number).name)
 
@@ -186,7 +186,7 @@ class StopRequest:
             _listener.requests.append(self)
         _listener.open()
 
-    def hear(self, number: int) -> None:
+    def receive(self, number: int) -> None:
         self.received = self.received or signal.Signals(number).name
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:

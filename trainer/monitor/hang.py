@@ -145,9 +145,9 @@ class HangWatch:
         )
         self.records.sync()
         sleep(HEAR)
-        told = self._told() or {self._rank: {"waits_for": mine.waits_for, "stack": mine.stack, "step": step}}
-        if self._rank == min(told):
-            reason = verdict(told, self._world, step, seconds)
+        reports = self._reports() or {self._rank: {"waits_for": mine.waits_for, "stack": mine.stack, "step": step}}
+        if self._rank == min(reports):
+            reason = verdict(reports, self._world, step, seconds)
             log.error("%s", reason)
             self.records.event("error", step=step, reason=reason)
             self.records.sync()
@@ -155,7 +155,7 @@ class HangWatch:
             sleep(HEAR)  # or a launcher would end the one that tells
         os._exit(FAILURE)
 
-    def _told(self) -> dict[int, dict[str, Any]]:
+    def _reports(self) -> dict[int, dict[str, Any]]:
         """Rank -> where it stands, of all that have written it down in this attempt."""
         rows = read(self.records.run_dir / "events")
         hangs = [row for row in rows if row.kind == "event" and row.fields.get("event") == "hang"]
@@ -163,14 +163,14 @@ class HangWatch:
         return {row.rank: dict(row.fields) for row in hangs if row.attempt == last}
 
 
-def verdict(told: dict[int, dict[str, Any]], world: int, step: int, seconds: float) -> str:
+def verdict(reports: dict[int, dict[str, Any]], world: int, step: int, seconds: float) -> str:
     """What has happened, in a sentence for each rank that the others wait for."""
-    silent = [rank for rank in range(world) if rank not in told]
-    others = {rank: row for rank, row in told.items() if not row["waits_for"].startswith(_COLLECTIVE)}
+    silent = [rank for rank in range(world) if rank not in reports]
+    others = {rank: row for rank, row in reports.items() if not row["waits_for"].startswith(_COLLECTIVE)}
     said = [f"the run has not moved for {seconds:.0f} s, after step {step}"]
     said += [f"rank {rank} does not answer: its process is stopped or gone" for rank in silent]
     if not silent:
-        named = others or told
+        named = others or reports
         said += [
             f"rank {rank} waits for {row['waits_for']}, after its step {row['step']}" for rank, row in named.items()
         ]

@@ -85,9 +85,9 @@ def alternatives(
         chosen: The strategy is the plan's own choice, so that another one is no change.
     """
     tried = _tried(recipe, fit, optimizer, techniques, chosen)
-    found = sorted(tried, key=lambda each: (each.cost, each.fit.memory.total))
+    ordered = sorted(tried, key=lambda each: (each.cost, each.fit.memory.total))
     kept: list[Alternative] = []
-    for each in found:
+    for each in ordered:
         if not any(other.kinds <= each.kinds for other in kept):
             kept.append(each)
     return tuple(kept[:SHOWN])
@@ -110,13 +110,13 @@ def smaller(plan: Planned) -> tuple[Alternative, ...]:
 def _tried(
     recipe: Recipe, fit: Fit, optimizer: OptimizerCard, techniques: list[Technique], chosen: bool
 ) -> Iterator[Alternative]:
-    asked, total = fit.inputs, recipe.data.batch_size
-    starts = [_Change(asked)]
+    given, total = fit.inputs, recipe.data.batch_size
+    starts = [_Change(given)]
     if recipe.model.adapter is None and recipe.model.form in TEXT_TASKS:
-        adapted = replace(asked, size=size_of(_with_adapter(recipe)))
+        adapted = replace(given, size=size_of(_with_adapter(recipe)))
         starts.append(_Change(adapted, ("model.adapter={kind: lora}",), "adapter", _COSTS["adapter"]))
     for start, precision, again, place in product(
-        starts, _precisions(asked, fit.target), _checkpointings(asked, techniques), _places(asked, fit.target)
+        starts, _precisions(given, fit.target), _checkpointings(given, techniques), _places(given, fit.target)
     ):
         devices, nodes = place.value
         model = (_with_adapter(recipe) if start.kind else recipe).model
@@ -126,12 +126,12 @@ def _tried(
         )  # fmt: skip
         if total % made.world:
             continue
-        for way, base in product(_ways(made, asked, optimizer, chosen), _bases(made)):
+        for way, base in product(_ways(made, given, optimizer, chosen), _bases(made)):
             strategy, offload = way.value
             each = replace(made, strategy=strategy, offload=offload, base=base.value)
-            if (found := _micro(Fit(each, fit.target, fit.memory), total)) is None:
+            if (smaller := _micro(Fit(each, fit.target, fit.memory), total)) is None:
                 continue
-            micro, fitting = found
+            micro, fitting = smaller
             changes: tuple[_Change[Any], ...] = (start, precision, again, place, way, base, micro)
             yield Alternative(
                 tuple(text for change in changes for text in change.overrides),
@@ -142,15 +142,15 @@ def _tried(
 
 
 def _micro(fit: Fit, total: int) -> tuple[_Change[int], Fit] | None:
-    """The largest micro-batch, of at most the asked one, with which these inputs fit."""
-    asked, own = fit.inputs.micro, total // fit.inputs.world
+    """The largest micro-batch, of at most the given one, with which these inputs fit."""
+    given, own = fit.inputs.micro, total // fit.inputs.world
     least = own if fit.inputs.in_backward else 1  # which accumulates nothing
-    for micro in sorted((n for n in range(least, min(asked, own) + 1) if own % n == 0), reverse=True):
+    for micro in sorted((n for n in range(least, min(given, own) + 1) if own % n == 0), reverse=True):
         tried = with_micro(fit, micro, total)
         if tried.fits:
-            if micro == asked:
+            if micro == given:
                 return _Change(micro), tried
-            cost = _COSTS["micro"] * log2(asked / micro)
+            cost = _COSTS["micro"] * log2(given / micro)
             return _Change(micro, (f"data.micro_batch_size={micro}",), "micro", cost), tried
     return None
 
@@ -160,59 +160,59 @@ def _with_adapter(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def _precisions(asked: Inputs, target: Target) -> list[_Change[str]]:
-    changes = [_Change(asked.precision)]
-    if asked.precision == "fp32" and target.bf16:
+def _precisions(given: Inputs, target: Target) -> list[_Change[str]]:
+    changes = [_Change(given.precision)]
+    if given.precision == "fp32" and target.bf16:
         changes.append(_Change("bf16", ("precision=bf16",), "precision", _COSTS["precision"]))
     return changes
 
 
-def _checkpointings(asked: Inputs, techniques: list[Technique]) -> list[_Change[Checkpointing]]:
-    changes = [_Change(asked.checkpointing)]
-    if asked.size.hidden and not any(t.card.name == "gradient_checkpointing" for t in techniques):
+def _checkpointings(given: Inputs, techniques: list[Technique]) -> list[_Change[Checkpointing]]:
+    changes = [_Change(given.checkpointing)]
+    if given.size.hidden and not any(t.card.name == "gradient_checkpointing" for t in techniques):
         with suppress(IncompatibleTechniques):
-            facts = frozenset({asked.accelerator, "bf16", "fp16"})
+            facts = frozenset({given.accelerator, "bf16", "fp16"})
             compose([*techniques, declare("gradient_checkpointing", {})], facts)
             name, cost = ("techniques+=gradient_checkpointing",), _COSTS["checkpointing"]
             changes.append(_Change(Checkpointing(1), name, "checkpointing", cost))
     return changes
 
 
-def _places(asked: Inputs, target: Target) -> list[_Change[tuple[int, int]]]:
+def _places(given: Inputs, target: Target) -> list[_Change[tuple[int, int]]]:
     """The devices asked for, and more of them where there may be more."""
-    places = [_Change((asked.devices, asked.nodes))]
+    places = [_Change((given.devices, given.nodes))]
     if target.accelerator == "cpu":
         return places  # more processes share the same memory
     most = target.count or 8
-    for devices, nodes in [(each, asked.nodes) for each in (2, 4, 8) if each <= most] + [
-        (max(most, asked.devices), each) for each in (2, 4, 8, 16)
+    for devices, nodes in [(each, given.nodes) for each in (2, 4, 8) if each <= most] + [
+        (max(most, given.devices), each) for each in (2, 4, 8, 16)
     ]:
-        ratio = devices * nodes / asked.world
-        if ratio > 1 and devices >= asked.devices:
-            words = [f"strategy.devices={devices}"] if devices != asked.devices else []
-            words += [f"strategy.nodes={nodes}"] if nodes != asked.nodes else []
+        ratio = devices * nodes / given.world
+        if ratio > 1 and devices >= given.devices:
+            words = [f"strategy.devices={devices}"] if devices != given.devices else []
+            words += [f"strategy.nodes={nodes}"] if nodes != given.nodes else []
             places.append(_Change((devices, nodes), tuple(words), "devices", _COSTS["devices"] * log2(ratio)))
     return places
 
 
-def _ways(made: Inputs, asked: Inputs, optimizer: OptimizerCard, chosen: bool) -> Iterator[_Change[tuple[str, str]]]:
+def _ways(made: Inputs, given: Inputs, optimizer: OptimizerCard, chosen: bool) -> Iterator[_Change[tuple[str, str]]]:
     """Strategies with their offloads that go with so many devices and the optimizer."""
     for strategy, offload in ((name, each) for name, offloads in OFFLOADS.items() for each in offloads):
         zero = strategy.startswith("zero")
-        if strategy in ASKED_FOR and strategy != asked.strategy:
+        if strategy in ASKED_FOR and strategy != given.strategy:
             continue
         if strategy == "single" if made.world > 1 else strategy == "ddp":
             continue
-        alone = made.world == 1 and offload == "none" and strategy != asked.strategy  # nothing to share, or to move
+        alone = made.world == 1 and offload == "none" and strategy != given.strategy  # nothing to share, or to move
         # a key of the recipe that would be refused there
         idle = any(made.sharding.foreign_to(strategy)) or bool(made.world % made.sharding.hpz)
-        if idle or (strategy not in ("single", "ddp") and (optimizer.whole_parameters or alone or asked.in_backward)):
+        if idle or (strategy not in ("single", "ddp") and (optimizer.whole_parameters or alone or given.in_backward)):
             continue
         words, kind, cost = [], "", 0.1 * int(strategy[-1]) if zero else 0.0
-        if strategy != asked.strategy or (chosen and made.world > 1):
+        if strategy != given.strategy or (chosen and made.world > 1):
             words = [f"strategy.name={strategy}"]
             kind, cost = ("", cost) if chosen else ("strategy", cost + _COSTS["strategy"])
-        if offload != asked.offload:
+        if offload != given.offload:
             words.append(f"strategy.offload={offload}")
             kind, cost = "offload", cost + _COSTS.get(offload, 0.0)
         yield _Change((strategy, offload), tuple(words), kind, cost)

@@ -18,9 +18,9 @@ def configuration_of(name: str | None) -> Mapping[str, Any] | None:
         return None
     for folder in _folders(name):
         with suppress(OSError, ValueError):
-            found = json.loads((folder / "config.json").read_text())
-            if isinstance(found, dict):
-                return found.get("text_config") or found
+            config = json.loads((folder / "config.json").read_text())
+            if isinstance(config, dict):
+                return config.get("text_config") or config
     return None
 
 

@@ -42,7 +42,7 @@ class CannotStart(ShoestringError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class RecipeRequest:
     """Four answers: a folder or hub name of a model; files, a folder, a glob or a carried source; an amount; a purpose.
 
     `CannotStart`, or `TaskError` of the data, where one of them is nothing to start with.
@@ -55,7 +55,7 @@ class Wish:
     look: Look
 
     @classmethod
-    def of(cls, model: str, data: str, budget: str, purpose: str | None) -> Wish:
+    def of(cls, model: str, data: str, budget: str, purpose: str | None) -> RecipeRequest:
         """Look at the data, and check the rest. purpose None: the likeliest for such data."""
         look = look_at(data, key="--data")
         legal = list(purposes(look))
@@ -96,19 +96,19 @@ def budget_key(budget: str) -> str:
     return KEYS[base]
 
 
-def first_recipe(wish: Wish, name: str, machine: Machine | None = None) -> FirstRecipe:
-    """The recipe `name` for a wish, planned on this machine, or on `machine`.
+def first_recipe(request: RecipeRequest, name: str, machine: Machine | None = None) -> FirstRecipe:
+    """The recipe `name` for this request, planned on this machine, or on `machine`.
 
     `CannotStart` where no way to train fits in its memory.
     """
     best: FirstRecipe | None = None
     refused: ShoestringError | None = None
-    known = configuration_of(wish.model) is not None
+    known = configuration_of(request.model) is not None
     for way in WAYS if known else ("lora",):  # of a model that is still to be downloaded, nobody knows the size
-        if way == "qlora" and wish.purpose == "classify":
+        if way == "qlora" and request.purpose == "classify":
             continue
         try:
-            made = _planned(wish, name, way, machine)
+            made = _planned(request, name, way, machine)
         except CannotFit as error:
             refused = error
             continue
@@ -118,36 +118,36 @@ def first_recipe(wish: Wish, name: str, machine: Machine | None = None) -> First
             break
     if best is None:
         why = str(refused).partition(f": {name}: ")[2] or refused  # its place is a file that nobody has seen
-        raise CannotStart(f"nothing fits on this machine, not even adapters beside a base in few bits; it {why}")
+        raise CannotStart(f"nothing fits on this machine, not even adapters beside a low-bit base; it {why}")
     return best
 
 
-def _planned(wish: Wish, name: str, way: str, machine: Machine | None) -> FirstRecipe:
+def _planned(request: RecipeRequest, name: str, way: str, machine: Machine | None) -> FirstRecipe:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.yaml"
-        file.write_text("\n".join(_lines(wish, name, way, None)))
+        file.write_text("\n".join(_lines(request, name, way, None)))
         made = plan(load_recipe(file), machine)
-    passes = _passes(wish, made)
-    return FirstRecipe(text="\n".join(_lines(wish, name, way, made)) + "\n", plan=made, way=way, passes=passes)
+    passes = _passes(request, made)
+    return FirstRecipe(text="\n".join(_lines(request, name, way, made)) + "\n", plan=made, way=way, passes=passes)
 
 
-def _passes(wish: Wish, made: Plan) -> float | None:
+def _passes(request: RecipeRequest, made: Plan) -> float | None:
     """How often the budget's steps see every row, as far as the rows are known: all, or at least so many."""
     steps, data = made.predictions.get("steps"), made.recipe.data
-    if steps is None or not wish.look.rows:
+    if steps is None or not request.look.rows:
         return None
-    per_step = data.batch_size * (data.sequence_length if data.pack else wish.look.characters / CHARACTERS)
-    return float(steps * per_step / (wish.look.rows * max(1.0, wish.look.characters / CHARACTERS)))
+    per_step = data.batch_size * (data.sequence_length if data.pack else request.look.characters / CHARACTERS)
+    return float(steps * per_step / (request.look.rows * max(1.0, request.look.characters / CHARACTERS)))
 
 
-def _lines(wish: Wish, name: str, way: str, made: Plan | None) -> Iterator[str]:
+def _lines(request: RecipeRequest, name: str, way: str, made: Plan | None) -> Iterator[str]:
     """The recipe's text. made: its plan, where there is one already."""
     yield f"# yaml-language-server: $schema={SCHEMA}"
-    yield f"# {_title(wish)}"
+    yield f"# {_title(request)}"
     yield f"#   shoestring plan {name}.yaml      what it needs and costs; starts nothing"
     yield f"#   shoestring data {name}.yaml      what is learnt from: samples, with the trained tokens marked"
     yield f"#   shoestring train {name}.yaml     any key may be changed there: optimizer.lr=1e-4"
-    for section in (_model(wish, way), _data(wish), _budget(wish), _optimizer(way, made)):
+    for section in (_model(request, way), _data(request), _budget(request), _optimizer(way, made)):
         yield ""
         yield from (f"{line:31} # {why}" if why else line for line, why in section)
     yield from ("", "evaluation:", "  at_end: true")
@@ -156,10 +156,10 @@ def _lines(wish: Wish, name: str, way: str, made: Plan | None) -> Iterator[str]:
 Lines = Iterator[tuple[str, str]]  # a line, and what is to be said of it
 
 
-def _model(wish: Wish, way: str) -> Lines:
+def _model(request: RecipeRequest, way: str) -> Lines:
     yield "model:", ""
-    yield f"  task: {TASKS[wish.purpose]}", ""
-    yield f"  name: {_quoted(wish.model)}", ""
+    yield f"  task: {TASKS[request.purpose]}", ""
+    yield f"  name: {_quoted(request.model)}", ""
     if way == "qlora":
         yield "  dtype: nf4", "the frozen base in 4 bits"
     if way != "full":
@@ -169,24 +169,24 @@ def _model(wish: Wish, way: str) -> Lines:
         yield "    alpha: 32", ""
 
 
-def _data(wish: Wish) -> Lines:
+def _data(request: RecipeRequest) -> Lines:
     yield "data:", ""
-    yield f"  source: {_quoted(wish.data)}", ""
-    if wish.look.text_column != "text":
-        yield f"  text_column: {_quoted(wish.look.text_column)}", ""
-    if wish.purpose == "classify":
-        yield f"  label_column: {_quoted(wish.look.label_column or 'label')}", ""
+    yield f"  source: {_quoted(request.data)}", ""
+    if request.look.text_column != "text":
+        yield f"  text_column: {_quoted(request.look.text_column)}", ""
+    if request.purpose == "classify":
+        yield f"  label_column: {_quoted(request.look.label_column or 'label')}", ""
     yield "  validation: 0.05", "the share that is held out, or a path"
-    if wish.purpose == "chat":
+    if request.purpose == "chat":
         yield "  train_on: answers", "or last, or all"
-    longer = "goes on in the next sample" if wish.purpose == "text" else "is cut"
-    yield f"  sequence_length: {_window(wish)}", f"tokens; what is longer {longer}"
-    yield f"  batch_size: {_batch(wish)}", "samples of a step, over all devices"
+    longer = "goes on in the next sample" if request.purpose == "text" else "is cut"
+    yield f"  sequence_length: {_window(request)}", f"tokens; what is longer {longer}"
+    yield f"  batch_size: {_batch(request)}", "samples of a step, over all devices"
 
 
-def _budget(wish: Wish) -> Lines:
+def _budget(request: RecipeRequest) -> Lines:
     yield "budget:", "the first limit that is reached ends the run, annealed and saved"
-    yield f"  {budget_key(wish.budget)}: {_quoted(wish.budget)}", ""
+    yield f"  {budget_key(request.budget)}: {_quoted(request.budget)}", ""
 
 
 def _optimizer(way: str, made: Plan | None) -> Lines:
@@ -203,24 +203,24 @@ def _optimizer(way: str, made: Plan | None) -> Lines:
     yield '  warmup: "5%"', ""
 
 
-def _title(wish: Wish) -> str:
-    model = Path(wish.model).name if wish.model.startswith((".", "/", "~")) else wish.model
+def _title(request: RecipeRequest) -> str:
+    model = Path(request.model).name if request.model.startswith((".", "/", "~")) else request.model
     does = {"chat": "answers as", "text": "goes on with the texts of", "classify": "tells the classes of"}
-    return f"{model} {does[wish.purpose]} {wish.data}" + (" does" if wish.purpose == "chat" else "")
+    return f"{model} {does[request.purpose]} {request.data}" + (" does" if request.purpose == "chat" else "")
 
 
-def _window(wish: Wish) -> int:
+def _window(request: RecipeRequest) -> int:
     """Tokens of a sample: what 95 % of the rows need, within what the model reads."""
-    longest = (configuration_of(wish.model) or {}).get("max_position_embeddings") or 1024
-    if wish.purpose == "text":
+    longest = (configuration_of(request.model) or {}).get("max_position_embeddings") or 1024
+    if request.purpose == "text":
         return min(int(longest), 512)
-    need = (wish.look.characters or 1500) / CHARACTERS + 32  # what a template adds
+    need = (request.look.characters or 1500) / CHARACTERS + 32  # what a template adds
     return min(int(longest), 2048, max(64, 2 ** math.ceil(math.log2(need))))
 
 
-def _batch(wish: Wish) -> int:
+def _batch(request: RecipeRequest) -> int:
     """Samples of a step: at least twenty steps a pass, where there are few rows."""
-    return 16 if not wish.look.rows else max(2, min(16, 2 ** int(math.log2(max(2, wish.look.rows / 20)))))
+    return 16 if not request.look.rows else max(2, min(16, 2 ** int(math.log2(max(2, request.look.rows / 20)))))
 
 
 def _quoted(text: str) -> str:

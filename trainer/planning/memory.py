@@ -134,8 +134,8 @@ def _buckets(run: Inputs) -> float:
     trained = float(run.size.trainable or 0)
     if run.by_rows:  # the gradient of what is gathered, and what it is summed in
         return min(trained, _gathered(run.size)) * (run.own + summed(run))
-    asked = run.sharding.reduce_bucket
-    count = bucket(trained) if asked == "auto" else min(asked, trained) if run.accelerator == "cpu" else asked
+    setting = run.sharding.reduce_bucket
+    count = bucket(trained) if setting == "auto" else min(setting, trained) if run.accelerator == "cpu" else setting
     kept = run.own if run.stage == 2 else summed(run)
     twice = 2 if run.stage < 3 and run.sharding.overlaps(run.strategy, run.accelerator) else 1
     return count * (kept * twice + (summed(run) if summed(run) != run.own else 0.0))
@@ -221,7 +221,7 @@ def _host(run: Inputs) -> Iterable[Term]:
 
 def _loading(run: Inputs) -> float:
     """Weights of text models that ZeRO-3 is to cut lie in files, and each rank has one of them in memory at a time. A
-    base in few bits or in bf16 is mapped by all ranks of a node. Anything else each rank builds whole.
+    low-bit base or one in bf16 is mapped by all ranks of a node. Anything else each rank builds whole.
     """
     size = run.size
     whole, trained = float(size.parameters or 0), float(size.trainable or 0)

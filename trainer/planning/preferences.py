@@ -16,5 +16,5 @@ def forwards_besides(recipe: Recipe) -> int:
     if recipe.model.task != "preference":
         return 0
     kind = recipe.model.preferences.kind
-    asked = 1 if kind.reference and recipe.model.adapter is not None else 0
-    return asked if kind.pairs else 1 + 2 * asked
+    of_reference = 1 if kind.reference and recipe.model.adapter is not None else 0
+    return of_reference if kind.pairs else 1 + 2 * of_reference

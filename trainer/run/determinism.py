@@ -48,9 +48,9 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if found := re.match(r"(\S+) does not have a deterministic implementation", str(error)):
+        if match := re.match(r"(\S+) does not have a deterministic implementation", str(error)):
             raise NotDeterministic(
-                f"deterministic: true, and the model uses {found[1]}, which torch has no deterministic form of. "
+                f"deterministic: true, and the model uses {match[1]}, which torch has no deterministic form of. "
                 "Replace it, or set deterministic: false."
             ) from error
         raise

@@ -126,6 +126,6 @@ def _gather(root: Any, part: nn.Module) -> None:
 def _apart(module: nn.Module) -> list[nn.Module]:
     """The blocks that are gathered one after another: those that share no parameter with the rest of the model."""
     uses = Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
-    found = blocks(module)
-    inside = [Counter(id(p) for part in block.modules() for p in part.parameters(recurse=False)) for block in found]
-    return [block for block, own in zip(found, inside, strict=True) if own and all(uses[p] == own[p] for p in own)]
+    repeated = blocks(module)
+    inside = [Counter(id(p) for part in block.modules() for p in part.parameters(recurse=False)) for block in repeated]
+    return [block for block, own in zip(repeated, inside, strict=True) if own and all(uses[p] == own[p] for p in own)]

@@ -34,15 +34,15 @@ class ChangedInputs(ShoestringError):
 
 def inputs_of(recipe: Recipe, task: Task) -> dict[str, str]:
     """Name -> what it is today, or a digest of it."""
-    found = {f"version of {name}": version for name, version in package_versions().items()}
+    inputs = {f"version of {name}": version for name, version in package_versions().items()}
     if "data_digest" in task.facts:
-        found["data"] = task.facts["data_digest"]
+        inputs["data"] = task.facts["data_digest"]
     if task.tokenizer is not None:
-        found["tokenizer"] = task.tokenizer_key
+        inputs["tokenizer"] = task.tokenizer_key
     names = [recipe.model.task, recipe.data.source or "", recipe.optimizer.name, *(t.name for t in recipe.techniques)]
     for name in sorted({name for name in names if is_code(name)}):
-        found[f"code of {name.partition(':')[0]}"] = _source_digest(import_code(name))
-    return found
+        inputs[f"code of {name.partition(':')[0]}"] = _source_digest(import_code(name))
+    return inputs
 
 
 def keep_or_compare(

@@ -46,10 +46,10 @@ def _message(error: Exception, plan: Plan) -> str:
     planned: Mapping[str, float] = plan.predictions.get("memory_terms", {})
     if counted := getattr(error, "held", None):
         lines.append("This rank held, beside what was planned:")
-        told = {name: sum(planned.get(term, 0.0) for term in terms) for name, terms in _TERMS.items()}
+        by_kind = {name: sum(planned.get(term, 0.0) for term in terms) for name, terms in _TERMS.items()}
         fragments = planned.get("fragmentation", 0.0)
-        rest = sum(planned.values()) - sum(told.values()) - fragments
-        expected = {**told, REST: rest, "fragmentation": fragments}
+        rest = sum(planned.values()) - sum(by_kind.values()) - fragments
+        expected = {**by_kind, REST: rest, "fragmentation": fragments}
         lines += [f"  {name}: {gib(value)} (planned {gib(expected[name])})" for name, value in counted.items()]
     else:
         lines.append("It ran out before the first step, while the model and its states were made.")

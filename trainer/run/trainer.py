@@ -187,8 +187,8 @@ class Trainer(pl.Trainer):
         given = options.pop("callbacks", None) or []
         given = [given] if isinstance(given, pl.Callback) else list(given)
         options.setdefault("logger", False)
-        for quiet, asked in _SHOWN_OR_KEPT.items():
-            options.setdefault(quiet, any(isinstance(callback, asked) for callback in given))
+        for quiet, callback_class in _SHOWN_OR_KEPT.items():
+            options.setdefault(quiet, any(isinstance(callback, callback_class) for callback in given))
         if num_nodes == 1 and local_ranks.by_hand_in_slurm():
             options["plugins"] = started_by_hand(options.get("plugins"))
         super().__init__(

@@ -84,15 +84,15 @@ def make_strategy(
 
 def _only_ours(given: str | Strategy, offload: str, settings: Settings, sharding: Sharding | None) -> None:
     """Raise `UnknownStrategy` where something is asked for that only strategies of our own are made with."""
-    asked = [
+    idle = [
         *[f"offload={offload!r}"] * (offload != "none"),
         *["sharding=Sharding(…)"] * (sharding is not None),
         *[f"{key}={value!r}, of a technique," for key, value in settings.strategy_options.items()],
     ]
-    if asked:
-        kind = repr(given) if isinstance(given, str) else f"a {type(given).__name__} that was made elsewhere"
+    if idle:
+        kind = repr(given) if isinstance(given, str) else f"a {type(given).__name__} that was made outside"
         raise UnknownStrategy(
-            f"strategy is {kind}, and {asked[0]} would do nothing: give that strategy its settings where it is made, "
+            f"strategy is {kind}, and {idle[0]} would do nothing: give that strategy its settings where it is made, "
             f"or name one of {', '.join(OFFLOADS)}"
         )
 
@@ -134,8 +134,8 @@ def _buckets(zero: dict[str, Any], sharding: Sharding, trained: int) -> None:
         "allgather_bucket_size": (sharding.allgather_bucket, bucket(trained)),
         "stage3_prefetch_bucket_size": (sharding.prefetch, PREFETCH),
     }
-    for key, (asked, derived) in wanted.items():
-        zero.setdefault(key, derived if asked == "auto" else asked)
+    for key, (setting, derived) in wanted.items():
+        zero.setdefault(key, derived if setting == "auto" else setting)
 
 
 @contextmanager

@@ -15,13 +15,13 @@ def are_entity_tags(classes: Iterable[str]) -> bool:
 
 def entities(tags: Sequence[str]) -> set[Entity]:
     """The entities of a row of tags. An I-X that goes on with no X begins one, as in the task's own scoring."""
-    found: set[Entity] = set()
+    spans: set[Entity] = set()
     kind, start = "", 0
     for at, tag in enumerate([*tags, "O"]):
         inside, _, name = tag.partition("-")
         if kind and (inside != "I" or name != kind):
-            found.add((kind, start, at))
+            spans.add((kind, start, at))
             kind = ""
         if tag != "O" and not kind:
             kind, start = name, at
-    return found
+    return spans

@@ -117,7 +117,7 @@ def all_kept_in(files: Iterable[Path], kept: Kept) -> bool:
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
-            found = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  # it is no mapping
-        if any(dtype != wanted for dtype in found if dtype in ("F64", "F32", "F16", "BF16")):
+            dtypes = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  # it is no mapping
+        if any(dtype != wanted for dtype in dtypes if dtype in ("F64", "F32", "F16", "BF16")):
             return False
     return True

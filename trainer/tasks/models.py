@@ -153,12 +153,12 @@ def _pretrained(
                 return pretrained_base(name, files, load, new, kept, home, cache)
         with _quietly(), pages_given_back():
             if kept.codes is None:
-                model, found = load()
+                model, loading_info = load()
             else:
                 from .quantized_loading import load_quantized
 
-                model, found = load_quantized(load, kept.codes)
-        model.drawn_weights = frozenset(found["missing_keys"])  # a new head: no file gives it again
+                model, loading_info = load_quantized(load, kept.codes)
+        model.drawn_weights = frozenset(loading_info["missing_keys"])  # a new head: no file gives it again
         for p in read_from_files(model.parameters()):
             p.mapped = True  # type: ignore[attr-defined]
         return model  # type: ignore[no-any-return]

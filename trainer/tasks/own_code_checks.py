@@ -30,10 +30,10 @@ def check_own_module(recipe: Recipe, module: pl.LightningModule) -> None:
         return
     problems, name = [], recipe.model.task
     for key in OF_OPTIMIZER if makes_optimizer(module) else ():
-        if (found := getattr(recipe.optimizer, key)) != OptimizerSpec.model_fields[key].default:
+        if (value := getattr(recipe.optimizer, key)) != OptimizerSpec.model_fields[key].default:
             rule = f"nothing: {name} makes its own optimizer in configure_optimizers"
             hint = "set it there (model.args can hand it over), or remove that method"
-            problems.append(recipe.problem(f"optimizer.{key}", found, rule, hint))
+            problems.append(recipe.problem(f"optimizer.{key}", value, rule, hint))
     if recipe.export is not None and not hasattr(getattr(module, "model", None), "save_pretrained"):
         rule = f"hf for modules whose attribute `model` is a Hugging Face model, which that of {name} is not"
         problems.append(recipe.problem("export.to", recipe.export.to, rule, "leave export out"))

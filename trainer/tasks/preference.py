@@ -123,8 +123,8 @@ class PairwisePreference(Preference):
     def on_validation_epoch_end(self) -> None:
         """Log `val_loss` and what the rewards are, equal on all ranks."""
         *sums, entropy, targets = self.totals(7)
-        found = metrics_of(sums)
-        self.log_all({**found, "val_loss": found["val_loss"] + entropy / targets.clamp(min=1)})
+        metrics = metrics_of(sums)
+        self.log_all({**metrics, "val_loss": metrics["val_loss"] + entropy / targets.clamp(min=1)})
 
     def _pairs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Losses [B], rewards [B, 2], and of ORPO cross entropies of chosen documents [B]."""
@@ -222,8 +222,8 @@ class SinglePreference(Preference):
             self.add(loss.sum(), right.sum(), *sums, wanted.sum(), (~wanted).sum())
         loss, right, chosen, rejected, ours, others = self.totals(6)
         chosen, rejected = beta * chosen / ours.clamp(min=1), beta * rejected / others.clamp(min=1)
-        found = (right / (ours + others), chosen - rejected, chosen, rejected)
-        self.log_all({"val_loss": loss / (ours + others), **dict(zip(METRICS, found, strict=True))})
+        metrics = (right / (ours + others), chosen - rejected, chosen, rejected)
+        self.log_all({"val_loss": loss / (ours + others), **dict(zip(METRICS, metrics, strict=True))})
 
     def _ratios(self, batch: Batch) -> Tensor:
         """Log ratios of the answers of a batch [B]."""

@@ -112,9 +112,9 @@ class MultiLabel:
 
     def scores(self, metric: Any) -> Scores:
         """Micro and macro F1, and the share of samples that are right in every class; the table of classes."""
-        found = metric.compute()
-        scores = ClassScores.of_binary(found["matrix"])
-        logged = {"exact_match": found["exact"], "macro_f1": scores.macro_f1, "micro_f1": scores.micro_f1}
+        computed = metric.compute()
+        scores = ClassScores.of_binary(computed["matrix"])
+        logged = {"exact_match": computed["exact"], "macro_f1": scores.macro_f1, "micro_f1": scores.micro_f1}
         return logged, {"classes": scores.table(self.classes)}
 
 

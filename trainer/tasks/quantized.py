@@ -119,7 +119,7 @@ def int8_sizes(shape: torch.Size) -> dict[str, tuple[list[int], torch.dtype]]:
 
 @dataclass(frozen=True)
 class Codec:
-    """How weights are written in few bits, what that takes, and how they are read back."""
+    """How weights are written in 4 or 8 bits, what that takes, and how they are read back."""
 
     write: Callable[[Tensor], dict[str, Tensor]]
     sizes: Callable[[torch.Size], dict[str, tuple[list[int], torch.dtype]]]

@@ -26,12 +26,12 @@ _HEADS = ("classifier", "score")  # which PEFT trains beside adapters
 def load_quantized(load: Callable[..., tuple[PreTrainedModel, Any]], kind: str) -> tuple[PreTrainedModel, Any]:
     """What `load` loads, a `from_pretrained` that tells what it has found, with its linear layers in `kind`."""
     config_class, quantizer = _registered()
-    model, found = load(quantization_config=config_class(kind))
+    model, loading_info = load(quantization_config=config_class(kind))
     quantizer.remove_quantization_config(model)  # the model is saved merged, and in full
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, QuantizedLinear) and f"{path}.weight" in found["missing_keys"]:
+        if isinstance(layer, QuantizedLinear) and f"{path}.weight" in loading_info["missing_keys"]:
             model.set_submodule(path, _drawn(layer, model))
-    return _checked(model), found
+    return _checked(model), loading_info
 
 
 def make_quantized(make: Callable[[], PreTrainedModel], kind: str) -> PreTrainedModel:

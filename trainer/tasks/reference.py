@@ -94,8 +94,8 @@ class CachedReference:
             )
         if kept is None:
             size = getattr(trainer.datamodule, "micro_batch_size", SAMPLES)  # type: ignore[attr-defined]
-            found = {name: _computed(trainer, data, log_probabilities, size) for name, data in self.sets.items()}
-            kept = {name: values.cpu().numpy() for name, values in found.items()}
+            computed = {name: _computed(trainer, data, log_probabilities, size) for name, data in self.sets.items()}
+            kept = {name: values.cpu().numpy() for name, values in computed.items()}
             if trainer.is_global_zero:
                 self._keep(kept)
         for name, data in self.sets.items():
@@ -127,7 +127,7 @@ def _computed(
     for number in range(rank, -(-len(batches) // world) * world, world):  # equally many on each, as ZeRO-3 needs
         batch = batches[number % len(batches)].tolist()
         documents = [data.document(index, which) for index in batch for which in (0, 1)]
-        found = log_probabilities(documents).view(-1, 2).float()
+        pairs = log_probabilities(documents).view(-1, 2).float()
         if number < len(batches):
-            values[batch] = found
+            values[batch] = pairs
     return trainer.strategy.reduce(values, reduce_op="sum")  # type: ignore[return-value]

@@ -22,8 +22,8 @@ def sums_of(losses: Tensor, rewards: Tensor) -> tuple[Tensor, ...]:
 def metrics_of(sums: Sequence[Tensor]) -> dict[str, Tensor]:
     """`val_loss`, and of the pairs the share in the right order, the mean margin, and the mean rewards."""
     loss, count, right, chosen, rejected = sums
-    found = (right / count, (chosen - rejected) / count, chosen / count, rejected / count)
-    return {"val_loss": loss / count, **dict(zip(METRICS, found, strict=True))}
+    values = (right / count, (chosen - rejected) / count, chosen / count, rejected / count)
+    return {"val_loss": loss / count, **dict(zip(METRICS, values, strict=True))}
 
 
 class RewardModel(TaskModule):

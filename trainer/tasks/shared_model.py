@@ -33,8 +33,8 @@ def pretrained_base(
 
     def make() -> PreTrainedModel:
         with pages_given_back():
-            model, found = load() if kept.codes is None else load_quantized(load, kept.codes)
-        model.drawn_weights = frozenset(found["missing_keys"])
+            model, loading_info = load() if kept.codes is None else load_quantized(load, kept.codes)
+        model.drawn_weights = frozenset(loading_info["missing_keys"])
         return model  # type: ignore[no-any-return]
 
     contents = [file_digest(file, cache) for file in files]
@@ -48,7 +48,7 @@ def pretrained_base(
 
 
 def new_base(make: Callable[[], Any], kept: Kept, home: Path | None) -> PreTrainedModel:
-    """What `make` makes, with new weights, its linear layers in few bits where `kept` says so. home: of its file."""
+    """What `make` makes, with new weights, its linear layers in 4 or 8 bits where `kept` says so. home: of its file."""
     whole = make if kept.codes is None else lambda: make_quantized(make, str(kept.codes))
     if home is None:
         return whole()

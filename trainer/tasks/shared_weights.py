@@ -57,8 +57,8 @@ class WeightFile:
 
     def place_of(self, tensor: Tensor) -> Place:
         """Where a tensor is, which is added unless it is one that `add` returned."""
-        found = self.places.get(tensor.data_ptr()) if tensor.numel() else None
-        return found if found is not None else self.places[self.add(tensor).data_ptr()]
+        place = self.places.get(tensor.data_ptr()) if tensor.numel() else None
+        return place if place is not None else self.places[self.add(tensor).data_ptr()]
 
     @contextmanager
     def taking_parameters(self) -> Iterator[None]:

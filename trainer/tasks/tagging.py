@@ -48,18 +48,18 @@ class Tagger(Classifier):
 
     def on_validation_epoch_end(self) -> None:
         """Log `val_loss` and the scores, equal on all ranks; set `details`."""
-        loss, count, right, found, wanted = self.totals(5)
-        scores = {"entity_f1": 2 * right / (found + wanted).clamp(min=1)} if self._entities else {}
+        loss, count, right, predicted, wanted = self.totals(5)
+        scores = {"entity_f1": 2 * right / (predicted + wanted).clamp(min=1)} if self._entities else {}
         self.log_scores(loss / count, scores)
 
     def _entity_counts(self, predicted: torch.Tensor, labels: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         """How many entities are right, predicted and wanted in a batch [3]."""
         counts, names = [0, 0, 0], self.problem.classes
         for row in range(len(labels)) if self._entities else ():
-            found, wanted = (
+            ours, wanted = (
                 entities([names[number] for number in numbers[row][words[row]].tolist()])
                 for numbers in (predicted, labels)
             )
-            for at, some in enumerate((found & wanted, found, wanted)):
+            for at, some in enumerate((ours & wanted, ours, wanted)):
                 counts[at] += len(some)
         return torch.tensor(counts, device=labels.device)

@@ -110,11 +110,11 @@ def test_ranks_tell_the_exact_means_of_the_model_that_is_kept(strategy, world, p
     last = load_weights(tmp_path / "last" / "final")
     assert all(torch.allclose(last[name], weight, atol=1e-5) for name, weight in plain.items())
     for name, wanted in COUNTED.items() if world == 3 else ():
-        told = json.loads((tmp_path / "seen.json").read_text())[name]
-        assert told["values"] == wanted, name
-        assert told["sums"][::2] == [sum(wanted), len(wanted)], name
-        assert told["mean"] == pytest.approx(sum(wanted) / len(wanted)), name
-        assert told["sums"][1] == pytest.approx(told["of the kept model"], rel=1e-4), name
+        row = json.loads((tmp_path / "seen.json").read_text())[name]
+        assert row["values"] == wanted, name
+        assert row["sums"][::2] == [sum(wanted), len(wanted)], name
+        assert row["mean"] == pytest.approx(sum(wanted) / len(wanted)), name
+        assert row["sums"][1] == pytest.approx(row["of the kept model"], rel=1e-4), name
 
 
 def test_a_stream_without_a_batch_on_one_rank_is_refused_on_all(tmp_path):

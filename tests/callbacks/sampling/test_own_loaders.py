@@ -168,11 +168,11 @@ class Growing(pl.LightningDataModule):
 
     def __init__(self):
         super().__init__()
-        self.asked = []
+        self.epochs = []
 
     def train_dataloader(self):
         epoch = self.trainer.current_epoch
-        self.asked.append(epoch)
+        self.epochs.append(epoch)
         size = 8 if epoch < 2 else 12
         return DataLoader(torch.utils.data.Subset(samples(50), range(10 * epoch, 10 * epoch + size)), 4)
 
@@ -181,7 +181,7 @@ def test_reloaded_loaders_are_read_and_resumed(tmp_path):
     options = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1}
     whole, broken, resumed, data = Small(), Small(), Small(), Growing()
     trainer = train(tmp_path / "whole", module=whole, data=data, **options)
-    assert data.asked == [0, 1, 2, 3]
+    assert data.epochs == [0, 1, 2, 3]
     assert [batch[0] for batch in whole.seen] == [0, 4, 10, 14, 20, 24, 28, 30, 34, 38]
     assert trainer.monitor.account.clock.progress == 1.0 and trainer.summary["steps"] == 10
     with pytest.raises(RuntimeError, match="crashed"):

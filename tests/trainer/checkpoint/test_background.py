@@ -118,14 +118,14 @@ def test_what_is_not_finite_is_not_published(tmp_path: Path) -> None:
     folder = checkpoint.working_directory(tmp_path, 4)
     folder.mkdir()
     spoilt = {"master/w": (Piece(0, 3, (3,)), torch.tensor([1.0, float("inf"), 0.0]))}
-    told = snapshot.Writing(folder, 0, {}, spoilt, None).finish()
-    assert told == {"files": {}, "not_finite": "master/w", "refusal": None}
+    written = snapshot.Writing(folder, 0, {}, spoilt, None).finish()
+    assert written == {"files": {}, "not_finite": "master/w", "refusal": None}
     assert not list(folder.iterdir())
 
 
 def test_a_refusal_of_the_disk_is_told(tmp_path: Path) -> None:
-    told = snapshot.Writing(tmp_path / "nowhere", 0, {"rank-00000.pt": b"x"}, {}, None).finish()
-    assert told["refusal"] == "No such file or directory"
+    written = snapshot.Writing(tmp_path / "nowhere", 0, {"rank-00000.pt": b"x"}, {}, None).finish()
+    assert written["refusal"] == "No such file or directory"
 
 
 @pytest.mark.parametrize("missing", [None, "written-00000.json", "written-00001.json"])
@@ -173,10 +173,10 @@ def test_its_library_reads_what_is_written(tmp_path_factory: pytest.TempPathFact
 
 
 def test_killed_while_writing_leaves_an_intact_one(tmp_path: Path) -> None:
-    draw, found = random.Random(0), kills_while_writing.Found()
+    draw, kills = random.Random(0), kills_while_writing.Found()
     (tmp_path / "run").mkdir()
     for _ in range(3):
-        kills_while_writing.kill(tmp_path, draw, found)
-    assert not found.wrong and found.left["while writing"] + found.left["between writes"] == 3, found
+        kills_while_writing.kill(tmp_path, draw, kills)
+    assert not kills.wrong and kills.left["while writing"] + kills.left["between writes"] == 3, kills
     newest, problems = checkpoint.newest_intact(tmp_path / "run" / "checkpoints", state.check)
     assert newest is not None and not problems

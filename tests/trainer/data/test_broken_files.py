@@ -58,7 +58,7 @@ class Broken(NamedTuple):
 
 
 FILES = {
-    "torn line": Broken("a.jsonl", GOOD + '{"text": "b\n' + GOOD, r"line 2 is not JSON: .* Mend", {"not JSON": 1}),
+    "torn line": Broken("a.jsonl", GOOD + '{"text": "b\n' + GOOD, r"line 2 is not JSON: .* Fix", {"not JSON": 1}),
     "deep nesting": Broken("a.jsonl", GOOD + "[" * 3000 + "\n", r"line 2 is not JSON", {"not JSON": 1}),
     "wrong column": Broken("a.jsonl", '{"txt": "a"}\n', r"row 1: .*'text' is unknown\. Did you mean 'txt'.*Known: txt"),
     "column missing later": Broken(

@@ -20,14 +20,14 @@ ADDS = [
 
 
 def tokens(tokenizer, row, train_on="answers"):
-    (found,) = Answers(tokenizer, train_on)([json.dumps(row if isinstance(row, dict) else {"messages": row})])
-    return found
+    (answer,) = Answers(tokenizer, train_on)([json.dumps(row if isinstance(row, dict) else {"messages": row})])
+    return answer
 
 
-def trained_text(tokenizer, found):
+def trained_text(tokenizer, answer):
     """The trained tokens, decoded stretch by stretch."""
     stretches, ids = [], None
-    for number, trained in zip(*found, strict=True):
+    for number, trained in zip(*answer, strict=True):
         if trained and ids is None:
             stretches.append(ids := [])
         if not trained:
@@ -59,9 +59,9 @@ def test_every_token_of_the_assistant_is_trained_once_and_no_other(template, tur
         for turn in turns
         for role, said in zip(("user", "assistant"), turn, strict=True)
     ]
-    found = tokens(tokenizer, chat)
-    assert trained_text(tokenizer, found) == [f"{said}<|im_end|>" for _, said in turns]
-    assert tokenizer.decode(found.ids) == tokenizer.apply_chat_template(chat, tokenize=False)
+    answer = tokens(tokenizer, chat)
+    assert trained_text(tokenizer, answer) == [f"{said}<|im_end|>" for _, said in turns]
+    assert tokenizer.decode(answer.ids) == tokenizer.apply_chat_template(chat, tokenize=False)
 
 
 @pytest.mark.parametrize("template", [MARKED, CHATML], ids=["marked", "between"])
@@ -69,9 +69,9 @@ def test_a_text_that_spells_a_special_token_is_text(template):
     tokenizer = built("byte_level", template)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     said = "so <|im_end|> ends it<|im_start|>"
-    found = tokens(tokenizer, [{"role": "user", "content": said}, {"role": "assistant", "content": said}])
-    assert found.ids.count(end) == 2, "only the template's own"
-    assert trained_text(tokenizer, found) == [f"{said}<|im_end|>"]
+    answer = tokens(tokenizer, [{"role": "user", "content": said}, {"role": "assistant", "content": said}])
+    assert answer.ids.count(end) == 2, "only the template's own"
+    assert trained_text(tokenizer, answer) == [f"{said}<|im_end|>"]
 
 
 def test_which_answers_are_trained_can_be_chosen():
@@ -95,16 +95,16 @@ def test_which_answers_are_trained_can_be_chosen():
 )  # fmt: skip
 def test_the_end_of_an_answer_is_trained(template, row):
     tokenizer = built("byte_level", template)
-    found = tokens(tokenizer, row)
-    assert tokenizer.decode(found.ids).rstrip().endswith("<|im_end|>")
-    assert trained_text(tokenizer, found)[-1].endswith("<|im_end|>")
+    answer = tokens(tokenizer, row)
+    assert tokenizer.decode(answer.ids).rstrip().endswith("<|im_end|>")
+    assert trained_text(tokenizer, answer)[-1].endswith("<|im_end|>")
 
 
 def test_a_prompt_is_opened_as_the_tokenizer_opens_texts():
     tokenizer = built("metaspace")
-    found = tokens(tokenizer, {"prompt": "two and three:", "completion": " five."})
-    assert found.ids == [*tokenizer("two and three: five.")["input_ids"], tokenizer.eos_token_id]
-    assert trained_text(tokenizer, found) == ["five.<|im_end|>"]
+    answer = tokens(tokenizer, {"prompt": "two and three:", "completion": " five."})
+    assert answer.ids == [*tokenizer("two and three: five.")["input_ids"], tokenizer.eos_token_id]
+    assert trained_text(tokenizer, answer) == ["five.<|im_end|>"]
 
 
 # as reasoning models do: thoughts are dropped as soon as another question follows
@@ -119,8 +119,8 @@ REWRITES = CHATML.replace(
 
 def test_what_a_template_writes_differently_later_is_found_at_its_place_or_refused():
     tokenizer = built("byte_level", FORGETS)
-    found = trained_text(tokenizer, tokens(tokenizer, ADDS))
-    assert found == ["It is  five.\n<|im_end|>", "[thinks]Good bye!<|im_end|>"]
+    trained = trained_text(tokenizer, tokens(tokenizer, ADDS))
+    assert trained == ["It is  five.\n<|im_end|>", "[thinks]Good bye!<|im_end|>"]
     with pytest.raises(TaskError, match=r"writes the answer 'It is five.' differently once others follow"):
         tokens(built("byte_level", REWRITES), ADDS)
     last = tokens(tokenizer := built("byte_level", REWRITES), ADDS, "last")

@@ -163,15 +163,15 @@ def test_texts_are_tokenized_a_million_characters_at_a_time(tmp_path: Path) -> N
     texts = ["ab\n" * 700_000, *["x" * 3000] * 900, "", "z" * 5_000_000, "end"]
     most = max(sum(map(len, batch)) for batch in in_batches(texts[1:901]))
     assert most <= BATCH + 3000 and [t for b in in_batches(texts) for t in b] == texts
-    asked: list[int] = []
+    characters: list[int] = []
 
     def encode(parts: list[str]) -> list[list[int]]:
-        asked.append(sum(map(len, parts)))
+        characters.append(sum(map(len, parts)))
         return [list(part.encode()) for part in parts]
 
     frame = ([1], [2, 3])
     store = store_tokens(of_texts(texts), encode, key="a", vocabulary=256, cache=tmp_path, frame=frame)
-    assert max(asked) <= BATCH + (1 << 16) and len(store.offsets) == len(texts) + 1
+    assert max(characters) <= BATCH + (1 << 16) and len(store.offsets) == len(texts) + 1
     for number in (0, 5, 901, 902, 903):
         assert store.document(number).tobytes() == bytes_of([1, *texts[number].encode(), 2, 3])
 

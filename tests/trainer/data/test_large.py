@@ -67,11 +67,11 @@ def test_a_map_lets_go_of_what_has_been_read(tmp_path: Path, monkeypatch: pytest
     numbers = np.arange(8 * MIB, dtype=np.uint32)
     numbers.tofile(tmp_path / "numbers.bin")
     monkeypatch.setattr(mapped, "HELD", 2 * MIB)
-    found = MappedNumbers(tmp_path / "numbers.bin", "uint32")
+    kept = MappedNumbers(tmp_path / "numbers.bin", "uint32")
     before, most = status("RssFile"), 0
-    for start in range(0, len(found), 1 << 16):
-        assert found[start : start + 2].tolist() == [start, start + 1]
-        assert np.array_equal(found[start : start + (1 << 16)], numbers[start : start + (1 << 16)])
+    for start in range(0, len(kept), 1 << 16):
+        assert kept[start : start + 2].tolist() == [start, start + 1]
+        assert np.array_equal(kept[start : start + (1 << 16)], numbers[start : start + (1 << 16)])
         most = max(most, status("RssFile") - before)
     assert most < 6 * MIB < numbers.nbytes
 

@@ -34,12 +34,12 @@ def batches(world: int, position: int, count: int) -> list[list[int]]:
             MixtureOrder(SIZES, WEIGHTS, seed=3), micro=12 // world // (2 if world < 4 else 1),
             accumulate=2 if world < 4 else 1, rank=rank, world=world, seed=3, position=lambda: position,
         )  # fmt: skip
-        found: list[int] = []
+        samples: list[int] = []
         for micro in order:
-            found += micro
-            if len(found) == count * 12 // world:
+            samples += micro
+            if len(samples) == count * 12 // world:
                 break
-        by_rank.append(np.array(found).reshape(count, -1))
+        by_rank.append(np.array(samples).reshape(count, -1))
     return [sorted(batch.tolist()) for batch in np.concatenate(by_rank, axis=1)]
 
 
@@ -98,13 +98,13 @@ def recipe(folder: Path, *changes: str) -> Recipe:
 def test_sources_of_different_kinds_are_one_data_set_and_the_receipt_says_how_often_each_is_read(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = receipt_of(recipe(folder, "data.validation=0.1"), folder / "run")
-    texts, chats = found.sources
+    receipt = receipt_of(recipe(folder, "data.validation=0.1"), folder / "run")
+    texts, chats = receipt.sources
     assert (texts["weight"], chats["weight"]) == (0.75, 0.25)
-    assert texts["samples"] + chats["samples"] == found.samples and found.validation_samples > 4
+    assert texts["samples"] + chats["samples"] == receipt.samples and receipt.validation_samples > 4
     drawn = [800 * each["weight"] / each["samples"] for each in (texts, chats)]  # 100 steps of 8
     assert [texts["epochs"], chats["epochs"]] == pytest.approx(drawn, rel=0.01)
-    show_receipt(found.as_dict(), Console(width=200))
+    show_receipt(receipt.as_dict(), Console(width=200))
     assert f"25.0% from {folder}/chats.jsonl" in capsys.readouterr().out
     task = build_task(recipe(folder, "data.validation=0.1"), workdir=folder / "run")
     assert isinstance(task.train, Mixture) and isinstance(task.validation, Joined)

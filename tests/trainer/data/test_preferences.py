@@ -77,12 +77,12 @@ def test_what_cannot_be_learnt_from_is_named(row: dict[str, Any], said: str, tmp
 
 def texts(made: Any, sample: int) -> list[tuple[str, str]]:
     """Both documents of a sample, each as (what is read, what of it is weighed)."""
-    found = []
+    texts = []
     for which in (0, 1):
         document = made.train.document(sample, which)
         weighed = document["input_ids"][document["labels"] != IGNORED]
-        found.append((made.tokenizer.decode(document["input_ids"]), made.tokenizer.decode(weighed)))
-    return found
+        texts.append((made.tokenizer.decode(document["input_ids"]), made.tokenizer.decode(weighed)))
+    return texts
 
 
 def test_answers_and_their_ends_are_weighed_and_prompts_are_not(tmp_path: Path) -> None:
@@ -128,10 +128,10 @@ def test_a_pair_that_is_cut_down_to_its_prompt_is_left_out_and_counted(tmp_path:
 
 
 def test_the_receipt_shows_both_answers(tmp_path: Path) -> None:
-    found = receipt_of(recipe(tmp_path, preferred.rows(20), data={"validation": 0.2}), tmp_path / "run")
-    assert found.samples == found.documents == 16 and 0 < found.trained_share < 1 and found.duplicates == 0
+    receipt = receipt_of(recipe(tmp_path, preferred.rows(20), data={"validation": 0.2}), tmp_path / "run")
+    assert receipt.samples == receipt.documents == 16 and 0 < receipt.trained_share < 1 and receipt.duplicates == 0
     console = Console(record=True, width=120, no_color=True)
-    show_receipt(found.as_dict(), console)
+    show_receipt(receipt.as_dict(), console)
     said = console.export_text()
     assert "rejected" in said and "16 samples to train on" in said
 

@@ -27,17 +27,17 @@ def receipt(tmp_path):
 
 
 def test_counts_and_samples_are_those_of_the_data(receipt):
-    found = receipt(ROWS, "data.pack=false", held=[*ROWS[:3], {"question": "New?", "answer": "Yes."}])
-    assert (found.samples, found.documents, found.validation_samples, found.duplicates) == (20, 20, 4, 3)
-    trained = "".join(text for text, is_trained in found.shown[0] if is_trained)
+    plain = receipt(ROWS, "data.pack=false", held=[*ROWS[:3], {"question": "New?", "answer": "Yes."}])
+    assert (plain.samples, plain.documents, plain.validation_samples, plain.duplicates) == (20, 20, 4, 3)
+    trained = "".join(text for text, is_trained in plain.shown[0] if is_trained)
     assert trained == "It is 0.<|endoftext|>"
-    whole = "".join(text for text, _ in found.shown[0])
+    whole = "".join(text for text, _ in plain.shown[0])
     assert whole == "### User:\nWhat is 0?\n\n### Assistant:\nIt is 0.<|endoftext|>\n\n"
-    assert found.lengths[5] <= found.lengths[50] <= found.lengths[100] < 64
-    assert 0 < found.trained_share < 0.5 and found.padding == 0
+    assert plain.lengths[5] <= plain.lengths[50] <= plain.lengths[100] < 64
+    assert 0 < plain.trained_share < 0.5 and plain.padding == 0
     packed = receipt(ROWS, "data.sequence_length=128")
     assert packed.samples < 20 == packed.documents and packed.padding > 0
-    assert (packed.tokens, packed.trained_tokens) == (found.tokens, found.trained_tokens)
+    assert (packed.tokens, packed.trained_tokens) == (plain.tokens, plain.trained_tokens)
 
 
 def test_what_is_shown_marks_what_is_trained(receipt, capsys):
@@ -50,8 +50,8 @@ def test_what_is_shown_marks_what_is_trained(receipt, capsys):
 def test_rows_that_are_left_out_are_counted(receipt):
     noise = "".join(chr(33 + i * 37 % 90) for i in range(200))  # which no token spells several characters of
     far, long = {"question": noise, "answer": "never seen"}, {"question": "Say much", "answer": noise}
-    found = receipt([*ROWS, far, long], "data.pack=false")
-    assert found.left_out == {"rows_cut": 2, "rows_without_target": 1} and found.documents == 21
+    plain = receipt([*ROWS, far, long], "data.pack=false")
+    assert plain.left_out == {"rows_cut": 2, "rows_without_target": 1} and plain.documents == 21
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_classes_and_images_have_one_too(receipt, tmp_path):
     rows = [{"text": f"good {i}" if i % 3 else f"bad {i}", "label": "yes" if i % 3 else "no"} for i in range(12)]
     (tmp_path / "labelled.jsonl").write_text("\n".join(map(json.dumps, rows)))
     changes = ["data.validation=0", "goal=null", f"data.source={tmp_path / 'labelled.jsonl'}"]
-    found = receipt_of(load_recipe("finetune-minilm", changes), tmp_path / "run")
-    assert found.classes == {"no": 4, "yes": 8} and found.shown[0][-1] == (" → no", True)
+    labelled = receipt_of(load_recipe("finetune-minilm", changes), tmp_path / "run")
+    assert labelled.classes == {"no": 4, "yes": 8} and labelled.shown[0][-1] == (" → no", True)
     digits = receipt_of(load_recipe("digits", []), tmp_path / "images")
     assert digits.samples + digits.validation_samples == 1797 and sum(digits.classes.values()) == digits.samples

@@ -50,14 +50,14 @@ def test_each_shape_is_recognised_in_each_kind_of_file(corpus, shape, name):
     row, canonical = FORMS[shape]
     if name.endswith(".csv"):
         row = {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()}
-    for told in ("auto", shape):
-        found = corpus([row], name, format=told)
-        assert found.shaped and [json.loads(text) for text in found.texts] == [canonical]
+    for form in ("auto", shape):
+        read = corpus([row], name, format=form)
+        assert read.shaped and [json.loads(text) for text in read.texts] == [canonical]
 
 
 def test_a_text_column_is_a_text(corpus):
-    found = corpus([{"text": "hello"}])
-    assert not found.shaped and list(found.texts) == ["hello"]
+    read = corpus([{"text": "hello"}])
+    assert not read.shaped and list(read.texts) == ["hello"]
     both = [{"text": "hello", "messages": CHAT}]
     with pytest.raises(TaskError, match=r"could be read as text or messages.* Set data.format to plain or messages"):
         corpus(both)

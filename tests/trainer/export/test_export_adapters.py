@@ -1,4 +1,4 @@
-"""Adapters beside a base in few bits, from the recipe to the file: merged as trained, and on their own for PEFT."""
+"""Adapters beside a low-bit base, from the recipe to the file: merged as trained, and on their own for PEFT."""
 
 from __future__ import annotations
 

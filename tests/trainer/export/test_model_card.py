@@ -73,7 +73,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.asked.append((self.path, self.headers.get("Authorization")))  # type: ignore[attr-defined]
+        self.server.requests.append((self.path, self.headers.get("Authorization")))  # type: ignore[attr-defined]
         address = f"http://{self.headers['Host']}/me/model"
         if self.path.endswith("/repos/create"):
             self.server.made = json.loads(body)  # type: ignore[attr-defined]
@@ -109,7 +109,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked, server.files, server.open = [], {}, True  # type: ignore[attr-defined]
+    server.requests, server.files, server.open = [], {}, True  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -128,13 +128,13 @@ def test_an_export_is_pushed_whole_when_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["export", str(run), "--to", "peft", "--out", str(tmp_path / "out"), "--json"]
-    assert command(monkeypatch, *words) == 0 and not hub.asked, "never unasked"  # type: ignore[attr-defined]
+    assert command(monkeypatch, *words) == 0 and not hub.requests, "never unasked"  # type: ignore[attr-defined]
     capsys.readouterr()
     assert command(monkeypatch, *words, "--push", "me/model") == 0
     assert json.loads(capsys.readouterr().out)["pushed_to"].endswith("/me/model")
     assert hub.files == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}  # type: ignore[attr-defined]
     assert hub.made.get("visibility") == "private" or hub.made["private"] is True  # type: ignore[attr-defined]
-    assert {token for _, token in hub.asked} == {"Bearer hf_secret"}  # type: ignore[attr-defined]
+    assert {token for _, token in hub.requests} == {"Bearer hf_secret"}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_one_run_among_many_is_found_without_reading_them_all(ledger, run_dir):
             )
         db.commit()
     began = time.process_time()
-    assert {ledger.run(asked).id for asked in (wanted, wanted[:6], "first", str(run_dir))} == {wanted}
+    assert {ledger.run(name).id for name in (wanted, wanted[:6], "first", str(run_dir))} == {wanted}
     for kind in ("claims", "estimates", "measurements", "verdicts", "events"):
         getattr(ledger, kind)(wanted)
     spent = time.process_time() - began
@@ -304,12 +304,12 @@ print(RunIdentity.create_or_load(Path(sys.argv[1]), name="x", recipe_hash="h", r
 """
 
 
-@pytest.mark.parametrize("found", [None, "", '{"id": '])
-def test_all_ranks_get_one_identity_new_or_instead_of_a_damaged_one(tmp_path, found):
+@pytest.mark.parametrize("before", [None, "", '{"id": '])
+def test_all_ranks_get_one_identity_new_or_instead_of_a_damaged_one(tmp_path, before):
     folder = tmp_path / "run"
-    if found is not None:
+    if before is not None:
         folder.mkdir()
-        (folder / "run.json").write_text(found)
+        (folder / "run.json").write_text(before)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     ranks = [subprocess.Popen([sys.executable, "-c", CREATOR, str(folder)], **pipes) for _ in range(4)]
     for rank in ranks:

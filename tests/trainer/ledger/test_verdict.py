@@ -28,8 +28,8 @@ GOAL = {"goal": {"metric": "val_los", "above": None, "below": 1.0}, "goal_reache
     ],
 )
 def test_what_keeps_a_run_from_being_a_success(changes: dict, words: tuple[str, ...]) -> None:
-    found = problems(FINE | changes)
-    assert len(found) == len(words) and all(word in text for word, text in zip(words, found, strict=True))
+    lines = problems(FINE | changes)
+    assert len(lines) == len(words) and all(word in text for word, text in zip(words, lines, strict=True))
 
 
 OWN = dedent("""

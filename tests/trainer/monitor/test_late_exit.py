@@ -27,12 +27,12 @@ class StopAt(pl.Callback):
     """Asks to stop after a step; `then` comes first."""
 
     def __init__(self, step: int, then: Any = None) -> None:
-        self.step, self.then, self.asked = step, then or (lambda: None), 0.0
+        self.step, self.then, self.requested_at = step, then or (lambda: None), 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.global_step == self.step:
             self.then()
-            self.asked = time.monotonic()
+            self.requested_at = time.monotonic()
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -49,7 +49,7 @@ def stop(folder: Path, stopping: StopAt, **options: Any) -> float:
     """Seconds from the request to the end of the fit."""
     with pytest.raises(Preempted):
         train(folder, stopping, **options)
-    return time.monotonic() - stopping.asked
+    return time.monotonic() - stopping.requested_at
 
 
 def test_a_locked_ledger_is_not_waited_for_and_hears_of_the_run_later(
@@ -78,11 +78,11 @@ def test_a_run_that_was_killed_is_in_the_ledger_too(tmp_path: Path, monkeypatch:
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
             if trainer.global_step == 3:
                 Ledger().refresh()
-                found.extend(Ledger().runs())
+                listed.extend(Ledger().runs())
 
-    found: list[Any] = []
+    listed: list[Any] = []
     train(tmp_path, Look())
-    assert [run.status for run in found] == ["running"], "while it runs, and whatever its end will be"
+    assert [run.status for run in listed] == ["running"], "while it runs, and whatever its end will be"
 
 
 def stand_still(folder: Path) -> None:

@@ -78,10 +78,10 @@ def test_what_a_compiler_traced_with_fills_no_memory() -> None:
     with FakeTensorMode():
         traced = (torch.ones(1 << 20, requires_grad=True) * 2).exp()  # keeps its result for backward
     real = torch.ones(3, requires_grad=True) * 2
-    found = list(_computed(torch.device("cpu")))
-    assert any(tensor is real for tensor in found)
-    assert not any(tensor is traced for tensor in found)
-    assert all(tensor.untyped_storage().data_ptr() for tensor in found if tensor.numel())
+    tensors = list(_computed(torch.device("cpu")))
+    assert any(tensor is real for tensor in tensors)
+    assert not any(tensor is traced for tensor in tensors)
+    assert all(tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel())
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])

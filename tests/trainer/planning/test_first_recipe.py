@@ -16,7 +16,7 @@ from shoestring.trainer import plan
 from shoestring.trainer.data.errors import TaskError
 from shoestring.trainer.data.look import look_at
 from shoestring.trainer.machine.facts import Accelerator, Machine, facts
-from shoestring.trainer.planning.first_recipe import CannotStart, Wish, budget_key, first_recipe
+from shoestring.trainer.planning.first_recipe import CannotStart, RecipeRequest, budget_key, first_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CHAT = {"messages": [{"role": "user", "content": "Say one."}, {"role": "assistant", "content": "one!"}]}
@@ -85,9 +85,9 @@ def test_four_questions_are_asked_through_a_pipe_too(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("./model\nrows.csv\n$2\n\n"))
     assert command(monkeypatch, "init", "stars.yaml") == 0
-    asked = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert all(
-        f"{question}?" in asked for question in ("Which model", "Which data", "How much may it spend", "What for")
+        f"{question}?" in printed for question in ("Which model", "Which data", "How much may it spend", "What for")
     )
     recipe = load_recipe("stars.yaml")
     assert recipe.model.task == "sequence-classification" and recipe.budget.usd == 2
@@ -113,7 +113,7 @@ def test_the_way_to_train_is_the_first_that_fits_the_machine() -> None:
     }
     ways = {}
     for name, shape in sizes.items():
-        made = first_recipe(Wish.of(model(name, **shape), "chats.jsonl", "1000 h", None), name, on_gpu(10))
+        made = first_recipe(RecipeRequest.of(model(name, **shape), "chats.jsonl", "1000 h", None), name, on_gpu(10))
         ways[name] = made.way
         Path(f"{name}.yaml").write_text(made.text)
         recipe = load_recipe(f"{name}.yaml")
@@ -121,18 +121,18 @@ def test_the_way_to_train_is_the_first_that_fits_the_machine() -> None:
         assert plan(recipe, on_gpu(10)).fitted.possible  # type: ignore[union-attr]
     assert ways == {"small": "full", "large": "lora", "larger": "qlora"}
     with pytest.raises(CannotStart, match=r"nothing fits on this machine.*it does not fit in memory: needs"):
-        first_recipe(Wish.of("./larger", "chats.jsonl", "1 h", None), "x", on_gpu(2))
+        first_recipe(RecipeRequest.of("./larger", "chats.jsonl", "1 h", None), "x", on_gpu(2))
 
 
 def test_a_model_that_is_still_to_be_downloaded_is_trained_by_adapters_at_a_rate_for_large_ones() -> None:
-    made = first_recipe(Wish.of("owner/unknown", "chats.jsonl", "1 h", None), "x")
+    made = first_recipe(RecipeRequest.of("owner/unknown", "chats.jsonl", "1 h", None), "x")
     assert made.way == "lora" and made.passes is None and "lr: 2e-4" in made.text
     assert any("whether owner/unknown fits in memory is not known" in warning for warning in made.plan.warnings)
 
 
 def test_every_kind_of_budget_has_its_key() -> None:
-    found = [budget_key(text) for text in ("$5", "30 min", "2 epochs", "500 steps", "1e6 tokens", "0.2 kWh")]
-    assert found == ["usd", "hours", "epochs", "steps", "tokens", "kwh"]
+    keys = [budget_key(text) for text in ("$5", "30 min", "2 epochs", "500 steps", "1e6 tokens", "0.2 kWh")]
+    assert keys == ["usd", "hours", "epochs", "steps", "tokens", "kwh"]
 
 
 @pytest.mark.parametrize(
@@ -151,5 +151,5 @@ def test_an_answer_that_cannot_be_is_one_line_that_names_its_flag(answers: dict[
     Path("odd.csv").write_text("a,b\n1,2\n")
     given = {"model": "./model", "data": "chats.jsonl", "budget": "1 h", "purpose": None, **answers}
     with pytest.raises((CannotStart, TaskError)) as raised:
-        Wish.of(**given)  # type: ignore[arg-type]
+        RecipeRequest.of(**given)  # type: ignore[arg-type]
     assert said in str(raised.value) and str(raised.value).startswith("--") and "\n" not in str(raised.value)

@@ -89,8 +89,8 @@ def test_8b_in_full_on_eight_with_zero3_is_what_was_derived() -> None:
     states, gathered, bucket = 16 * P8 / 8, 2 * 1e9, 2 * 1e8
     assert 16.5 < (states + gathered + bucket) / GIB < 20
     terms = made.predictions["memory_terms"]
-    found = made.predictions["state_bytes"] + terms["gathered layers"] + terms["communication buckets"]
-    assert found == pytest.approx(states + gathered + bucket, rel=0.15)
+    counted = made.predictions["state_bytes"] + terms["gathered layers"] + terms["communication buckets"]
+    assert counted == pytest.approx(states + gathered + bucket, rel=0.15)
     entries = 2 * 4096 * 32 * TOKENS
     assert alive(made) == pytest.approx(states + gathered + logits() + entries + 1.25 * GIB, rel=0.15)
 

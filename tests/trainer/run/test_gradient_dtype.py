@@ -19,7 +19,7 @@ def errors(tmp_path_factory):
     """strategy, offload, dtype, buckets -> the errors of the mean over 16 micro-batches on each of two ranks."""
     folder = tmp_path_factory.mktemp("gradients")
     succeed(gradient_ranks.main, CASES, folder, world=2, folder=folder, timeout=300)
-    return {tuple(case.split()): found for case, found in json.loads((folder / "errors.json").read_text()).items()}
+    return {tuple(case.split()): by_name for case, by_name in json.loads((folder / "errors.json").read_text()).items()}
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[2] == "fp32"], ids="-".join)

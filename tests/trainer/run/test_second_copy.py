@@ -40,9 +40,9 @@ def test_the_plan_counts_it_and_refuses_what_cannot_be() -> None:
 
 
 def test_quantized_weights_are_for_gpus() -> None:
-    asked = load_recipe("quickstart", [*ZERO3, "strategy.quantized_weights=true"])
+    recipe = load_recipe("quickstart", [*ZERO3, "strategy.quantized_weights=true"])
     with pytest.raises(RecipeError, match=r"strategy\.quantized_weights: .*needs GPUs: DeepSpeed's kernels"):
-        plan(asked)
+        plan(recipe)
     with pytest.raises(UnknownStrategy, match="quantized_weights needs GPUs"):
         make_strategy("zero3", accelerator="cpu", sharding=Sharding(quantized_weights=True))
     strategy = make_strategy("zero3", accelerator="cpu", sharding=Sharding(hpz=2))

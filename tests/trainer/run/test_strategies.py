@@ -31,7 +31,7 @@ def trainer() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("asked", "named"),
+    ("keywords", "named"),
     [
         ({"sharding": Sharding(overlap=True)}, r"sharding=Sharding\(…\)"),
         ({"sharding": Sharding()}, r"sharding=Sharding\(…\)"),
@@ -40,12 +40,12 @@ def trainer() -> Any:
     ],
 )
 @pytest.mark.parametrize("strategy", [DeepSpeedStrategy, DDPStrategy, lambda: "fsdp"])
-def test_a_strategy_from_elsewhere_has_its_own_settings(strategy: Any, asked: Any, named: str, trainer: Any) -> None:
+def test_a_strategy_from_elsewhere_has_its_own_settings(strategy: Any, keywords: Any, named: str, trainer: Any) -> None:
     given = strategy()
-    kind = repr(given) if isinstance(given, str) else f"a {type(given).__name__} that was made elsewhere"
+    kind = repr(given) if isinstance(given, str) else f"a {type(given).__name__} that was made outside"
     said = f"strategy is {kind}, and {named} would do nothing: .* where it is made, {OURS}$"
     with pytest.raises(UnknownStrategy, match=said):
-        trainer(given, **asked)
+        trainer(given, **keywords)
 
 
 def test_a_strategy_from_elsewhere_is_taken_as_it_is(trainer: Any) -> None:

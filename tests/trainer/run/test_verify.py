@@ -40,8 +40,8 @@ def recipe(packed: bool, *techniques: str, model: dict[str, Any] | None = None, 
 
 def first(verdict: dict[str, Any]) -> tuple[str, str, int]:
     """Axis, kind and step of the first difference."""
-    found = next(v for v in verdict["variants"] if v["status"] == "differs")
-    return found["axis"], found["first"]["kind"], found["first"]["step"]
+    variant = next(v for v in verdict["variants"] if v["status"] == "differs")
+    return variant["axis"], variant["first"]["kind"], variant["first"]["step"]
 
 
 def statuses(verdict: dict[str, Any]) -> dict[str, str]:
@@ -172,15 +172,15 @@ def test_equal_runs_have_no_difference() -> None:
     torch.tensor([2.0, 4.0, 6.0, 8.1]), torch.ones(3), torch.tensor([2.0, 4.0, 6.0, float("nan")]),
 ])  # fmt: skip
 def test_a_tensor_that_is_off_cut_otherwise_or_not_finite_differs(value: torch.Tensor) -> None:
-    (found,) = different(gradient={"a": value})
-    assert (found.kind, found.step, found.name) == ("gradient", 1, "a")
+    (difference,) = different(gradient={"a": value})
+    assert (difference.kind, difference.step, difference.name) == ("gradient", 1, "a")
 
 
 def test_weights_are_measured_by_what_training_has_changed() -> None:
     changed = seen().tensors["weight"]["a"] - seen().tensors["initial"]["a"]
     assert different(weight={"a": seen().tensors["weight"]["a"] + 1e-3 * changed}) == []
-    (found,) = different(weight={"a": seen().tensors["weight"]["a"] + 0.1 * changed})
-    assert found.off == pytest.approx(0.1)
+    (difference,) = different(weight={"a": seen().tensors["weight"]["a"] + 0.1 * changed})
+    assert difference.off == pytest.approx(0.1)
 
 
 def test_what_gets_no_gradient_but_rounding_is_compared_before_training_alone() -> None:
@@ -215,12 +215,12 @@ def test_documents_apart_have_the_targets_of_their_packed_rows() -> None:
     rows = apart({**batch, "sample_weights": torch.arange(4.0)}, batch["position_ids"])
     assert rows["input_ids"].shape[0] == 12 and "position_ids" not in rows
     pairs = [(int(a), int(b)) for row in batch["labels"] for a, b in pairwise(row)]
-    found = [
+    targets = [
         (int(a), int(b))
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
         for a, b in zip(ids[:-1], labels[1:], strict=True) if b != -100
     ]  # fmt: skip
-    assert found == pairs
+    assert targets == pairs
     assert rows["sample_weights"].tolist() == [float(row) for row in range(4) for _ in range(3)]
 
 

@@ -47,9 +47,9 @@ def test_merging_leaves_layers_tied_that_have_no_adapter():
 def test_an_export_of_another_loss_than_the_trained_model_is_refused():
     write._same_loss("hf", 2.0, 2.0005, torch.float32)
     write._same_loss("gguf-ready-safetensors", 2.0, 2.01, torch.float32)
-    for found in (2.01, float("nan")):
+    for after in (2.01, float("nan")):
         with pytest.raises(CannotExport, match=r"hf: the trained model has a loss of 2 on held-out samples"):
-            write._same_loss("hf", 2.0, found, torch.float32)
+            write._same_loss("hf", 2.0, after, torch.float32)
 
 
 def test_a_row_without_targets_counts_nothing():
@@ -58,7 +58,7 @@ def test_a_row_without_targets_counts_nothing():
     rows[1]["labels"] = torch.full((8,), -100)
     module = CausalLM(llama(layers=1), OptimizerSpec())
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    told = pl.Trainer(devices=1, **quiet).validate(module, DataLoader(rows, batch_size=1), verbose=False)[0]
+    metrics = pl.Trainer(devices=1, **quiet).validate(module, DataLoader(rows, batch_size=1), verbose=False)[0]
     with torch.no_grad():
         wanted = sum(float(module.model(**{k: v[None] for k, v in rows[i].items()}).loss) for i in (0, 2)) / 2
-    assert told["val_loss"] == pytest.approx(wanted, rel=1e-5)
+    assert metrics["val_loss"] == pytest.approx(wanted, rel=1e-5)

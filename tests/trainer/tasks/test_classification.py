@@ -42,14 +42,14 @@ def test_one_class_is_measured_as_scikit_learn_does(tiny: Any, tmp_path: Path) -
     rows = [{"text": f"a {WORDS[i % 7 % 4]} {i}", "label": WORDS[i % 7 % 4]} for i in range(120)]
     weighed = task(tiny, rows, tmp_path, class_weights="balanced")
     tiny.fit(weighed, 12)
-    found = tiny.validate(weighed)
+    metrics = tiny.validate(weighed)
     logits, labels = predictions(weighed)
     predicted, names = logits.argmax(-1), sorted(WORDS)
-    assert found["val_accuracy"] == pytest.approx((predicted == labels).double().mean().item())
+    assert metrics["val_accuracy"] == pytest.approx((predicted == labels).double().mean().item())
     for kind in ("macro", "micro"):
-        assert found[f"val_{kind}_f1"] == pytest.approx(f1_score(labels, predicted, average=kind), abs=1e-6)
+        assert metrics[f"val_{kind}_f1"] == pytest.approx(f1_score(labels, predicted, average=kind), abs=1e-6)
     plain = torch.nn.functional.cross_entropy(logits, labels)
-    assert found["val_loss"] == pytest.approx(plain.item(), rel=1e-5), "validation weighs all rows alike"
+    assert metrics["val_loss"] == pytest.approx(plain.item(), rel=1e-5), "validation weighs all rows alike"
     theirs = classification_report(labels, predicted, target_names=names, output_dict=True, zero_division=0)
     for name in names:
         ours = weighed.details["classes"][name]
@@ -84,14 +84,14 @@ def test_several_classes_of_a_row(tiny: Any, tmp_path: Path) -> None:
     several = task(tiny, rows, tmp_path, problem="multi-label")
     assert several.facts["classes"] == sorted(WORDS) and several.train.labels.shape == (len(several.train), 4)
     tiny.fit(several, 60)
-    found = tiny.validate(several)
+    metrics = tiny.validate(several)
     logits, labels = predictions(several)
     predicted = (logits > 0).long()
     for kind in ("macro", "micro"):
-        ours = found[f"val_{kind}_f1"]
+        ours = metrics[f"val_{kind}_f1"]
         assert ours == pytest.approx(f1_score(labels, predicted, average=kind, zero_division=0), abs=1e-6)
-    assert found["val_exact_match"] == pytest.approx((predicted == labels).all(-1).double().mean().item())
-    assert found["val_micro_f1"] > 0.6, "nothing was learnt"
+    assert metrics["val_exact_match"] == pytest.approx((predicted == labels).all(-1).double().mean().item())
+    assert metrics["val_micro_f1"] > 0.6, "nothing was learnt"
     assert several.module.model.config.problem_type == "multi_label_classification"
     shown = receipt(several.prepared)
     assert shown.classes == dict(zip(sorted(WORDS), several.train.labels.sum(0).int().tolist(), strict=True))
@@ -103,16 +103,18 @@ def test_a_number_of_a_row(tiny: Any, tmp_path: Path) -> None:
     number = task(tiny, rows, tmp_path, problem="regression")
     assert number.module.model.config.num_labels == 1 and "classes" not in number.facts
     tiny.fit(number, 120)
-    found = tiny.validate(number)
+    metrics = tiny.validate(number)
     logits, labels = predictions(number)
     errors = (logits[:, 0] - labels).double()
     assert (
-        found["val_loss"] == pytest.approx(found["val_mse"]) == pytest.approx(errors.square().mean().item(), rel=1e-5)
+        metrics["val_loss"]
+        == pytest.approx(metrics["val_mse"])
+        == pytest.approx(errors.square().mean().item(), rel=1e-5)
     )
-    assert found["val_mae"] == pytest.approx(errors.abs().mean().item(), rel=1e-5)
-    assert found["val_r2"] == pytest.approx(r2_score(labels, logits[:, 0]), abs=1e-4)
-    assert found["val_spearman"] == pytest.approx(spearmanr(labels, logits[:, 0]).statistic, abs=1e-4)
-    assert found["val_r2"] > 0.5, "nothing was learnt"
+    assert metrics["val_mae"] == pytest.approx(errors.abs().mean().item(), rel=1e-5)
+    assert metrics["val_r2"] == pytest.approx(r2_score(labels, logits[:, 0]), abs=1e-4)
+    assert metrics["val_spearman"] == pytest.approx(spearmanr(labels, logits[:, 0]).statistic, abs=1e-4)
+    assert metrics["val_r2"] > 0.5, "nothing was learnt"
     assert receipt(number.prepared).shown[0][-1][0].startswith(" → ")
 
 

@@ -63,10 +63,10 @@ def test_no_rank_of_zero_3_holds_more_than_its_share_and_one_weight(tmp_path: Pa
         )
         whole = {name: loading_ranks.digest(p) for name, p in built(spec, kept).named_parameters()}
         for rank in ranks:
-            found = rank[kind]
-            assert found["sums"] == whole, f"{kind}: the same weights as on one device"
-            assert found["share"] <= 0.51 * found["whole"] + 1024
-            assert found["peak"] <= 1.02 * (found["share"] + found["largest"]), kind
+            sizes = rank[kind]
+            assert sizes["sums"] == whole, f"{kind}: the same weights as on one device"
+            assert sizes["share"] <= 0.51 * sizes["whole"] + 1024
+            assert sizes["peak"] <= 1.02 * (sizes["share"] + sizes["largest"]), kind
 
 
 def test_a_run_that_cuts_its_weights_trains_those_of_the_run_that_does_not(tmp_path: Path) -> None:

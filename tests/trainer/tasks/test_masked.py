@@ -54,8 +54,8 @@ def test_hidden_words_are_learnt_and_measured_exactly(tiny: Any, pack: bool) -> 
         assert data.token_counts.tolist() == [len(data[i]["input_ids"]) for i in range(len(data))]
     assert task.tokenizer.mask_token_id == len(task.tokenizer) - 1 and task.unit == "tokens"
     tiny.fit(task, 40)
-    found = tiny.validate(task)
-    assert tiny.validate(task) == found, "an evaluation hides the same each time"
+    metrics = tiny.validate(task)
+    assert tiny.validate(task) == metrics, "an evaluation hides the same each time"
     losses, right, module = [], 0, task.module.eval()
     for i in range(len(task.validation)):
         batch = task.collate([task.validation[i]])
@@ -65,10 +65,10 @@ def test_hidden_words_are_learnt_and_measured_exactly(tiny: Any, pack: bool) -> 
         losses.append(torch.nn.functional.cross_entropy(logits, batch["labels"][hidden], reduction="none"))
         right += int((logits.argmax(-1) == batch["labels"][hidden]).sum())
     every = torch.cat(losses)
-    assert found["val_loss"] == pytest.approx(every.mean().item(), rel=1e-4)
-    assert found["val_accuracy"] == pytest.approx(right / len(every), abs=1e-6)
-    assert found["val_perplexity"] == pytest.approx(math.exp(found["val_loss"]), rel=1e-4)
-    assert found["val_loss"] < 0.9 * math.log(len(task.tokenizer)), "nothing was learnt"
+    assert metrics["val_loss"] == pytest.approx(every.mean().item(), rel=1e-4)
+    assert metrics["val_accuracy"] == pytest.approx(right / len(every), abs=1e-6)
+    assert metrics["val_perplexity"] == pytest.approx(math.exp(metrics["val_loss"]), rel=1e-4)
+    assert metrics["val_loss"] < 0.9 * math.log(len(task.tokenizer)), "nothing was learnt"
     state = torch.get_rng_state()
     shown = receipt(task.prepared)
     assert torch.equal(state, torch.get_rng_state())

@@ -26,8 +26,8 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_near(found: Tensor, wanted: Any) -> None:
-    assert float(found) == pytest.approx(float(wanted), abs=1e-6, rel=1e-6)
+def assert_near(value: Tensor, wanted: Any) -> None:
+    assert float(value) == pytest.approx(float(wanted), abs=1e-6, rel=1e-6)
 
 
 def sigmoid(x: float) -> float:
@@ -49,9 +49,9 @@ def test_the_papers_formulas_by_hand() -> None:
         losses.simpo(chosen, rejected, beta=2.0, margin=0.5)[0], -math.log(sigmoid(2 * math.log(0.8 / 0.25) - 0.5))
     )
     ratios, wanted = tensor([0.5, -1.0]), tensor([True, False])
-    found = losses.kto(ratios, wanted, tensor(0.2), beta=0.1, desirable_weight=2.0, undesirable_weight=3.0)
-    assert_near(found[0], 2 * (1 - sigmoid(0.1 * (0.5 - 0.2))))
-    assert_near(found[1], 3 * (1 - sigmoid(0.1 * (0.2 + 1.0))))
+    loss = losses.kto(ratios, wanted, tensor(0.2), beta=0.1, desirable_weight=2.0, undesirable_weight=3.0)
+    assert_near(loss[0], 2 * (1 - sigmoid(0.1 * (0.5 - 0.2))))
+    assert_near(loss[1], 3 * (1 - sigmoid(0.1 * (0.2 + 1.0))))
     assert_near(losses.bradley_terry(tensor([2.0]), tensor([0.5]))[0], -math.log(sigmoid(1.5)))
 
 
@@ -111,10 +111,10 @@ def test_dpo_and_ipo_are_trls(loss: str, tokens: dict[str, Tensor]) -> None:
     wanted = trainer._compute_loss(theirs(beta=0.1, loss_types=[loss]), said(tokens["each"]), batch, False)
     ratios = tokens["sums"] - reference
     if loss == "ipo":
-        found = losses.ipo(*(ratios / tokens["count"]).chunk(2), beta=0.1)
+        ours = losses.ipo(*(ratios / tokens["count"]).chunk(2), beta=0.1)
     else:
-        found = losses.dpo(*ratios.chunk(2), beta=0.1)
-    assert_near(found.mean(), wanted)
+        ours = losses.dpo(*ratios.chunk(2), beta=0.1)
+    assert_near(ours.mean(), wanted)
 
 
 def test_kto_is_trls(tokens: dict[str, Tensor]) -> None:
@@ -130,8 +130,8 @@ def test_kto_is_trls(tokens: dict[str, Tensor]) -> None:
     divergence = (1 + apart).mean().clamp(min=0)
     assert divergence > 0
     ratios = tokens["sums"] - tokens["reference"]
-    found = losses.kto(ratios, label, divergence, beta=0.1, desirable_weight=1.5, undesirable_weight=0.7)
-    assert_near(found.mean(), wanted)
+    ours = losses.kto(ratios, label, divergence, beta=0.1, desirable_weight=1.5, undesirable_weight=0.7)
+    assert_near(ours.mean(), wanted)
 
 
 def test_simpo_and_smoothed_dpo_are_trls(tokens: dict[str, Tensor]) -> None:
@@ -139,8 +139,8 @@ def test_simpo_and_smoothed_dpo_are_trls(tokens: dict[str, Tensor]) -> None:
     settings = theirs(beta=2.0, simpo_gamma=0.8)
     settings.loss_type, settings.label_smoothing = "simpo", 0.1
     means = (tokens["sums"] / tokens["count"]).chunk(2)
-    found = losses.simpo(*means, beta=2.0, margin=0.8, label_smoothing=0.1)
-    assert torch.allclose(found, trainer.cpo_loss(settings, *means)[0], atol=1e-6)
+    ours = losses.simpo(*means, beta=2.0, margin=0.8, label_smoothing=0.1)
+    assert torch.allclose(ours, trainer.cpo_loss(settings, *means)[0], atol=1e-6)
     settings.loss_type = "sigmoid"
     assert torch.allclose(
         losses.dpo(*means, beta=2.0, label_smoothing=0.1), trainer.cpo_loss(settings, *means)[0], atol=1e-6
@@ -159,7 +159,7 @@ def test_orpo_is_trls_with_its_cross_entropy() -> None:
     for row in range(B):
         mask[row, 0, T - row % 3 :] = mask[row, 1, T - row % 4 :] = 0
     labels = torch.where(mask.bool() & (torch.arange(T) >= 3), ids, IGNORED)
-    found = module.training_step({"input_ids": ids, "labels": labels, "attention_mask": mask}, 0)
+    ours = module.training_step({"input_ids": ids, "labels": labels, "attention_mask": mask}, 0)
     settings = theirs(beta=0.2)
     for name in ("concatenated_inputs", "get_batch_logps"):
         setattr(settings, name, getattr(trainer, name))
@@ -170,4 +170,4 @@ def test_orpo_is_trls_with_its_cross_entropy() -> None:
         for which, kind in enumerate(("chosen", "rejected"))
         for name, value in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))
     }
-    assert_near(found, trainer.get_batch_loss_metrics(settings, model, batch)[0])
+    assert_near(ours, trainer.get_batch_loss_metrics(settings, model, batch)[0])

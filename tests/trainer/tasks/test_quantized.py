@@ -1,4 +1,4 @@
-"""Bases in few bits: their bytes, what they compute, how they are loaded, adapters beside them, and merging."""
+"""Low-bit bases: their bytes, what they compute, how they are loaded, adapters beside them, and merging."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters learn beside a base in few bits what they learn beside the whole one."""
+"""Adapters learn beside a low-bit base what they learn beside the whole one."""
 
 from __future__ import annotations
 

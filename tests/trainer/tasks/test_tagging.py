@@ -66,7 +66,7 @@ def test_towns_are_found(tiny: Any, tmp_path: Path) -> None:
     made = task(tiny, tmp_path, rows(60), {"train": "bpe", "vocab_size": 400})
     assert made.facts["classes"] == ["B-TOWN", "I-TOWN", "O"]
     tiny.fit(made, 100)
-    found = tiny.validate(made)
+    metrics = tiny.validate(made)
     right = words = 0
     rights = wants = founds = 0
     module = made.module.eval()
@@ -79,9 +79,9 @@ def test_towns_are_found(tiny: Any, tmp_path: Path) -> None:
         right, words = right + int((guess == labels).sum()), words + len(labels)
         spans = [entities([made.facts["classes"][n] for n in numbers.tolist()]) for numbers in (guess, labels)]
         rights, founds, wants = rights + len(spans[0] & spans[1]), founds + len(spans[0]), wants + len(spans[1])
-    assert found["val_accuracy"] == pytest.approx(right / words, abs=1e-6)
-    assert found["val_entity_f1"] == pytest.approx(2 * rights / (founds + wants), abs=1e-6)
-    assert found["val_entity_f1"] > 0.8, "nothing was learnt"
+    assert metrics["val_accuracy"] == pytest.approx(right / words, abs=1e-6)
+    assert metrics["val_entity_f1"] == pytest.approx(2 * rights / (founds + wants), abs=1e-6)
+    assert metrics["val_entity_f1"] > 0.8, "nothing was learnt"
     assert sum(row["samples"] for row in made.details["classes"].values()) == words
     shown = receipt(made.prepared)
     assert shown.classes["B-TOWN"] == len(made.train) and 0 < shown.trained_share <= 1

@@ -93,7 +93,7 @@ def _first(batch: Any) -> Tensor | None:
     if isinstance(batch, Tensor):
         return batch if batch.ndim > 1 and batch.numel() else None
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((found for part in parts if (found := _first(part)) is not None), None)
+    return next((first for part in parts if (first := _first(part)) is not None), None)
 
 
 def _drawn(seed: int, count: int) -> Tensor:

@@ -67,15 +67,15 @@ class Verdict:
     @property
     def problems(self) -> list[str]:
         """A sentence for each axis along which the runs differ: the first variant that does, and its first value."""
-        found: dict[str, str] = {}
+        by_axis: dict[str, str] = {}
         for outcome in self.outcomes:
             axis, name = outcome.variant.axis, outcome.variant.name
             if outcome.status == "differs":
                 more = f" ({outcome.differing - 1} more differ)" if outcome.differing > 1 else ""
-                found.setdefault(axis, f"{axis}: {name} is not {outcome.against}: {outcome.first}{more}")
+                by_axis.setdefault(axis, f"{axis}: {name} is not {outcome.against}: {outcome.first}{more}")
             elif outcome.status == "failed":
-                found.setdefault(axis, f"{axis}: {name} failed: {outcome.why}")
-        return list(found.values())
+                by_axis.setdefault(axis, f"{axis}: {name} failed: {outcome.why}")
+        return list(by_axis.values())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -195,14 +195,14 @@ class Runs:
         if split and (why := base.by_batch or seen.by_batch):
             outcome.status, outcome.why = "not compared", why
             return
-        found = compare(seen, base, self.made.precision)
+        differences = compare(seen, base, self.made.precision)
         self._rounding |= by_rounding(seen, base, self.made.precision) & base.tensors["weight"].keys()
         largest: dict[str, Difference] = {}
-        for difference in found:
+        for difference in differences:
             if difference.kind not in largest or difference.off > largest[difference.kind].off:
                 largest[difference.kind] = difference
         outcome.largest = list(largest.values())
-        differing = [difference for difference in found if difference.differs]
+        differing = [difference for difference in differences if difference.differs]
         outcome.differing = len(differing)
         if differing:
             outcome.status, outcome.first = "differs", differing[0]

@@ -155,11 +155,11 @@ def shape_of(values: Recipe) -> str:
 
 def test_what_averages_needs_no_falling_rate_and_no_other_average() -> None:
     assert shape_of(recipe("adamw")) == "linear" and shape_of(recipe("schedule_free_adamw")) == "constant"
-    asked = recipe("schedule_free_adamw").model_dump(exclude_unset=True)
-    asked["optimizer"]["schedule"] = "linear"
-    assert shape_of(recipe_from(asked, "r")) == "linear"
+    changed = recipe("schedule_free_adamw").model_dump(exclude_unset=True)
+    changed["optimizer"]["schedule"] = "linear"
+    assert shape_of(recipe_from(changed, "r")) == "linear"
     with pytest.raises(IncompatibleTechniques, match="weight_averaging"):
-        plan(recipe_from({**asked, "techniques": [{"weight_averaging": {}}]}, "r"))
+        plan(recipe_from({**changed, "techniques": [{"weight_averaging": {}}]}, "r"))
 
 
 class Look(pl.Callback):
