@@ -16,6 +16,7 @@ from pytorch_lightning import Callback
 
 from shoestring.trainer.checkpoint.format import newest_intact, steps
 from shoestring.trainer.checkpoint.saver import NotFinite
+from shoestring.trainer.monitor.nonfinite import NonFiniteSteps
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in small.QUIET]
 
@@ -43,6 +44,13 @@ def test_strategies_skip_alike(tmp_path: Path) -> None:
             assert [(e["step"], e["batch"], e["loss"]) for e in seen["events"]] == [(3, 2, "nan")], strategy
             for ours, theirs in zip(seen["weights"], report["ddp"]["weights"], strict=True):
                 assert ours[:8] == pytest.approx(theirs[:8], abs=1e-5), strategy
+
+
+@pytest.mark.parametrize("worst", [1e30, -3e38, math.inf, -math.inf, math.nan])
+def test_gradients_whose_squares_have_no_number_are_finite(worst: float) -> None:
+    gradient = torch.full((300,), 1e30)
+    gradient[-1] = worst
+    assert NonFiniteSteps(1, print).one_is(gradient) is math.isfinite(worst)
 
 
 def test_so_many_end_the_run_and_leave_what_was_good(tmp_path: Path) -> None:
