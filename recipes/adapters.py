@@ -82,6 +82,4 @@ REFUSED = {  # PEFT's other kinds, and why a recipe cannot have them
     "waveft": "it takes a number of frequencies in the place of a rank: use shira",
     **dict.fromkeys(("prompt_tuning", "prefix_tuning", "p_tuning", "cpt"), _TOKENS),
 }
-REFUSED_STARTS = {
-    "loftq": "it compares weights with their codes, and here a base is made codes while it is read: use pissa",
-}
+CHANGE_BASE = ("olora", "pissa", "loftq")  # starts after which the base is none that another model has

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..section import Section
-from .adapters import KINDS, REFUSED, REFUSED_STARTS
+from .adapters import KINDS, REFUSED
 from .field_types import Code, Count, Positive, Share, Text, refused
 from .preference_schema import PreferenceSpec as PreferenceSpec
 
@@ -42,13 +42,11 @@ class AdapterSpec(Section):
         "compute", description="compute | float32: what adapters compute in; their weights are float32 in any case"
     )
     rslora: bool = Field(False, description="true | false: scaled by alpha / sqrt(rank) instead (arXiv 2312.03732)")
-    start: Annotated[
-        Literal["zero", "gaussian", "orthogonal", "olora", "pissa"],
-        refused(REFUSED_STARTS, "zero", "gaussian", "orthogonal", "olora", "pissa"),
-    ] = Field(
+    start: Literal["zero", "gaussian", "orthogonal", "olora", "pissa", "loftq"] = Field(
         "zero",
-        description="zero | gaussian | orthogonal | olora | pissa: what LoRA begins with; olora (arXiv 2406.01775) and "
-        "pissa (arXiv 2404.02948) take it out of the base, which is then saved with the adapters",
+        description="zero | gaussian | orthogonal | olora | pissa | loftq: what LoRA begins with; olora (arXiv "
+        "2406.01775) and pissa (arXiv 2404.02948) take it out of the base, loftq (arXiv 2310.08659) makes it of what "
+        "nf4 or int8 lose of a pretrained one; that base is then saved with the adapters",
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..own_code import is_code
+from .adapters import CHANGE_BASE
 from .preference_schema import LOSSES, PreferenceSpec
 from .recipe import Recipe
 from .rule import Broken, depends_on
 
 TASKS = ("preference", "reward-model")
-FROM_BASE = ("olora", "pissa")  # starts of an adapter that change the base
 # techniques that look into one row of tokens a sample, or into the one call of a model
 REFUSED = ("sequence_length_warmup", "distillation", "early_exit")
 
@@ -32,12 +32,12 @@ def preference_fits(recipe: Recipe) -> Iterator[Broken]:
 
 @depends_on("model.task", "model.preference", "model.adapter")
 def reference_is_there(recipe: Recipe) -> Iterator[Broken]:
-    """An adapter that takes its start out of the base leaves none to measure against."""
+    """An adapter whose start changes the base leaves none to measure against."""
     model = recipe.model
     loss = model.preferences
     if model.task != "preference" or model.adapter is None or not loss.kind.reference:
         return
-    if model.adapter.start in FROM_BASE:
+    if model.adapter.start in CHANGE_BASE:
         hint = f"{model.adapter.start} changes the base, which is what {loss.loss} measures against"
         yield Broken("model.adapter.start", "zero | gaussian | orthogonal", hint)
 

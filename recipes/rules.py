@@ -168,6 +168,19 @@ def adapter_kind_fits(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("model.adapter.kind", f"{sharded} with strategy.name zero3", hint)
 
 
+@depends_on("model.adapter", "model.dtype", "model.name")
+def start_fits(recipe: Recipe) -> Iterator[Broken]:
+    model = recipe.model
+    if model.adapter is None or model.adapter.start != "loftq":
+        return
+    if model.dtype not in ("nf4", "int8"):
+        hint = "it makes up for what few bits lose of the base: use pissa"
+        yield Broken("model.adapter.start", "loftq beside model.dtype nf4 | int8", hint)
+    elif model.name is None:
+        hint = "no file has the weights that a model from config is made with before they are rounded: use pissa"
+        yield Broken("model.adapter.start", "loftq with model.name", hint)
+
+
 @depends_on("model.task", "model.dtype", "model.adapter", "strategy.name", "precision")
 def dtype_fits(recipe: Recipe) -> Iterator[Broken]:
     """What trains has float32 masters: an adapter's weights are its own, those of ZeRO are the optimizer's."""

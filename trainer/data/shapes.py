@@ -59,17 +59,17 @@ def _question_answer(place: Place, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _alpaca(place: Place, row: Mapping[str, Any]) -> dict[str, Any]:
-    given = row.get("input")
-    if isinstance(given, str) and given.strip():
-        row = {**row, "instruction": f"{row.get('instruction')}\n\n{given}"}
-    return _exchange(place, row, "instruction", "output", "data.format: alpaca")
+    key = "data.format: alpaca"
+    if given := _optional(place, row, "input", key):
+        row = {**row, "instruction": f"{text_of(place, row, 'instruction', key=key)}\n\n{given}"}
+    return _exchange(place, row, "instruction", "output", key)
 
 
 def _exchange(place: Place, row: Mapping[str, Any], question: str, answer: str, key: str) -> dict[str, Any]:
     """One question and its answer, with the turns before them in `history` and a `system` message."""
     messages = []
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        messages.append({"role": "system", "content": row["system"]})
+    if system := _optional(place, row, "system", key):
+        messages.append({"role": "system", "content": system})
     for pair in row.get("history") or ():
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise BadRow(f"{key}: {place}, history, found {clip(str(pair))}; a pair of texts is needed.", "no history")
@@ -78,6 +78,12 @@ def _exchange(place: Place, row: Mapping[str, Any], question: str, answer: str, 
     messages.append({"role": "user", "content": text_of(place, row, question, key=key)})
     messages.append({"role": "assistant", "content": text})
     return _answered(place, {"messages": messages}, text)
+
+
+def _optional(place: Place, row: Mapping[str, Any], column: str, key: str) -> str:
+    """A text that may be missing; "" for one without a word. Raises `BadRow` for what is no text."""
+    text = "" if row.get(column) is None else text_of(place, row, column, key=key)
+    return text if text.strip() else ""
 
 
 def _of_messages(column: str) -> Callable[[Place, Mapping[str, Any]], dict[str, Any]]:
@@ -195,8 +201,8 @@ def words_of(place: Place, row: Mapping[str, Any], column: str) -> str:
 
 # -- messages ----------------------------------------------------------------------------------------------------------
 def _chat(place: Place, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> dict[str, Any]:
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+    system = _optional(place, row, "system", "data.source")
+    if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
         raise BadRow(f"data.source: {place} has no message of the assistant to train on.", "without an answer")

@@ -53,7 +53,7 @@ def load_corpus(
     reading = Reading(data.text_column, label, shape, chats=not labelled, named=named, only=only, kind=kind)
     wanted = file_format(data.format)
     files = [] if data.format == "hub" else find_files(source, wanted, key=key)
-    used = digest(["2", reading.key, str(data.limit)])  # 2: of the form in which rows are kept
+    used = digest(["3", reading.key, str(data.limit)])  # 3: of the form in which rows are kept
     if files:
         rows, content = _file_rows(files, wanted or one_format(files, source), reading, args, cache)
     else:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...recipes.adapters import CHANGE_BASE
 from .runtimes import LogitsFunction, eager
 from .trained import CannotExport, Trained
 
@@ -29,10 +30,10 @@ def adapter_of(trained: Trained) -> Adapter:
     if not isinstance(model, peft.PeftModel):
         raise CannotExport("--to peft: the run has trained no adapter. hf holds whole models.")
     start = trained.recipe.model.adapter.start if trained.recipe.model.adapter else "zero"
-    if start in ("olora", "pissa"):
+    if start in CHANGE_BASE:
         raise CannotExport(
-            f"--to peft: the adapters began with model.adapter.start {start}, which took them out of the base's "
-            "weights, and go with no other. hf holds both, merged."
+            f"--to peft: the adapters began with model.adapter.start {start}, which changed the base's weights "
+            "with them, and go with no other. hf holds both, merged."
         )
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +31,7 @@ from .frozen import frozen_base, places
 from .language import CausalLM
 from .lora import add_adapter
 from .masked import MaskedLM
-from .models import build_image_form, build_model
+from .models import build_image_form, build_model, show_weights_of
 from .module import TaskModule
 from .own_code_checks import give_optimizer, makes_optimizer
 from .preference import PairwisePreference, SinglePreference
@@ -291,5 +292,6 @@ def _hub_model(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[
     if recipe.model.adapter is None:
         return model, None
     before = places(model)
-    adapted = add_adapter(model, recipe.model.adapter, recipe.model.form)
+    read = partial(show_weights_of, recipe.model, recipe.model.form, classes=data.classes, kept=kept)
+    adapted = add_adapter(model, recipe.model.adapter, recipe.model.form, read)
     return adapted, frozen_base(recipe, adapted, before)

@@ -10,7 +10,7 @@ float32`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from ...recipes.schema import AdapterSpec
 from ..data.errors import unknown
 from .adapter_kinds import FROM_BASE, config_of, shapes_shown, take_from_base
+from .loftq import Show, begin_with_losses
 from .quantized import dequantize
 
 if TYPE_CHECKING:
@@ -25,8 +26,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def add_adapter(model: PreTrainedModel, adapter: AdapterSpec, task: str) -> PeftModel:
-    """Wrap a model so that only adapters (and a new classification head) are trained."""
+def add_adapter(
+    model: PreTrainedModel, adapter: AdapterSpec, task: str, read: Callable[[Show], None] | None = None
+) -> PeftModel:
+    """Wrap a model so that only adapters (and a new classification head) are trained.
+
+    read: shows the weights that a base in few bits was made of, for a start that looks at them.
+    """
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
@@ -46,6 +52,8 @@ def add_adapter(model: PreTrainedModel, adapter: AdapterSpec, task: str) -> Peft
             part.cast_input_dtype_enabled = False  # or PEFT makes a float32 copy of the input
             for matrix in (*part.lora_A.values(), *part.lora_B.values()):
                 matrix.__class__ = matrix_class
+    if adapter.start == "loftq" and read is not None:
+        begin_with_losses(adapted, read)
     return adapted  # type: ignore[no-any-return]
 
 

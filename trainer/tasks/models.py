@@ -9,7 +9,7 @@ matter.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -140,8 +140,7 @@ def _pretrained(
         if config.model_type not in _model_types(task):
             raise TaskError(f"model.name {name!r} is a {config.model_type}, which transformers has no {task} form of.")
         settings = {**labels, **_direction(task, vars(config))}
-        make: Any = partial(_with_attention, attention, auto_class(task).from_pretrained, name, **settings)
-        load = partial(make, output_loading_info=True, dtype=kept.dtype)
+        load = _loading(name, task, settings, kept, attention)
         files = [] if home is None else weight_files(name)
         as_read = all_kept_in(files, kept) and not _merged(config.model_type)
         if home is not None and cache is not None and files and not as_read:
@@ -166,6 +165,27 @@ def _pretrained(
         raise
     except (OSError, ValueError) as error:
         raise TaskError(f"model.name: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def show_weights_of(
+    model: ModelSpec, task: str, show: Callable[[str, torch.Tensor], None], *, classes: Sequence[str] | None, kept: Kept
+) -> None:
+    """Read a pretrained model again that `build_model` has built with weights in codes, and show what these were of.
+
+    show: gets the path and the weight [out, in] of each layer in codes, one after another; none of them is kept.
+    """
+    from .quantized_loading import show_weights
+
+    labels = _label_settings(classes, model.problem) if task in LABELLED else {}
+    name = model_folder(resolve_name(str(model.name)), "model.name")
+    with _quietly(), pages_given_back():
+        show_weights(_loading(name, task, labels, kept, model.attention), str(kept.codes), show)
+
+
+def _loading(name: str, task: str, settings: dict[str, Any], kept: Kept, attention: str) -> Any:
+    """What loads a pretrained model, and tells what its files had."""
+    make: Any = partial(_with_attention, attention, auto_class(task).from_pretrained, name, **settings)
+    return partial(make, output_loading_info=True, dtype=kept.dtype)
 
 
 def _from_config(config: PreTrainedConfig, task: str, kept: Kept, attention: str, home: Path | None) -> PreTrainedModel:

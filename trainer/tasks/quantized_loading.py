@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.errors import TaskError
 from .quantized import CODECS, QuantizedLinear
@@ -32,6 +32,18 @@ def load_quantized(load: Callable[..., tuple[PreTrainedModel, Any]], kind: str) 
         if isinstance(layer, QuantizedLinear) and f"{path}.weight" in loading_info["missing_keys"]:
             model.set_submodule(path, _drawn(layer, model))
     return _checked(model), loading_info
+
+
+def show_weights(
+    load: Callable[..., tuple[PreTrainedModel, Any]], kind: str, show: Callable[[str, Tensor], None]
+) -> None:
+    """Read what `load_quantized` reads once more: `show` gets the path and the weight of each layer that it quantizes.
+
+    One after another, as they are before they become codes; none is kept. Those that no file has are not shown.
+    """
+    config_class, _ = _registered()
+    with torch.random.fork_rng(devices=[]):  # for new heads, which are drawn and thrown away
+        load(quantization_config=config_class(kind, show))
 
 
 def make_quantized(make: Callable[[], PreTrainedModel], kind: str) -> PreTrainedModel:
@@ -125,6 +137,11 @@ def _fill(
         owner._initialize_weights(module)
 
 
+def _in_codes(model: nn.Module, name: str) -> bool:
+    path, _, last = name.rpartition(".")
+    return last == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
+
+
 _classes: list[tuple[Any, Any]] = []
 
 
@@ -143,29 +160,38 @@ def _register() -> tuple[Any, Any]:
 
     @register_quantization_config(_METHOD)
     class Config(QuantizationConfigMixin):
-        def __init__(self, kind: str = "nf4", **about: Any) -> None:
+        def __init__(self, kind: str = "nf4", show: Callable[[str, Tensor], None] | None = None, **about: Any) -> None:
             self.quant_method: Any = _METHOD
-            self.kind = kind
+            self.kind, self.show = kind, show
 
     class Quantize(ConversionOps):
-        def __init__(self, kind: str) -> None:
-            self.kind = kind
+        def __init__(self, kind: str, show: Callable[[str, Tensor], None] | None) -> None:
+            self.kind, self.show = kind, show
 
         def convert(
             self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **about: Any
         ) -> dict[str, Any]:
-            (weight,) = input_dict.values()
-            weight = weight[0] if isinstance(weight, list) else weight
-            prefix = about["full_layer_name"].removesuffix("weight")
-            return {f"{prefix}{name}": part for name, part in CODECS[self.kind].parts(weight).items()}
+            names = (
+                [about["full_layer_name"]] if len(input_dict) == 1 else list(input_dict)
+            )  # of a fused weight's parts
+            made: dict[str, Any] = {}
+            for name, found in zip(names, input_dict.values(), strict=True):
+                weight, path = found[0] if isinstance(found, list) else found, name.removesuffix(".weight")
+                in_codes = _in_codes(about["model"], name)
+                if self.show is not None:
+                    if in_codes:
+                        self.show(path, weight)
+                    weight = weight.to("meta")
+                parts = CODECS[self.kind].parts(weight) if in_codes else {}
+                made |= {f"{path}.{part}": code for part, code in parts.items()} or {name: weight}
+            return made
 
     @register_quantizer(_METHOD)
     class Quantizer(HfQuantizer):
         quantization_config: Any
 
         def param_needs_quantization(self, model: Any, param_name: str, **about: Any) -> bool:
-            path, _, name = param_name.rpartition(".")
-            return name == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
+            return self.quantization_config.show is not None or _in_codes(model, param_name)
 
         def _process_model_before_weight_loading(self, model: Any, **about: Any) -> Any:
             skipped = _kept_whole(model)
@@ -178,7 +204,8 @@ def _register() -> tuple[Any, Any]:
             return model
 
         def get_quantize_ops(self) -> Any:
-            return Quantize(self.quantization_config.kind)
+            config = self.quantization_config
+            return Quantize(config.kind, config.show)
 
         def is_serializable(self) -> bool:
             return False

@@ -32,6 +32,11 @@ def pairs(*completions: Any) -> str:
     return "\n".join(json.dumps({"prompt": "2+3=", "completion": each}) for each in completions)
 
 
+def instructions(**other: Any) -> str:
+    row = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
+    return "\n".join(json.dumps(each) for each in (row, row | other))
+
+
 def truncated_parquet(path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": ["a"] * 1000}), path)
     path.write_bytes(path.read_bytes()[:-20])
@@ -82,6 +87,19 @@ FILES = {
     "no answer": Broken(
         "a.jsonl", chats({"messages": CHAT["messages"][:1]}), r"row 2 has no message of the assistant",
         {"without an answer": 1},
+    ),
+    "null instruction": Broken(
+        "a.jsonl", instructions(instruction=None), r"alpaca: .*row 2 has no 'instruction'\. Take",
+        {"without 'instruction'": 1},
+    ),
+    "number as an instruction": Broken(
+        "a.jsonl", instructions(instruction=5), r"row 2 is a number, found 5; a text", {"'instruction' is no text": 1}
+    ),
+    "number as an input": Broken(
+        "a.jsonl", instructions(input=5), r"alpaca 'input': .*row 2 is a number, found 5", {"'input' is no text": 1}
+    ),
+    "list as a system message": Broken(
+        "a.jsonl", instructions(system=["Be brief."]), r"'system': .*row 2 is a list", {"'system' is no text": 1}
     ),
     "not utf-8": Broken(
         "a.jsonl", GOOD.encode() + '{"text": "é"}\n'.encode("latin-1"),

@@ -150,6 +150,7 @@ def test_the_docstrings_of_the_standard_library_are_pairs(tmp_path: Path) -> Non
         ({"model": {"preference": {"loss": "ipo", "margin": 2.0}}}, "margin for loss simpo"),
         ({"model": {"task": "reward-model"}}, "null for reward-model"),
         ({"model": {"adapter": {"start": "pissa"}}}, "pissa changes the base"),
+        ({"model": {"adapter": {"start": "loftq"}, "dtype": "nf4"}}, "loftq changes the base"),
         ({"data": {"train_on": "all"}}, "answers | last for preference"),
         ({"techniques": ["sequence_length_warmup"]}, "a sample is two answers"),
         ({"data": {"source": "python-stdlib"}}, "for preference: docstring-preferences"),

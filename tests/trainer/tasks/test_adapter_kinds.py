@@ -113,7 +113,9 @@ def test_a_start_takes_apart_no_weight_that_another_layer_has():
         ({"adapter": {"kind": "dora"}}, "zero3", "lora with strategy.name zero3"),
         ({"adapter": {"kind": "vblora"}}, "auto", "not vblora: its vectors have one length"),
         ({"adapter": {"kind": "prompt_tuning"}}, "auto", "there is nothing to merge into the weights"),
-        ({"adapter": {"start": "loftq"}, "dtype": "nf4"}, "auto", "not loftq: it compares weights with their codes"),
+        ({"adapter": {"start": "loftq"}}, "auto", "loftq beside model.dtype nf4 | int8"),
+        ({"adapter": {"start": "loftq"}, "dtype": "nf4"}, "auto", "loftq with model.name"),
+        ({"adapter": {"kind": "vera", "start": "loftq"}, "dtype": "nf4"}, "auto", "start for kind lora"),
         ({"adapter": {"kind": "dorra"}}, "auto", " | ".join(KINDS)),
     ],
 )  # fmt: skip
