@@ -20,7 +20,7 @@ from shoestring.trainer.machine.doctor import diagnose
 from shoestring.trainer.machine.extensions import ExtensionsError, prebuild
 
 RANKS = Path(__file__).parents[2] / "support" / "nvme_ranks.py"
-ZERO3 = ["strategy.name=zero3", "strategy.offload=optimizer", "strategy.devices=2"]
+ZERO3 = ["techniques=[]", "strategy.name=zero3", "strategy.offload=optimizer", "strategy.devices=2"]
 real = pytest.mark.skipif("SHOESTRING_NVME_TESTS" not in os.environ, reason="builds async_io: make test-nvme")
 
 
@@ -57,8 +57,14 @@ def test_a_process_keeps_its_folder_and_removes_those_of_the_dead(tmp_path: Path
 
 def test_a_plan_counts_the_drive_and_refuses_what_cannot_lie_there(tmp_path: Path) -> None:
     on_drive = [*ZERO3, f"strategy.nvme={tmp_path}"]
-    choice = next(each for each in plan(load_recipe("quickstart", on_drive)).choices if each.what == "drive")
-    assert choice.value == str(tmp_path) and "GiB a node" in choice.why
+    made = plan(load_recipe("quickstart", on_drive))
+    choice = next(each for each in made.choices if each.what == "drive")
+    assert choice.value == str(tmp_path) and "a node" in choice.why
+    assert made.fitted is not None
+    # gradient 4 bytes; master and two moments 12, and 12 more of the copy for a checkpoint
+    assert made.fitted.memory.drive == pytest.approx(28 * (made.fitted.inputs.size.trainable or 0))
+    names = {term.name for term in made.fitted.memory.device}
+    assert "buffers of the drive" in names and "offloaded optimizer states" not in names
     with pytest.raises(RecipeError, match=r"adamw \| adam \| sgd \| lion with strategy\.nvme"):
         plan(load_recipe("quickstart", [*on_drive, "optimizer.name=adamw8bit"]))
     with pytest.raises(RecipeError, match=r"strategy\.nvme.*no folder that can be written to"):
