@@ -12,7 +12,7 @@ NUMERICAL := $(addprefix tests/callbacks/,compression forward model optimization
 # torch's cache of compiled kernels does not ask for which instructions they are
 OWN_KERNELS = TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d)
 
-.PHONY: quickstart test chaos test-cpus test-cluster test-gpu check-gpu lint docs bench clean
+.PHONY: quickstart test chaos test-cpus test-cluster test-nvme test-gpu check-gpu lint docs bench clean
 
 # torch first: where pip has a CPU build of its own, the rest then keeps it
 $(READY): pyproject.toml
@@ -48,6 +48,11 @@ test-cluster: $(READY)
 	bash tests/cluster/install.sh
 	$(BIN)/python -m pip install -qq -e ".[ray]"
 	SHOESTRING_CLUSTER_TESTS=1 $(BIN)/python -m pytest -m cluster tests/cluster
+
+# optimizer state on a drive, for which DeepSpeed's async_io is built on libaio: Debian, root, or libaio-dev is there
+test-nvme: $(READY)
+	sh tests/support/install_libaio.sh
+	SHOESTRING_NVME_TESTS=1 $(BIN)/python -m pytest tests/trainer/run/test_nvme.py
 
 test-gpu: $(READY)
 	SHOESTRING_TEST_DEVICE=cuda $(BIN)/python -m pytest -rs tests/contracts/test_ranks.py

@@ -14,6 +14,9 @@ OFFLOADS: dict[str, tuple[str, ...]] = {
     "zero3": ("none", "optimizer", "parameters"),
     "fsdp2": ("none",),
 }
+NVME = "zero3"  # the strategy whose optimizer state can lie on a drive
+NVME_GROUP = 50_000_000  # elements of a rank that are in memory at a time, with a tensor for each of NVME_BUFFERS
+NVME_BUFFERS = 4  # masters, gradients, two states
 ASKED_FOR = frozenset({"fsdp2"})  # what no plan chooses or proposes by itself
 _ZERO = ("zero1", "zero2", "zero3")
 SETTINGS: dict[str, tuple[str, ...]] = {  # of `Sharding`: the strategies that have it

@@ -174,6 +174,12 @@ class StrategySpec(Section):
     devices: Literal["auto"] | Count = Field("auto", description="auto, or a whole number from 1: devices per node")
     nodes: Count = Field(1, description="a whole number from 1")
     offload: Literal["none", "optimizer", "parameters"] = "none"
+    nvme: str | None = Field(
+        None,
+        min_length=1,
+        description="null, or a folder on a local drive: optimizer state lies there in place of host memory, under "
+        "zero3 with offload optimizer",
+    )
     gradient_dtype: Literal["fp32", "bf16"] = Field(
         "fp32",
         description="fp32 | bf16: what gradients are summed in, over micro-batches and ranks, under zero1 | zero2 | "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..strategies import OFFLOADS, SETTINGS
+from ..strategies import NVME, OFFLOADS, SETTINGS
 from .recipe import Recipe
 from .rule import Broken, depends_on
 
@@ -19,6 +19,13 @@ def strategy_fits(recipe: Recipe) -> Iterator[Broken]:
         allowed = f"{' | '.join(OFFLOADS[strategy.name])} with strategy.name {strategy.name}"
         needed = [name for name, offloads in OFFLOADS.items() if strategy.offload in offloads]
         yield Broken("strategy.offload", allowed, f"offloading {strategy.offload} needs {' or '.join(needed)}")
+    if strategy.nvme is not None and (strategy.name != NVME or strategy.offload != "optimizer"):
+        hint = f"set strategy.name={NVME} and strategy.offload=optimizer, or leave it out"
+        if strategy.offload == "parameters":
+            hint = "weights stay on devices or in host memory: a drive takes the state of offload optimizer"
+        yield Broken(
+            "strategy.nvme", f"null, or a folder with strategy.name {NVME} and strategy.offload optimizer", hint
+        )
     if isinstance(strategy.allgather_bucket, int) and strategy.allgather_bucket % 2:
         yield Broken("strategy.allgather_bucket", "auto, or an even number of elements")
     if strategy.devices != "auto" and strategy.devices * strategy.nodes % strategy.hpz:

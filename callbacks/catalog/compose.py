@@ -94,6 +94,11 @@ def _fits(technique: Technique, facts: frozenset[str]) -> None:
             f"{card.name} reads or changes whole gradients, states or modules, and a step in backward "
             "(optimizer.in_backward) has one gradient at a time. Drop one of them."
         )
+    if "nvme" in facts and (card.writes | card.reads) & (_OF_STEPS | {"weights"}):
+        raise IncompatibleTechniques(
+            f"{card.name} reads or changes masters, gradients or states, and with strategy.nvme they lie on a drive, a "
+            "few in memory at a time. Drop one of them."
+        )
     if refused := card.refuses & facts:
         raise IncompatibleTechniques(f"{card.name} does not work with {_list(refused)}. Drop one of them.")
 

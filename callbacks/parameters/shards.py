@@ -16,8 +16,9 @@ In ZeRO a gradient exists only between backward and step, so techniques act in `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,6 +117,7 @@ class Shards:
 
     replicated = True  # every rank holds all elements
     layout = "whole parameters"  # what a rank has of each, in words
+    drive: Path | None = None  # the folder that masters and states lie in, if not in memory
 
     def __init__(self, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         lay_out_plainly(module)
@@ -127,10 +129,22 @@ class Shards:
         self.optimizers = optimizers
         self.slices = {name: self._slice(p) for name, p in self.parameters.items()}
 
+    def each(self, edited: bool = False) -> Iterator[str]:
+        """Names of all parameters. Masters and states that lie on a drive are in memory for their turn alone.
+
+        Args:
+            edited: They are written back, where they lie on a drive, and published.
+        """
+        yield from self.slices
+
     # -- views of this rank's slice ----------------------------------------------------------------------------------
     def master(self, name: str) -> Tensor:
         """The weights the optimizer updates, [length]."""
         return self.parameters[name].data.view(-1)
+
+    def master_dtype(self, name: str) -> torch.dtype:
+        """What the optimizer updates the weights in."""
+        return self.master(name).dtype
 
     def gradient(self, name: str) -> Tensor | None:
         """The averaged gradient of the whole global batch, [length]; None where there is none. At the boundary only."""

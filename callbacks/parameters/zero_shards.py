@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +28,10 @@ class ZeroShards(SpreadShards):
     def _flat(self, name: str) -> tuple[Tensor, int] | None:
         """The flat master that holds this rank's slice, and where in it; None if the slice is empty."""
         raise NotImplementedError
+
+    def _stepped(self, name: str) -> tuple[Tensor, int] | None:
+        """`_flat`, in memory or not."""
+        return self._flat(name)
 
     def _flats(self) -> list[Tensor | None]:
         """All flat masters; None where one is not in memory."""
@@ -57,9 +64,10 @@ class ZeroShards(SpreadShards):
         return {k: self._narrow(name, v) for k, v in entries.items() if torch.is_tensor(v) and v.shape == flat.shape}
 
     def scalars(self, name: str) -> dict[str, Any]:
-        if (at := self._entries_at(name)) is None:
+        if (place := self._stepped(name)) is None:
             return {}
-        flat, entries = at
+        flat = place[0]
+        entries = self.zero.optimizer.state[flat]
         small = {k: v for k, v in entries.items() if not (torch.is_tensor(v) and v.shape == flat.shape)}
         others = {k for k in small if k.startswith(OF_A_WHOLE) and not k.endswith(f"@{name}")}
         return {k.removesuffix(f"@{name}"): v for k, v in small.items() if k not in others}
@@ -171,31 +179,90 @@ class Zero3Shards(ZeroShards):
     def whole_frozen(self, where: Slice, view: Tensor) -> Tensor:
         return self.gather_slice(where, view)  # by all ranks: one may have all of it, and another one nothing
 
+    def __init__(self, module: nn.Module, engine: Any) -> None:
+        super().__init__(module, engine)
+        self._in_memory: int | None = None  # the sub-group that has been read from the drive
+        if (swapper := self.zero.optimizer_swapper) is not None:
+            self.drive = Path(swapper.swap_folder)
+
+    def _group(self, name: str) -> int:
+        """The sub-group that DeepSpeed steps at once, and has in memory at once, where states lie on a drive."""
+        return int(self.zero.grad_position[self.zero.get_param_id(self.parameters[name])][0])
+
+    def _on_drive(self, group: int) -> bool:
+        return bool(self.zero._swappable_optimizer_subgroup(group))  # small ones stay in memory
+
+    def each(self, edited: bool = False) -> Iterator[str]:
+        if self.drive is None:
+            yield from super().each(edited)
+            return
+        for group, names in groupby(sorted(self.slices, key=self._group), key=self._group):
+            if not self._on_drive(group):
+                yield from names
+                continue
+            with self._read(group, edited):
+                yield from names
+
+    @contextmanager
+    def _read(self, group: int, edited: bool = False) -> Iterator[None]:
+        """Have a sub-group in memory. Between steps only: gradients are not kept where it is `edited`."""
+        self.zero._optimizer_states_and_gradient_swap_in(group)
+        self._in_memory = group
+        try:
+            yield
+            if edited:
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        finally:
+            self._in_memory = None
+            if edited:
+                self.zero._optimizer_states_and_gradient_swap_out(group)
+            else:
+                self.zero._release_swap_buffers(group)
+
+    def whole(self, name: str) -> Tensor:
+        group = self._group(name)
+        if not self._on_drive(group) or group == self._in_memory:
+            return super().whole(name)
+        with self._read(group):
+            return super().whole(name)
+
     def _flats(self) -> list[Tensor | None]:
         return list(self.zero.fp32_partitioned_groups_flat)
 
-    def _flat(self, name: str) -> tuple[Tensor, int] | None:
-        p = self.parameters[name]
+    def _stepped(self, name: str) -> tuple[Tensor, int] | None:
         if self.slices[name].length == 0:
             return None
-        group, start, _ = self.zero.grad_position[self.zero.get_param_id(p)]
-        flat = self.zero.fp32_partitioned_groups_flat[group]
-        if flat is None or self.zero._swappable_optimizer_subgroup(group):
-            raise NoShard("optimizer state on NVMe cannot be edited in place; offload it to the CPU instead")
-        return flat, start
+        group, start, _ = self.zero.grad_position[self.zero.get_param_id(self.parameters[name])]
+        return self.zero.fp32_partitioned_groups_flat[group], start
+
+    def _flat(self, name: str) -> tuple[Tensor, int] | None:
+        group = self._group(name)
+        if self.drive is not None and self.slices[name].length and self._on_drive(group) and group != self._in_memory:
+            raise NoShard(
+                f"{name}'s master and states are on the drive: they are in memory in their turn of `each` only"
+            )
+        return self._stepped(name)
+
+    def master_dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if (place := self._stepped(name)) is None else place[0].dtype
 
     def gradient(self, name: str) -> Tensor | None:
         if self.slices[name].length == 0:
             return None
         view, _ = self.zero._get_fp32_grad_state_partition(self.parameters[name], release_swap_buffers=True)
-        return view.view(-1)[: self.slices[name].length]
+        view = view.view(-1)[: self.slices[name].length]
+        return view.clone() if self._on_drive(self._group(name)) else view
 
     def set_gradient(self, name: str, value: Tensor) -> None:
-        if (view := self.gradient(name)) is None:
+        if self.slices[name].length == 0:
             return
+        view, group = self.zero._get_fp32_grad_state_partition(self.parameters[name], release_swap_buffers=False)
+        view = view.view(-1)[: self.slices[name].length]
         view.copy_(value)
         if self.zero.offload_optimizer:
             self._renorm(name, self.zero._constant_buffered_norm2(view))
+        if self._on_drive(group):
+            self.zero._writeback_swap_state(group, write_opt_state=False, write_gradients=True)
 
     def _members(self, flat: Tensor) -> list[nn.Parameter]:
         groups = zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_groups, strict=True)
@@ -205,6 +272,8 @@ class Zero3Shards(ZeroShards):
         for p in (*self.parameters.values(), *self._frozen.values()):
             p.ds_secondary_tensor = None  # type: ignore[attr-defined]  # hpZ's copy is made anew from the first one
         for group in range(len(self.zero.fp16_groups)):
+            if self._on_drive(group):  # `each` has done so, while it was in memory
+                continue
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:
             persistent = self.zero.persistent_parameters

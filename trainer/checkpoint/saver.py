@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 
 from ... import ShoestringError, __version__
 from ...callbacks.accounting.agreement import Agreement
+from ...callbacks.parameters.accessor import shards_anew
 from ...exits import FAILURE
 from . import base, changes, state
 from . import format as checkpoint
@@ -111,7 +112,12 @@ class Saver:
         common = state.common_state(trainer, module, self._first, self._settings)
         if rank == 0:
             states["state.pt"] = checkpoint.packed(common)
-        pieces = self._snapshot.take(state.tensors(trainer, module, self.left_out))
+        drive = shards_anew(trainer, module).drive
+        pieces = self._attempt(lambda: self._snapshot.take(state.tensors(trainer, module, self.left_out), drive))
+        if drive is not None:  # which may be full
+            full = next((said for said in self._agree(pieces if isinstance(pieces, str) else None) if said), None)
+            if full is not None:
+                return self._refused(step, f"{drive}: {full}", rank == 0)
         self._writing, self._step = Writing(folder, rank, states, pieces, about if rank == 0 else None), step
         return None
 

@@ -6,7 +6,9 @@ every rank's is there, the checkpoint is whole, and a run that was killed before
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from threading import Thread
 from time import perf_counter
@@ -26,16 +28,32 @@ class Snapshot:
     def __init__(self) -> None:
         self._memory: dict[str, torch.Tensor] = {}
 
-    def take(self, pieces: Mapping[str, tuple[Piece, torch.Tensor]]) -> dict[str, tuple[Piece, torch.Tensor]]:
-        """The pieces as they are now. What was taken before is overwritten."""
-        memory = {}
-        for key, (_, tensor) in pieces.items():
+    def take(
+        self, pieces: Iterable[tuple[str, Piece, torch.Tensor]], drive: Path | None = None
+    ) -> dict[str, tuple[Piece, torch.Tensor]]:
+        """The pieces as they are now. What was taken before is overwritten.
+
+        Args:
+            pieces: Each is copied before the next one is asked for.
+            drive: A folder that the copies lie in, where memory would not hold them: mapped files without names.
+        """
+        taken = {}
+        for key, piece, tensor in pieces:
             kept = self._memory.pop(key, None)
             if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-                kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            memory[key] = kept.copy_(tensor.detach())
-        self._memory = memory
-        return {key: (piece, memory[key]) for key, (piece, _) in pieces.items()}
+                kept = _empty(tensor, drive)
+            taken[key] = piece, kept.copy_(tensor.detach())
+        self._memory = {key: kept for key, (_, kept) in taken.items()}
+        return taken
+
+
+def _empty(like: torch.Tensor, drive: Path | None) -> torch.Tensor:
+    if drive is None or not like.numel():
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+    with tempfile.NamedTemporaryFile(dir=drive, suffix=".snapshot") as file:
+        os.posix_fallocate(file.fileno(), 0, like.nbytes)  # a full drive is an error here, and not a signal later
+        flat = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
+    return flat.view(like.shape)
 
 
 class Writing(Thread):

@@ -89,36 +89,35 @@ def rank_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
 
 def tensors(
     trainer: pl.Trainer, module: pl.LightningModule, left_out: frozenset[str] = frozenset()
-) -> dict[str, tuple[Piece, torch.Tensor]]:
+) -> Iterator[tuple[str, Piece, torch.Tensor]]:
     """This rank's slices: master/, optimizer/<state>/, technique/<name>/<state>/, table/<technique>/, frozen/, and rank
-    0's buffer/. Collective where a technique has tables. left_out: frozen weights that are not to be held."""
+    0's buffer/, each a view for its turn alone. Collective where a technique has tables. left_out: frozen weights that
+    are not to be held."""
     shards = shards_anew(trainer, module)
-    pieces: dict[str, tuple[Piece, torch.Tensor]] = {}
     first = trainer.global_rank == 0
     if first or not shards.replicated:
-        for name, where in shards.slices.items():
-            if where.length:
-                pieces[f"master/{name}"] = _piece(where, shards.master(name))
+        for name in shards.each():
+            if (where := shards.slices[name]).length:
+                yield f"master/{name}", *_piece(where, shards.master(name))
                 for state, view in shards.state(name).items():
-                    pieces[f"optimizer/{state}/{name}"] = _piece(where, view)
+                    yield f"optimizer/{state}/{name}", *_piece(where, view)
         for technique in trainer.callbacks:
             if isinstance(technique, Technique):
                 for state, named in technique.fragments().items():
                     for name, local in named.items():
                         if shards.slices[name].length:
                             key = f"technique/{technique.state_key}/{state}/{name}"
-                            pieces[key] = _piece(shards.slices[name], local)
+                            yield key, *_piece(shards.slices[name], local)
     for technique, name, table in _tables(trainer):
         if len(piece := table.share()):
-            pieces[f"table/{technique}/{name}"] = Piece(table.offset, len(piece), (table.count,)), piece
+            yield f"table/{technique}/{name}", Piece(table.offset, len(piece), (table.count,)), piece
     for name, (where, view) in shards.frozen().items():
         if name not in left_out and (first or where.length != where.numel) and where.length:
-            pieces[f"frozen/{name}"] = _piece(where, view)
+            yield f"frozen/{name}", *_piece(where, view)
     if first:
         for name, buffer in module.named_buffers():
             whole = Slice(0, buffer.numel(), buffer.shape)
-            pieces[f"buffer/{name}"] = _piece(whole, buffer.detach().reshape(-1))
-    return pieces
+            yield f"buffer/{name}", *_piece(whole, buffer.detach().reshape(-1))
 
 
 def check(folder: Path, hashes: bool = True) -> None:
@@ -182,8 +181,8 @@ def _restore_parameters(shards: Shards, pieces: Pieces, scalars: Mapping[str, Ma
             _, state, name = key.split("/", 2)
             states.setdefault(name, []).append(state)
     with torch.no_grad():
-        for name, where in shards.slices.items():
-            if not where.length:
+        for name in shards.each(edited=True):
+            if not (where := shards.slices[name]).length:
                 continue
             shards.master(name).copy_(pieces.cut(f"master/{name}", where.offset, where.length))
             kept = {s: pieces.cut(f"optimizer/{s}/{name}", where.offset, where.length) for s in states.get(name, ())}

@@ -54,7 +54,7 @@ def save_weights(
     from ...callbacks.parameters.accessor import shards_anew
 
     shards, frozen = shards_anew(trainer, module), {}
-    sizes = {name: where.numel * shards.master(name).element_size() for name, where in shards.slices.items()}
+    sizes = {name: where.numel * shards.master_dtype(name).itemsize for name, where in shards.slices.items()}
     for name, (where, view) in shards.frozen().items():
         if name not in base:
             frozen[name], sizes[name] = (where, view), where.numel * view.element_size()

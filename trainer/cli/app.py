@@ -136,11 +136,16 @@ app.command()(job_commands.cancel)
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    nvme: Annotated[
+        Path | None, typer.Option(help="A folder for strategy.nvme: build async_io, write there and read it back.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show what this machine has, what is missing, and the command that fixes it."""
     from ..machine.doctor import diagnose, report
 
-    findings = diagnose()
+    findings = diagnose(nvme=nvme)
     if as_json:
         print_json(report(findings))
     else:

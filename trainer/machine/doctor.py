@@ -3,8 +3,8 @@
     >>> [finding.name for finding in diagnose() if finding.ok is False]
     []
 
-Each check is a function of a few lines that returns one Finding. None of them starts anything, writes anything or goes
-to the network.
+Each check is a function of a few lines that returns one Finding. None of them writes anything or goes to the network;
+that of a drive, which is asked for, writes to it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ... import ShoestringError
 from ...callbacks.accounting.energy import POWERCAP, Nvml, Rapl
 from ...cluster.config.hardware import HardwareError, known_hardware
 from ...directories import home
-from .extensions import BUILDERS, extensions_dir, lock_holder
+from .extensions import BUILDERS, LIBAIO, extensions_dir, has_libaio, lock_holder
 from .facts import Machine, facts, version
+from .nvme import problem, transfer
 
 GIB = 2**30
 ENOUGH_DISK = 5 * GIB  # a checkpoint of a small model, twice, and the caches
@@ -53,8 +55,10 @@ class Finding:
     fix: str = ""
 
 
-def diagnose(run_dir: Path | None = None) -> list[Finding]:
+def diagnose(run_dir: Path | None = None, nvme: Path | None = None) -> list[Finding]:
     """Look at everything a run depends on. `run_dir` is where runs are written, default the working directory.
+
+    `nvme`: a folder for `strategy.nvme`, which 32 MiB are written to and read from; async_io is built for it.
 
     Takes about 0.3 s, with a GPU the time torch needs to import. A check that fails itself is a finding, not an error.
     """
@@ -75,6 +79,8 @@ def diagnose(run_dir: Path | None = None) -> list[Finding]:
         _deepspeed,
         _compiler,
         _extensions,
+        _libaio,
+        *([partial(_nvme, nvme)] if nvme is not None else []),
         _wandb,
         _minilm,
     ]
@@ -220,6 +226,24 @@ def _extensions() -> Finding:
         return Finding("extensions", False, f"{len(locks)} stale build lock: the next build would hang", f"rm {where}")
     built = [name for name in BUILDERS if (private / name / f"{name}.so").exists()]
     return Finding("extensions", True, f"{', '.join(built) or 'none'} built in {private}; none is needed")
+
+
+def _libaio() -> Finding:
+    if has_libaio():
+        return Finding("libaio", True, "there: strategy.nvme can build async_io")
+    return Finding("libaio", None, "not there: only strategy.nvme needs it", LIBAIO)
+
+
+def _nvme(folder: Path) -> Finding:
+    if (found := problem(folder, ENOUGH_DISK)) is not None:
+        return Finding("nvme", False, found, "choose a folder on a local drive with room")
+    try:
+        written, read = transfer(folder)
+    except ShoestringError as error:
+        return Finding("nvme", False, str(error), "" if has_libaio() else LIBAIO)
+    free = shutil.disk_usage(folder).free / GIB
+    speed = f"{written / GIB:.2f} GiB/s written, {read / GIB:.2f} GiB/s read"
+    return Finding("nvme", True, f"{folder}: the bytes written are those read, {speed}, {free:.1f} GiB free")
 
 
 def _wandb() -> Finding:

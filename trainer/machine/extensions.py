@@ -39,9 +39,10 @@ BUILDERS = {  # extension -> class of DeepSpeed that builds it
     "async_io": "AsyncIOBuilder",
     "deepspeed_shm_comm": "ShareMemCommBuilder",
 }
+LIBAIO = "sudo apt-get install libaio-dev g++"
 PATIENCE_SECONDS = 900.0  # for a live build; cpu_adam takes one to three minutes
 QUIET_SECONDS = 300.0  # after which an unseen builder, on another host, counts as dead
-_SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "9p", "fuse", "afs", "orangefs")
+SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "9p", "fuse", "afs", "orangefs")
 _BUILD = """
 import sys
 from deepspeed.accelerator import get_accelerator
@@ -55,13 +56,16 @@ class ExtensionsError(ShoestringError):
     """A DeepSpeed extension that cannot be built, or a build that does not end."""
 
 
-def prepare_environment(strategy: str, offload: str, accelerator: str, *, ds_optimizer: bool = False) -> None:
+def prepare_environment(
+    strategy: str, offload: str, accelerator: str, *, ds_optimizer: bool = False, nvme: bool = False
+) -> None:
     """Call on every rank before DeepSpeed is initialized; safe to call on all at once and again.
 
     strategy      a recipe's strategy name; nothing happens unless it is a ZeRO stage
     offload       "none", "optimizer" or "parameters"
     accelerator   "cpu" or "cuda"
     ds_optimizer  whether DeepSpeedCPUAdam steps the offloaded state; torch's optimizers need nothing built
+    nvme          whether optimizer state lies on a drive, which takes async_io
 
     Sets TORCH_EXTENSIONS_DIR (unless set) and DS_ACCELERATOR, and removes stale locks. CPU: imports deepspeed and makes
     it decline its shared-memory kernel. With ds_optimizer: one process builds cpu_adam, the node's other ranks wait.
@@ -76,6 +80,8 @@ def prepare_environment(strategy: str, offload: str, accelerator: str, *, ds_opt
         _decline_shared_memory_kernel()
     if offload != "none" and ds_optimizer:
         prebuild(["cpu_adam"])
+    if nvme:
+        prebuild(["async_io"])
 
 
 def extensions_dir() -> Path:
@@ -95,7 +101,31 @@ def prebuild(names: Sequence[str], patience: float = PATIENCE_SECONDS) -> dict[s
         if name not in BUILDERS:
             raise ExtensionsError(f"unknown DeepSpeed extension {name!r}. Known: {', '.join(BUILDERS)}.")
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or extensions_dir())
+    _same_ninja()
     return {name: _present_or_build(folder, name, patience) for name in names}
+
+
+def has_libaio() -> bool:
+    """Whether the C++ compiler finds libaio, its header too: what async_io is built on."""
+    compiler = os.environ.get("CXX") or "c++"
+    command = [compiler, "-x", "c++", "-", "-shared", "-fPIC", "-laio", "-o", os.devnull]
+    try:
+        return subprocess.run(command, input=b"#include <libaio.h>\n", capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def is_built(name: str) -> bool:
+    """Whether an extension lies ready in the build folder."""
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or extensions_dir())
+    return (folder / f"{name}.built").exists() and (folder / name / f"{name}.so").exists()
+
+
+def _same_ninja() -> None:
+    """Have one ninja, activated or not: another version would build everything anew, within the run."""
+    beside, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if Path(beside, "ninja").exists() and not path.startswith(beside):
+        os.environ["PATH"] = f"{beside}{os.pathsep}{path}"
 
 
 def settle(lock: Path, patience: float = PATIENCE_SECONDS) -> None:
@@ -152,14 +182,19 @@ def _local_holder(lock: Path) -> int | None:
 
 
 def _is_shared(folder: Path) -> bool:
-    """Whether other hosts may see this folder: the type of the mount with the longest matching prefix."""
+    """Whether other hosts may see this folder."""
+    return filesystem(folder).startswith(SHARED)
+
+
+def filesystem(folder: Path) -> str:
+    """What kind it is of: that of the mount with the longest matching prefix; empty where that cannot be told."""
     kind, longest, path = "", -1, str(folder.resolve())
     with contextlib.suppress(OSError):
         for line in Path("/proc/mounts").read_text().splitlines():
-            _, mount, filesystem = line.split()[:3]
+            _, mount, mounted = line.split()[:3]
             if len(mount) >= longest and (mount == "/" or path == mount or path.startswith(mount + "/")):
-                kind, longest = filesystem, len(mount)
-    return kind.startswith(_SHARED)
+                kind, longest = mounted, len(mount)
+    return kind
 
 
 def _stat(path: Path) -> tuple[int, int] | None:
@@ -177,6 +212,11 @@ def _present_or_build(folder: Path, name: str, patience: float) -> float | str:
         built = folder / f"{name}.built"  # a library alone may be half linked
         if built.exists() and (folder / name / f"{name}.so").exists():
             return "present"
+        if name == "async_io" and not has_libaio():
+            raise ExtensionsError(
+                "optimizer state on a drive needs libaio and a C++ compiler, and there is no libaio.h that it finds: "
+                f"{LIBAIO}. Or leave strategy.nvme out: the state is in host memory then."
+            )
         _say(f"building DeepSpeed's {name} once for this machine, one to three minutes, into {folder} ...")
         started = time.monotonic()
         _build(folder, name, patience)

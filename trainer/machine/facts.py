@@ -247,7 +247,7 @@ def _cpuinfo(*keys: str) -> str:
 def run_facts(
     strategy: Any, accelerator: str, offload: str = "none", optimizer: str | None = None, *,
     bf16: bool | None = None, fp16: bool | None = None, in_backward: bool = False, adapted: bool = False,
-    quantized: bool = False,
+    quantized: bool = False, nvme: bool = False,
 ) -> frozenset[str]:  # fmt: skip
     """What techniques may need or refuse: "cuda" or "cpu", "bf16", "fp16", "single", "ddp", "zero-1", …, "fsdp2".
 
@@ -256,6 +256,7 @@ def run_facts(
     in_backward: parameters step in backward: "step-in-backward".
     adapted: the weights are frozen, and adapters beside them are trained: "model.adapter".
     quantized: the base's weights are kept as codes: "model.dtype nf4 or int8".
+    nvme: optimizer state lies on a drive: "nvme".
     """
     if bf16 is None or fp16 is None:
         bf16, fp16 = (machine := facts()).bf16, machine.fp16
@@ -276,6 +277,8 @@ def run_facts(
         names.add("model.adapter")
     if quantized:
         names.add("model.dtype nf4 or int8")
+    if nvme:
+        names.add("nvme")
     return frozenset(names)
 
 

@@ -199,6 +199,8 @@ def _ways(made: Inputs, given: Inputs, optimizer: OptimizerCard, chosen: bool) -
     """Strategies with their offloads that go with so many devices and the optimizer."""
     for strategy, offload in ((name, each) for name, offloads in OFFLOADS.items() for each in offloads):
         zero = strategy.startswith("zero")
+        if made.nvme and (strategy, offload) != (given.strategy, given.offload):
+            continue
         if strategy in ASKED_FOR and strategy != given.strategy:
             continue
         if strategy == "single" if made.world > 1 else strategy == "ddp":

@@ -80,6 +80,7 @@ def inputs_of(
         return Inputs(
             size=size, length=tokens_of_sample(recipe, size), micro=micro, accumulate=accumulate,
             devices=devices, nodes=nodes, strategy=strategy, offload=recipe.strategy.offload,
+            nvme=recipe.strategy.nvme is not None,
             accelerator=target.accelerator, precision=precision, base=base_dtype(recipe, precision),
             optimizer=optimizer, checkpointing=Checkpointing(again.every, again.mode) if again else Checkpointing(),
             adapter_dtype=adapter.dtype if adapter else "compute", dropout=bool(adapter and adapter.dropout),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ...strategies import bucket
+from ...strategies import NVME_BUFFERS, NVME_GROUP, bucket
 from ..tasks.chunks import chunks_of
 from .activations import BYTES, block_bytes, logits_bytes
 from .needs import Inputs, Memory, Term
@@ -46,10 +46,10 @@ def memory(run: Inputs) -> Memory:
     offloaded = _offloaded(run)
     if run.accelerator == "cpu":
         device += offloaded
-        return Memory(tuple(device), (), CONTEXT["cpu"])
+        return Memory(tuple(device), (), CONTEXT["cpu"], _on_drive(run))
     context = CONTEXT["cuda"] + (COMMUNICATOR if run.world > 1 else 0)
     host = [Term(term.name, term.bytes * run.devices) for term in offloaded]
-    return Memory(tuple(device), (*host, *_host(run)), context)
+    return Memory(tuple(device), (*host, *_host(run)), context, _on_drive(run))
 
 
 def _states(run: Inputs) -> Iterable[Term]:
@@ -200,6 +200,13 @@ def _offloaded(run: Inputs) -> list[Term]:
     trained = float(run.size.trainable or 0) / run.world
     if run.offload == "none":
         return []
+    if run.nvme:  # a group of weights at a time, and the gradients of all until they are written
+        group = min(trained, NVME_GROUP + run.size.largest / run.world)
+        return [
+            Term("buffers of the drive", 4 * NVME_BUFFERS * group),
+            Term("offloaded optimizer's temporary copy", run.optimizer.copied_bytes * min(group, _stepped(run))),
+            Term("gradients of all micro-batches", summed(run) * trained),
+        ]
     terms = [
         Term("offloaded master weights", 4 * trained),
         Term("offloaded gradients", 4 * trained),
@@ -211,6 +218,14 @@ def _offloaded(run: Inputs) -> list[Term]:
     if run.offload == "parameters":
         terms.append(Term("offloaded weights", run.own * trained + frozen_bytes(run) / run.world))
     return terms
+
+
+def _on_drive(run: Inputs) -> float:
+    """Of a node: masters, gradients and states; masters and states again, as they are copied for a checkpoint."""
+    if not run.nvme:
+        return 0.0
+    kept = 4 * float(run.size.trainable or 0) / run.world + _optimizer_states(run)
+    return run.devices * (2 * kept + 4 * float(run.size.trainable or 0) / run.world)
 
 
 def _host(run: Inputs) -> Iterable[Term]:

@@ -31,6 +31,7 @@ class Memory:
     device: tuple[Term, ...]
     host: tuple[Term, ...]
     context: float
+    drive: float = 0.0  # bytes of a node's drive
 
     def at(self, moment: str) -> tuple[Term, ...]:
         """What is alive then, the largest first."""
@@ -76,6 +77,7 @@ class Inputs:
         nodes: How many there are.
         strategy: single | ddp | zero1 | zero2 | zero3 | fsdp2.
         offload: none | optimizer | parameters.
+        nvme: Offloaded optimizer state lies on a drive, and not in host memory.
         accelerator: "cuda" or "cpu".
         precision: fp32 | bf16 | fp16, of the computation.
         base: What a frozen weight is kept in: a key of `FROZEN_BYTES`.
@@ -110,6 +112,7 @@ class Inputs:
     chunked_loss: Chunked = False
     sharding: Sharding = field(default_factory=Sharding)
     in_backward: bool = False
+    nvme: bool = False
 
     @property
     def world(self) -> int:

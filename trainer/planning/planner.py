@@ -24,6 +24,7 @@ from ..machine.facts import facts as machine_facts
 from ..tasks.optimizers.cards import OptimizerCard
 from .alternatives import alternatives
 from .checks import check_budget, check_present
+from .drive import drive
 from .fitting import Fit, fit_of, gib, inputs_of, refusal, sharding_of, with_micro
 from .predictions import predict
 from .sizes import size_of
@@ -167,8 +168,11 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
             strategy, target.accelerator, recipe.strategy.offload, recipe.optimizer.name,
             bf16=target.bf16, fp16=target.fp16, in_backward=recipe.optimizer.in_backward,
             adapted=recipe.model.adapter is not None, quantized=recipe.model.dtype in ("nf4", "int8"),
+            nvme=recipe.strategy.nvme is not None,
         ),
     )  # fmt: skip
+    if recipe.strategy.nvme is not None:
+        chosen.append(drive(recipe, optimizer, fitted))
     for reason in composition.reasons:
         chosen.append(Choice("order", reason.partition(":")[0], reason.partition(": ")[2]))
     if sized and not fitted.possible:

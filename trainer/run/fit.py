@@ -154,6 +154,7 @@ def fit(
         best=recipe.checkpoint.best,
         patience=recipe.checkpoint.patience,
         offload=plan.offload,
+        nvme=recipe.strategy.nvme,
         sharding=plan.sharding,
         usd_per_device_hour=plan.usd_per_device_hour,
         watts_per_device=plan.watts_per_device,
@@ -248,7 +249,9 @@ def _import(plan: Plan) -> None:
         if plan.strategy.startswith("zero"):
             from ..machine.extensions import prepare_environment
 
-            prepare_environment(plan.strategy, plan.offload, plan.accelerator)
+            prepare_environment(
+                plan.strategy, plan.offload, plan.accelerator, nvme=plan.recipe.strategy.nvme is not None
+            )
 
 
 def _has_default_schedule(recipe: Any) -> bool:

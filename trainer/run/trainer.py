@@ -86,6 +86,7 @@ class Trainer(pl.Trainer):
         checkpoint_every: A duration such as "10 min" or "500 steps"; "auto": what costs least, by what saving costs and
             how often runs are interrupted; None saves at the first and the last step only.
         offload: none | optimizer | parameters: what ZeRO keeps in host memory. A strategy object has its own.
+        nvme: A folder on a local drive that zero3 with offload "optimizer" keeps the state in, in place of host memory.
         sharding: How ZeRO sums gradients, and how much it communicates at once. A strategy object has its own.
         mtbf: Mean seconds between failures and preemptions, for "auto"; None: a day for each node at first.
         keep_checkpoints: How many of the newest stay.
@@ -128,6 +129,7 @@ class Trainer(pl.Trainer):
         checkpoint_every: str | None = "5 min",
         *,
         offload: str = "none",
+        nvme: str | os.PathLike[str] | None = None,
         sharding: Sharding | None = None,
         mtbf: float | None = None,
         keep_checkpoints: int = 2,
@@ -151,11 +153,14 @@ class Trainer(pl.Trainer):
         name = strategy_name(strategy, devices, num_nodes)
         own_schedule = budget and not any(t.card.name == "lr_schedule" for t in techniques)
         chosen = [*techniques, _default_schedule()] if own_schedule else list(techniques)
-        composition = compose(chosen, run_facts(name, kind, offload, in_backward=step_in_backward))
+        composition = compose(
+            chosen, run_facts(name, kind, offload, in_backward=step_in_backward, nvme=nvme is not None)
+        )
         settings = fold(composition.techniques, options)
         made = make_strategy(
-            name, accelerator=kind, offload=offload, settings=settings, sharding=sharding, in_backward=step_in_backward
-        )
+            name, accelerator=kind, offload=offload, settings=settings, sharding=sharding, in_backward=step_in_backward,
+            nvme=None if nvme is None else os.fspath(nvme),
+        )  # fmt: skip
         if name == "fsdp2":
             options["inference_mode"] = False  # weights that are gathered in it could not be trained
         if budget and not options.keys() & {"max_epochs", "max_steps"}:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import ShoestringError
 from ...callbacks.contract import Settings
-from ...strategies import OFFLOADS, ON_CUDA, PREFETCH, SETTINGS, Sharding, bucket
+from ...strategies import NVME, NVME_BUFFERS, NVME_GROUP, OFFLOADS, ON_CUDA, PREFETCH, SETTINGS, Sharding, bucket
+from ..machine.nvme import NvmeError, claim, problem, release
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
@@ -25,19 +27,22 @@ class UnknownStrategy(ShoestringError):
 
 def make_strategy(
     name: str | Strategy, *, accelerator: str, offload: str = "none", settings: Settings | None = None,
-    sharding: Sharding | None = None, in_backward: bool = False,
+    sharding: Sharding | None = None, in_backward: bool = False, nvme: str | None = None,
 ) -> Strategy | str:  # fmt: skip
     """The Lightning strategy for `name` on `accelerator` ("cpu" or "cuda"); one that is not ours, as it was given.
 
     `in_backward`: parameters step one by one, and DDP keeps no buckets of gradients.
     `offload`: "optimizer" keeps optimizer state in host memory (ZeRO-2/3), "parameters" also the weights (ZeRO-3).
+    `nvme`: a folder on a local drive that offloaded optimizer state lies in, in place of host memory (ZeRO-3).
     `settings`: their `strategy_options` go to its constructor; `sharding`: how ZeRO communicates.
 
     Raises:
+        NvmeError: State cannot lie in that folder.
+        ExtensionsError: DeepSpeed's asynchronous I/O cannot be built.
         UnknownStrategy: Something is asked for that the strategy does not have, or that is not ours to set.
     """
     if not isinstance(name, str) or name not in OFFLOADS:
-        _only_ours(name, offload, settings or Settings(), sharding)
+        _only_ours(name, offload, settings or Settings(), sharding, nvme)
         return name
     settings, sharding = settings or Settings(), sharding or Sharding()
     if offload not in OFFLOADS[name]:
@@ -46,6 +51,10 @@ def make_strategy(
             f"offload {offload!r} needs {' or '.join(able)}" if able else
             f"offload {offload!r} is not among {', '.join(OFFLOADS['zero3'])}"
         )  # fmt: skip
+    if nvme is not None and (name != NVME or offload != "optimizer"):
+        raise UnknownStrategy(
+            f"nvme is where {NVME} keeps what offload 'optimizer' names, and this is {name!r} with {offload!r}"
+        )
     for setting in sharding.foreign_to(name):
         able = [other for other in OFFLOADS if other in SETTINGS[setting]]
         raise UnknownStrategy(f"{setting} does nothing with strategy {name!r}: it is for {', '.join(able)}")
@@ -70,22 +79,32 @@ def make_strategy(
         return FullyShardedStrategy(process_group_backend=backend, **settings.strategy_options)
     from ..machine.extensions import prepare_environment
 
-    prepare_environment(name, offload, accelerator)
+    if nvme is not None and (found := problem(Path(nvme))) is not None:
+        raise NvmeError(f"strategy.nvme: {found}")
+    prepare_environment(name, offload, accelerator, nvme=nvme is not None)
     overlaps = sharding.overlaps(name, accelerator)
     return _zero_class()(
         config={
-            **_config(stage, offload, {"overlap_comm": overlaps, **_copies(sharding), **settings.strategy_options}),
+            **_config(
+                stage,
+                offload,
+                {**_drive(nvme), "overlap_comm": overlaps, **_copies(sharding), **settings.strategy_options},
+            ),
             **_sums(sharding.gradient_dtype, settings.precision),
         },
         sharding=sharding,
+        drive=None if nvme is None else Path(nvme),
         process_group_backend=backend,
     )
 
 
-def _only_ours(given: str | Strategy, offload: str, settings: Settings, sharding: Sharding | None) -> None:
+def _only_ours(
+    given: str | Strategy, offload: str, settings: Settings, sharding: Sharding | None, nvme: str | None
+) -> None:
     """Raise `UnknownStrategy` where something is asked for that only strategies of our own are made with."""
     idle = [
         *[f"offload={offload!r}"] * (offload != "none"),
+        *[f"nvme={nvme!r}"] * (nvme is not None),
         *["sharding=Sharding(…)"] * (sharding is not None),
         *[f"{key}={value!r}, of a technique," for key, value in settings.strategy_options.items()],
     ]
@@ -100,7 +119,7 @@ def _only_ours(given: str | Strategy, offload: str, settings: Settings, sharding
 def _config(stage: int, offload: str, zero: Mapping[str, Any]) -> dict[str, Any]:
     zero_config: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, **zero}
     if offload != "none":
-        zero_config["offload_optimizer"] = {"device": "cpu"}
+        zero_config.setdefault("offload_optimizer", {"device": "cpu"})
     if offload == "parameters":
         zero_config["offload_param"] = {"device": "cpu"}
     return {
@@ -109,6 +128,28 @@ def _config(stage: int, offload: str, zero: Mapping[str, Any]) -> dict[str, Any]
         "zero_force_ds_cpu_optimizer": False,  # torch's own optimizer steps offloaded state: nothing to compile
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only prints with it; the loaders decide
     }
+
+
+def _drive(nvme: str | None) -> dict[str, Any]:
+    """ZeRO-Infinity: what is stepped together is in memory together, so it is to be a small part."""
+    if nvme is None:
+        return {}
+    swapped = {"device": "nvme", "buffer_count": NVME_BUFFERS}  # its path is each rank's own, see `ZeroStrategy`
+    return {"offload_optimizer": swapped, "sub_group_size": NVME_GROUP}
+
+
+def _plain_states(optimizer: Any) -> None:
+    """`UnknownStrategy` where DeepSpeed's buffers would not hold what an optimizer keeps of a parameter."""
+    from torch.optim import SGD, Adam
+
+    from ..tasks.optimizers.lion import Lion
+
+    if not isinstance(optimizer, Adam | SGD | Lion) or any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise UnknownStrategy(
+            "with nvme the optimizer is torch's AdamW, Adam (without amsgrad) or SGD, or Lion, and this is a "
+            f"{type(optimizer).__name__}: DeepSpeed keeps no other states on a drive. Leave nvme out, and they are in "
+            "host memory."
+        )
 
 
 def _copies(sharding: Sharding) -> dict[str, Any]:
@@ -182,9 +223,11 @@ def _zero_class() -> type[Strategy]:
     class ZeroStrategy(DeepSpeedStrategy):
         """DeepSpeedStrategy that also runs on CPUs over gloo."""
 
-        def __init__(self, *, sharding: Sharding, **options: Any) -> None:
+        def __init__(self, *, sharding: Sharding, drive: Path | None, **options: Any) -> None:
             super().__init__(**options)
             self.sharding = sharding
+            self.drive = drive
+            self._own_drive: Path | None = None
 
         cuts_window = False  # an epoch ends amid an accumulation window, and the engine is to step; see `cut_window`
 
@@ -223,6 +266,10 @@ def _zero_class() -> type[Strategy]:
             trained = [p for p in model.parameters() if p.requires_grad]
             count = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
             _buckets(self.config["zero_optimization"], self.sharding, count)
+            if self.drive is not None:
+                _plain_states(optimizer)
+                self._own_drive = claim(self.drive)
+                self.config["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(self._own_drive)
             if self.zero_stage_3:
                 partition(model, self.config, self.root_device)
                 forget_files(model, first_of_node=self.local_rank == 0)
@@ -239,5 +286,11 @@ def _zero_class() -> type[Strategy]:
                     dist_init_required=False,
                 )
                 return engine, zero
+
+        def teardown(self) -> None:
+            super().teardown()
+            if self._own_drive is not None:
+                release(self._own_drive)
+                self._own_drive = None
 
     return ZeroStrategy

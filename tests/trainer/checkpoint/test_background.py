@@ -149,10 +149,10 @@ def test_what_all_ranks_had_written_is_published_by_the_next_attempt(missing: st
 
 def test_a_snapshot_is_apart_from_what_trains_and_takes_no_new_memory() -> None:
     live, taken = torch.arange(4.0), snapshot.Snapshot()
-    first = taken.take({"w": (Piece(0, 4, (4,)), live)})["w"][1]
+    first = taken.take([("w", Piece(0, 4, (4,)), live)])["w"][1]
     live += 1
     assert torch.equal(first, torch.arange(4.0))
-    second = taken.take({"w": (Piece(0, 4, (4,)), live)})["w"][1]
+    second = taken.take([("w", Piece(0, 4, (4,)), live)])["w"][1]
     assert second.data_ptr() == first.data_ptr() and torch.equal(second, live)
 
 

@@ -27,6 +27,7 @@ NAMES = [
     "deepspeed",
     "compiler",
     "extensions",
+    "libaio",
     "wandb",
     "minilm",
 ]

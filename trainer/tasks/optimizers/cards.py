@@ -38,6 +38,7 @@ class OptimizerCard:
             one "parameter", which under ZeRO is a rank's whole shard; one "matrix" there too; or so many elements.
         whole_parameters: It reads a parameter's shape, which sharding takes away: for single and ddp alone, unless it
             is made of `WholeStepping`, which gathers.
+        on_drive: Its states are float32 tensors as long as the weights, two at most: DeepSpeed can put them on a drive.
         averages: Its result is an average of its path, which `AveragedPoint` puts in place; the rate need not fall.
         does: What is particular about it, in one line.
         paper: Its arXiv number, or where else it is described.
@@ -55,6 +56,7 @@ class OptimizerCard:
     copied_bytes: float = 4.0
     copies_of: Literal["all", "parameter", "matrix"] | int = "all"
     whole_parameters: bool = False
+    on_drive: bool = False
     averages: bool = False
     does: str = ""
     paper: str = ""
@@ -72,19 +74,25 @@ class OptimizerCard:
 
 OPTIMIZERS: dict[str, OptimizerCard] = {
     "adamw": OptimizerCard(
-        make="adamw", copied_bytes=0, does="Adam with decay beside the gradient", paper="1711.05101"
+        make="adamw", copied_bytes=0, on_drive=True, does="Adam with decay beside the gradient", paper="1711.05101"
     ),
     "adam": OptimizerCard(
         make="adam",
         copied_bytes=0,
+        on_drive=True,
         does="steps by the gradient's mean over its root mean square",
         paper="1412.6980",
     ),
     "sgd": OptimizerCard(  # of momentum, which may be off
-        make="sgd", state_bytes=4, copied_bytes=0, does="the gradient, with momentum", paper="1609.04747"
+        make="sgd", state_bytes=4, copied_bytes=0, on_drive=True, does="the gradient, with momentum", paper="1609.04747"
     ),
     "lion": OptimizerCard(
-        make="lion", state_bytes=4, copies_of="parameter", does="the sign of a momentum", paper="2302.06675"
+        make="lion",
+        state_bytes=4,
+        copies_of="parameter",
+        on_drive=True,
+        does="the sign of a momentum",
+        paper="2302.06675",
     ),
     "adamw8bit": OptimizerCard(  # two bytes, and two scales of four bytes in 256 elements; a chunk in float32
         make="adamw8bit",
