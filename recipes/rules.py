@@ -20,13 +20,15 @@ from .rule import RULES, Broken, depends_on
 from .schema import BudgetSpec
 
 TEXT_TASKS = (
-    "causal-lm", "masked-lm", "sequence-classification", "token-classification", "preference", "reward-model",
+    "causal-lm", "masked-lm", "seq2seq", "sequence-classification", "token-classification", "preference",
+    "reward-model",
 )  # fmt: skip
 REWARDS = ("val_accuracy", "val_margin", "val_chosen_reward", "val_rejected_reward")
 IMAGE_KINDS = ("mlp", "cnn")
 LOGGED = {  # task, or problem of a sequence-classification -> the metrics of its validation
     "causal-lm": ("val_loss", "val_perplexity"),
     "masked-lm": ("val_loss", "val_perplexity", "val_accuracy"),
+    "seq2seq": ("val_loss", "val_perplexity", "val_accuracy"),
     "token-classification": ("val_loss", "val_accuracy", "val_macro_f1", "val_micro_f1", "val_entity_f1"),
     "image-classification": ("val_loss", "val_accuracy", "val_macro_f1", "val_micro_f1"),
     "single-label": ("val_loss", "val_accuracy", "val_macro_f1", "val_micro_f1"),
