@@ -13,7 +13,7 @@ from .schema import DataSpec
 BUILTIN_DATA = {  # source -> the tasks it has what it takes for
     "python-stdlib": ("causal-lm", "masked-lm"),
     "python-packages": ("sequence-classification", "causal-lm", "masked-lm"),
-    "python-docstrings": ("causal-lm",),
+    "python-docstrings": ("causal-lm", "seq2seq"),
     "docstring-preferences": ("preference", "reward-model"),
     "package-descriptions": ("causal-lm", "masked-lm"),
     "digits": ("image-classification",),

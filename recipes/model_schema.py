@@ -57,6 +57,7 @@ class ModelSpec(Section):
         Literal[
             "causal-lm",
             "masked-lm",
+            "seq2seq",
             "sequence-classification",
             "token-classification",
             "image-classification",
@@ -65,8 +66,8 @@ class ModelSpec(Section):
         ]
         | Code
     ) = Field(
-        description="causal-lm | masked-lm | sequence-classification | token-classification | image-classification | "
-        "preference | reward-model | your own module:attr"
+        description="causal-lm | masked-lm | seq2seq | sequence-classification | token-classification | "
+        "image-classification | preference | reward-model | your own module:attr"
     )
     name: Text | None = Field(None, description="a hub id, a local path or minilm; null for a model from config")
     config: dict[str, Any] | None = Field(None, description="a mapping, like {model_type: llama, hidden_size: 128}")

@@ -9,7 +9,7 @@ from .rule import Broken, depends_on
 
 CLASSIFIERS = ("sequence-classification", "image-classification")
 ONE_CLASS = ("python-packages",)  # data that every machine has, with labels
-WHOLE_LOGITS = ("masked-lm", "sequence-classification", "token-classification", "image-classification")
+WHOLE_LOGITS = ("masked-lm", "seq2seq", "sequence-classification", "token-classification", "image-classification")
 
 
 @depends_on("model.task", "model.problem", "data.source")
@@ -41,7 +41,23 @@ def chunks_fit(recipe: Recipe) -> Iterator[Broken]:
 @depends_on("model.task", "techniques")
 def labels_are_of_their_places(recipe: Recipe) -> Iterator[Broken]:
     task = recipe.model.task
-    for technique in recipe.techniques if task in ("masked-lm", "token-classification") else ():
+    for technique in recipe.techniques if task in ("masked-lm", "seq2seq", "token-classification") else ():
         if technique.name == "distillation" and technique.settings.get("shift", True) is not False:
             hint = "a position predicts its own label, not the next one: write {shift: false} among its settings"
             yield Broken("techniques.distillation", f"shift: false for {task}", hint, "shift: true")
+
+
+@depends_on("model.task", "data.train_on", "data.chat_template", "techniques")
+def sources_have_targets(recipe: Recipe) -> Iterator[Broken]:
+    """What is meant for one text with some of its tokens trained on."""
+    data = recipe.data
+    if recipe.model.task != "seq2seq":
+        return
+    if data.train_on != "answers":
+        yield Broken("data.train_on", "answers for seq2seq", "a target is trained on, and nothing of its source")
+    if data.chat_template is not None:
+        yield Broken("data.chat_template", "null for seq2seq", "a source is what was asked, as it stands")
+    for number, technique in enumerate(recipe.techniques):
+        if technique.name == "sequence_length_warmup":
+            hint = "it would cut a source and leave its target: sort them by length with data.group_by_length"
+            yield Broken(f"techniques[{number}]", "no sequence_length_warmup for seq2seq", hint, technique.name)

@@ -20,13 +20,15 @@ from .rule import RULES, Broken, depends_on
 from .schema import BudgetSpec
 
 TEXT_TASKS = (
-    "causal-lm", "masked-lm", "sequence-classification", "token-classification", "preference", "reward-model",
+    "causal-lm", "masked-lm", "seq2seq", "sequence-classification", "token-classification", "preference",
+    "reward-model",
 )  # fmt: skip
 REWARDS = ("val_accuracy", "val_margin", "val_chosen_reward", "val_rejected_reward")
 IMAGE_KINDS = ("mlp", "cnn")
 LOGGED = {  # task, or problem of a sequence-classification -> the metrics of its validation
     "causal-lm": ("val_loss", "val_perplexity"),
     "masked-lm": ("val_loss", "val_perplexity", "val_accuracy"),
+    "seq2seq": ("val_loss", "val_perplexity", "val_accuracy"),
     "token-classification": ("val_loss", "val_accuracy", "val_macro_f1", "val_micro_f1", "val_entity_f1"),
     "image-classification": ("val_loss", "val_accuracy", "val_macro_f1", "val_micro_f1"),
     "single-label": ("val_loss", "val_accuracy", "val_macro_f1", "val_micro_f1"),
@@ -174,7 +176,7 @@ def start_fits(recipe: Recipe) -> Iterator[Broken]:
     if model.adapter is None or model.adapter.start != "loftq":
         return
     if model.dtype not in ("nf4", "int8"):
-        hint = "it makes up for what few bits lose of the base: use pissa"
+        hint = "it makes up for what the low-bit base has lost: use pissa"
         yield Broken("model.adapter.start", "loftq beside model.dtype nf4 | int8", hint)
     elif model.name is None:
         hint = "no file has the weights that a model from config is made with before they are rounded: use pissa"

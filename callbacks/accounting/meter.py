@@ -89,7 +89,7 @@ def batch_size(batch: Any) -> tuple[int, int, tuple[int, ...], torch.Tensor | No
     """(samples, positions, shape, mask) of a batch: positions are elements of `input_ids`, padding included, else 0.
 
     The shape is that of `input_ids` or of the first tensor found. The mask is an `attention_mask` of the same shape, 1
-    where a position is a token of the data.
+    where a position is a token of the data. Of sources with targets, the positions of a row are those of both.
     """
     if isinstance(batch, torch.Tensor):
         return (batch.shape[0] if batch.ndim else 1), 0, tuple(batch.shape), None
@@ -98,6 +98,10 @@ def batch_size(batch: Any) -> tuple[int, int, tuple[int, ...], torch.Tensor | No
         if isinstance(ids, torch.Tensor):
             mask = batch.get("attention_mask")
             shape = ids.shape
+            target = batch.get("decoder_input_ids")
+            if isinstance(target, torch.Tensor) and mask is not None and "labels" in batch:
+                ids = torch.cat([ids, target], 1)
+                shape, mask = ids.shape, torch.cat([mask, (batch["labels"] >= 0).to(mask.dtype)], 1)
             return shape[0], ids.numel(), shape, mask if mask is not None and mask.shape == shape else None
         batch = list(batch.values())
     if isinstance(batch, Sequence) and not isinstance(batch, str):

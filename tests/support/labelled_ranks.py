@@ -19,11 +19,19 @@ CASES = {
     "number": {"task": "sequence-classification", "problem": "regression"},
     "words": {"task": "token-classification"},
     "masked": {"task": "masked-lm"},
+    "pairs": {"task": "seq2seq"},
 }
 SHAPE = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
          "num_attention_heads": 2, "max_position_embeddings": 64, "hidden_dropout_prob": 0.0,
          "attention_probs_dropout_prob": 0.0}  # fmt: skip
+PAIRED = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2,
+          "dropout_rate": 0.0}  # fmt: skip
 TRAINED, HELD = 8, 7
+
+
+def shape(case: str) -> dict[str, object]:
+    """The configuration of a case's model."""
+    return PAIRED if case == "pairs" else SHAPE
 
 
 def rows(case: str, count: int) -> str:
@@ -34,6 +42,9 @@ def rows(case: str, count: int) -> str:
         label = {
             "several": ["a"] if i % 3 else ["a", "b"], "number": i / 2, "words": ["B-X" if i % 2 else "O"] * len(words),
         }.get(case, "rare" if i % 4 == 0 else "usual")  # fmt: skip
+        if case == "pairs":
+            made.append(json.dumps({"prompt": f"w{i}", "completion": " ".join(words)}))
+            continue
         made.append(json.dumps({"text": words if case == "words" else " ".join(words), "label": label}))
     return "\n".join(made)
 
@@ -45,7 +56,7 @@ def evaluated(folder: Path, name: str, *, ranks: int, micro: int) -> None:
     for case, model in CASES.items():
         recipe = recipe_from(
             {
-                "model": {**model, "config": SHAPE, "tokenizer": {"train": "bpe", "vocab_size": 300}},
+                "model": {**model, "config": shape(case), "tokenizer": {"train": "bpe", "vocab_size": 300}},
                 "data": {"source": str(folder / f"{case}.jsonl"), "validation": str(folder / f"{case}-held.jsonl"),
                          "batch_size": TRAINED, "sequence_length": 32, "pack": False, "group_by_length": False},
                 "budget": {"steps": 1},

@@ -90,7 +90,7 @@ def _language(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
         make = {kind: makers[kind](recipe, tokenizer, cache, isolated) for kind in shaped}
     sets = joined(parts, recipe, lambda corpus, keep: make[corpus.shaped](corpus, keep))
     _check_not_empty(*sets, data.sequence_length)
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **text_facts(parts, recipe, *sets)}
+    facts = {**token_facts(*sets), "vocab_size": len(tokenizer), **text_facts(parts, recipe, *sets)}
     if True in shaped:
         trained = facts["trained_tokens"] = int(sets[0].target_counts.sum())
         documents = sum(len(getattr(part, "rows", ())) for part in parts_of(sets[0]))
@@ -159,7 +159,7 @@ def _labelled_texts(recipe: Recipe, cache: Path, own: Path | None) -> Prepared:
 
     make = tagged_samples(recipe, tokenizer, cache, classes or ()) if kind == "words" else samples
     sets = joined(parts, recipe, make)
-    facts = {**_token_facts(*sets), "vocab_size": len(tokenizer), **text_facts(parts, recipe, *sets)}
+    facts = {**token_facts(*sets), "vocab_size": len(tokenizer), **text_facts(parts, recipe, *sets)}
     if classes is not None:
         facts["classes"] = classes
     collate = PadTokens(tokenizer.pad_token_id, mask=True)
@@ -235,7 +235,8 @@ def _check_not_empty(train: AnyTexts, validation: AnyTexts | None, length: int) 
                 )
 
 
-def _token_facts(train: AnyTexts, validation: AnyTexts | None) -> dict[str, Any]:
+def token_facts(train: AnyTexts, validation: AnyTexts | None) -> dict[str, Any]:
+    """How many samples there are, and how many tokens all of them have."""
     facts = {**sizes(train, validation), "train_tokens": _tokens(train)}
     return facts if validation is None else {**facts, "validation_tokens": _tokens(validation)}
 

@@ -13,6 +13,7 @@ from .cache import digest
 from .masked_texts import MaskedBlocks, MaskedDocuments
 from .mixture import Joined, parts_of
 from .packing import Packed
+from .seq2seq import SourceTargets
 from .tagged import Tagged
 from .token_store import IGNORED
 from .tokens import Blocks
@@ -153,6 +154,9 @@ def _stretches(data: Prepared, index: int) -> list[Stretch]:
         chosen, rejected = (_marked(data, *pair) for pair in zip(sample["input_ids"], sample["labels"], strict=True))
         return [*chosen, (BETWEEN, False), *rejected]
     ids, labels = sample["input_ids"], sample["labels"]
+    if isinstance(parts_of(data.train)[0], SourceTargets):
+        source, target = (data.tokenizer.decode(each[:SHOWN_TOKENS]) for each in (ids, labels))
+        return [(source, False), ("\n→ ", False), (target, True)]
     if not labels.ndim or labels.is_floating_point():
         label = _label_shown(labels, data.classes)
         return [(data.tokenizer.decode(ids[:SHOWN_TOKENS]), False), (f" → {label}", True)]

@@ -138,7 +138,8 @@ def store_tokens(
 
 
 def store_answers(
-    corpus: Corpus, answers: Callable[[list[str]], list[Tokens]], *, key: str, vocabulary: int, cache: Path
+    corpus: Corpus, answers: Callable[[list[str]], list[Tokens]], *, key: str, vocabulary: int, cache: Path,
+    about: Callable[[], dict[str, int]] = dict,
 ) -> TokenStore:  # fmt: skip
     """Tokenize a corpus of canonical rows, with what is trained on (`chats.Answers`); see `store_tokens`."""
 
@@ -153,7 +154,7 @@ def store_answers(
                     written += len(ids)
                     offsets.append(written)
         np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
-        (folder / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "tokens": written}))
+        (folder / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "tokens": written, **about()}))
 
     return TokenStore(build_once(cache / "tokens" / digest([corpus.fingerprint, key]), build))
 

@@ -181,6 +181,20 @@ def with_mask(tokenizer: PreTrainedTokenizerBase, model: Any) -> PreTrainedToken
     return tokenizer
 
 
+def with_end(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer closing each text with its end-of-text token: its own way, or made to, which is saved with it."""
+    end, backend = tokenizer.eos_token_id, getattr(tokenizer, "backend_tokenizer", None)
+    if end is not None and end in tokenizer("a")["input_ids"]:
+        return tokenizer
+    if end is None or backend is None:
+        raise TaskError(f"the tokenizer {tokenizer.name_or_path!r} does not close texts, so targets would not end.")
+    from tokenizers.processors import TemplateProcessing
+
+    closed = f"$A {tokenizer.eos_token}"
+    backend.post_processor = TemplateProcessing(single=closed, special_tokens=[(tokenizer.eos_token, end)])
+    return tokenizer
+
+
 def _setting(settings: Any, name: str) -> Any:
     return settings[name] if isinstance(settings, dict) else getattr(settings, name)
 

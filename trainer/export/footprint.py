@@ -103,4 +103,5 @@ def random_batch(shape: Sequence[int], like: Batch, vocabulary: int) -> Batch:
     if "input_ids" not in like:
         return {k: v[:1].repeat(rows, *[1] * (v.ndim - 1)) for k, v in like.items()}
     ids = torch.randint(0, vocabulary, (rows, shape[1]), generator=draw)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    target = {"decoder_input_ids": ids} if "decoder_input_ids" in like else {}  # as long as its source
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **target}

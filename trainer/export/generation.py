@@ -51,7 +51,7 @@ class Sampling:
 
 
 class TextModel:
-    """A causal language model with its tokenizer, to continue texts or to answer in chats.
+    """A language model with its tokenizer, to continue texts or to answer in chats; of sources, to write their targets.
 
     Args:
         model: In evaluation mode.
@@ -68,12 +68,17 @@ class TextModel:
         return bool(self.tokenizer.chat_template)
 
     @property
+    def reads_sources(self) -> bool:
+        """Whether it reads a source with an encoder, and writes a target from its beginning."""
+        return bool(self.model.config.is_encoder_decoder)
+
+    @property
     def window(self) -> int | None:
         """The most tokens that it can read; None where its settings do not tell."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def complete(self, text: str, sampling: Sampling, say: Say) -> str:
-        """What follows `text`, as it stands; `say` hears every piece of it as soon as it is there."""
+        """What follows `text`, or is its target; `say` hears every piece of it as soon as it is there."""
         return self._generate(self._opened(text), sampling, say)
 
     def answer(self, messages: Messages, sampling: Sampling, say: Say) -> tuple[str, int]:
@@ -98,8 +103,10 @@ class TextModel:
             )
 
     def _opened(self, text: str) -> list[int]:
-        """The tokens of a text, opened as the tokenizer opens texts and not closed."""
-        ids = list(self.tokenizer(text)["input_ids"]) if text else []
+        """The tokens of a text, opened as the tokenizer opens texts and not closed; of a source, closed, too."""
+        ids = list(self.tokenizer(text)["input_ids"]) if text or self.reads_sources else []
+        if self.reads_sources:
+            return ids
         if ids and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id) and len(ids) > 1:
             del ids[-1]
         start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
@@ -117,8 +124,9 @@ class TextModel:
         return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
     def _generate(self, ids: list[int], sampling: Sampling, say: Say) -> str:
-        room = sampling.max_tokens if not self.window else min(sampling.max_tokens, self.window - len(ids))
-        if room < 1:
+        before = 0 if self.reads_sources else len(ids)  # of what is generated from
+        room = sampling.max_tokens if not self.window else min(sampling.max_tokens, self.window - before)
+        if room < 1 or (self.window and len(ids) > self.window):
             raise CannotExport(f"the text has {len(ids)} tokens, and {self.name} reads at most {self.window}.")
         drawn: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
@@ -130,7 +138,7 @@ class TextModel:
                 streamer=_streamer(self.tokenizer, say), eos_token_id=self._ends(),
                 pad_token_id=self.tokenizer.pad_token_id or 0, **drawn,
             )  # fmt: skip
-        return str(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
+        return str(self.tokenizer.decode(out[0, before:], skip_special_tokens=True))
 
     def _ends(self) -> list[int] | None:
         """The tokens that end a text: the tokenizer's, and those of the model's own settings."""
@@ -176,7 +184,7 @@ def _of_run(run_dir: Path, wanted: str, best: bool, allow_code: bool) -> tuple[A
         return _of_folder(folder, wanted)
     trained = open_run(run_dir, best=best, allow_code=allow_code)
     model: Any = trained.model
-    if not _generates(type(model).__name__):
+    if _writer(type(model).__name__) is None:
         raise _cannot(wanted, type(model).__name__)
     return model, trained.task.tokenizer
 
@@ -200,11 +208,12 @@ def _of_folder(path: Path, wanted: str) -> tuple[Any, PreTrainedTokenizerBase]:
     architectures = json.loads((path / "config.json").read_text()).get("architectures") or [
         "model of no named architecture"
     ]
-    if not _generates(architectures[0]):
+    task = _writer(architectures[0])
+    if task is None:
         raise _cannot(wanted, architectures[0])
     from .hf import load
 
-    return load(path, "causal-lm"), _tokenizer(path, wanted)
+    return load(path, task), _tokenizer(path, wanted)
 
 
 def _adapted(path: Path, wanted: str) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -216,13 +225,14 @@ def _adapted(path: Path, wanted: str) -> tuple[Any, PreTrainedTokenizerBase]:
     from .hf import load
 
     settings = json.loads((path / "adapter_config.json").read_text())
-    if settings.get("task_type") not in (None, "CAUSAL_LM"):
+    task = {None: "causal-lm", "CAUSAL_LM": "causal-lm", "SEQ_2_SEQ_LM": "seq2seq"}.get(settings.get("task_type"))
+    if task is None:
         raise _cannot(wanted, f"adapter for {settings['task_type']}")
     base = settings.get("base_model_name_or_path")
     if not base:
         raise CannotExport(f"{wanted} is an adapter that names no base model. Give the run that has trained it.")
     try:
-        model = load(Path(resolve_name(base)), "causal-lm")
+        model = load(Path(resolve_name(base)), task)
     except OSError as error:
         raise CannotExport(f"{wanted}: cannot load its base {base!r}: {str(error).splitlines()[0]}") from error
     with warnings.catch_warnings():
@@ -242,15 +252,20 @@ def _tokenizer(folder: Path, wanted: str) -> PreTrainedTokenizerBase:
         raise CannotExport(f"{wanted} has no tokenizer: {str(error).splitlines()[0]}") from error
 
 
-def _generates(architecture: str) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+def _writer(architecture: str) -> str | None:
+    """The task of models that write text and are of this class; None: it does not."""
+    from transformers.models.auto import modeling_auto as auto
 
-    return architecture in {
-        name for names in CAUSAL.values() for name in ([names] if isinstance(names, str) else names)
-    }
+    for task, known in (
+        ("causal-lm", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("seq2seq", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    ):
+        if any(architecture in ([names] if isinstance(names, str) else names) for names in known.values()):
+            return task
+    return None
 
 
 def _cannot(wanted: str, architecture: str) -> CannotExport:
     return CannotExport(
-        f"{wanted} is a {architecture}, which cannot generate text; causal language models (task causal-lm) can."
+        f"{wanted} is a {architecture}, which cannot generate text; language models (task causal-lm or seq2seq) can."
     )

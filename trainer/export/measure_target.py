@@ -75,7 +75,9 @@ class MeasureTarget:
     def _like(self) -> Batch:
         if self.trained is not None:
             return sample(self.trained, rows=2)
-        return random_batch((2, 8), {"input_ids": None}, self._vocabulary)  # type: ignore[dict-item]
+        two = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        like: Any = dict.fromkeys(["input_ids", *["decoder_input_ids"] * bool(two)])
+        return random_batch((2, 8), like, self._vocabulary)
 
     @property
     def _vocabulary(self) -> int:
@@ -125,7 +127,8 @@ def _kind(folder: Path) -> str:
     names = json.loads((folder / "config.json").read_text()).get("architectures") or ["nothing"]
     from ..tasks.models import FORMS
 
-    endings = {f"For{form}": kind for kind, form in FORMS.items()} | {"LMHeadModel": "causal-lm"}
+    others = {"LMHeadModel": "causal-lm", "ForConditionalGeneration": "seq2seq", "MTModel": "seq2seq"}
+    endings = {f"For{form}": kind for kind, form in FORMS.items()} | others
     for ending, kind in endings.items():
         if names[0].endswith(ending):
             return kind

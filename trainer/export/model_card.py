@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 NAME = "README.md"
 LIBRARIES = {"hf": "transformers", "peft": "peft", "gguf": "gguf", "gguf-ready-safetensors": "transformers"}
-PIPELINES = {"causal-lm": "text-generation", "sequence-classification": "text-classification"}
+PIPELINES = {
+    "causal-lm": "text-generation", "seq2seq": "text2text-generation", "sequence-classification": "text-classification",
+}  # fmt: skip
 UNKNOWN = "unknown"  # the hub's own word
 
 
@@ -83,15 +85,17 @@ def _what(recipe: Recipe, base: str | None) -> Iterator[str]:
 def _use(to: str, task: str, base: str | None) -> str:
     if to == "gguf":
         return "```sh\nllama-cli -m model.gguf\n```"
-    kind = {"sequence-classification": "AutoModelForSequenceClassification"}.get(task)
-    kind = kind or ("AutoModelForCausalLM" if task == "causal-lm" else "AutoModel")
+    forms = {
+        "causal-lm": "ForCausalLM", "seq2seq": "ForSeq2SeqLM", "sequence-classification": "ForSequenceClassification",
+    }  # fmt: skip
+    kind = f"AutoModel{forms.get(task, '')}"
     load = f'model = {kind}.from_pretrained("PATH")'
     imports = f"from transformers import AutoTokenizer, {kind}"
     if to == "peft":
         imports = f"from peft import PeftModel\n{imports}"
         load = f'model = PeftModel.from_pretrained({kind}.from_pretrained("{base or "ITS BASE"}"), "PATH")'
     lines = [imports, "", load, 'tokenizer = AutoTokenizer.from_pretrained("PATH")']
-    shell = "" if task != "causal-lm" else '\n\n```sh\nshoestring generate PATH "Hello"\n```'
+    shell = "" if task not in ("causal-lm", "seq2seq") else '\n\n```sh\nshoestring generate PATH "Hello"\n```'
     return "```python\n" + "\n".join(lines) + "\n```" + shell
 
 

@@ -33,18 +33,20 @@ def quality(logits_of: LogitsFunction, trained: Trained, at_most: int | None = N
     if at_most is not None and len(held) > at_most:
         held = Subset(held, [index * len(held) // at_most for index in range(at_most)])
     loader: Any = DataLoader(held, batch_size=ROWS, collate_fn=task.collate)
-    if trained.kind == "causal-lm":
-        return _language(logits_of, loader)
+    if trained.kind in ("causal-lm", "seq2seq"):
+        return _language(logits_of, loader, shift=trained.kind == "causal-lm")
     if trained.recipe.model.problem != "single-label" or trained.kind == "token-classification":
         return _of_problem(logits_of, loader, task.module)
     return _classes(logits_of, loader, task.facts["classes"]) if "classes" in task.facts else {}
 
 
-def _language(logits_of: LogitsFunction, loader: Any) -> dict[str, Any]:
+def _language(logits_of: LogitsFunction, loader: Any, *, shift: bool) -> dict[str, Any]:
+    """shift: a position predicts the next one's label, not its own."""
     loss = right = count = 0.0
     for batch in loader:
-        logits = logits_of(inputs(batch))[:, :-1].float().flatten(0, 1)
-        labels = batch["labels"][:, 1:].flatten()
+        logits, labels = logits_of(inputs(batch)).float(), batch["labels"]
+        logits, labels = (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
+        logits, labels = logits.flatten(0, 1), labels.flatten()
         loss += float(cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
         right += int((logits.argmax(-1) == labels).sum())
         count += int((labels != IGNORED).sum())

@@ -142,7 +142,7 @@ def relative_error(logits: Tensor, wanted: Tensor, batch: Batch) -> float:
     """|found - wanted| / |wanted| (Frobenius), padding left out; inf where a shape differs or a value is not finite."""
     if logits.shape != wanted.shape:
         return float("inf")
-    mask = batch.get("attention_mask")
+    mask = None if "decoder_input_ids" in batch else batch.get("attention_mask")  # of a source
     if mask is not None and logits.ndim == 3:
         logits, wanted = logits[mask.bool()], wanted[mask.bool()]
     error = (logits.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)

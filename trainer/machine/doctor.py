@@ -235,8 +235,8 @@ def _libaio() -> Finding:
 
 
 def _nvme(folder: Path) -> Finding:
-    if (found := problem(folder, ENOUGH_DISK)) is not None:
-        return Finding("nvme", False, found, "choose a folder on a local drive with room")
+    if (fault := problem(folder, ENOUGH_DISK)) is not None:
+        return Finding("nvme", False, fault, "choose a folder on a local drive with room")
     try:
         written, read = transfer(folder)
     except ShoestringError as error:

@@ -69,8 +69,8 @@ def claim(folder: Path) -> Path:
     Raises:
         NvmeError: State cannot lie there.
     """
-    if (found := problem(folder)) is not None:
-        raise NvmeError(f"strategy.nvme: {found}")
+    if (fault := problem(folder)) is not None:
+        raise NvmeError(f"strategy.nvme: {fault}")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".claims", "w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)  # of the ranks that start together, one at a time

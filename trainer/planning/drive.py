@@ -25,7 +25,7 @@ def drive(recipe: Recipe, optimizer: OptimizerCard, fit: Fit) -> Choice:
         hint = "DeepSpeed keeps no other states on a drive: leave strategy.nvme out, and they are in host memory"
         raise RecipeError([recipe.problem("optimizer.name", name, f"{able} with strategy.nvme", hint)])
     needed = fit.memory.drive
-    if fit.target.here and (found := problem(Path(folder), needed)) is not None:
+    if fit.target.here and (fault := problem(Path(folder), needed)) is not None:
         rule = f"a folder on a local drive with {gib(needed)} free"
-        raise RecipeError([recipe.problem("strategy.nvme", folder, rule, found)])
+        raise RecipeError([recipe.problem("strategy.nvme", folder, rule, fault)])
     return Choice("drive", folder, f"masters, gradients, states and a copy of them: {gib(needed)} a node")

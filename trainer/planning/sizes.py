@@ -11,6 +11,7 @@ from ...recipes import Recipe
 from ...recipes.adapters import KINDS
 from ..tasks.optimizers.cards import LARGEST_SIDE
 from .configurations import configuration_of
+from .encoder_decoder import stacks_of
 
 LANGUAGE = ("causal-lm", "masked-lm")
 CLASSES = {"python-packages": 10}  # of data that this package brings
@@ -62,6 +63,8 @@ def size_of(recipe: Recipe) -> Size:
     config = dict(recipe.model.config or configuration_of(recipe.model.name) or {})
     if recipe.model.task == "image-classification":
         return _perceptron(config) if config.get("kind") == "mlp" else Size()
+    if recipe.model.task == "seq2seq":
+        return _encoder_decoder(recipe, config)
     layers = _first(config, "num_hidden_layers", "n_layer", "num_layers")
     hidden = _first(config, "hidden_size", "n_embd", "d_model")
     if not layers or not hidden:
@@ -95,6 +98,28 @@ def _transformer(recipe: Recipe, config: Mapping[str, Any], layers: int, hidden:
         intermediate=intermediate, kv_share=share, heads=heads, queries=queries, inside=int(inside),
         largest=hidden * max(intermediate, vocabulary if trainable == parameters else 0),
         vocabulary=vocabulary if causal else 0, tokens=True, sides=sides,
+    )  # fmt: skip
+
+
+def _encoder_decoder(recipe: Recipe, config: Mapping[str, Any]) -> Size:
+    """Of a source and a target together: each token passes through one of both stacks."""
+    stacks = stacks_of(config)
+    if stacks is None:
+        return Size(tokens=True)
+    vocabulary = _first(config, "vocab_size") or _entries(recipe.model.tokenizer) or 32000
+    embeddings = stacks.hidden * vocabulary
+    parameters = trainable = stacks.inside + stacks.small + embeddings * (1 if stacks.tied else 2)
+    sides = _sides(stacks.named(None))
+    if (adapter := recipe.model.adapter) is not None:
+        adapted = stacks.named(None if adapter.targets == "all-linear" else adapter.targets)
+        trainable = sum(KINDS[adapter.kind].trained(adapter.rank, inputs, outputs) for inputs, outputs in adapted)
+        parameters += trainable
+        sides = _sides([each for i, o in adapted for each in ((i, adapter.rank), (adapter.rank, o))])
+    return Size(
+        parameters=parameters, trainable=trainable, active=stacks.inside + embeddings, layers=stacks.layers,
+        hidden=stacks.hidden, intermediate=stacks.intermediate, heads=stacks.heads, queries=stacks.queries,
+        inside=stacks.inside, vocabulary=vocabulary, tokens=True, sides=sides,
+        largest=stacks.hidden * max(stacks.intermediate, vocabulary if trainable == parameters else 0),
     )  # fmt: skip
 
 

@@ -79,8 +79,8 @@ def make_strategy(
         return FullyShardedStrategy(process_group_backend=backend, **settings.strategy_options)
     from ..machine.extensions import prepare_environment
 
-    if nvme is not None and (found := problem(Path(nvme))) is not None:
-        raise NvmeError(f"strategy.nvme: {found}")
+    if nvme is not None and (fault := problem(Path(nvme))) is not None:
+        raise NvmeError(f"strategy.nvme: {fault}")
     prepare_environment(name, offload, accelerator, nvme=nvme is not None)
     overlaps = sharding.overlaps(name, accelerator)
     return _zero_class()(

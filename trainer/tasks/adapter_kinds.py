@@ -38,7 +38,10 @@ _FIXED: dict[str, dict[str, Any]] = {  # what else PEFT is told
     "oft": {"oft_block_size": 0},  # by their number
     "shira": {"random_seed": 0},  # which weights are trained
 }
-_TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
+_TASKS = {
+    "causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM",
+    "sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS",
+}  # fmt: skip
 FROM_BASE = {"olora": "olora", "pissa": "pissa_niter_16"}  # start -> PEFT's name
 
 

@@ -25,12 +25,13 @@ from ..data.preferences import prepare_preferences
 from ..data.prepare import Prepared, prepare
 from ..data.receipt import Receipt as Receipt
 from ..data.receipt import receipt
+from ..data.seq2seq import prepare_pairs
 from ..data.tokenizers import framing, keep_tokenizer, kept_tokenizer, tokenizer_key
 from .classify import Classifier
 from .frozen import frozen_base, places
+from .labelled_tokens import MaskedLM, Seq2SeqLM
 from .language import CausalLM
 from .lora import add_adapter
-from .masked import MaskedLM
 from .models import build_image_form, build_model, show_weights_of
 from .module import TaskModule
 from .own_code_checks import give_optimizer, makes_optimizer
@@ -173,7 +174,8 @@ def data_receipt(recipe: Recipe, *, workdir: Path) -> Receipt:
 
 
 def _prepared(recipe: Recipe, workdir: Path) -> Prepared:
-    make = prepare_preferences if recipe.model.task in PREFERENCE_TASKS else prepare
+    makers = {**dict.fromkeys(PREFERENCE_TASKS, prepare_preferences), "seq2seq": prepare_pairs}
+    make = makers.get(recipe.model.task, prepare)
     return make(recipe, cache_root(workdir), kept_tokenizer(workdir))
 
 
@@ -198,9 +200,10 @@ def _language(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[p
     return _beside(module, base, room)
 
 
-def _masked(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
+def _labelled(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
     model, base = _hub_model(recipe, data, kept, room)
-    return _beside(MaskedLM(model, recipe.optimizer), base, room)
+    make = Seq2SeqLM if recipe.model.task == "seq2seq" else MaskedLM
+    return _beside(make(model, recipe.optimizer), base, room)
 
 
 def _sequences(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
@@ -266,7 +269,8 @@ def _own(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.Lig
 
 MODULES: dict[str, Callable[..., tuple[pl.LightningModule, dict[str, Any]]]] = {
     "causal-lm": _language,
-    "masked-lm": _masked,
+    "masked-lm": _labelled,
+    "seq2seq": _labelled,
     "sequence-classification": _sequences,
     "token-classification": _words,
     "image-classification": _images,

@@ -64,12 +64,12 @@ def split(weight: Tensor, kind: str, rank: int) -> Split:
 
 def _nearest_product(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Its largest singular values and vectors, by random projections that are the same each time (arXiv 0909.4061)."""
-    found = min(rank, *matrix.shape)
+    width = min(rank, *matrix.shape)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        u, s, v = torch.svd_lowrank(matrix, min(found + _BESIDE, *matrix.shape), _POWERS)
-    root = s[:found].sqrt()
-    return u[:, :found] * root, root[:, None] * v[:, :found].t()
+        u, s, v = torch.svd_lowrank(matrix, min(width + _BESIDE, *matrix.shape), _POWERS)
+    root = s[:width].sqrt()
+    return u[:, :width] * root, root[:, None] * v[:, :width].t()
 
 
 def begin_with_losses(adapted: nn.Module, read: Callable[[Show], None]) -> None:
@@ -89,15 +89,15 @@ def begin_with_losses(adapted: nn.Module, read: Callable[[Show], None]) -> None:
         if part is None or not isinstance(part.base_layer, QuantizedLinear):
             return
         base, a, b = part.base_layer, part.lora_A["default"].weight, part.lora_B["default"].weight
-        found, root = split(weight, base.kind, len(a)), part.scaling["default"] ** 0.5
-        for name, code in found.codes.items():
+        made, root = split(weight, base.kind, len(a)), part.scaling["default"] ** 0.5
+        for name, code in made.codes.items():
             old = base.get_parameter(name)
             before.append(old)
             old.data = old.data.new_empty(0)
             setattr(base, name, nn.Parameter(code, requires_grad=False))
-        wide = len(found.right)  # less than the adapter's rank where the layer is narrow: the others begin as LoRA's
+        wide = len(made.right)  # less than the adapter's rank where the layer is narrow: the others begin as LoRA's
         with torch.no_grad():
-            a[:wide] = found.right / root
-            b[:, :wide] = found.left / root
+            a[:wide] = made.right / root
+            b[:, :wide] = made.left / root
 
     read(show)

@@ -33,12 +33,13 @@ if TYPE_CHECKING:
 ATTENTIONS = {"sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention", "eager": "eager"}
 # task -> what transformers calls models for it
 FORMS = {
-    "causal-lm": "CausalLM", "masked-lm": "MaskedLM", "sequence-classification": "SequenceClassification",
-    "token-classification": "TokenClassification", "image-classification": "ImageClassification",
+    "causal-lm": "CausalLM", "masked-lm": "MaskedLM", "seq2seq": "Seq2SeqLM",
+    "sequence-classification": "SequenceClassification", "token-classification": "TokenClassification",
+    "image-classification": "ImageClassification",
 }  # fmt: skip
 LABELLED = ("sequence-classification", "token-classification")  # texts whose models have an output for each label
 # spellings that configs accept beside their fields (transformers translates them)
-ALSO_ACCEPTED = frozenset({"rope_theta", "rope_scaling", "attn_implementation"})
+ALSO_ACCEPTED = frozenset({"rope_theta", "rope_scaling", "attn_implementation", "decoder_start_token_id"})
 
 
 def build_model(
@@ -110,7 +111,8 @@ def model_config(
         if key not in allowed:
             raise unknown(f"model.config of {kind}", key, allowed)
     try:
-        return AutoConfig.for_model(kind, **{**_vocabulary(tokenizer), **labels, **_direction(task, allowed), **fields})
+        given = {**_vocabulary(tokenizer, task), **labels, **_direction(task, allowed), **fields}
+        return AutoConfig.for_model(kind, **given)
     except Exception as error:  # transformers' strict types, ValueErrors of single models
         raise TaskError(f"model.config of {kind}: {' '.join(str(error).split())}") from error
 
@@ -253,11 +255,12 @@ def _config_keys(config: type[PreTrainedConfig]) -> set[str]:
     return own | set(config.attribute_map) | ALSO_ACCEPTED
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+def _vocabulary(tokenizer: PreTrainedTokenizerBase | None, task: str) -> dict[str, Any]:
     if tokenizer is None:
         return {}
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return {"vocab_size": len(tokenizer), **ids}
+    start = {"decoder_start_token_id": tokenizer.pad_token_id} if task == "seq2seq" else {}
+    return {"vocab_size": len(tokenizer), **ids, **start}
 
 
 def _label_settings(classes: Sequence[str] | None, problem: str) -> dict[str, Any]:

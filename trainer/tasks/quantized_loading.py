@@ -175,8 +175,8 @@ def _register() -> tuple[Any, Any]:
                 [about["full_layer_name"]] if len(input_dict) == 1 else list(input_dict)
             )  # of a fused weight's parts
             made: dict[str, Any] = {}
-            for name, found in zip(names, input_dict.values(), strict=True):
-                weight, path = found[0] if isinstance(found, list) else found, name.removesuffix(".weight")
+            for name, loaded in zip(names, input_dict.values(), strict=True):
+                weight, path = loaded[0] if isinstance(loaded, list) else loaded, name.removesuffix(".weight")
                 in_codes = _in_codes(about["model"], name)
                 if self.show is not None:
                     if in_codes:

@@ -29,9 +29,9 @@ def test_without_libaio_the_error_names_the_package(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("CXX", "false")  # a compiler that finds nothing
     with pytest.raises(ExtensionsError, match="libaio-dev"):
         prebuild(["async_io"])
-    found = {one.name: one for one in diagnose(nvme=tmp_path)}
-    assert found["libaio"].ok is None and "libaio-dev" in found["libaio"].fix
-    assert found["nvme"].ok is False and "libaio-dev" in found["nvme"].found
+    findings = {one.name: one for one in diagnose(nvme=tmp_path)}
+    assert findings["libaio"].ok is None and "libaio-dev" in findings["libaio"].fix
+    assert findings["nvme"].ok is False and "libaio-dev" in findings["nvme"].found
 
 
 def test_a_folder_in_memory_or_without_room_is_told(tmp_path: Path) -> None:
@@ -114,5 +114,5 @@ def test_a_run_on_a_drive_equals_one_in_memory_and_resumes_to_the_bit(tmp_path: 
 
 @real
 def test_the_doctor_writes_and_reads(tmp_path: Path) -> None:
-    found = next(one for one in diagnose(nvme=tmp_path) if one.name == "nvme")
-    assert found.ok and "GiB/s written" in found.found and not list(tmp_path.glob("shoestring-*"))
+    finding = next(one for one in diagnose(nvme=tmp_path) if one.name == "nvme")
+    assert finding.ok and "GiB/s written" in finding.found and not list(tmp_path.glob("shoestring-*"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from labelled_ranks import CASES, HELD, SHAPE, TRAINED, evaluated, rows
+from labelled_ranks import CASES, HELD, TRAINED, evaluated, rows, shape
 from processes import succeed
 from rich.console import Console
 from safetensors.torch import load_file
@@ -26,7 +26,7 @@ from shoestring.trainer.ledger.report import finished_report
 pytestmark = pytest.mark.filterwarnings("ignore")
 METRIC = {
     "weighed": "val_macro_f1", "several": "val_exact_match", "number": "val_spearman", "words": "val_entity_f1",
-    "masked": "val_accuracy",
+    "masked": "val_accuracy", "pairs": "val_accuracy",
 }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_ranks_and_micro_batches_change_nothing(folder: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_reports_and_leaves(case: str, folder: Path, tmp_path: Path) -> None:
     values: dict[str, Any] = {
-        "model": {**CASES[case], "config": SHAPE, "tokenizer": {"train": "bpe", "vocab_size": 300}},
+        "model": {**CASES[case], "config": shape(case), "tokenizer": {"train": "bpe", "vocab_size": 300}},
         "data": {"source": str(folder / f"{case}.jsonl"), "validation": str(folder / f"{case}-held.jsonl"),
                  "batch_size": 4, "sequence_length": 32},
         "budget": {"steps": 4}, "strategy": {"name": "single"}, "tracking": {"ledger": False},

@@ -99,10 +99,10 @@ def test_turns_come_nearer_than_the_first_and_no_narrow_layer_has_dead_ranks():
     torch.manual_seed(0)
     weight = torch.randn(96, 128) * 0.02
     for kind, codec in CODECS.items():
-        found = split(weight, kind, 8)
+        made = split(weight, kind, 8)
         first = weight - codec.read(codec.write(weight), weight.shape, torch.float32)
         best = torch.linalg.svdvals(first)[8:].norm()
-        left = weight - codec.read(found.codes, weight.shape, torch.float32) - found.left @ found.right
+        left = weight - codec.read(made.codes, weight.shape, torch.float32) - made.left @ made.right
         assert left.norm() < best < first.norm(), kind
     narrow = split(weight[:3], "int8", 8)
     assert narrow.left.shape == (3, 3) and narrow.right.shape == (3, 128)
