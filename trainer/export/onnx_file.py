@@ -102,11 +102,7 @@ def trace(model: nn.Module, batch: Batch, path: Path) -> None:
     names = list(batch)
     rows = torch.export.Dim("batch", min=1, max=65536)
     length = torch.export.Dim("sequence", min=2, max=longest(model))
-    target = torch.export.Dim("target", min=2, max=longest(model))
-    shapes = tuple(
-        {0: rows, 1: target if name == "decoder_input_ids" else length} if "input_ids" in batch else {0: rows}
-        for name in names
-    )
+    shapes = tuple({0: rows, 1: length} if "input_ids" in batch else {0: rows} for _ in names)
     tensors = tuple(
         value[:2] if len(value) > 1 else value.repeat(2, *[1] * (value.ndim - 1)) for value in batch.values()
     )
