@@ -85,6 +85,7 @@ def fit(
     from ..monitor.profile import Profile
     from ..monitor.records import Records
     from ..tasks.build import TaskData, build_task
+    from ..tasks.module import TaskModule
     from ..tasks.optimizers.cards import optimizer_card
     from ..tasks.own_code_checks import CheckBatch, check_own_module
     from ..tasks.shared_weights import keep_from_sending
@@ -174,6 +175,8 @@ def fit(
     trainer.monitor.evaluations.plan_every(recipe.evaluation.every, at_end=recipe.evaluation.at_end)
     trainer.monitor.evaluations.goal = recipe.goal
     trainer.batches_planned = task.train is not None
+    if isinstance(task.module, TaskModule):
+        trainer.monitor.account.spending.trained_tokens = task.module.trained_tokens
     delivered = Deliverables(recipe, run_dir, task)
     if delivered.wanted:
         trainer.monitor.afterwards = Afterwards(delivered.make, delivered.seconds)

@@ -18,6 +18,10 @@ class MaskedLM(TaskModule):
     exponential, `val_accuracy` the share of them that is guessed right.
     """
 
+    def trained_tokens(self, batch: Batch) -> torch.Tensor:
+        """The hidden tokens of a batch []."""
+        return (batch["labels"] != IGNORED).sum()
+
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Mean cross entropy per hidden token, in nats []; 0 where none is."""
         logits, labels, hidden = self._hidden(batch)
