@@ -135,6 +135,12 @@ class Bar:
         """Show what is about to be learnt."""
         show_receipt(receipt, console)
 
+    def samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """The begin of what the model has written, a line each."""
+        for sample in samples:
+            line = f"step {step:,}  {sample['prompt']} -> {sample['text']}"
+            console.print(" ".join(line.split()), markup=False, overflow="ellipsis", no_wrap=True)
+
     def step(self, row: Mapping[str, Any]) -> None:
         self._last.update(row)
         if self._bar is not None:

@@ -35,7 +35,8 @@ class RunRow:
     """One run in the ledger; None where nothing is known. Seconds, bytes, US dollars, kWh, FLOPs; shares in 0..1.
 
     `tokens` are those of the data, `padding_share` is what rows are padded with, of all positions, and
-    `trained_tokens` are those that carry loss. `seconds` is wall-clock time spent in all attempts, `device_seconds` that times the devices. `problems` counts damaged or missing
+    `trained_tokens` are those that carry loss. `seconds` is wall-clock time spent in all attempts, `device_seconds`
+    that times the devices. `problems` counts damaged or missing
     journal lines.
     """
 
