@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from ..own_code import is_code
 from ..spelling import did_you_mean
 from . import data_rules as data_rules  # register their rules
+from . import evaluation_rules as evaluation_rules
 from . import preference_rules as preference_rules
 from . import problem_rules as problem_rules
 from . import strategy_rules as strategy_rules
@@ -237,12 +238,6 @@ def whole_micro_batches(recipe: Recipe) -> Iterator[Broken]:
         smaller = max(size for size in range(1, min(micro, batch) + 1) if batch % size == 0)
         hint = f"{smaller} would fit" if batch > micro else f"use {batch}, or auto"
         yield Broken("data.micro_batch_size", f"a divisor of data.batch_size ({batch}), or auto", hint)
-
-
-@depends_on("model.task", "evaluation.generate")
-def generate_fits(recipe: Recipe) -> Iterator[Broken]:
-    if recipe.evaluation.generate is not None and recipe.model.form != "causal-lm":
-        yield Broken("evaluation.generate", f"null for {recipe.model.task}", "only a causal-lm completes a prompt")
 
 
 @depends_on("model.task", "export")

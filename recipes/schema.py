@@ -267,7 +267,7 @@ class CheckpointSpec(Section):
 
 
 class EvaluationSpec(Section):
-    """When validation runs, over how many batches (null: all), and prompts to complete when training is over."""
+    """When validation runs, over how many batches (null: all), what follows it, and what follows training."""
 
     every: Annotated[str | None, duration(zero=False)] = Field(None, description=amounts.DURATION)
     batches: Count | None = Field(None, description="null, or a whole number from 1")
@@ -275,6 +275,10 @@ class EvaluationSpec(Section):
     generate: Text | Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] | None = Field(
         None, description="null, a prompt to complete, or a list of prompts; a model that learns chats is asked them"
     )
+    prompts: Annotated[tuple[Text, ...], Field(strict=False)] = Field(
+        (), description="a list of prompts, completed after each validation by the likeliest tokens; see generate"
+    )
+    prompt_tokens: Count = Field(64, description="a whole number of tokens from 1: of such a completion, at most")
 
 
 class ExportSpec(Section):

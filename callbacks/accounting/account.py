@@ -195,14 +195,17 @@ class Account:
             return
         mine = self.spending.mine
         mine.horizon = mine.save = mine.nonfinite = 0.0
-        mine.exhausted = float(trainer.is_global_zero and self._over_budget())
+        mine.exhausted = float(trainer.is_global_zero and self.over_budget(self.agreement.lag))
         self.receive(self.agreement.exchange(mine.as_list()))
         mine.exhausted = 0.0
 
-    def _over_budget(self) -> bool:
-        """Whether another evaluation batch would go over a limit, for a reserve that turned out too small."""
+    def over_budget(self, late: int) -> bool:
+        """Whether another evaluation batch would go over a limit, for a reserve that turned out too small.
+
+        late: so many batches go on before all ranks hear of it.
+        """
         self.spending.refresh()
-        ahead = (1 + self.agreement.lag) * self.evaluation.mean() + self.closing_seconds
+        ahead = (1 + late) * self.evaluation.mean() + self.closing_seconds
         return self.horizon.guard.is_overrun(self.clock, ahead)
 
     def evaluation_ends(self, trainer: pl.Trainer) -> None:

@@ -3,7 +3,8 @@
 What the clock counts
   steps, samples, tokens   work that is part of the trained weights. Steps lost to a crash are done again and counted
                            once here, but their time, money and energy stay spent. Tokens are those of the data:
-                           positions that only pad a row are counted apart, as `padding`.
+                           positions that only pad a row are counted apart, as `padding`. `trained_tokens` are those
+                           that carry loss; 0 where the task's loss is not over tokens.
   seconds                  wall time of every attempt from the moment `fit` is entered (from process start under the
                            command line) to its end: start-up, steps, waiting for data, evaluation and checkpoints.
   device_seconds, usd      seconds x devices, and that x the price: what a bill counts.
@@ -88,6 +89,7 @@ class Spend:
     samples: float = 0
     tokens: float = 0
     padding: float = 0
+    trained_tokens: float = 0
     seconds: float = 0
     device_seconds: float = 0
     usd: float = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from time import perf_counter
 from typing import Any
@@ -26,6 +27,9 @@ class Spending:
         usd_per_device_hour: the price of a device.
         watts_per_device: for energy where no counter can be read.
         count_flops: watch every new kind of step once; see `flops`.
+
+    Attributes:
+        trained_tokens: how many tokens of a batch carry loss [], or None; None: nobody says.
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class Spending:
         self.clock = clock
         self.usd_per_device_hour, self.watts_per_device = usd_per_device_hour, watts_per_device
         self.count_flops = count_flops
+        self.trained_tokens: Callable[[Any], torch.Tensor | None] | None = None
         self.windows = Windows()
         self.mine = Tally()
         self.data_wait = 0.0
@@ -43,6 +48,7 @@ class Spending:
         self._batch_ended = perf_counter()
         self._samples = self._positions = 0  # of the micro-batch under way
         self._tokens: int | Later = 0
+        self._trained: Later | None = None
         self._lengths: Any = None
 
     def begin(self, startup_seconds: float = 0.0) -> None:
@@ -96,7 +102,9 @@ class Spending:
             self._flops.chosen(shape)
 
     def _count(self, batch: Any, lengths: Any) -> tuple[int, ...]:
-        """Samples, positions and tokens of a batch; its shape. Nothing here waits for the device."""
+        """Samples, positions, tokens and trained ones of a batch; its shape. Nothing here waits for the device."""
+        trained = self.trained_tokens(batch) if self.trained_tokens is not None else None
+        self._trained = None if trained is None else Later(trained)
         self._samples, self._positions, shape, mask = batch_size(batch)
         self._tokens = self._positions
         if lengths is not None and len(shape) > 1:
@@ -111,6 +119,7 @@ class Spending:
         tokens = self._tokens if isinstance(self._tokens, int) else self._tokens.read()
         self.mine.tokens += tokens
         self.mine.padding += self._positions - tokens
+        self.mine.trained_tokens += 0 if self._trained is None else self._trained.read()
         if self.count_flops and self._flops is not None:
             flops = self._flops.end()
             self.mine.flops_counted += flops.counted
@@ -137,6 +146,7 @@ class Spending:
         spend.samples = before.samples + total.samples
         spend.tokens = before.tokens + total.tokens
         spend.padding = before.padding + total.padding
+        spend.trained_tokens = before.trained_tokens + total.trained_tokens
         spend.flops_counted = before.flops_counted + total.flops_counted
         spend.flops = before.flops + total.flops_realised
         spend.kwh = before.kwh + total.joules / 3.6e6

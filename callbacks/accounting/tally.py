@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields
 class Tally:
     """One rank's message; summed over ranks it is everybody's.
 
-    The first six are totals of this attempt, the others are about this moment.
+    The first seven are totals of this attempt, the others are about this moment.
 
     Args:
         samples, tokens, padding: of the micro-batches of this rank.
+        trained_tokens: those of the tokens that carry loss, where the task says so.
         flops_counted, flops_realised: of its steps; see `flops`.
         joules: of its devices.
         stop: 1 where this rank has been asked to stop.
@@ -26,6 +27,7 @@ class Tally:
     samples: float = 0.0
     tokens: float = 0.0
     padding: float = 0.0
+    trained_tokens: float = 0.0
     flops_counted: float = 0.0
     flops_realised: float = 0.0
     joules: float = 0.0

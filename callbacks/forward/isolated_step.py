@@ -55,7 +55,7 @@ def isolated_training_step(module: pl.LightningModule) -> Iterator[None]:
     for name in LOGS:
         vars(module)[name] = lambda *_, **__: None
     try:
-        with _uncompiled():
+        with uncompiled():
             yield
     finally:
         for left in set(vars(module)) - before:
@@ -70,7 +70,8 @@ def isolated_training_step(module: pl.LightningModule) -> Iterator[None]:
             part.training = training
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
+def uncompiled() -> AbstractContextManager[Any]:
+    """What is compiled runs as it was written, and is not compiled anew for other shapes."""
     if "torch._dynamo" not in sys.modules:  # which takes seconds to import: nothing is compiled
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

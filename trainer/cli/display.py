@@ -135,6 +135,12 @@ class Bar:
         """Show what is about to be learnt."""
         show_receipt(receipt, console)
 
+    def samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """The begin of what the model has written, a line each."""
+        for sample in samples:
+            line = f"step {step:,}  {sample['prompt']} -> {sample['text']}"
+            console.print(" ".join(line.split()), markup=False, overflow="ellipsis", no_wrap=True)
+
     def step(self, row: Mapping[str, Any]) -> None:
         self._last.update(row)
         if self._bar is not None:
@@ -202,14 +208,14 @@ def show_report(report: Report) -> None:
         rate, unit = total["samples_per_second"], "samples/s"
     rows += [
         ("steps", f"{total['steps']:,}, stopped by {total['stopped_by']}"),
-        ("tokens / samples", f"{total['tokens']:,.0f} / {total['samples']:,.0f}{_padding(total)}"),
+        ("tokens / samples", f"{total['tokens']:,.0f} / {total['samples']:,.0f}{_trained(total)}{_padding(total)}"),
         ("throughput", f"{number(rate)} {unit}" + (f", MFU {total['mfu']:.1%}" if total["mfu"] else "")),
         ("data wait", f"{total['data_wait']:.1%} of training"),
         ("FLOPs", f"{number(total['flops_counted'])} counted, {number(total['flops_realised'])} realised"),
         ("peak memory", f"{size(total['peak_bytes'])} a device"),
         ("time", f"{seconds(total['seconds'])} ({_windows(total['windows'])})"),
         ("energy", f"{total['kwh']:.6f} kWh, {total['kwh_source']}"),
-        ("cost", dollars(total["usd"])),
+        ("cost", dollars(total["usd"]) + _of_a_million(total)),
         ("budget used", _used(total)),
         ("run", str(report.run_dir)),
     ]
@@ -222,6 +228,15 @@ def show_report(report: Report) -> None:
     if report.sample is not None:
         console.print("sample:")
         console.print(report.sample, markup=False)
+
+
+def _trained(total: Mapping[str, Any]) -> str:
+    return f", {total['trained_tokens']:,.0f} tokens trained on" if total.get("trained_tokens") else ""
+
+
+def _of_a_million(total: Mapping[str, Any]) -> str:
+    price = total.get("usd_per_million_trained_tokens")
+    return "" if price is None else f", {dollars(price)} per million trained tokens"
 
 
 def _padding(total: Mapping[str, Any]) -> str:

@@ -44,7 +44,11 @@ def read_connection(path: Path) -> Iterator[sqlite3.Connection | None]:
         yield None
         return
     with explained(path), closing(_connect_to_read(path)) as connection:
-        yield connection if _version(connection, path) else None
+        version = _version(connection, path)
+        if version and _new_columns(connection):
+            with write_connection(path):
+                pass
+        yield connection if version else None
 
 
 @contextmanager
@@ -162,10 +166,18 @@ def _version(connection: sqlite3.Connection, path: Path) -> int:
     return version
 
 
+def _new_columns(connection: sqlite3.Connection) -> list[str]:
+    """The columns of runs that a ledger of before does not have."""
+    known = {row[1] for row in connection.execute("PRAGMA table_info(runs)")}
+    return [column for column in COLUMNS if column not in known]
+
+
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     if not _version(connection, path):
         connection.execute(_RUNS)
         for table in TABLES.values():
             connection.execute(_ENTRIES.format(table))
         connection.execute(f"PRAGMA user_version={VERSION}")
+    for column in _new_columns(connection):
+        connection.execute(f"ALTER TABLE runs ADD COLUMN {column}")
     connection.execute(_JOBS)  # ledgers of before have none

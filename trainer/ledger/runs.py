@@ -34,8 +34,9 @@ _WORSE = ("unknown", "running", "finished", "preempted", "failed")
 class RunRow:
     """One run in the ledger; None where nothing is known. Seconds, bytes, US dollars, kWh, FLOPs; shares in 0..1.
 
-    `tokens` are those of the data, `padding_share` is what rows are padded with, of all positions. `seconds` is
-    wall-clock time spent in all attempts, `device_seconds` that times the devices. `problems` counts damaged or missing
+    `tokens` are those of the data, `padding_share` is what rows are padded with, of all positions, and
+    `trained_tokens` are those that carry loss. `seconds` is wall-clock time spent in all attempts, `device_seconds`
+    that times the devices. `problems` counts damaged or missing
     journal lines.
     """
 
@@ -49,10 +50,12 @@ class RunRow:
     steps: int | None = None
     tokens: int | None = None
     padding_share: float | None = None
+    trained_tokens: int | None = None
     samples: int | None = None
     seconds: float | None = None
     device_seconds: float | None = None
     usd: float | None = None
+    usd_per_million_trained_tokens: float | None = None
     kwh: float | None = None
     kwh_source: str | None = None
     flops_counted: float | None = None
@@ -76,9 +79,9 @@ def _integer(value: Any) -> int | float:
 
 # the columns that rows fill, with what makes a value fit for them
 _FIT: Mapping[str, Any] = {
-    **dict.fromkeys(("steps", "tokens", "samples", "peak_bytes", "world_size"), _integer),
+    **dict.fromkeys(("steps", "tokens", "trained_tokens", "samples", "peak_bytes", "world_size"), _integer),
     **dict.fromkeys(("seconds", "device_seconds", "usd", "kwh", "flops_counted", "flops_realised"), float),
-    **dict.fromkeys(("tokens_per_second", "mfu", "padding_share"), float),
+    **dict.fromkeys(("tokens_per_second", "mfu", "padding_share", "usd_per_million_trained_tokens"), float),
     **dict.fromkeys(("kwh_source", "stopped_by", "hardware", "strategy"), str),
     "techniques": lambda value: [value] if isinstance(value, str) else list(value),
 }

@@ -246,7 +246,8 @@ def _insert(db: sqlite3.Connection, run_dir: Path, identity: RunIdentity, alive:
     if _insert_jobs(db, run_dir, identity.id) and line.status == "unknown":
         line = replace(line, status="launched")
     values = [json.dumps(v) if c in JSON_COLUMNS else v for c, v in zip(COLUMNS, astuple(line), strict=True)]
-    db.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(values))}, ?)", (*values, fingerprint))
+    columns = ", ".join((*COLUMNS, "fingerprint"))
+    db.execute(f"INSERT INTO runs ({columns}) VALUES ({', '.join('?' * len(values))}, ?)", (*values, fingerprint))
 
 
 def _insert_jobs(db: sqlite3.Connection, run_dir: Path, run_id: str) -> int:

@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -75,6 +75,11 @@ class WandbSink:
         else:
             self._queue.put(("row", {**row, "step": step}))
 
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Hand over rows with equal keys, to be shown as a table."""
+        if not (self.broken or self._ended):
+            self._queue.put(("table", (step, name, list(rows))))
+
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Set the run's summary values, shown in W&B's table of runs."""
         if not (self.broken or self._ended):
@@ -120,7 +125,10 @@ class WandbSink:
                 run.finish(exit_code=value)
                 return
             try:
-                run.log(value) if what == "row" else run.summary.update(value)
+                if what == "summary":
+                    run.summary.update(value)
+                else:
+                    run.log(value if what == "row" else _as_table(*value))
                 self.delivered += what == "row"
                 failures = 0
             except Exception:
@@ -211,6 +219,13 @@ class WandbSink:
             undoing.start()
             undoing.join(min(seconds, 2.0))
             self._cores = set()
+
+
+def _as_table(step: int, name: str, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    import wandb
+
+    columns: list[str | int] = list(rows[0])
+    return {"step": step, name: wandb.Table(columns=columns, data=[list(row.values()) for row in rows])}
 
 
 def _tear_down() -> None:

@@ -7,6 +7,7 @@ Its `on_train_batch_end` is the loop of a run; what it does there is done by col
     rows, totals  what is written there of a step and of the run             totals.py
     epochs        the order of samples, and what waits for an epoch's end    epochs.py
     evaluations   when to evaluate, and the goal                             evaluations.py
+    further       what evaluations ask of the model besides validation         further.py
     best          which evaluation was the best, and when patience is over   best.py
     checkpoints   when to save                                               checkpoints.py
     nonfinite     steps without finite losses and gradients                  nonfinite.py
@@ -44,6 +45,7 @@ from .cut_window import CutWindow
 from .epochs import Epochs
 from .evaluations import Evaluations
 from .failures import blame, forget
+from .further import FurtherEvaluations
 from .hang import HangWatch
 from .nonfinite import NonFiniteSteps
 from .out_of_memory import note_memory
@@ -87,6 +89,7 @@ class Monitor(ReshapeListener, pl.Callback):
         self.totals = Totals(self.account)
         self.rows = StepRows(self.totals, log_every)
         self.stopping = Stopping(self.account, self.checkpoints, records, self.totals)
+        self.further = FurtherEvaluations(self.account, self.stopping, records)
         self.hang = HangWatch(self.account, records, hang_after)
         self.nonfinite = NonFiniteSteps(nonfinite_steps, self.records.nonfinite)
         self.seed, self.resume, self.strategy, self.accept_changes = seed, resume, strategy, accept_changes
@@ -223,6 +226,7 @@ class Monitor(ReshapeListener, pl.Callback):
     def _upcoming(self, trainer: pl.Trainer) -> Upcoming:
         every = self.evaluations.steps_between(self.account.clock)
         upcoming = self.account.evaluations_to_come(trainer, every)
+        self.further.add_to(upcoming)
         if not self.evaluations.at_end:
             upcoming.after_seconds = 0.0
         self.checkpoints.add_to(upcoming)
@@ -267,19 +271,22 @@ class Monitor(ReshapeListener, pl.Callback):
         account = self.account
         account.evaluation_ends(trainer)
         if trainer.sanity_checking:
-            self.evaluations.check_goal(trainer.callback_metrics)
-            self.best.check(trainer.callback_metrics)
+            measured = {**trainer.callback_metrics, **dict.fromkeys(self.further.metrics())}
+            self.evaluations.check_goal(measured)
+            self.best.check(measured)
+            self.further.trial(trainer, pl_module)
             return
         if account.stop_requested and not trainer.should_stop:
             self.checkpoints.save(trainer, pl_module)
             raise self.stopping.end(trainer, self.resumed_from)
         if account.evaluation_cut:
             self.records.evaluation_cut(account.clock.step, account.evaluation.batches)
+        whole = not account.evaluation_cut and self.further.run(trainer, pl_module)
         metrics = numbers(trainer.callback_metrics)
         if self.evaluations.update(metrics) and not trainer.should_stop:
             account.stopped_by, trainer.should_stop = "goal", True
         self.records.step(account.clock.step, {"step": account.clock.step, **metrics})
-        if not account.evaluation_cut:
+        if whole:
             self.best.evaluated(trainer, pl_module, account, self.checkpoints.saver, self.records)
 
     # -- end --------------------------------------------------------------------------------------------------------

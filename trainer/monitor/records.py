@@ -6,14 +6,14 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from itertools import groupby
 from math import isfinite
 from pathlib import Path
 from threading import Thread
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 
@@ -23,6 +23,7 @@ from ...callbacks.contract import Technique
 from ...cluster.environment import SECRET_NAMES, redacted_values
 from ..ledger import Journal, Ledger, Row, RunIdentity, WandbSink, next_attempt, read, write_summary
 from ..ledger.wandb_replay import missed_rows, note_missed
+from .display import Display
 
 if TYPE_CHECKING:
     from ...recipes import Recipe
@@ -44,16 +45,6 @@ MUTABLE_SECTIONS = frozenset(
 
 class AnotherRun(ShoestringError):
     """The run directory belongs to a run of another recipe."""
-
-
-class Display(Protocol):
-    """A display of a run while it goes on."""
-
-    def receipt(self, receipt: Mapping[str, Any]) -> None: ...
-
-    def step(self, row: Mapping[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Records:
@@ -194,6 +185,16 @@ class Records:
         self.event("evaluation_cut", step=step, batches=batches)
         say = log.warning if self.keeps else log.debug
         say("the budget ended the evaluation early: its metrics cover %d batches only", batches)
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """What the model has written after `step`, each with its `prompt` and `text`."""
+        if not (self.keeps and samples):
+            return
+        self.event("samples", step=step, samples=list(samples))
+        if self._sink is not None:
+            self._sink.table(step, "samples", samples)
+        if self.display is not None:
+            self.display.samples(step, samples)
 
     def measurement(self, **fields: Any) -> None:
         """A window that was measured elsewhere."""

@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import EarlyStopping, Timer
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from ...callbacks.accounting.account import Account
+from ...callbacks.accounting.clock import Spend
 from ...callbacks.accounting.meter import communication_bytes, peak_bytes
 
 
@@ -38,6 +39,7 @@ class Totals:
             "tokens": spend.tokens,
             "padding": spend.padding,
             "padding_share": spend.padding / max(1.0, spend.tokens + spend.padding),
+            **_of_trained_tokens(spend),
             "seconds": spend.seconds,
             "device_seconds": spend.device_seconds,
             "usd": spend.usd,
@@ -81,6 +83,14 @@ class Totals:
             return None
         counted = self.account.spending.this_attempt().flops_counted
         return counted / (self.train_seconds() * self.peak_flops * self.account.spending.world)
+
+
+def _of_trained_tokens(spend: Spend) -> dict[str, float]:
+    """How many tokens have carried loss, and what a million of them costs; what is not known is left out."""
+    if not spend.trained_tokens:
+        return {}
+    price = {"usd_per_million_trained_tokens": 1e6 * spend.usd / spend.trained_tokens} if spend.usd else {}
+    return {"trained_tokens": spend.trained_tokens, **price}
 
 
 def _stopper(trainer: pl.Trainer, account: Account) -> str:

@@ -56,7 +56,7 @@ class Deliverables:
         from ..tasks.generate import complete
 
         module: Any = trained.module
-        chat = "trained_tokens" in trained.facts and self.recipe.data.format != "prompt-completion"
+        chat = asked_as_chats(self.recipe, trained)
         settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "temperature": 0.7, "seed": self.recipe.seed}
         texts = [complete(module, trained.tokenizer, prompt, chat=chat, **settings) for prompt in self._prompts]
         if len(texts) == 1:
@@ -69,6 +69,11 @@ class Deliverables:
 
         if self.exported is not None:
             write_card(self.exported, self.run_dir, self.recipe, self.task.receipt(), "hf")
+
+
+def asked_as_chats(recipe: Recipe, task: Task) -> bool:
+    """Whether a prompt is a user's message to this model, as it has learnt chats, and not the begin of a text."""
+    return "trained_tokens" in task.facts and recipe.data.format != "prompt-completion"
 
 
 def describe(task: Task, folder: Path) -> None:

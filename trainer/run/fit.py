@@ -85,11 +85,13 @@ def fit(
     from ..monitor.profile import Profile
     from ..monitor.records import Records
     from ..tasks.build import TaskData, build_task
+    from ..tasks.module import TaskModule
     from ..tasks.optimizers.cards import optimizer_card
     from ..tasks.own_code_checks import CheckBatch, check_own_module
     from ..tasks.shared_weights import keep_from_sending
     from .deliverables import Deliverables, describe
     from .determinism import deterministic_algorithms
+    from .evaluation import further_evaluations
     from .inputs import inputs_of, keep_or_compare
     from .out_of_memory import explained
     from .trainer import Trainer
@@ -174,7 +176,11 @@ def fit(
     local_ranks.hand_over(trainer)
     trainer.monitor.evaluations.plan_every(recipe.evaluation.every, at_end=recipe.evaluation.at_end)
     trainer.monitor.evaluations.goal = recipe.goal
+    trainer.monitor.further.each = further_evaluations(recipe, task)
+    trainer.monitor.further.together = plan.strategy in ("zero3", "fsdp2")
     trainer.batches_planned = task.train is not None
+    if isinstance(task.module, TaskModule):
+        trainer.monitor.account.spending.trained_tokens = task.module.trained_tokens
     delivered = Deliverables(recipe, run_dir, task)
     if delivered.wanted:
         trainer.monitor.afterwards = Afterwards(delivered.make, delivered.seconds)

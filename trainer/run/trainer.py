@@ -68,7 +68,8 @@ class Trainer(pl.Trainer):
 
     Everything `pl.Trainer` takes still works; these come first. After `fit`, `summary` holds steps, tokens, samples,
     seconds, device_seconds, usd, kwh (+ kwh_source), flops_counted, flops_realised, peak_bytes, tokens_per_second, mfu,
-    stopped_by and final metrics.
+    stopped_by and final metrics; of tasks with a loss over tokens also trained_tokens, and with a price
+    usd_per_million_trained_tokens.
 
     Args:
         budget: Ends the run, annealed, when the first limit is reached.

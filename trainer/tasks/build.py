@@ -237,15 +237,12 @@ def _preferences(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tupl
         model, recipe.optimizer, section, reference=cached, pad=data.tokenizer.pad_token_id,
         opening=tuple(framing(data.tokenizer, packed=False)[0]), chunked_loss=recipe.model.chunked_loss,
     )  # fmt: skip
-    module.frozen_base, module.passing = base, room.passing
-    return module, {"model_type": model.config.model_type}
+    return _beside(module, base, room)
 
 
 def _rewards(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:
     model, base = _hub_model(recipe, replace(data, classes=["reward"]), kept, room)
-    module = RewardModel(model, recipe.optimizer)
-    module.frozen_base, module.passing = base, room.passing
-    return module, {"model_type": model.config.model_type}
+    return _beside(RewardModel(model, recipe.optimizer), base, room)
 
 
 def _images(recipe: Recipe, data: Prepared, kept: Kept, room: Room) -> tuple[pl.LightningModule, dict[str, Any]]:

@@ -20,6 +20,10 @@ class LabelledTokens(TaskModule):
     `val_accuracy` the share of them that is guessed right.
     """
 
+    def trained_tokens(self, batch: Batch) -> torch.Tensor:
+        """The labelled tokens of a batch []."""
+        return (batch["labels"] != IGNORED).sum()
+
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Mean cross entropy per labelled token, in nats []; 0 where none is."""
         logits, labels, labelled = self._labelled(batch)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ...callbacks.forward.training_step import SAMPLE_WEIGHTS
+from ..data.token_store import IGNORED
 from .chunks import Chunked
 from .isolation import check_causal, check_isolation
 from .module import Batch, TaskModule, inputs, weighted
@@ -49,6 +50,10 @@ class CausalLM(TaskModule):
         if self._isolated:
             check_isolation(self.model, batch["input_ids"][0])
         self._unchecked = False
+
+    def trained_tokens(self, batch: Batch) -> torch.Tensor:
+        """The targets of a batch []: no padding, no prompt, and nothing that has no token before it."""
+        return (batch["labels"][:, 1:] != IGNORED).sum()
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Mean cross entropy per target token, in nats []; 0 where there is no target."""

@@ -55,6 +55,10 @@ class TaskModule(pl.LightningModule):
         """The optimizer of the recipe over the parameters that train."""
         return build_optimizer(self.named_parameters(), self.optimizer_settings)
 
+    def trained_tokens(self, batch: Batch) -> torch.Tensor | None:
+        """How many tokens of a batch carry loss []; None where the loss is not over tokens."""
+        return None
+
     def on_validation_epoch_start(self) -> None:
         """Forget the sums of the last validation."""
         self._sums = None

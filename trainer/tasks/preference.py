@@ -69,6 +69,10 @@ class Preference(CausalLM):
             check_causal(self.model, batch["input_ids"].flatten(0, -2)[0])
         self._unchecked = False
 
+    def trained_tokens(self, batch: Batch) -> Tensor:
+        """The tokens of a batch's answers [], of both of a pair."""
+        return (batch["labels"][..., 1:] != IGNORED).sum()
+
     def answers(self, batch: Batch, *, whole: bool = False) -> Scores:
         """What the model makes of documents. whole: the entropies are of all their tokens, else of answers.
 

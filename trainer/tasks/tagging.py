@@ -30,6 +30,10 @@ class Tagger(Classifier):
         super().__init__(model, optimizer, SingleLabel(classes))
         self._entities = are_entity_tags(classes)
 
+    def trained_tokens(self, batch: Batch) -> torch.Tensor:
+        """The words of a batch [], of each of which one token carries loss."""
+        return (batch["labels"] != IGNORED).sum()
+
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Mean cross entropy per word, in nats []."""
         logits, labels, weights = self(batch), batch["labels"], batch.get(SAMPLE_WEIGHTS)

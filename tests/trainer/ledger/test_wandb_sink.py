@@ -210,3 +210,18 @@ def test_dead_or_stuck_helper_is_given_up(runs, name):
     assert result["slowest"] < 5 and result["seconds"] < 60, result
     assert result["delivered"] + result["dropped"] == (200 if name == "core" else 20)
     assert "turned off" in err and err.count("\n") == 1
+
+
+def test_samples_are_a_table(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from shoestring.trainer.ledger import RunIdentity, WandbSink
+directory = Path(sys.argv[1])
+sink = WandbSink("offline", "p", RunIdentity.create_or_load(directory, name="a run"), {}, directory)
+sink.table(3, "samples", [{"prompt": "Say one.", "text": "one!"}])
+assert sink.finish(25.0)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60, cwd=tmp_path)
+    (table,) = tmp_path.rglob("*.table.json")
+    assert json.loads(table.read_text()) == {"columns": ["prompt", "text"], "data": [["Say one.", "one!"]]}

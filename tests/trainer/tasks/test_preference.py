@@ -169,6 +169,7 @@ def test_ranks_learn_alike_and_resume_to_the_bit(loss: str, ranks: Path) -> None
     assert max(float((alone[name] - whole[name]).abs().max()) for name in whole) < 1e-5
     assert report is not None
     assert summary["metrics"] == pytest.approx(report.summary["metrics"], rel=1e-4, abs=1e-5)
+    assert summary["trained_tokens"] == report.summary["trained_tokens"] > 0
 
 
 def test_a_run_whose_reference_is_lost_does_not_go_on(dpo: Report, folder: Path) -> None:
