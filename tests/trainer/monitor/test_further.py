@@ -41,35 +41,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked(folder: Path) -> Report:
+def completing(folder: Path) -> Report:
     """A run that has crashed after its fifth step, and went on from its fourth."""
     report = trained(folder, "asked", crash=True, **ASKED)
     assert report is not None and report.summary["resumed_from"] == 4
     return report
 
 
-def test_prompts_are_completed_after_each_validation(asked: Report) -> None:
-    found = samples(asked.run_dir)
-    assert list(found) == [2, 4, 6]
-    model, tokenizer = (kind.from_pretrained(asked.run_dir / "final") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    for prompt, sample in zip(PROMPTS, found[6], strict=True):
+def test_prompts_are_completed_after_each_validation(completing: Report) -> None:
+    written = samples(completing.run_dir)
+    assert list(written) == [2, 4, 6]
+    model, tokenizer = (kind.from_pretrained(completing.run_dir / "final") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    for prompt, sample in zip(PROMPTS, written[6], strict=True):
         asking = [{"role": "user", "content": prompt}]
         given = tokenizer.apply_chat_template(asking, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         said = model.generate(**given, do_sample=False, max_new_tokens=12)[0, given["input_ids"].shape[1] :]
         assert sample == {"prompt": prompt, "text": tokenizer.decode(said, skip_special_tokens=True)}
 
 
-def test_training_is_the_same_to_the_bit_resumed_too(asked: Report, folder: Path) -> None:
+def test_training_is_the_same_to_the_bit_resumed_too(completing: Report, folder: Path) -> None:
     plain = trained(folder, "plain")
-    assert plain is not None and same(plain.run_dir, asked.run_dir)
-    assert trained(folder, "whole", **ASKED) is not None and same(folder / "whole", asked.run_dir)
-    assert samples(folder / "whole") == samples(asked.run_dir)
+    assert plain is not None and same(plain.run_dir, completing.run_dir)
+    assert trained(folder, "whole", **ASKED) is not None and same(folder / "whole", completing.run_dir)
+    assert samples(folder / "whole") == samples(completing.run_dir)
 
 
 def test_the_ledger_tells_them(
-    asked: Report, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    completing: Report, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(monkeypatch, "runs", "show", str(asked.run_dir)) == 0
+    assert command(monkeypatch, "runs", "show", str(completing.run_dir)) == 0
     shown = capsys.readouterr().out
     assert "'event': 'samples'" in shown and PROMPTS[0] in shown
 
@@ -137,5 +137,5 @@ def ranks(folder: Path) -> Path:
 def test_on_ranks_alone_or_together(strategy: str, ranks: Path) -> None:
     if strategy in TOGETHER:
         assert same(ranks / f"{strategy}-plain", ranks / f"{strategy}-asked")
-    found = samples(ranks / f"{strategy}-asked")
-    assert list(found) == [2, 4, 6] and all(sample["text"] for sample in found[6])
+    written = samples(ranks / f"{strategy}-asked")
+    assert list(written) == [2, 4, 6] and all(sample["text"] for sample in written[6])
