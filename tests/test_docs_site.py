@@ -156,7 +156,7 @@ def test_recipes_and_cluster_files_that_are_shown_are_valid(block: str, tmp_path
     """And what is read of them is what is shown: every section that a block has."""
     keys = yaml.safe_load(block).keys()
     file = tmp_path / "shown.yaml"
-    base = "quickstart" if "sources:" in block else "digits"  # which has one source of images
+    base = "quickstart" if "sources:" in block or "prompts:" in block else "digits"  # which has one source of images
     file.write_text(block if keys & {"engine", "model"} else f"extends: {base}\n{block}")  # or a piece of a recipe
     loaded = (load_cluster if "engine" in keys else load_recipe)(file)
     assert keys - {"extends"} <= loaded.model_fields_set | {"name"}
