@@ -26,7 +26,9 @@ def recipe(home: Path, strategy: str = "single", **evaluation: Any) -> Recipe:
     """Six steps on chats, evaluated after every other one; dropout draws random numbers in each."""
     path = home / "chats.jsonl"
     pairs = [(f"Say {a} {b}.", f"{a} {b}!") for a in WORDS for b in WORDS]
-    chats = [[{"role": "user", "content": question}, {"role": "assistant", "content": said}] for question, said in pairs]
+    chats = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": said}] for question, said in pairs
+    ]
     if not path.exists():
         path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
     return recipe_from(

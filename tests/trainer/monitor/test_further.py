@@ -51,7 +51,9 @@ def completing(folder: Path) -> Report:
 def test_prompts_are_completed_after_each_validation(completing: Report) -> None:
     written = samples(completing.run_dir)
     assert list(written) == [2, 4, 6]
-    model, tokenizer = (kind.from_pretrained(completing.run_dir / "final") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        kind.from_pretrained(completing.run_dir / "final") for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
     for prompt, sample in zip(PROMPTS, written[6], strict=True):
         asking = [{"role": "user", "content": prompt}]
         given = tokenizer.apply_chat_template(asking, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -27,7 +27,9 @@ def recipe(home: Path, **sections: Any) -> Any:
     """Two whole epochs of chats whose answers differ in length: rows are padded, prompts are not trained on."""
     path = home / "chats.jsonl"
     pairs = [(f"Say {i} times no.", "no " * (1 + i % 5)) for i in range(CHATS)]
-    chats = [[{"role": "user", "content": question}, {"role": "assistant", "content": said}] for question, said in pairs]
+    chats = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": said}] for question, said in pairs
+    ]
     path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
     values: dict[str, Any] = {
         "model": {"task": "causal-lm", "config": SHAPE, "tokenizer": {"train": "bpe", "vocab_size": 300}},
