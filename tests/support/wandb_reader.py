@@ -7,6 +7,7 @@ a protobuf message. A file of a killed process ends anywhere: reading stops ther
 
 import json
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -44,11 +45,21 @@ def records(path):
             yield wandb_internal_pb2.Record.FromString(b"".join(parts))
 
 
+def ended(path, seconds=5):
+    """All records of a run that has finished; the helper answers a moment before its last block is on the disk."""
+    end = time.monotonic() + seconds
+    while True:
+        whole = list(records(path))
+        if any(record.WhichOneof("record_type") == "exit" for record in whole) or time.monotonic() > end:
+            return whole
+        time.sleep(0.05)
+
+
 def history(path):
     """The logged rows, in order, as dicts."""
     return [
         {item.key or ".".join(item.nested_key): _value(item) for item in record.history.item}
-        for record in records(path)
+        for record in ended(path)
         if record.WhichOneof("record_type") == "history"
     ]
 
