@@ -1,4 +1,4 @@
-"""LoftQ: adapters that begin with what a base in few bits has lost of its weights.
+"""LoftQ: adapters that begin with what a low-bit base has lost of its weights.
 
 A layer computes with Q + s B A: codes Q, and the adapter's matrices with their scale s. They are found by turns: Q are
 the codes of what s B A leaves of the weight W, and s B A is the product of rank r nearest to what Q leaves of it. After
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .quantized import CODECS, QuantizedLinear
 
-TURNS = 5  # the default of the authors' own code, github.com/yxli2123/LoftQ
+TURNS = 5  # at most: the first brings most, and one that comes no nearer ends it
 _BESIDE, _POWERS = 8, 4  # columns beside those wanted, and power iterations: twice as many come 0.2 % nearer
 _WITHIN = "base_model.model."  # PEFT's, before the names that layers have without it
 Show = Callable[[str, Tensor], None]
@@ -43,8 +43,8 @@ def split(weight: Tensor, kind: str, rank: int) -> Split:
 
     Example:
         >>> import torch
-        >>> found = split(torch.eye(64), "nf4", rank=4)
-        >>> found.left.shape, found.right.shape
+        >>> parts = split(torch.eye(64), "nf4", rank=4)
+        >>> parts.left.shape, parts.right.shape
         (torch.Size([64, 4]), torch.Size([4, 64]))
     """
     weight, codec = weight.detach().float(), CODECS[kind]
@@ -73,7 +73,7 @@ def _nearest_product(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def begin_with_losses(adapted: nn.Module, read: Callable[[Show], None]) -> None:
-    """Split the weights of all adapted layers that are kept in few bits; others begin as LoRA does, and lose nothing.
+    """Split the weights of all adapted layers that are quantized; others begin as LoRA does, and lose nothing.
 
     Args:
         adapted: A model with LoRA. What it keeps of a split layer is in new memory, and to be saved with the adapters.

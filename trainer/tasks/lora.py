@@ -31,7 +31,7 @@ def add_adapter(
 ) -> PeftModel:
     """Wrap a model so that only adapters (and a new classification head) are trained.
 
-    read: shows the weights that a base in few bits was made of, for a start that looks at them.
+    read: shows the weights that a quantized base was made of, for a start that looks at them.
     """
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
