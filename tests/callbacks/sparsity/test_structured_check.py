@@ -69,6 +69,8 @@ MISLEADING = {
 def test_what_the_graph_gets_wrong_is_refused_and_nothing_is_changed(name):
     torch.manual_seed(0)
     compute, parts, x, said = MISLEADING[name]
+    for part in parts.values():
+        part.reset_parameters()  # they were drawn as this file was imported, whatever had drawn before
     model = Net(compute, **parts)
     before, wanted = {n: p.shape for n, p in model.named_parameters()}, model(x)
     with pytest.raises(CannotTrace, match=said):
